@@ -1,0 +1,1 @@
+"""Gradient surgery as fused kernels behind autograd-aware hooks."""

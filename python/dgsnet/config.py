@@ -1,0 +1,196 @@
+"""The one typed configuration: what a run is made of, read from YAML, overridden on the command line, saved with it.
+
+Every default is the official DGS-Net setting unless a comment says otherwise.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+CONFIG_FILE = "config.json"
+
+
+@dataclass
+class ModelConfig:
+    """The CLIP backbone and its adapters.
+
+    Args:
+        name: open_clip model name, or "dgsnet-tiny" for the small CLIP that ships with the package.
+        pretrained: open_clip pretrained tag, path of a local weights file, "builtin" for the weights that ship
+            with the package ("dgsnet-tiny" only), or "" for random weights.
+        lora_rank: rank r of the adapters on q, k and v of every vision block; 0 trains the head alone.
+        lora_alpha: adapter scaling numerator; the scaling is alpha / sqrt(r).
+        lora_dropout: dropout probability on the adapters' input.
+    """
+
+    name: str = "ViT-L-14-quickgelu"
+    pretrained: str = "openai"
+    lora_rank: int = 6
+    lora_alpha: float = 6.0
+    lora_dropout: float = 0.8
+
+
+@dataclass
+class PreprocessConfig:
+    """How an image becomes the model's input.
+
+    Args:
+        mode: "patches" is the mosaic of least and most complex patches; "crop" a centre crop at native
+            resolution (random when training), after scaling up images that are smaller.
+        image_size: side of the model's square input in pixels; for "patches" it must be
+            patch_size * sqrt(num_patches).
+        patch_size: side of a patch in pixels.
+        num_patches: patches kept, a square number.
+        normalization: channel mean and standard deviation, "imagenet" (official) or "clip".
+        flip: mirror half of the training images.
+    """
+
+    mode: Literal["patches", "crop"] = "patches"
+    image_size: int = 224
+    patch_size: int = 32
+    num_patches: int = 49
+    normalization: Literal["imagenet", "clip"] = "imagenet"
+    flip: bool = True
+
+    def __post_init__(self) -> None:
+        side = round(self.num_patches**0.5)
+        if self.mode == "patches" and (
+            side * side != self.num_patches or side * self.patch_size != self.image_size
+        ):
+            raise ValueError(
+                f"num_patches={self.num_patches} patches of {self.patch_size} pixels do not tile an image of "
+                f"{self.image_size} pixels: num_patches must be a square and "
+                "patch_size * sqrt(num_patches) == image_size"
+            )
+
+
+@dataclass
+class DataConfig:
+    """Where the images are.
+
+    Args:
+        train: dataset roots, or JSON/CSV lists, for training.
+        val: the same for validation; empty: no validation, the last checkpoint is the best.
+        captions: JSON object of image path to caption, "none" to train without captions, or "auto" to look for
+            captions.json in each root.
+        workers: data-loading processes.
+    """
+
+    train: list[str] = field(default_factory=list)
+    val: list[str] = field(default_factory=list)
+    captions: str = "auto"
+    workers: int = 4
+
+
+@dataclass
+class OptimConfig:
+    """Optimisation.
+
+    Args:
+        lr: Adam's learning rate.
+        betas: Adam's decay rates.
+        weight_decay: decoupled weight decay (0 is Adam, as officially).
+        batch_size: images per optimiser step and process, before accumulation.
+        accumulation: micro-batches accumulated into one optimiser step.
+        head_epochs: stage 1, the linear head on the frozen encoder.
+        epochs: stage 2, the three branches.
+        max_steps: end stage 2 after this many optimiser steps; 0: no limit.
+        precision: "fp32", or autocast to "bf16" or "fp16".
+    """
+
+    lr: float = 1e-4
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = 0.0
+    batch_size: int = 32
+    accumulation: int = 1
+    head_epochs: int = 3
+    epochs: int = 1
+    max_steps: int = 0
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+
+
+@dataclass
+class SurgeryConfig:
+    """Gradient surgery.
+
+    Args:
+        mode: "feature" is the paper's method; "none" is plain LoRA fine-tuning.
+        alignment: weight lambda of the alignment loss.
+        order: "align_first" (official code) or "project_first" (the paper's formula).
+        eps: added to the harmful direction's norm.
+        reference_batch_size: batch the two reference gradients are scaled for, which makes the strength of
+            surgery independent of batch, ranks and accumulation; null is the official formula.
+    """
+
+    mode: Literal["feature", "none"] = "feature"
+    alignment: float = 0.2
+    order: Literal["align_first", "project_first"] = "align_first"
+    eps: float = 1e-6
+    reference_batch_size: int | None = None
+
+
+@dataclass
+class Config:
+    """One training run.
+
+    Args:
+        model: the backbone and its adapters.
+        preprocess: from image to input.
+        data: where the images are.
+        optim: optimisation.
+        surgery: gradient surgery.
+        seed: decides initialisation, order of data, augmentation and dropout.
+        checkpoint_every: optimiser steps between checkpoints that a killed run resumes from.
+        log_every: optimiser steps between logged values.
+    """
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    preprocess: PreprocessConfig = field(default_factory=PreprocessConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    surgery: SurgeryConfig = field(default_factory=SurgeryConfig)
+    seed: int = 0
+    checkpoint_every: int = 500
+    log_every: int = 10
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain nested dictionary, as written to config.json."""
+        return json.loads(json.dumps(dataclasses.asdict(self)))
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Config:
+        """The inverse of to_dict; raises ValueError naming an unknown or missing section or field."""
+        return _build(cls, values, "")
+
+    @classmethod
+    def load(cls, path: str | Path) -> Config:
+        """Read a run's config.json."""
+        return cls.from_dict(json.loads(Path(path).read_text()))
+
+
+_SECTIONS = {
+    "model": ModelConfig,
+    "preprocess": PreprocessConfig,
+    "data": DataConfig,
+    "optim": OptimConfig,
+    "surgery": SurgeryConfig,
+}
+
+
+def _build(cls: type, values: dict[str, Any], where: str) -> Any:
+    known = {f.name for f in dataclasses.fields(cls)}
+    unknown = sorted(set(values) - known)
+    if unknown:
+        raise ValueError(f"unknown setting {where}{unknown[0]}; known: {', '.join(sorted(known))}")
+    arguments = {}
+    for name, value in values.items():
+        if cls is Config and name in _SECTIONS:
+            value = _build(_SECTIONS[name], value, f"{name}.")
+        elif name == "betas":
+            value = tuple(value)
+        arguments[name] = value
+    return cls(**arguments)
