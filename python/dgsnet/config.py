@@ -1,4 +1,4 @@
-"""The one typed configuration: what a run is made of, read from YAML, overridden on the command line, saved with it.
+"""The one typed configuration of a run: read from YAML, overridden on the command line, saved with the run.
 
 Every default is the official DGS-Net setting unless a comment says otherwise.
 """
@@ -20,7 +20,7 @@ class ModelConfig:
 
     Args:
         name: open_clip model name, or "dgsnet-tiny" for the small CLIP that ships with the package.
-        pretrained: open_clip pretrained tag, path of a local weights file, "builtin" for the weights that ship
+        pretrained: open_clip pretrained tag, local weights file, "builtin" for the weights that ship
             with the package ("dgsnet-tiny" only), or "" for random weights.
         lora_rank: rank r of the adapters on q, k and v of every vision block; 0 trains the head alone.
         lora_alpha: adapter scaling numerator; the scaling is alpha / sqrt(r).
@@ -75,8 +75,8 @@ class DataConfig:
     Args:
         train: dataset roots, or JSON/CSV lists, for training.
         val: the same for validation; empty: no validation, the last checkpoint is the best.
-        captions: JSON object of image path to caption, "none" to train without captions, or "auto" to look for
-            captions.json in each root.
+        captions: JSON object of image path to caption, "none" to train without captions, or "auto" to read
+            captions.json of each root.
         workers: data-loading processes.
     """
 
