@@ -1,0 +1,121 @@
+"""Patch selection: the mosaic of an image's least and most complex patches that DGS-Net looks at."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from fractions import Fraction
+
+import torch
+from torch import Tensor
+
+from dgs_kernels.ops.spectral_entropy import spectral_entropy
+
+
+def select_patches(
+    images: Tensor, patch_size: int = 32, num_patches: int = 49, *, seed: int | Sequence[int] | Tensor
+) -> Tensor:
+    """Tile the patches of lowest and highest spectral entropy, shuffled, into a square mosaic.
+
+    Of n patches floor(24 n / 49) are the lowest and the rest the highest (24 and 25 of 49, as in DGS-Net);
+    equal entropies keep row-major order. The chosen patches are shuffled by a permutation that depends on
+    the seed alone. An image with fewer than n patches is first enlarged (see enlarged_size).
+
+    Args:
+        images: [B, 3, H, W] RGB, uint8 in 0..255 or floating point in 0..1; cut from the bottom and the
+            right to multiples of the patch size.
+        patch_size: side of a patch in pixels.
+        num_patches: patches kept, a square number.
+        seed: 64-bit seed of the shuffle, one for all images or one per image ([B]).
+
+    Returns:
+        [B, 3, S, S] of the images' dtype, S = patch_size * sqrt(num_patches).
+
+    Raises:
+        ValueError: the shape is wrong, an image is empty, num_patches is no square, or there are neither
+            one nor B seeds.
+
+    Example:
+        >>> import torch
+        >>> from dgs_kernels.ops.select_patches import select_patches
+        >>> images = torch.randint(256, (2, 3, 300, 400), dtype=torch.uint8)
+        >>> select_patches(images, seed=0).shape
+        torch.Size([2, 3, 224, 224])
+    """
+    side = math.isqrt(max(num_patches, 0))
+    if num_patches < 1 or side * side != num_patches:
+        raise ValueError(f"num_patches must be a square number, got {num_patches}")
+    if images.dim() != 4 or images.shape[1] != 3 or 0 in images.shape[2:]:
+        raise ValueError(f"images must be [B, 3, H, W] with H and W at least 1, got {list(images.shape)}")
+    batch = len(images)
+    seeds = torch.as_tensor(seed, dtype=torch.int64, device=images.device).reshape(-1)
+    if len(seeds) not in (1, batch):
+        raise ValueError(f"seed must be one number or one per image ({batch}), got {len(seeds)}")
+
+    height, width = enlarged_size(*images.shape[2:], patch_size, num_patches)
+    if (height, width) != tuple(images.shape[2:]):
+        images = resize_bicubic(images, height, width)
+    rows, columns = height // patch_size, width // patch_size
+    order = spectral_entropy(images, patch_size).argsort(dim=1, stable=True)
+    low = 24 * num_patches // 49
+    chosen = torch.cat([order[:, :low], order[:, order.shape[1] - (num_patches - low) :]], dim=1)
+    # In row-major order before the shuffle, so that the mosaic depends on which patches are chosen and not
+    # on how rounding ranks two of them.
+    chosen = chosen.sort(dim=1).values
+    chosen = chosen.gather(1, permutations(seeds, num_patches).expand(batch, -1))
+
+    cut = images[:, :, : rows * patch_size, : columns * patch_size]
+    patches = cut.reshape(batch, 3, rows, patch_size, columns, patch_size).permute(0, 2, 4, 1, 3, 5)
+    item = torch.arange(batch, device=images.device)[:, None]
+    mosaic = patches[item, chosen // columns, chosen % columns]
+    mosaic = mosaic.reshape(batch, side, side, 3, patch_size, patch_size).permute(0, 3, 1, 4, 2, 5)
+    return mosaic.reshape(batch, 3, side * patch_size, side * patch_size)
+
+
+def enlarged_size(height: int, width: int, patch_size: int, num_patches: int) -> tuple[int, int]:
+    """Height and width after the smallest enlargement, of both sides alike, that holds enough patches.
+
+    That is the smallest scale s >= 1 with floor(s height / patch) * floor(s width / patch) >= num_patches;
+    sides are rounded to whole pixels. An image that holds enough keeps its size.
+
+    Example:
+        >>> from dgs_kernels.ops.select_patches import enlarged_size
+        >>> enlarged_size(100, 100, 32, 49), enlarged_size(300, 400, 32, 49), enlarged_size(32, 64, 32, 49)
+        ((224, 224), (300, 400), (160, 320))
+    """
+
+    def holds(scale: Fraction) -> bool:
+        return int(scale * height / patch_size) * int(scale * width / patch_size) >= num_patches
+
+    if holds(Fraction(1)):
+        return height, width
+    # The count of patches grows only where one side reaches a whole number of patches.
+    scales = {Fraction(k * patch_size, side) for side in (height, width) for k in range(1, num_patches + 1)}
+    scale = min(s for s in scales if s > 1 and holds(s))
+    return round(scale * height), round(scale * width)
+
+
+def resize_bicubic(images: Tensor, height: int, width: int) -> Tensor:
+    """Bicubic enlargement of [B, C, H, W], rounded and clamped back to 0..255 for uint8."""
+    dtype = torch.float64 if images.dtype == torch.float64 else torch.float32
+    resized = torch.nn.functional.interpolate(images.to(dtype), size=(height, width), mode="bicubic")
+    if not images.is_floating_point():
+        resized = resized.round_().clamp_(0, 255)
+    return resized.to(images.dtype)
+
+
+def permutations(seeds: Tensor, count: int) -> Tensor:
+    """[B] int64 seeds -> [B, count] permutations of 0..count-1, the same on every device and torch version.
+
+    Sorts the first `count` numbers of SplitMix64 (Steele, Lea and Flood, 2014) started at each seed.
+    """
+    steps = torch.arange(1, count + 1, device=seeds.device)
+    x = seeds[:, None] + steps * -0x61C8864680B583EB
+    x = (x ^ _shift_right(x, 30)) * -0x40A7B892E31B1A47
+    x = (x ^ _shift_right(x, 27)) * -0x6B2FB644ECCEEE15
+    return (x ^ _shift_right(x, 31)).argsort(dim=1, stable=True)
+
+
+def _shift_right(x: Tensor, bits: int) -> Tensor:
+    """Logical shift of int64, which torch shifts arithmetically."""
+    return (x >> bits) & ((1 << (64 - bits)) - 1)

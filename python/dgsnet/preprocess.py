@@ -1,0 +1,98 @@
+"""Preprocessing: from a decoded image to the model's normalised square input."""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dgs_kernels.ops.select_patches import enlarged_size, resize_bicubic, select_patches
+from dgsnet.config import PreprocessConfig
+from dgsnet.images import MAX_PIXELS, ImageError
+
+# Channel mean and standard deviation of pixels in 0..1.
+NORMALIZATIONS = {
+    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "clip": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
+}
+
+
+class Preprocessor:
+    """Makes the model's input from an image, as PreprocessConfig says.
+
+    Example:
+        >>> import numpy as np
+        >>> from dgsnet.config import PreprocessConfig
+        >>> from dgsnet.preprocess import Preprocessor
+        >>> Preprocessor(PreprocessConfig())(np.zeros((300, 400, 3), np.uint8)).shape
+        torch.Size([3, 224, 224])
+    """
+
+    def __init__(self, config: PreprocessConfig) -> None:
+        self.config = config
+        mean, std = NORMALIZATIONS[config.normalization]
+        # (pixel / 255 - mean) / std as one multiplication and one addition.
+        self._scale = torch.tensor([1 / (255 * s) for s in std])[:, None, None]
+        self._shift = torch.tensor([-m / s for m, s in zip(mean, std)])[:, None, None]
+
+    def __call__(self, image: np.ndarray, *, rng: np.random.Generator | None = None) -> Tensor:
+        """Preprocess one image.
+
+        Args:
+            image: uint8 [H, W, 3] RGB.
+            rng: for training: crop position, flip and shuffle are drawn from it. None, for scoring: no flip,
+                the centre crop, and a shuffle seeded by the image's pixels, so that a score is a function
+                of the image.
+
+        Returns:
+            float32 [3, S, S] with S = image_size, normalised.
+
+        Raises:
+            ImageError: so narrow an image that it would have to be enlarged beyond MAX_PIXELS.
+        """
+        pixels = torch.from_numpy(image).permute(2, 0, 1)
+        if self.config.mode == "patches":
+            pixels = self._mosaic(pixels, _draw_seed(rng) if rng else content_seed(image))
+        else:
+            pixels = self._crop(pixels, rng)
+        if rng and self.config.flip and rng.random() < 0.5:
+            pixels = pixels.flip(2)
+        return torch.addcmul(self._shift, pixels, self._scale)
+
+    def _mosaic(self, pixels: Tensor, seed: int) -> Tensor:
+        patch_size, num_patches = self.config.patch_size, self.config.num_patches
+        _check_size(*enlarged_size(*pixels.shape[1:], patch_size, num_patches))
+        return select_patches(pixels[None], patch_size, num_patches, seed=seed)[0]
+
+    def _crop(self, pixels: Tensor, rng: np.random.Generator | None) -> Tensor:
+        size = self.config.image_size
+        height, width = pixels.shape[1:]
+        if min(height, width) < size:
+            scale = size / min(height, width)
+            height, width = round(height * scale), round(width * scale)
+            _check_size(height, width)
+            pixels = resize_bicubic(pixels[None], height, width)[0]
+        top, left = (height - size) // 2, (width - size) // 2
+        if rng:
+            top, left = int(rng.integers(height - size + 1)), int(rng.integers(width - size + 1))
+        return pixels[:, top : top + size, left : left + size]
+
+
+def content_seed(image: np.ndarray) -> int:
+    """Seed in 0..2^63-1 from an image's shape and pixels: the same image, the same seed, on any machine."""
+    digest = hashlib.sha1(np.ascontiguousarray(image), usedforsecurity=False)
+    digest.update(repr(image.shape).encode())
+    return int.from_bytes(digest.digest()[:8], "little") >> 1
+
+
+def _draw_seed(rng: np.random.Generator) -> int:
+    return int(rng.integers(2**63))
+
+
+def _check_size(height: int, width: int) -> None:
+    if height * width > MAX_PIXELS:
+        raise ImageError(
+            f"would have to be enlarged to {width} x {height}, more than {MAX_PIXELS:,} pixels; crop it first"
+        )
