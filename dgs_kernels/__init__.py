@@ -1,1 +1,18 @@
 """Gradient surgery as fused kernels behind autograd-aware hooks."""
+
+from dgs_kernels import reference
+from dgs_kernels.backends import BackendError, explain
+from dgs_kernels.hooks import gradient_surgery
+from dgs_kernels.ops.project_align import project_align
+from dgs_kernels.ops.surgery_head import SurgeryHead, SurgeryHeadOutput, surgery_head
+
+__all__ = [
+    "BackendError",
+    "SurgeryHead",
+    "SurgeryHeadOutput",
+    "explain",
+    "gradient_surgery",
+    "project_align",
+    "reference",
+    "surgery_head",
+]

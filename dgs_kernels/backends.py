@@ -1,0 +1,138 @@
+"""Which implementation serves a call, and why.
+
+Four backends, each with the same function per operation: `cuda` and `cpu` are the native library's compiled
+kernels, `triton` the portable GPU kernels, `eager` the formulas of `reference.py`. The best one that exists
+for a device serves it; the environment variable `DGS_KERNELS_BACKEND` makes the choice explicit.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import os
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+VARIABLE = "DGS_KERNELS_BACKEND"
+BACKENDS = ("cuda", "triton", "cpu", "eager")
+OPERATIONS = ("project_align",)
+
+# Best first. Devices not named here are served by eager PyTorch.
+PREFERENCE = {"cuda": ("cuda", "triton", "eager"), "cpu": ("cpu", "eager"), "xpu": ("triton", "eager")}
+
+
+class BackendError(RuntimeError):
+    """The backend that was asked for cannot serve the call."""
+
+
+def implementation(operation: str, device_type: str) -> Callable:
+    """The function that serves `operation` on tensors of this device type.
+
+    Raises:
+        BackendError: `DGS_KERNELS_BACKEND` names a backend that does not exist or cannot serve the call.
+    """
+    return _implementation(operation, device_type, os.environ.get(VARIABLE))
+
+
+@functools.cache
+def _implementation(operation: str, device_type: str, forced: str | None) -> Callable:
+    if forced:
+        if forced not in BACKENDS:
+            raise BackendError(f"{VARIABLE}={forced}: expected one of {', '.join(BACKENDS)}")
+        if reason := obstacle(forced, operation, device_type):
+            raise BackendError(f"{VARIABLE}={forced} cannot serve {operation} on {device_type}: {reason}")
+        return _load(forced, operation)
+    reasons = []
+    for backend in PREFERENCE.get(device_type, ("eager",)):
+        reason = obstacle(backend, operation, device_type)
+        if reason is None:
+            if reasons:
+                warnings.warn(
+                    f"dgs_kernels: {operation} on {device_type} falls back to the {backend} backend "
+                    f"({'; '.join(reasons)})",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )
+            return _load(backend, operation)
+        reasons.append(f"{backend}: {reason}")
+    raise AssertionError("eager serves every operation")
+
+
+def obstacle(backend: str, operation: str, device_type: str) -> str | None:
+    """Why a backend cannot serve an operation on a device type; None if it can."""
+    if backend == "eager":
+        return None
+    if backend == "triton":
+        return _triton_obstacle(operation, device_type)
+    if device_type != backend:
+        return f"it serves {backend} tensors only"
+    if reason := _native_obstacle():
+        return reason
+    name = f"dgs_native::{operation}"
+    if not torch._C._dispatch_has_kernel_for_dispatch_key(name, backend.upper()):
+        return f"the native library was built without {backend} kernels for it"
+    return None
+
+
+def _load(backend: str, operation: str) -> Callable:
+    if backend == "eager":
+        return getattr(importlib.import_module("dgs_kernels.ops.eager"), operation)
+    if backend == "triton":
+        return getattr(importlib.import_module(f"dgs_kernels.triton.{operation}"), operation)
+    return getattr(torch.ops.dgs_native, operation).default
+
+
+@functools.cache
+def _native_obstacle() -> str | None:
+    """Load the native library; why that was not possible, or None."""
+    libraries = sorted(Path(__file__).parent.glob("_native*.so"))
+    if not libraries:
+        return "the native library was not built; reinstall with a C++ compiler on the PATH"
+    try:
+        torch.ops.load_library(str(libraries[0]))
+    except (OSError, RuntimeError) as error:
+        return f"{libraries[0].name} could not be loaded: {str(error).splitlines()[0]}"
+    return None
+
+
+def _triton_obstacle(operation: str, device_type: str) -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if importlib.util.find_spec(f"dgs_kernels.triton.{operation}") is None:
+        return "it has no such kernel"
+    if device_type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        return "triton serves CPU tensors only in its interpreter (TRITON_INTERPRET=1)"
+    if device_type not in ("cpu", "cuda", "xpu"):
+        return f"triton has no {device_type} support here"
+    return None
+
+
+def explain() -> str:
+    """Print, and return, which backend serves each operation on each device, and why the others do not.
+
+    Example:
+        >>> import dgs_kernels
+        >>> text = dgs_kernels.explain()  # doctest: +ELLIPSIS
+        dgs_kernels ...
+    """
+    forced = os.environ.get(VARIABLE)
+    lines = [f"dgs_kernels with torch {torch.__version__}; {VARIABLE}={forced or '(not set)'}"]
+    for device in ("cpu", "cuda"):
+        present = device == "cpu" or torch.cuda.is_available()
+        lines.append(f"{device}:" + ("" if present else " no such device is visible"))
+        for operation in OPERATIONS:
+            obstacles = {backend: obstacle(backend, operation, device) for backend in BACKENDS}
+            if forced:
+                chosen = forced if obstacles.get(forced, "unknown") is None else "none: an error"
+            else:
+                chosen = next(b for b in PREFERENCE[device] if obstacles[b] is None)
+            lines.append(f"  {operation}: {chosen}")
+            for backend, reason in obstacles.items():
+                lines.append(f"    {backend:7s}{reason or 'available'}")
+    text = "\n".join(lines)
+    print(text)
+    return text

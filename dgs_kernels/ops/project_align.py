@@ -1,0 +1,176 @@
+"""Gradient surgery on rows: `dgs::project_align`, its schema, shape rules, fake kernel and autograd."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from dgs_kernels import backends
+from dgs_kernels.reference import ORDERS, RULES, compute_dtype
+
+_library = torch.library.Library("dgs", "FRAGMENT")
+_library.define(
+    "project_align(Tensor grad, Tensor harmful, Tensor? beneficial, Tensor? scale, "
+    "float alignment, float eps, str order, str rule) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+def project_align(
+    grad: Tensor,
+    harmful: Tensor,
+    beneficial: Tensor | None = None,
+    *,
+    alignment: float | Tensor = 1.0,
+    eps: float = 1e-6,
+    order: str = "align_first",
+    rule: str = "positive",
+) -> Tensor:
+    """Project the harmful direction out of every gradient row and align it with the beneficial one.
+
+    The surgery of DGS-Net (arXiv 2511.13108): with u = h / (||h|| + eps) and b = min(beneficial, 0)::
+
+        align_first:    a = grad + alignment * b;   out = a - <a, u> u      (the published code)
+        project_first:  out = grad - <grad, u> u + alignment * b            (the paper's formula)
+
+    Args:
+        grad: [..., D], D >= 1; the leading axes are rows. float32, float64, bfloat16 or float16, any strides.
+        harmful: direction to remove, broadcastable to grad's shape ([D], [1, D], ...); never materialised
+            for [D] and [1, D]. A zero row removes nothing. A constant: it receives no gradient.
+        beneficial: direction to align with, likewise; None aligns with nothing.
+        alignment: weight of the alignment: a number, or a 0-dim tensor on grad's device (read there, without
+            a host synchronisation; receives a gradient).
+        eps: added to the norm, > 0.
+        order: "align_first" or "project_first".
+        rule: how h is made. "positive": the positive part of `harmful` (DGS-Net); "full": all of it
+            (orthogonal gradient descent); "conflict": all of it, and only in rows whose inner product with
+            it is negative (PCGrad, A-GEM). Under "conflict", differentiation holds that choice of rows fixed.
+
+    Returns:
+        Contiguous tensor of grad's shape and dtype. Arithmetic is float32 (float64 if any input is), rounded
+        once. NaN and infinity in a row stay visible in that row.
+
+    Raises:
+        ValueError, TypeError: a shape, dtype, device or option that does not fit, saying what was expected.
+
+    Example:
+        >>> import torch, dgs_kernels
+        >>> dgs_kernels.project_align(torch.tensor([[3.0, 4.0]]), torch.tensor([1.0, -1.0]), eps=1e-12)
+        tensor([[0., 4.]])
+    """
+    scale = None
+    if isinstance(alignment, Tensor):
+        alignment, scale = 1.0, alignment
+    return _op(grad, harmful, beneficial, scale, alignment, eps, order, rule)
+
+
+def _check(grad, harmful, beneficial, scale, eps, order, rule) -> None:
+    if grad.dim() == 0 or grad.shape[-1] == 0:
+        raise ValueError(f"project_align: grad must be [..., D] with D >= 1, got shape {tuple(grad.shape)}")
+    if order not in ORDERS:
+        raise ValueError(f"project_align: order must be one of {', '.join(ORDERS)}, got {order!r}")
+    if rule not in RULES:
+        raise ValueError(f"project_align: rule must be one of {', '.join(RULES)}, got {rule!r}")
+    if not eps > 0:
+        raise ValueError(f"project_align: eps must be > 0, got {eps}")
+    if not grad.dtype.is_floating_point:
+        raise TypeError(f"project_align: grad must be a floating-point tensor, got {grad.dtype}")
+    for name, direction in (("harmful", harmful), ("beneficial", beneficial)):
+        if direction is None:
+            continue
+        if direction.shape != grad.shape and not _broadcasts(direction.shape, grad.shape):
+            raise ValueError(
+                f"project_align: {name} must broadcast to grad's shape {tuple(grad.shape)}, "
+                f"got {tuple(direction.shape)}"
+            )
+        if not direction.dtype.is_floating_point:
+            raise TypeError(f"project_align: {name} must be a floating-point tensor, got {direction.dtype}")
+        if direction.device != grad.device:
+            raise ValueError(f"project_align: {name} is on {direction.device} and grad on {grad.device}")
+    if scale is not None and (scale.dim() != 0 or scale.device != grad.device):
+        raise ValueError(
+            f"project_align: alignment must be a number or a 0-dim tensor on {grad.device}, "
+            f"got shape {tuple(scale.shape)} on {scale.device}"
+        )
+
+
+def _broadcasts(shape: torch.Size, target: torch.Size) -> bool:
+    """Whether `shape` expands to `target`; the last axis has to be there in full."""
+    if not 1 <= len(shape) <= len(target) or shape[-1] != target[-1]:
+        return False
+    return all(n in (1, m) for n, m in zip(reversed(shape), reversed(target)))
+
+
+def _rows(x: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+    """A [rows, D] view with unit stride inside the row; a broadcast keeps stride 0 between rows."""
+    if x.dtype != dtype:
+        x = x.to(dtype)
+    if x.stride(-1) != 1:
+        x = x.contiguous()
+    if x.shape != shape:
+        x = x.expand(shape)
+    return x if x.dim() == 2 else x.reshape(-1, shape[-1])
+
+
+def _kernel(grad, harmful, beneficial, scale, alignment, eps, order, rule) -> Tensor:
+    _check(grad, harmful, beneficial, scale, eps, order, rule)
+    shape, dtype = grad.shape, grad.dtype
+    # Kernels read one type; mixed types meet in their common type, and the result returns to grad's.
+    if harmful.dtype != dtype or (beneficial is not None and beneficial.dtype != dtype):
+        dtype = compute_dtype(grad, harmful, beneficial)
+    if scale is not None:
+        scale = scale.to(compute_dtype(grad, harmful, beneficial))
+    out = backends.implementation("project_align", grad.device.type)(
+        _rows(grad, shape, dtype),
+        _rows(harmful, shape, dtype),
+        None if beneficial is None else _rows(beneficial, shape, dtype),
+        scale,
+        alignment,
+        eps,
+        ORDERS.index(order),
+        RULES.index(rule),
+    )
+    return out.view(shape).to(grad.dtype)
+
+
+def _fake(grad, harmful, beneficial, scale, alignment, eps, order, rule) -> Tensor:
+    _check(grad, harmful, beneficial, scale, eps, order, rule)
+    return grad.new_empty(grad.shape)
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    grad, harmful, beneficial, scale, ctx.alignment, ctx.eps, ctx.order, ctx.rule = inputs
+    ctx.save_for_backward(grad if ctx.rule == "conflict" else None, harmful, beneficial, scale)
+
+
+def _backward(ctx, cotangent):
+    """The forward is P grad + alignment * scale * P b (or b): linear, and the projection P is symmetric."""
+    grad, harmful, beneficial, scale = ctx.saved_tensors
+    wants_grad, _, _, wants_scale = ctx.needs_input_grad[:4]
+    rule = "full" if ctx.rule == "conflict" else ctx.rule
+    projected = _op(cotangent, harmful, None, None, 1.0, ctx.eps, ctx.order, rule)
+    if ctx.rule == "conflict":
+        projected = torch.where(_conflicts(ctx, grad, harmful, beneficial, scale), projected, cotangent)
+    grad_scale = None
+    if wants_scale and beneficial is not None:
+        dtype = compute_dtype(cotangent, beneficial)
+        through = projected if ctx.order == "align_first" else cotangent
+        pull = beneficial.detach().to(dtype).clamp(max=0)
+        grad_scale = (ctx.alignment * (through.to(dtype) * pull).sum()).to(scale.dtype)
+    return (projected if wants_grad else None), None, None, grad_scale, None, None, None, None
+
+
+def _conflicts(ctx, grad, harmful, beneficial, scale) -> Tensor:
+    """The rows [..., 1] that the forward projected under the conflict rule."""
+    dtype = compute_dtype(grad, harmful, beneficial)
+    x = grad.detach().to(dtype)
+    if beneficial is not None and ctx.order == "align_first":
+        weight = ctx.alignment if scale is None else ctx.alignment * scale.detach().to(dtype)
+        x = x + weight * beneficial.detach().to(dtype).clamp(max=0)
+    return (x * harmful.detach().to(dtype)).sum(-1, keepdim=True) < 0
+
+
+_library.impl("project_align", _kernel, "CompositeExplicitAutograd")
+torch.library.register_fake("dgs::project_align", _fake, lib=_library)
+torch.library.register_autograd("dgs::project_align", _backward, setup_context=_setup_context, lib=_library)
+_op = torch.ops.dgs.project_align.default

@@ -1,0 +1,298 @@
+"""The three branches in closed form: `dgs::surgery_head`, its backward, and the module with the heads."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from dgs_kernels import reference
+from dgs_kernels.reference import ORDERS, compute_dtype
+
+_library = torch.library.Library("dgs", "FRAGMENT")
+_library.define(
+    "surgery_head(Tensor features, Tensor teacher_features, Tensor? text_features, Tensor labels, "
+    "Tensor image_weight, Tensor image_bias, Tensor teacher_weight, Tensor teacher_bias, "
+    "Tensor? text_weight, Tensor? text_bias, float eps, str order, int? reference_batch_size) "
+    "-> (Tensor losses, Tensor logits, Tensor residuals, Tensor head_grads)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_library.define(
+    "surgery_head_backward(Tensor residuals, Tensor image_weight, Tensor teacher_weight, "
+    "Tensor? text_weight, Tensor image_scale, Tensor alignment_scale, ScalarType out_dtype, "
+    "float eps, str order, int? reference_batch_size) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+class SurgeryHeadOutput(NamedTuple):
+    """What the three branches say about a batch of B samples.
+
+    The losses are 0-dim means over the batch, to be summed as
+    `image_loss + text_loss + weight * alignment_loss`. The logits [B] are detached: the losses carry every
+    gradient. Without text features `text_loss` is 0 and `text_logits` is None.
+    """
+
+    image_loss: Tensor
+    text_loss: Tensor
+    alignment_loss: Tensor
+    image_logits: Tensor
+    text_logits: Tensor | None
+    teacher_logits: Tensor
+
+
+def surgery_head(
+    features: Tensor,
+    teacher_features: Tensor,
+    text_features: Tensor | None,
+    labels: Tensor,
+    image_weight: Tensor,
+    image_bias: Tensor,
+    teacher_weight: Tensor,
+    teacher_bias: Tensor,
+    text_weight: Tensor | None,
+    text_bias: Tensor | None,
+    *,
+    order: str = "align_first",
+    eps: float = 1e-6,
+    reference_batch_size: int | None = None,
+) -> SurgeryHeadOutput:
+    """DGS-Net's student, teacher and text branch on linear heads, with the gradient surgery in closed form.
+
+    With linear heads both reference gradients of a sample are multiples of a head's weight, so no
+    `autograd.grad` and no [B, D] reference gradients are needed: the features are read once, forward, and
+    their surgered gradient is written once, backward, from three scalars per sample. Results equal those of
+    `reference.official_graph`, which is arXiv 2511.13108 as published.
+
+    Args:
+        features: [B, D] student features, not normalised. They receive the surgered gradient.
+        teacher_features: [B, D], constant. Only the teacher's gradient is used, as the beneficial direction.
+        text_features: [B, D] caption features, which may require grad; None (no captions): the text loss is
+            0 and nothing is projected, the alignment stays.
+        labels: [B], 0 real and 1 generated, any real dtype; values between are soft labels.
+        image_weight, teacher_weight, text_weight: [1, D], as `nn.Linear(D, 1)` holds them.
+        image_bias, teacher_bias, text_bias: [1]. The teacher's head receives no gradient.
+        order: "align_first" (the published code) or "project_first" (the paper's formula).
+        eps: added to the norm of the harmful gradient, > 0.
+        reference_batch_size: R takes the two reference gradients as if the batch were R, which makes the
+            strength of the surgery independent of batch size, ranks and accumulation. None is the official
+            formula, whose alignment fades as 1/B. R = 32 is the official strength at its batch of 32.
+
+    Returns:
+        SurgeryHeadOutput. Losses and logits are float32 (float64 if any input is) also under autocast.
+
+    Raises:
+        ValueError, TypeError: a shape, dtype, device or option that does not fit, saying what was expected.
+        RuntimeError: a second differentiation; the edited gradient is not the gradient of any loss.
+
+    Example:
+        >>> import torch
+        >>> from dgs_kernels import surgery_head
+        >>> f, t, c = torch.randn(3, 8, 16).unbind()
+        >>> w, b = torch.randn(3, 1, 16).unbind(), torch.zeros(3, 1).unbind()
+        >>> y = torch.arange(8) % 2
+        >>> out = surgery_head(f.requires_grad_(), t, c, y, w[0], b[0], w[1], b[1], w[2], b[2])
+        >>> (out.image_loss + out.text_loss + 0.2 * out.alignment_loss).backward()
+        >>> f.grad.shape
+        torch.Size([8, 16])
+    """
+    losses, logits, _, _ = _op(
+        features,
+        teacher_features,
+        text_features,
+        labels,
+        image_weight,
+        image_bias,
+        teacher_weight,
+        teacher_bias,
+        text_weight,
+        text_bias,
+        eps,
+        order,
+        reference_batch_size,
+    )
+    image_loss, text_loss, alignment_loss = losses.unbind()
+    image_logits, text_logits, teacher_logits = logits.detach().unbind()
+    return SurgeryHeadOutput(
+        image_loss,
+        text_loss,
+        alignment_loss,
+        image_logits,
+        None if text_features is None else text_logits,
+        teacher_logits,
+    )
+
+
+class SurgeryHead(nn.Module):
+    """The three linear heads of DGS-Net, `image_head`, `teacher_head` (frozen) and `text_head`.
+
+    Args:
+        dim: D, the width of the features.
+
+    Example:
+        >>> import torch
+        >>> from dgs_kernels import SurgeryHead
+        >>> head = SurgeryHead(16)
+        >>> f, t, c = torch.randn(3, 8, 16).unbind()
+        >>> out = head(f.requires_grad_(), t, c, torch.ones(8))
+        >>> (out.image_loss + out.text_loss + 0.2 * out.alignment_loss).backward()
+    """
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.image_head = nn.Linear(dim, 1)
+        self.teacher_head = nn.Linear(dim, 1).requires_grad_(False)
+        self.text_head = nn.Linear(dim, 1)
+
+    def forward(
+        self,
+        features: Tensor,
+        teacher_features: Tensor,
+        text_features: Tensor | None,
+        labels: Tensor,
+        *,
+        order: str = "align_first",
+        eps: float = 1e-6,
+        reference_batch_size: int | None = None,
+    ) -> SurgeryHeadOutput:
+        """`surgery_head` with this module's weights."""
+        return surgery_head(
+            features,
+            teacher_features,
+            text_features,
+            labels,
+            self.image_head.weight,
+            self.image_head.bias,
+            self.teacher_head.weight,
+            self.teacher_head.bias,
+            self.text_head.weight,
+            self.text_head.bias,
+            order=order,
+            eps=eps,
+            reference_batch_size=reference_batch_size,
+        )
+
+
+def _check(
+    features, teacher_features, text_features, labels, heads, eps, order, reference_batch_size
+) -> None:
+    if features.dim() != 2 or features.shape[1] == 0:
+        raise ValueError(f"surgery_head: features must be [B, D] with D >= 1, got {tuple(features.shape)}")
+    batch, dim = features.shape
+    expected = [
+        ("teacher_features", teacher_features, (batch, dim)),
+        ("text_features", text_features, (batch, dim)),
+        ("labels", labels, (batch,)),
+    ]
+    for name, (weight, bias) in heads.items():
+        expected += [(f"{name}_weight", weight, (1, dim)), (f"{name}_bias", bias, (1,))]
+    for name, tensor, shape in expected:
+        if tensor is None:
+            if text_features is not None:
+                raise ValueError(f"surgery_head: {name} is needed with text_features")
+            continue
+        if tuple(tensor.shape) != shape:
+            raise ValueError(f"surgery_head: {name} must have shape {shape}, got {tuple(tensor.shape)}")
+        if tensor.device != features.device:
+            raise ValueError(f"surgery_head: {name} is on {tensor.device} and features on {features.device}")
+        if name != "labels" and not tensor.dtype.is_floating_point:
+            raise TypeError(f"surgery_head: {name} must be a floating-point tensor, got {tensor.dtype}")
+    if not features.dtype.is_floating_point:
+        raise TypeError(f"surgery_head: features must be a floating-point tensor, got {features.dtype}")
+    if labels.dtype.is_complex:
+        raise TypeError(f"surgery_head: labels must be real, got {labels.dtype}")
+    if order not in ORDERS:
+        raise ValueError(f"surgery_head: order must be one of {', '.join(ORDERS)}, got {order!r}")
+    if not eps > 0:
+        raise ValueError(f"surgery_head: eps must be > 0, got {eps}")
+    if reference_batch_size is not None and reference_batch_size < 1:
+        raise ValueError(f"surgery_head: reference_batch_size must be >= 1, got {reference_batch_size}")
+
+
+def _checked(features, teacher_features, text_features, labels, *rest):
+    """The arguments of `reference.surgery_head`, from those of the operator."""
+    image_w, image_b, teacher_w, teacher_b, text_w, text_b, eps, order, reference_batch_size = rest
+    heads = {"image": (image_w, image_b), "teacher": (teacher_w, teacher_b), "text": (text_w, text_b)}
+    _check(features, teacher_features, text_features, labels, heads, eps, order, reference_batch_size)
+    if text_features is None:
+        text_w = text_b = None
+    return features, teacher_features, text_features, labels, *rest[:4], text_w, text_b, reference_batch_size
+
+
+def _kernel(*inputs):
+    return reference.surgery_head(*_checked(*inputs))
+
+
+def _fake(*inputs):
+    features, teacher_features, text_features, _, image_w, _, teacher_w, _, text_w, _, _ = _checked(*inputs)
+    batch, dim = features.shape
+    dtype = compute_dtype(features, teacher_features, text_features, image_w, teacher_w, text_w)
+    shapes = ((3,), (3, batch), (3, batch), (2, dim + 1))
+    return tuple(features.new_empty(shape, dtype=dtype) for shape in shapes)
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    features, _, text_features, _, image_w, _, teacher_w, _, text_w, _, *options = inputs
+    ctx.eps, ctx.order, ctx.reference_batch_size = options
+    ctx.dtype, ctx.has_text = features.dtype, text_features is not None
+    ctx.text_dtype = text_features.dtype if ctx.has_text else None
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(image_w, teacher_w, text_w, output[2], output[3])
+    ctx.types = tuple(None if x is None else x.dtype for x in inputs[4:10])
+
+
+def _backward(ctx, losses_grad, *_):
+    grads = [None] * 13
+    if losses_grad is None:
+        return tuple(grads)
+    image_w, teacher_w, text_w, residuals, head_grads = ctx.saved_tensors
+    image_scale, text_scale, alignment_scale = losses_grad.unbind()
+    needs = ctx.needs_input_grad
+    if needs[0]:
+        grads[0] = _op_backward(
+            residuals,
+            image_w,
+            teacher_w,
+            text_w if ctx.has_text else None,
+            image_scale,
+            alignment_scale,
+            ctx.dtype,
+            ctx.eps,
+            ctx.order,
+            ctx.reference_batch_size,
+        )
+    if needs[2]:
+        weight = (text_scale / max(residuals.shape[1], 1)) * text_w.to(residuals.dtype)
+        grads[2] = (residuals[1][:, None] * weight).to(ctx.text_dtype)
+    for head, scale, at in ((0, image_scale, 4), (1, text_scale, 8)):
+        if needs[at]:
+            grads[at] = (head_grads[head, :-1] * scale)[None].to(ctx.types[at - 4])
+        if needs[at + 1]:
+            grads[at + 1] = (head_grads[head, -1:] * scale).to(ctx.types[at - 3])
+    return tuple(grads)
+
+
+def _kernel_backward(*inputs):
+    return reference.surgery_head_backward(*inputs)
+
+
+def _fake_backward(
+    residuals, image_weight, teacher_weight, text_weight, image_scale, alignment_scale, dtype, *_
+):
+    return residuals.new_empty((residuals.shape[1], image_weight.shape[1]), dtype=dtype)
+
+
+def _refuse(ctx, *_):
+    raise RuntimeError("surgery_head cannot be differentiated twice: its gradient is edited, not derived")
+
+
+_library.impl("surgery_head", _kernel, "CompositeExplicitAutograd")
+_library.impl("surgery_head_backward", _kernel_backward, "CompositeExplicitAutograd")
+torch.library.register_fake("dgs::surgery_head", _fake, lib=_library)
+torch.library.register_fake("dgs::surgery_head_backward", _fake_backward, lib=_library)
+torch.library.register_autograd("dgs::surgery_head", _backward, setup_context=_setup_context, lib=_library)
+torch.library.register_autograd("dgs::surgery_head_backward", _refuse, lib=_library)
+_op = torch.ops.dgs.surgery_head.default
+_op_backward = torch.ops.dgs.surgery_head_backward.default

@@ -1,0 +1,249 @@
+"""Every formula of the library in plain PyTorch: the specification, and the `eager` backend.
+
+Any floating-point type goes in. Half types compute in float32 and round once, at the end; float64 stays
+float64. The names are those of the operators that the fused kernels implement.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+ORDERS = ("align_first", "project_first")
+RULES = ("positive", "full", "conflict")
+
+
+def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
+    """The type that arithmetic on these tensors is done in: their common type, at least float32."""
+    types = (t.dtype for t in tensors if t is not None)
+    return functools.reduce(torch.promote_types, types, torch.float32)
+
+
+def project_align(
+    grad: Tensor,
+    harmful: Tensor,
+    beneficial: Tensor | None = None,
+    *,
+    alignment: float | Tensor = 1.0,
+    eps: float = 1e-6,
+    order: str = "align_first",
+    rule: str = "positive",
+) -> Tensor:
+    """Remove each row's harmful direction and add `alignment` times the negative part of `beneficial`.
+
+    With h the harmful row (its positive part under `rule="positive"`) and u = h / (||h|| + eps)::
+
+        align_first:    a = grad + alignment * min(beneficial, 0);   out = a - <a, u> u
+        project_first:  out = grad - <grad, u> u + alignment * min(beneficial, 0)
+
+    `rule="conflict"` projects only rows whose inner product is negative. Shapes and arguments are those of
+    `dgs_kernels.project_align`.
+    """
+    dtype = compute_dtype(grad, harmful, beneficial)
+    x, direction = grad.to(dtype), harmful.to(dtype)
+    if rule == "positive":
+        direction = direction.clamp(min=0)
+    unit = direction / (torch.linalg.vector_norm(direction, dim=-1, keepdim=True) + eps)
+    if beneficial is not None:
+        pull = alignment * beneficial.to(dtype).clamp(max=0)
+        if order == "align_first":
+            x = x + pull
+    inner = (x * unit).sum(-1, keepdim=True)
+    if rule == "conflict":
+        inner = inner.clamp(max=0)  # unlike a comparison, a clamp lets NaN through
+    out = x - inner * unit
+    if beneficial is not None and order == "project_first":
+        out = out + pull
+    return out.to(grad.dtype)
+
+
+def alignment_loss(features: Tensor, beneficial: Tensor | None) -> Tensor:
+    """Mean over the rows of <features, min(beneficial, 0)>; 0 without rows or without `beneficial`."""
+    dtype = compute_dtype(features, beneficial)
+    if beneficial is None:
+        return torch.zeros((), dtype=dtype, device=features.device)
+    rows = features.numel() // features.shape[-1]
+    return (features.to(dtype) * beneficial.to(dtype).clamp(max=0)).sum() / max(rows, 1)
+
+
+def gradient_surgery(
+    features: Tensor,
+    harmful: Tensor,
+    beneficial: Tensor | None = None,
+    *,
+    eps: float = 1e-6,
+    order: str = "align_first",
+    rule: str = "positive",
+) -> tuple[Tensor, Tensor]:
+    """The feature hook, as an ordinary tensor hook.
+
+    The order is decided by where the alignment loss is attached: behind the hook, its gradient is projected
+    with the task's; before the hook, it is added afterwards.
+    """
+    seen = features.view_as(features)
+    if seen.requires_grad:
+        seen.register_hook(lambda grad: project_align(grad, harmful, eps=eps, rule=rule))
+    aligned = seen if order == "align_first" else features
+    return seen, alignment_loss(aligned, None if beneficial is None else beneficial.detach())
+
+
+def surgery_head(
+    features: Tensor,
+    teacher_features: Tensor,
+    text_features: Tensor | None,
+    labels: Tensor,
+    image_weight: Tensor,
+    image_bias: Tensor,
+    teacher_weight: Tensor,
+    teacher_bias: Tensor,
+    text_weight: Tensor | None,
+    text_bias: Tensor | None,
+    reference_batch_size: int | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Forward of the three branches: everything that needs the feature matrices, in one reading of them.
+
+    Returns, in the computing type and each stacked in the order image, text, teacher:
+
+    - losses [3]: image loss, text loss, alignment loss (means over the batch);
+    - logits [3, B];
+    - residuals [3, B]: sigmoid(logit) - label, all that the backward needs to know of a sample;
+    - head_grads [2, D + 1]: gradient of image and text loss with respect to weight and bias of their head.
+
+    A gradient of the mean loss with respect to a feature row is residual / B * weight, so the beneficial row
+    is |residual / R| * min(+-teacher_weight, 0), with R the reference batch size (B if None).
+    Without text features the text rows are zeros.
+    """
+    heads = (image_weight, teacher_weight, text_weight)
+    dtype = compute_dtype(features, teacher_features, text_features, *heads)
+    batch = len(features)
+    mean = 1 / max(batch, 1)
+    y = labels.to(dtype)
+    f = features.to(dtype)
+    none = torch.zeros(batch, dtype=dtype, device=features.device)
+
+    def branch(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        logits = x @ weight.to(dtype).flatten() + bias.to(dtype)
+        return (
+            logits,
+            torch.sigmoid(logits) - y,
+            F.binary_cross_entropy_with_logits(logits, y, reduction="sum"),
+        )
+
+    def head_grad(residual: Tensor, x: Tensor) -> Tensor:
+        return torch.cat([residual @ x, residual.sum()[None]]) * mean
+
+    with torch.autocast(features.device.type, enabled=False):
+        image_logits, image_residual, image_loss = branch(f, image_weight, image_bias)
+        teacher_logits, teacher_residual, _ = branch(teacher_features.to(dtype), teacher_weight, teacher_bias)
+        image_grad = head_grad(image_residual, f)
+        if text_features is None:
+            text_logits, text_residual, text_loss = none, none, none.sum()
+            text_grad = torch.zeros_like(image_grad)
+        else:
+            t = text_features.to(dtype)
+            text_logits, text_residual, text_loss = branch(t, text_weight, text_bias)
+            text_grad = head_grad(text_residual, t)
+
+        w = teacher_weight.to(dtype).flatten()
+        rises, falls = f @ w.clamp(max=0), f @ (-w).clamp(max=0)
+        dots = torch.where(teacher_residual > 0, rises, falls) * teacher_residual.abs()
+        alignment_loss = dots.sum() / (reference_batch_size or max(batch, 1))
+
+    return (
+        torch.stack([image_loss, text_loss, alignment_loss]) * mean,
+        torch.stack([image_logits, text_logits, teacher_logits]),
+        torch.stack([image_residual, text_residual, teacher_residual]),
+        torch.stack([image_grad, text_grad]),
+    )
+
+
+def surgery_head_backward(
+    residuals: Tensor,
+    image_weight: Tensor,
+    teacher_weight: Tensor,
+    text_weight: Tensor | None,
+    image_scale: Tensor,
+    alignment_scale: Tensor,
+    out_dtype: torch.dtype,
+    eps: float = 1e-6,
+    order: str = "align_first",
+    reference_batch_size: int | None = None,
+) -> Tensor:
+    """Gradient with respect to the features [B, D], after the surgery, from three scalars per row.
+
+    `image_scale` and `alignment_scale` (0-dim) are the gradients that arrive at the image loss and the
+    alignment loss. Every row of the result is a combination of three of five vectors::
+
+        image * w_image + pull * min(+-w_teacher, 0) - push * relu(+-w_text)
+
+    The signs are those of the row's residuals. The harmful unit vector is k * relu(+-w_text) with
+    k = |c| / (|c| * ||relu(+-w_text)|| + eps) and c = text residual / R.
+    """
+    dtype = residuals.dtype
+    batch = residuals.shape[1]
+    reference = reference_batch_size or max(batch, 1)
+    image_residual, text_residual, teacher_residual = residuals
+    image = image_scale.to(dtype) * image_residual / max(batch, 1)
+    pull = alignment_scale.to(dtype) * teacher_residual.abs() / (reference * max(batch, 1))
+
+    with torch.autocast(residuals.device.type, enabled=False):
+        w_image, w_teacher = image_weight.to(dtype).flatten(), teacher_weight.to(dtype).flatten()
+        pulls = torch.stack([(-w_teacher).clamp(max=0), w_teacher.clamp(max=0)])
+        pull_side = (teacher_residual > 0).long()
+        out = image[:, None] * w_image + pull[:, None] * pulls[pull_side]
+        if text_weight is None:
+            return out.to(out_dtype)
+
+        w_text = text_weight.to(dtype).flatten()
+        pushes = torch.stack([(-w_text).clamp(min=0), w_text.clamp(min=0)])
+        push_side = (text_residual > 0).long()
+        c = text_residual.abs() / reference
+        k = c / (c * torch.linalg.vector_norm(pushes, dim=1)[push_side] + eps)
+        inner = image * (pushes @ w_image)[push_side]
+        if order == "align_first":
+            inner = inner + pull * (pushes @ pulls.T)[push_side, pull_side]
+        out = out - (inner * k * k)[:, None] * pushes[push_side]
+        return out.to(out_dtype)
+
+
+def official_graph(
+    features: Tensor,
+    teacher_features: Tensor,
+    text_features: Tensor,
+    labels: Tensor,
+    image_weight: Tensor,
+    image_bias: Tensor,
+    teacher_weight: Tensor,
+    teacher_bias: Tensor,
+    text_weight: Tensor,
+    text_bias: Tensor,
+    *,
+    order: str = "align_first",
+    eps: float = 1e-6,
+    reference_batch_size: int | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The published algorithm written naively: two `autograd.grad` calls and a hook on the features.
+
+    What `surgery_head` computes in closed form; arguments and results are those of
+    `dgs_kernels.surgery_head`. Kept for the tests and benchmarks to compare with.
+    """
+    y = labels.to(features.dtype)
+    teacher = teacher_features.detach().requires_grad_()
+    text = text_features if text_features.requires_grad else text_features.detach().requires_grad_()
+    teacher_logits = F.linear(teacher, teacher_weight, teacher_bias).squeeze(1)
+    text_logits = F.linear(text, text_weight, text_bias).squeeze(1)
+    text_loss = F.binary_cross_entropy_with_logits(text_logits, y)
+    teacher_loss = F.binary_cross_entropy_with_logits(teacher_logits, y)
+    (harmful,) = torch.autograd.grad(text_loss, text, retain_graph=True)
+    (beneficial,) = torch.autograd.grad(teacher_loss, teacher)
+    rescale = 1.0 if reference_batch_size is None else len(y) / reference_batch_size
+
+    seen, alignment = gradient_surgery(
+        features, harmful * rescale, beneficial * rescale, eps=eps, order=order
+    )
+    image_logits = F.linear(seen, image_weight, image_bias).squeeze(1)
+    image_loss = F.binary_cross_entropy_with_logits(image_logits, y)
+    return image_loss, text_loss, alignment, image_logits, text_logits, teacher_logits
