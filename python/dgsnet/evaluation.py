@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import math
-import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -133,6 +133,7 @@ class Evaluation:
     def save(self, out: str | Path) -> None:
         """Write metrics.json, metrics.csv, scores.csv and metrics.png into the folder `out`."""
         from dgsnet import plots
+        from dgsnet.checkpoint import write_file
 
         out = Path(out)
         out.mkdir(parents=True, exist_ok=True)
@@ -143,18 +144,14 @@ class Evaluation:
             "generators": by_generator,
             "damaged": [{"path": s.path, "error": s.error} for s in self.damaged],
         }
-        _write(out / "metrics.json", json.dumps(_null_for_nan(document), indent=2) + "\n")
-        _write_csv(
-            out / "metrics.csv",
-            [
-                {"generator": name} | {k: "" if math.isnan(v) else v for k, v in row.items()}
-                for name, row in [*by_generator.items(), ("mean", mean)]
-            ],
-        )
-        _write_csv(
-            out / "scores.csv",
-            [vars(s) | {"probability": "" if s.error else f"{s.probability:.6f}"} for s in self.scores],
-        )
+        write_file(out / "metrics.json", (json.dumps(_null_for_nan(document), indent=2) + "\n").encode())
+        rows = [
+            {"generator": name} | {k: "" if math.isnan(v) else v for k, v in row.items()}
+            for name, row in [*by_generator.items(), ("mean", mean)]
+        ]
+        write_file(out / "metrics.csv", _csv(rows))
+        rows = [vars(s) | {"probability": "" if s.error else f"{s.probability:.6f}"} for s in self.scores]
+        write_file(out / "scores.csv", _csv(rows))
         plots.save(plots.generators(by_generator, mean, self.threshold), out / "metrics.png")
 
 
@@ -192,6 +189,7 @@ def evaluate_command(
     data: list[str],
     model: str,
     out: str,
+    split: str | None = None,
     threshold: float = THRESHOLD,
     device: str | None = None,
     workers: int | None = None,
@@ -204,6 +202,7 @@ def evaluate_command(
         data: dataset folders, or JSON/CSV lists of path and label.
         model: a model folder, or the folder of a training run.
         out: folder for the results.
+        split: train, val or test, for folders that hold several.
         threshold: an image is called generated where its probability is above it.
         device: torch device; the GPU where there is one if not given.
         workers: processes that read and prepare images; chosen if not given.
@@ -212,11 +211,10 @@ def evaluate_command(
 
     samples = []
     for source in data:
-        found = find_samples(source)
+        found = find_samples(source, split)
         if len(data) > 1:
             # The same generator in two suites is two lines of the table.
-            for sample in found:
-                sample.generator = "/".join(filter(None, [Path(source).name, sample.generator]))
+            found = [replace(s, generator=f"{Path(source).stem}/{s.generator}") for s in found]
         samples += found
     if not samples:
         raise UserError("--data: no dataset given; name a folder or a JSON/CSV list")
@@ -256,17 +254,10 @@ def _null_for_nan(value: Any) -> Any:
     return None if isinstance(value, float) and math.isnan(value) else value
 
 
-def _write(path: Path, text: str) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8", errors="surrogateescape", newline="")
-    os.replace(partial, path)
-
-
-def _write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
-    import io
-
-    text = io.StringIO()
+def _csv(rows: list[dict[str, Any]]) -> bytes:
+    text = io.StringIO(newline="")
     writer = csv.DictWriter(text, fieldnames=list(rows[0]))
     writer.writeheader()
     writer.writerows(rows)
-    _write(path, text.getvalue())
+    # File names that are not UTF-8 are written as the bytes they are.
+    return text.getvalue().encode(errors="surrogateescape")

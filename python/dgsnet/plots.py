@@ -60,7 +60,14 @@ def generators(
         ):
             axes.barh(y + offset, [100 * row[key] for _, row in rows], 0.34, color=color, label=label)
         axes.plot(
-            [100 * row["ap"] for _, row in rows], y, "D", color=INK, markersize=5, label="AP", clip_on=False
+            [100 * row["ap"] for _, row in rows],
+            y,
+            "D",
+            color=INK,
+            markeredgecolor="white",
+            markersize=6,
+            label="AP",
+            clip_on=False,
         )
         axes.axhline(len(rows) - 1.5, color=INK, linewidth=0.8)
         axes.set_yticks(y, [name or "(unnamed)" for name, _ in rows])

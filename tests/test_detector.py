@@ -1,0 +1,181 @@
+"""Scores are a function of the image, damaged images cost one row, `dgsnet predict` writes what it says."""
+
+import csv
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from dgsnet import detector as module
+from dgsnet.checkpoint import build_model, load_model, save_model
+from dgsnet.config import Config, ModelConfig, PreprocessConfig
+from dgsnet.detector import Detector, find_images, predict_command
+from dgsnet.errors import UserError
+from dgsnet.images import read_image
+from PIL import Image
+
+PREPROCESS = {
+    "crop": PreprocessConfig(mode="crop", image_size=32),
+    "patches": PreprocessConfig(mode="patches", image_size=32, patch_size=8, num_patches=16),
+}
+
+
+@pytest.fixture(scope="module", params=list(PREPROCESS))
+def run(request, tmp_path_factory):
+    """A model with random weights whose adapters and head are not at their initial zeros."""
+    torch.set_num_threads(1)
+    config = Config(
+        model=ModelConfig(name="dgsnet-tiny", pretrained="", lora_rank=2),
+        preprocess=PREPROCESS[request.param],
+    )
+    model = build_model(config, with_text=False)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.trainable_parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) / 4)
+    return save_model(tmp_path_factory.mktemp("run") / "best", model, config).parent
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("images")
+    rng = np.random.default_rng(0)
+    for i in range(40):
+        size = rng.integers(33, 90, 2)
+        Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8)).save(folder / f"{i:02}.png")
+    return folder
+
+
+def rows(path):
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_scores_differ_between_images_and_agree_with_the_plain_model(run, images):
+    paths = sorted(images.glob("*.png"))[:8]
+    detector = Detector.load(run, device="cpu")
+    probabilities = detector.predict(paths)
+    assert probabilities.dtype == np.float32 and probabilities.shape == (8,)
+    assert len(set(probabilities)) == 8 and detector.errors == {}
+
+    model, _ = load_model(run)
+    pixels = torch.stack([detector.preprocess(read_image(path)) for path in paths])
+    with torch.no_grad():
+        expected = torch.sigmoid(model.double().logits(pixels.double()))
+    np.testing.assert_allclose(probabilities, expected, rtol=1e-4)
+
+
+def test_a_score_does_not_depend_on_company_order_or_workers(run, images):
+    paths = sorted(images.glob("*.png"))
+    detector = Detector.load(run, device="cpu")
+    together = detector.predict(paths, workers=2)
+    np.testing.assert_array_equal(together, [detector.predict(path)[0] for path in paths])
+    np.testing.assert_array_equal(together, detector.predict(paths[::-1], workers=0)[::-1])
+    np.testing.assert_array_equal(together, Detector.load(run, device="cpu").predict(paths, workers=1))
+
+
+def test_logits_of_a_batch_are_those_of_its_images(run):
+    detector = Detector.load(run, device="cpu")
+    pixels = torch.randn(5, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    logits = detector.logits(pixels)
+    assert logits.shape == (5,) and logits.dtype == torch.float32 and not logits.requires_grad
+    assert torch.equal(logits, torch.cat([detector.logits(row[None]) for row in pixels]))
+    assert detector.logits(pixels[:0]).shape == (0,)
+    with pytest.raises(ValueError, match=r"\[N, 3, 32, 32\], got \[5, 3, 16, 16\]"):
+        detector.logits(pixels[:, :, :16, :16])
+
+
+def test_path_pil_and_array_score_alike(run, images):
+    path = sorted(images.glob("*.png"))[0]
+    picture = Image.open(path)
+    detector = Detector.load(run, device="cpu")
+    scores = detector.predict([str(path), path, picture, np.asarray(picture)])
+    assert len(set(scores)) == 1
+    assert detector.predict(picture) == detector.predict(np.asarray(picture)) == scores[:1]
+
+
+def test_unreadable_images_are_nan_and_told(run, images, tmp_path):
+    broken = tmp_path / "broken.jpg"
+    broken.write_bytes(b"\xff\xd8\xff no picture")
+    detector = Detector.load(run, device="cpu")
+    good = sorted(images.glob("*.png"))[0]
+    probabilities = detector.predict([good, broken, tmp_path / "missing.png"])
+    assert np.isnan(probabilities).tolist() == [False, True, True]
+    assert "broken.jpg" in detector.errors[1] and "missing.png" in detector.errors[2]
+    detector.predict(good)
+    assert detector.errors == {}
+    assert detector.predict([]).shape == (0,)
+
+
+def test_find_images(tmp_path):
+    for name in ("a.png", "b.JPG", "notes.txt", "deep/er/c.webp", "deep/d.jpeg", "odd[1].png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+
+    def names(*paths):
+        files, missing = find_images([tmp_path / path for path in paths])
+        return [str(file).removeprefix(f"{tmp_path}/") for file in files], list(missing.values())
+
+    assert names(".")[0] == ["a.png", "b.JPG", "deep/d.jpeg", "deep/er/c.webp", "odd[1].png"]
+    assert names("b.JPG", "a.png", "b.JPG") == (["b.JPG", "a.png"], [])
+    assert names("*.png")[0] == ["a.png", "odd[1].png"]
+    assert names("odd[1].png")[0] == ["odd[1].png"]
+    assert names("**/*.webp")[0] == ["deep/er/c.webp"]
+    assert names("dee*")[0] == ["deep/d.jpeg", "deep/er/c.webp"]
+    assert names("notes.txt")[0] == ["notes.txt"]
+    assert names("none.png", "*.gif") == ([], ["no such file or folder", "no image matches this pattern"])
+
+
+def test_predict_command(run, images, tmp_path, capsys):
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(b"")
+    out = tmp_path / "new" / "scores.csv"
+    predict_command([str(images), str(broken), str(tmp_path / "missing.png")], str(run), str(out))
+    table = rows(out)
+    assert list(table[0]) == ["path", "probability", "decision", "error"]
+    assert len(table) == 42
+    scored = [row for row in table if not row["error"]]
+    assert len(scored) == 40
+    for row in scored:
+        assert row["decision"] == ("generated" if float(row["probability"]) > 0.5 else "real")
+    assert {row["decision"] for row in scored} == {"real", "generated"}
+    failed = {row["path"]: row for row in table if row["error"]}
+    assert set(failed) == {str(broken), str(tmp_path / "missing.png")}
+    assert all(row["probability"] == row["decision"] == "" for row in failed.values())
+    assert "2 could not be read" in capsys.readouterr().out
+
+    alone = tmp_path / "alone.csv"
+    predict_command([scored[7]["path"]], str(run), str(alone))
+    assert rows(alone) == [scored[7]]
+
+
+def test_nothing_to_score_is_one_line(run, tmp_path):
+    with pytest.raises(UserError, match="nowhere: no such file or folder") as error:
+        predict_command([str(tmp_path / "nowhere")], str(run), str(tmp_path / "s.csv"))
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "s.csv").exists()
+
+    (tmp_path / "broken.png").write_bytes(b"")
+    with pytest.raises(UserError, match="none of the images"):
+        predict_command([str(tmp_path / "broken.png")], str(run), str(tmp_path / "s.csv"))
+    assert "empty" in rows(tmp_path / "s.csv")[0]["error"]
+
+
+def test_an_interrupted_run_leaves_no_half_csv(run, images, tmp_path, monkeypatch):
+    out = tmp_path / "scores.csv"
+    out.write_text("old\n")
+
+    def stream(self, files, *, workers=None):
+        yield 0.5, ""
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module.Detector, "stream", stream)
+    with pytest.raises(KeyboardInterrupt):
+        predict_command([str(images)], str(run), str(out))
+    assert out.read_text() == "old\n"
+
+
+def test_importing_the_detector_is_quick():
+    code = "import sys; from dgsnet import Detector; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
