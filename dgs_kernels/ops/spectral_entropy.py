@@ -8,8 +8,8 @@ from torch import Tensor
 LUMA = (0.299, 0.587, 0.114)
 EPS = 1e-12
 
-# Patches transformed at once: their spectra stay in a core's cache.
-_CHUNK = 64
+# Patches transformed at once, so that their spectra stay in a core's cache.
+_CHUNK = 128
 
 
 def spectral_entropy(images: Tensor, patch_size: int = 32) -> Tensor:
@@ -42,29 +42,31 @@ def spectral_entropy(images: Tensor, patch_size: int = 32) -> Tensor:
         raise ValueError(f"patch_size must be at least 1, got {patch_size}")
     batch, _, height, width = images.shape
     rows, columns = height // patch_size, width // patch_size
-    luma = _luma(images[:, :, : rows * patch_size, : columns * patch_size])
-    patches = luma.reshape(batch, rows, patch_size, columns, patch_size).transpose(2, 3)
-    patches = patches.reshape(-1, patch_size, patch_size)
-    if not len(patches):
-        return luma.new_zeros(batch, rows * columns)
-    return torch.cat([_entropy(chunk) for chunk in patches.split(_CHUNK)]).reshape(batch, rows * columns)
+    if not batch * rows * columns:
+        return _luma(images[:, :, :0, :0]).reshape(batch, rows * columns)
+    cut = images[:, :, : rows * patch_size, : columns * patch_size]
+    bands = cut.split(patch_size * max(1, _CHUNK // (batch * columns)), dim=2)
+    return torch.cat([_entropies(_luma(band), patch_size) for band in bands], dim=1)
 
 
 def _luma(images: Tensor) -> Tensor:
     scale = 1.0 if images.is_floating_point() else 1 / 255
     dtype = torch.float64 if images.dtype == torch.float64 else torch.float32
-    red, green, blue = images.to(dtype).unbind(1)
-    luma = red * (LUMA[0] * scale)
-    return luma.add_(green, alpha=LUMA[1] * scale).add_(blue, alpha=LUMA[2] * scale)
+    # A decoded image's channels alternate byte by byte: parting them before converting is faster.
+    red, green, blue = (x.to(dtype).mul_(c * scale) for x, c in zip(images.contiguous().unbind(1), LUMA))
+    return red.add_(green).add_(blue)
 
 
-def _entropy(patches: Tensor) -> Tensor:
-    """[n, S, S] real -> [n]. The spectrum of a real patch is symmetric: half of it, counted twice, is all."""
-    size = patches.shape[-1]
-    energy = torch.view_as_real(torch.fft.rfft2(patches)).square().sum(-1)
-    copies = energy.new_full((energy.shape[-1],), 2.0)
+def _entropies(luma: Tensor, size: int) -> Tensor:
+    """[B, rows * size, columns * size] -> [B, rows * columns]."""
+    batch, height, width = luma.shape
+    patches = luma.reshape(batch, height // size, size, width // size, size).transpose(2, 3)
+    # The spectrum of real numbers is symmetric: half of it, most of that counted twice, is all of it.
+    squares = torch.view_as_real(torch.fft.rfft2(patches)).square()
+    energy = squares[..., 0] + squares[..., 1]
+    copies = luma.new_full((energy.shape[-1],), 2.0)
     copies[0] = 1.0
     if size % 2 == 0:
         copies[-1] = 1.0
-    share = energy / (energy.sum(1) @ copies + EPS)[:, None, None]
-    return -((share * torch.log2(share + EPS)).sum(1) @ copies)
+    share = energy / (energy.sum(-2) @ copies + EPS)[..., None, None]
+    return -((share * torch.log2(share + EPS)).sum(-2) @ copies).flatten(1)

@@ -99,8 +99,8 @@ def _samples_in_folder(root: Path, split: str | None) -> list[Sample]:
     if not samples:
         which = f" of split {split}" if split else ""
         raise UserError(
-            f"{root}: no labelled images{which} found; looked for [<generator>/][<class>/]{{0_real,1_fake}}/* and "
-            f"<generator>/{{train,val}}/{{nature,ai}}/* with the extensions {' '.join(sorted(EXTENSIONS))}"
+            f"{root}: no labelled images{which} found; looked for [<generator>/][<class>/]{{0_real,1_fake}}/*"
+            f" and <generator>/{{train,val}}/{{nature,ai}}/* with extensions {' '.join(sorted(EXTENSIONS))}"
         )
     return samples
 

@@ -11,10 +11,17 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 MAX_PIXELS = 2**27
 
-EXTENSIONS = frozenset(
-    (".avif", ".bmp", ".gif", ".jfif", ".jp2", ".jpe", ".jpeg", ".jpg")
-    + (".pbm", ".pgm", ".png", ".pnm", ".ppm", ".tif", ".tiff", ".webp")
-)
+_JPEG = (".jfif", ".jp2", ".jpe", ".jpeg", ".jpg")
+_NETPBM = (".pbm", ".pgm", ".pnm", ".ppm")
+EXTENSIONS = frozenset({".avif", ".bmp", ".gif", ".png", ".tif", ".tiff", ".webp", *_JPEG, *_NETPBM})
+
+# Only these decoders: others that Pillow knows start programs (EPS) or make pictures of other data.
+Image.init()
+FORMATS = [
+    name
+    for name in ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF", "WEBP")
+    if name in Image.OPEN
+]
 
 
 class ImageError(Exception):
@@ -45,17 +52,19 @@ def read_image(source: str | os.PathLike | bytes | np.ndarray | Image.Image) -> 
         >>> read_image(file.getvalue()).shape
         (2, 4, 3)
     """
-    name = os.fspath(source) if isinstance(source, str | os.PathLike) else "image"
+    in_memory = isinstance(source, bytes | np.ndarray | Image.Image)
+    name = "image" if in_memory else os.fspath(source)
     try:
         if isinstance(source, Image.Image):
             return _to_rgb(source)
         if isinstance(source, np.ndarray):
             return _to_rgb(Image.fromarray(source))
-        file = io.BytesIO(source) if isinstance(source, bytes) else name
-        # Pillow's own size limits are a warning and an error that depend on global state; ours is below.
+        if not (len(source) if in_memory else os.path.getsize(name)):
+            raise ImageError("empty file")
         with warnings.catch_warnings():
+            # Pillow's size limit is a warning, then an error, and depends on global state; ours is MAX_PIXELS.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            image = Image.open(file)
+            image = Image.open(io.BytesIO(source) if in_memory else name, formats=FORMATS)
         with image:
             return _to_rgb(image)
     except ImageError as error:
@@ -63,15 +72,13 @@ def read_image(source: str | os.PathLike | bytes | np.ndarray | Image.Image) -> 
     except FileNotFoundError:
         raise ImageError(f"{name}: no such file") from None
     except UnidentifiedImageError:
-        size = len(source) if isinstance(source, bytes) else os.path.getsize(name)
-        reason = "not an image in a known format" if size else "empty file"
-        raise ImageError(f"{name}: {reason}") from None
+        raise ImageError(f"{name}: not an image of a kind that can be read ({', '.join(FORMATS)})") from None
     except Image.DecompressionBombError:
         raise ImageError(f"{name}: {_too_large()}") from None
     # Pillow's decoders raise whatever the damage makes them raise (OSError, SyntaxError, ValueError,
     # struct.error, IndexError, ...): one bad file must not end a run over millions.
     except Exception as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
         raise ImageError(f"{name}: cannot be decoded: {reason}") from error
 
 
@@ -82,7 +89,7 @@ def _too_large() -> str:
 def _to_rgb(image: Image.Image) -> np.ndarray:
     if image.width * image.height > MAX_PIXELS:
         raise ImageError(_too_large())
-    if not image.width or not image.height:
+    if not image.width * image.height:
         raise ImageError("has no pixels")
     image.load()
     image = ImageOps.exif_transpose(image)
