@@ -162,6 +162,13 @@ def test_nothing_to_score_is_one_line(run, tmp_path):
     assert "empty" in rows(tmp_path / "s.csv")[0]["error"]
 
 
+def test_impossible_settings_are_one_line(run, images):
+    with pytest.raises(UserError, match="device nonsense cannot be used"):
+        Detector.load(run, device="nonsense")
+    with pytest.raises(UserError, match="workers is -1"):
+        Detector.load(run, device="cpu").predict(sorted(images.glob("*.png")), workers=-1)
+
+
 def test_an_interrupted_run_leaves_no_half_csv(run, images, tmp_path, monkeypatch):
     out = tmp_path / "scores.csv"
     out.write_text("old\n")

@@ -65,7 +65,7 @@ class Detector:
             device: torch device, such as "cpu" or "cuda:1"; None takes the GPU where there is one.
 
         Raises:
-            UserError: the folder holds no model, or its backbone cannot be loaded.
+            UserError: the folder holds no model, its backbone cannot be loaded, or there is no such device.
         """
         import torch
 
@@ -73,6 +73,10 @@ class Detector:
 
         if device is None:
             device = "cuda" if torch.cuda.is_available() else "cpu"
+        try:
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError) as error:
+            raise UserError(f"device {device} cannot be used here ({error}); try cpu") from None
         return cls(*load_model(Path(run), device=device))
 
     def predict(self, images: Any, *, workers: int | None = None) -> np.ndarray:
@@ -106,6 +110,8 @@ class Detector:
         if workers is None:
             few = len(images) < MIN_IMAGES_FOR_WORKERS
             workers = 0 if few else min(MAX_WORKERS, os.cpu_count() or 1)
+        elif workers < 0:
+            raise UserError(f"workers is {workers}; it must be 0 or more")
         # batch_size=None hands the prepared images over one by one.
         for pixels, error in DataLoader(
             _Prepared(images, self.preprocess), batch_size=None, num_workers=workers
@@ -149,10 +155,13 @@ class _Prepared:
     def __getitem__(self, index: int) -> tuple[Tensor | None, str]:
         from dgsnet.images import ImageError, read_image
 
+        image = self.images[index]
         try:
-            return self.preprocess(read_image(self.images[index])), ""
+            return self.preprocess(read_image(image)), ""
         except ImageError as error:
-            return None, str(error)
+            # What the preprocessing refuses does not know its file.
+            named = not isinstance(image, (str, os.PathLike)) or os.fspath(image) in str(error)
+            return None, str(error) if named else f"{os.fspath(image)}: {error}"
 
 
 def find_images(paths: Sequence[str | Path]) -> tuple[list[str], dict[str, str]]:

@@ -222,7 +222,7 @@ def evaluate_command(
     result.save(out)
     print(result.table())
     for score in result.damaged:
-        print(f"left out: {score.path}: {score.error}")
+        print(f"left out: {score.error}")
     if len(result.damaged) == len(result.scores):
         raise UserError(f"none of the {len(result.scores)} images could be read")
     print(f"{len(result.damaged)} of {len(result.scores)} images could not be read; results in {out}")
