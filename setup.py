@@ -1,8 +1,191 @@
-"""Build script: the Python packages, and the native library where a compiler is found."""
+"""Build script: the Python packages, and the native library dgs_kernels/_native.abi3.so where a compiler is found.
 
-from setuptools import setup
+The library speaks libtorch's stable ABI and no Python ABI: one binary serves torch 2.10 and newer and any Python.
+Only csrc/bindings.cpp includes torch headers, and none of the kernels do, so torch's own build tools (which insist
+on a matching compiler and CUDA version) are not needed: a few compiler calls are the whole build.
 
+Environment: DGS_KERNELS_BUILD=auto|cpu|cuda|none (default auto: what the compilers found can build), CXX, CXXFLAGS,
+CUDACXX, CUDA_HOME, TORCH_CUDA_ARCH_LIST (as in torch, e.g. "8.0;9.0+PTX").
+"""
+
+import importlib.util
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
+
+CSRC = Path("csrc")
+# No -march: csrc/cpu/simd.h compiles each kernel for several instruction sets. No -ffast-math: NaN has to stay NaN.
+CXX_FLAGS = [
+    "-std=c++20",
+    "-O3",
+    "-fopenmp-simd",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-fvisibility=hidden",
+]
+NVCC_FLAGS = ["-std=c++17", "-O3", "--extra-device-vectorization"]
+TORCH_FLAGS = ["-DTORCH_TARGET_VERSION=0x020a000000000000ULL"]  # 2.10
+CUDA_ARCHITECTURES = "8.0;9.0;10.0+PTX"
+
+
+def say(line: str) -> None:
+    print(f"dgs-kernels: {line}", file=sys.stderr)
+
+
+def find_torch() -> Path | None:
+    """torch's folder, if it has the stable ABI; torch itself is not imported."""
+    spec = importlib.util.find_spec("torch")
+    folder = Path(spec.origin).parent if spec and spec.origin else None
+    return folder if folder and (folder / "include/torch/csrc/stable/c/shim.h").exists() else None
+
+
+def find_cxx() -> list[str] | None:
+    if os.environ.get("CXX"):
+        return shlex.split(os.environ["CXX"])
+    return next(([cxx] for cxx in ("c++", "g++", "clang++") if shutil.which(cxx)), None)
+
+
+def find_nvcc() -> str | None:
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    candidates = [os.environ.get("CUDACXX"), home and f"{home}/bin/nvcc", "nvcc", "/usr/local/cuda/bin/nvcc"]
+    return next((found for nvcc in candidates if nvcc and (found := shutil.which(nvcc))), None)
+
+
+def output(command: list[str]) -> str:
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        errors = [line for line in done.stderr.splitlines() if "error" in line.lower()] or [
+            f"{command[0]} failed"
+        ]
+        say(f"{shlex.join(command)}\n{done.stderr}")
+        raise CompileError(errors[0])
+    return done.stdout + done.stderr
+
+
+def cuda_library_flags(nvcc: str) -> list[str]:
+    """Where nvcc itself links the CUDA runtime from: nvcc on the PATH may be a link or a wrapper script, so its own
+    location says nothing."""
+    plan = output([nvcc, "--dryrun", "-x", "cu", os.devnull])
+    return shlex.split(re.search(r"LIBRARIES=(.*)", plan).group(1))
+
+
+def architecture_flags(nvcc: str) -> list[str]:
+    """`-gencode` flags for TORCH_CUDA_ARCH_LIST, or for those of our own list that this nvcc knows."""
+    asked = os.environ.get("TORCH_CUDA_ARCH_LIST")
+    known = output([nvcc, "--list-gpu-code"]).split()
+    flags = []
+    for entry in re.split(r"[;\s]+", (asked or CUDA_ARCHITECTURES).strip()):
+        match = re.fullmatch(r"(\d+)\.(\d+[af]?)(\+PTX)?", entry)
+        if not match:
+            raise CompileError(
+                f"TORCH_CUDA_ARCH_LIST: expected entries such as 8.0 or 9.0+PTX, got {entry!r}"
+            )
+        number = match[1] + match[2]
+        if not asked and f"sm_{number}" not in known:
+            continue
+        flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
+        if match[3]:
+            flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
+    return flags
+
+
+def plan() -> tuple[str | None, str | None]:
+    """(compiler of C++, compiler of CUDA) to use, each None if not; says why in one line."""
+    mode = os.environ.get("DGS_KERNELS_BUILD", "auto")
+    if mode not in ("auto", "cpu", "cuda", "none"):
+        sys.exit(f"dgs-kernels: DGS_KERNELS_BUILD={mode}: expected auto, cpu, cuda or none")
+    torch, cxx, nvcc = find_torch(), find_cxx(), find_nvcc()
+    obstacle = None
+    if mode == "none":
+        obstacle = "DGS_KERNELS_BUILD=none"
+    elif not sys.platform.startswith("linux"):
+        obstacle = f"the native library is built on Linux only, not on {sys.platform}"
+    elif torch is None:
+        obstacle = "no torch 2.10 or newer where this build runs"
+    elif cxx is None:
+        obstacle = "no C++ compiler on the PATH (install g++, or set CXX)"
+    elif nvcc is None and mode == "cuda":
+        obstacle = "no CUDA compiler (put nvcc on the PATH, or set CUDA_HOME)"
+    if obstacle and mode in ("cpu", "cuda"):
+        sys.exit(f"dgs-kernels: DGS_KERNELS_BUILD={mode}: {obstacle}")
+    if obstacle:
+        say(f"pure Python: {obstacle}")
+        return None, None
+    if nvcc is None:
+        say("native CPU kernels; no CUDA kernels: no CUDA compiler found")
+    elif mode == "cpu":
+        nvcc = None
+        say("native CPU kernels (DGS_KERNELS_BUILD=cpu)")
+    else:
+        say(f"native CPU and CUDA kernels; CUDA compiler {nvcc}")
+    return cxx, nvcc
+
+
+class BuildNative(build_ext):
+    """Compiles csrc and links it to torch."""
+
+    def build_extension(self, ext: Extension) -> None:
+        torch = find_torch()
+        target, temporary = Path(self.get_ext_fullpath(ext.name)), Path(self.build_temp)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary.mkdir(parents=True, exist_ok=True)
+        include = ["-isystem", f"{torch}/include"]
+        flags = [*CXX_FLAGS, "-fPIC", *shlex.split(os.environ.get("CXXFLAGS", ""))]
+
+        cuda = sorted(CSRC.glob("cuda/*.cu")) if NVCC else []
+        commands = {}
+        for source in [CSRC / "bindings.cpp", *sorted(CSRC.glob("cpu/*.cpp"))]:
+            extra = (
+                [*TORCH_FLAGS, *include, *(["-DDGS_CUDA"] if cuda else [])] if source.parent == CSRC else []
+            )
+            commands[source] = [*CXX, *flags, *extra]
+        for source in cuda:
+            commands[source] = [
+                NVCC,
+                *NVCC_FLAGS,
+                *architecture_flags(NVCC),
+                "-Xcompiler=-fPIC,-fvisibility=hidden",
+            ]
+        objects = {source: str(temporary / f"{source.parent.name}_{source.name}.o") for source in commands}
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            jobs = [
+                [*command, "-c", str(source), "-o", objects[source]] for source, command in commands.items()
+            ]
+            list(pool.map(output, jobs))
+
+        # libtorch.so needs libtorch_cuda.so where there is one, and not otherwise: through it, and only through it,
+        # one binary finds the CUDA symbols of a CUDA torch and loads in a CPU-only torch all the same.
+        libraries = [f"-L{torch}/lib", "-Wl,--no-as-needed", "-ltorch"]
+        if cuda:
+            libraries += [*cuda_library_flags(NVCC), "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
+        output([*CXX, "-shared", *objects.values(), *libraries, "-o", str(target)])
+
+
+CXX, NVCC = plan()
 setup(
-    packages=["dgs_kernels", "dgs_kernels.ops", "dgs_kernels.triton", "dgsnet"],
+    packages=["dgs_kernels", "dgs_kernels.ops", "dgs_kernels.triton", "dgsnet", "dgsnet.builtin"],
     package_dir={"dgs_kernels": "dgs_kernels", "dgsnet": "python/dgsnet"},
+    cmdclass={"build_ext": BuildNative},
+    # In auto mode a compiler that fails leaves a pure Python install, with its error printed.
+    ext_modules=[
+        Extension(
+            "dgs_kernels._native",
+            sources=[],
+            depends=[str(path) for path in CSRC.rglob("*.*")],
+            py_limited_api=True,
+            optional=os.environ.get("DGS_KERNELS_BUILD", "auto") == "auto",
+        )
+    ]
+    if CXX
+    else [],
+    options={"bdist_wheel": {"py_limited_api": "cp310"}} if CXX else {},
 )

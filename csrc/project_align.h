@@ -1,0 +1,36 @@
+// What a project_align kernel is given: raw pointers, sizes and options, the same on every device.
+#pragma once
+
+#include <cstdint>
+
+#include "surgery_math.h"
+
+namespace dgs {
+
+enum class DType { f32, f64, bf16, f16 };
+
+// Rows are contiguous inside; the strides, in elements, lead from one row to the next (0: one row for all).
+struct ProjectAlign {
+  const void* grad;
+  const void* harmful;
+  const void* beneficial;  // null: nothing to align with
+  const void* scale;       // null, or one number of the computing type (f64 for f64, else f32)
+  void* out;
+  int64_t rows, dim;
+  int64_t grad_stride, harmful_stride, beneficial_stride, out_stride;
+  double alignment;  // times *scale
+  double eps;
+  Order order;
+  Rule rule;
+  DType dtype;  // of grad, harmful, beneficial and out
+};
+
+namespace cpu {
+
+// Runs body(begin, end, context) over ranges that cover [0, count), each of at least `grain` where it can.
+using ParallelFor = void (*)(int64_t count, int64_t grain, void (*body)(int64_t, int64_t, void*), void* context);
+
+void project_align(const ProjectAlign&, ParallelFor);
+
+}  // namespace cpu
+}  // namespace dgs
