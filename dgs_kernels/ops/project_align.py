@@ -61,35 +61,44 @@ def project_align(
     scale = None
     if isinstance(alignment, Tensor):
         alignment, scale = 1.0, alignment
-    return _op(grad, harmful, beneficial, scale, alignment, eps, order, rule)
+    differentiated = torch.is_grad_enabled() and (
+        grad.requires_grad or (scale is not None and scale.requires_grad)
+    )
+    if differentiated or torch.compiler.is_compiling():
+        return _op(grad, harmful, beneficial, scale, alignment, eps, order, rule)
+    # The autograd formula is Python: entering it to find that there is nothing to do would double the
+    # host time of a small call.
+    with torch._C._AutoDispatchBelowAutograd():
+        return _op(grad, harmful, beneficial, scale, alignment, eps, order, rule)
 
 
 def _check(grad, harmful, beneficial, scale, eps, order, rule) -> None:
-    if grad.dim() == 0 or grad.shape[-1] == 0:
-        raise ValueError(f"project_align: grad must be [..., D] with D >= 1, got shape {tuple(grad.shape)}")
+    shape, device = grad.shape, grad.device
+    if not shape or shape[-1] == 0:
+        raise ValueError(f"project_align: grad must be [..., D] with D >= 1, got shape {tuple(shape)}")
     if order not in ORDERS:
         raise ValueError(f"project_align: order must be one of {', '.join(ORDERS)}, got {order!r}")
     if rule not in RULES:
         raise ValueError(f"project_align: rule must be one of {', '.join(RULES)}, got {rule!r}")
     if not eps > 0:
         raise ValueError(f"project_align: eps must be > 0, got {eps}")
-    if not grad.dtype.is_floating_point:
+    if not grad.is_floating_point():
         raise TypeError(f"project_align: grad must be a floating-point tensor, got {grad.dtype}")
     for name, direction in (("harmful", harmful), ("beneficial", beneficial)):
         if direction is None:
             continue
-        if direction.shape != grad.shape and not _broadcasts(direction.shape, grad.shape):
+        if direction.shape != shape and not _broadcasts(direction.shape, shape):
             raise ValueError(
-                f"project_align: {name} must broadcast to grad's shape {tuple(grad.shape)}, "
+                f"project_align: {name} must broadcast to grad's shape {tuple(shape)}, "
                 f"got {tuple(direction.shape)}"
             )
-        if not direction.dtype.is_floating_point:
+        if not direction.is_floating_point():
             raise TypeError(f"project_align: {name} must be a floating-point tensor, got {direction.dtype}")
-        if direction.device != grad.device:
-            raise ValueError(f"project_align: {name} is on {direction.device} and grad on {grad.device}")
-    if scale is not None and (scale.dim() != 0 or scale.device != grad.device):
+        if direction.device != device:
+            raise ValueError(f"project_align: {name} is on {direction.device} and grad on {device}")
+    if scale is not None and (scale.dim() != 0 or scale.device != device):
         raise ValueError(
-            f"project_align: alignment must be a number or a 0-dim tensor on {grad.device}, "
+            f"project_align: alignment must be a number or a 0-dim tensor on {device}, "
             f"got shape {tuple(scale.shape)} on {scale.device}"
         )
 
@@ -130,7 +139,9 @@ def _kernel(grad, harmful, beneficial, scale, alignment, eps, order, rule) -> Te
         ORDERS.index(order),
         RULES.index(rule),
     )
-    return out.view(shape).to(grad.dtype)
+    if out.shape != shape:
+        out = out.view(shape)
+    return out if out.dtype == grad.dtype else out.to(grad.dtype)
 
 
 def _fake(grad, harmful, beneficial, scale, alignment, eps, order, rule) -> Tensor:

@@ -1,0 +1,174 @@
+"""Gradient surgery on rows in Triton: the portable GPU kernels behind `dgs::project_align`.
+
+A row that fits in registers is read once and written once: 3 reads and 1 write of rows x D, or 1 and 1 with
+broadcast directions, whose rows stay in cache. A longer row is read twice, first for its inner products.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+# Widest row, in bytes of the computing type, that one program keeps in registers: 16 warps, 128 bytes a
+# thread for each of two rows at a time. Twice that spills.
+WIDEST_ROW = 65536
+# Elements per program below which several short rows share one.
+TILE = 1024
+CHUNK = 4096
+
+PROJECT_FIRST = tl.constexpr(1)  # place in reference.ORDERS
+POSITIVE = tl.constexpr(0)  # places in reference.RULES
+CONFLICT = tl.constexpr(2)
+
+
+@triton.jit
+def _direction(harmful, RULE: tl.constexpr):
+    # Comparisons that are false for NaN keep it, which tl.maximum would not.
+    return tl.where(harmful < 0, 0.0, harmful) if RULE == POSITIVE else harmful
+
+
+@triton.jit
+def _strength(alignment, scale_ptr, ACC: tl.constexpr):
+    strength = tl.full((), 1.0, tl.float64) * alignment
+    if scale_ptr is not None:
+        strength = strength * tl.load(scale_ptr)
+    return strength.to(ACC)
+
+
+@triton.jit
+def _coefficient(inner, square, eps, RULE: tl.constexpr, ACC: tl.constexpr):
+    """What to subtract of the harmful row: <x, u> / (||h|| + eps)."""
+    inverse = 1.0 / (tl.sqrt(square) + (tl.full((), 1.0, tl.float64) * eps).to(ACC))
+    if RULE == CONFLICT:
+        inner = tl.where(inner > 0, 0.0, inner)
+    return inner * inverse * inverse
+
+
+@triton.jit
+def _row_kernel(
+    grad_ptr,
+    harmful_ptr,
+    beneficial_ptr,
+    scale_ptr,
+    out_ptr,
+    rows,
+    dim,
+    grad_stride,
+    harmful_stride,
+    beneficial_stride,
+    alignment: tl.float64,
+    eps: tl.float64,
+    ORDER: tl.constexpr,
+    RULE: tl.constexpr,
+    ACC: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    column = tl.arange(0, BLOCK)[None, :]
+    mask = (row < rows) & (column < dim)
+
+    x = tl.load(grad_ptr + row * grad_stride + column, mask, 0.0).to(ACC)
+    h = tl.load(harmful_ptr + row * harmful_stride + column, mask, 0.0).to(ACC)
+    h = _direction(h, RULE)
+    if beneficial_ptr is not None:
+        b = tl.load(beneficial_ptr + row * beneficial_stride + column, mask, 0.0).to(ACC)
+        pull = _strength(alignment, scale_ptr, ACC) * tl.where(b > 0, 0.0, b)
+        if ORDER != PROJECT_FIRST:
+            x += pull
+    inner, square = tl.sum(x * h, 1, keep_dims=True), tl.sum(h * h, 1, keep_dims=True)
+    x -= _coefficient(inner, square, eps, RULE, ACC) * h
+    if beneficial_ptr is not None and ORDER == PROJECT_FIRST:
+        x += pull
+    tl.store(out_ptr + row * dim + column, x, mask)
+
+
+@triton.jit
+def _long_row_kernel(
+    grad_ptr,
+    harmful_ptr,
+    beneficial_ptr,
+    scale_ptr,
+    out_ptr,
+    grad_stride,
+    harmful_stride,
+    beneficial_stride,
+    alignment: tl.float64,
+    eps: tl.float64,
+    ORDER: tl.constexpr,
+    RULE: tl.constexpr,
+    ACC: tl.constexpr,
+    DIM: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    grad_ptr += row * grad_stride
+    harmful_ptr += row * harmful_stride
+    out_ptr += row * DIM
+    if beneficial_ptr is not None:
+        beneficial_ptr += row * beneficial_stride
+        strength = _strength(alignment, scale_ptr, ACC)
+
+    inner, square = tl.zeros((BLOCK,), ACC), tl.zeros((BLOCK,), ACC)
+    for start in range(0, DIM, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        mask = column < DIM
+        x = tl.load(grad_ptr + column, mask, 0.0).to(ACC)
+        h = _direction(tl.load(harmful_ptr + column, mask, 0.0).to(ACC), RULE)
+        if beneficial_ptr is not None and ORDER != PROJECT_FIRST:
+            b = tl.load(beneficial_ptr + column, mask, 0.0).to(ACC)
+            x += strength * tl.where(b > 0, 0.0, b)
+        inner += x * h
+        square += h * h
+    coefficient = _coefficient(tl.sum(inner, 0), tl.sum(square, 0), eps, RULE, ACC)
+
+    for start in range(0, DIM, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        mask = column < DIM
+        x = tl.load(grad_ptr + column, mask, 0.0).to(ACC)
+        h = _direction(tl.load(harmful_ptr + column, mask, 0.0).to(ACC), RULE)
+        x -= coefficient * h
+        if beneficial_ptr is not None:
+            b = tl.load(beneficial_ptr + column, mask, 0.0).to(ACC)
+            x += strength * tl.where(b > 0, 0.0, b)
+        tl.store(out_ptr + column, x, mask)
+
+
+def launch_shape(rows: int, dim: int, dtype: torch.dtype) -> tuple[tuple[int], dict[str, int]] | None:
+    """Grid and constants of the row kernel; None for rows too long for it."""
+    block = triton.next_power_of_2(dim)
+    if block * (8 if dtype == torch.float64 else 4) > WIDEST_ROW:
+        return None
+    tile = max(1, TILE // block)
+    warps = min(16, max(4, block // 512))
+    return (triton.cdiv(rows, tile),), {"ROWS": tile, "BLOCK": block, "num_warps": warps}
+
+
+def project_align(
+    grad: Tensor,
+    harmful: Tensor,
+    beneficial: Tensor | None,
+    scale: Tensor | None,
+    alignment: float,
+    eps: float,
+    order: int,
+    rule: int,
+) -> Tensor:
+    rows, dim = grad.shape
+    out = torch.empty((rows, dim), dtype=grad.dtype, device=grad.device)
+    if rows == 0:
+        return out
+    tensors = (grad, harmful, beneficial, scale, out)
+    strides = (grad.stride(0), harmful.stride(0), 0 if beneficial is None else beneficial.stride(0))
+    options = {"ORDER": order, "RULE": rule, "ACC": tl.float64 if grad.dtype == torch.float64 else tl.float32}
+    with torch.cuda.device_of(grad):
+        if (shape := launch_shape(rows, dim, grad.dtype)) is None:
+            _long_row_kernel[(rows,)](
+                *tensors, *strides, alignment, eps, **options, DIM=dim, BLOCK=CHUNK, num_warps=8
+            )
+        else:
+            grid, constants = shape
+            _row_kernel[grid](*tensors, rows, dim, *strides, alignment, eps, **options, **constants)
+    return out
