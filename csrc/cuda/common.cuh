@@ -1,0 +1,203 @@
+// What the CUDA kernels share: storage types in 16-byte packs, sums in a fixed order, and launching.
+#pragma once
+
+#include <cooperative_groups.h>
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include "kernels.h"
+
+namespace dgs::cuda {
+
+constexpr int kWarp = 32;
+constexpr unsigned kAllLanes = 0xffffffff;
+constexpr int kMaxThreads = 512;
+constexpr int kMaxCluster = 8;  // the largest size that every device with clusters grants
+
+template <typename T>
+struct Storage {
+  using Compute = float;
+};
+template <>
+struct Storage<double> {
+  using Compute = double;
+};
+template <typename T>
+using Compute = typename Storage<T>::Compute;
+
+// Elements in 16 bytes, and elements of a row that a thread keeps in registers: as many as leave room for two
+// rows in the compute type without spilling. Off the aligned path addresses and masks need registers too.
+template <typename T>
+constexpr int kPack = 16 / sizeof(T);
+template <typename T, bool Aligned>
+constexpr int kShare = Aligned && sizeof(T) < 8 ? 32 : 16;
+
+__device__ __forceinline__ float widen(float x) { return x; }
+__device__ __forceinline__ double widen(double x) { return x; }
+__device__ __forceinline__ float widen(__half x) { return __half2float(x); }
+__device__ __forceinline__ float widen(__nv_bfloat16 x) { return __bfloat162float(x); }
+__device__ __forceinline__ void narrow(float x, float& out) { out = x; }
+__device__ __forceinline__ void narrow(double x, double& out) { out = x; }
+__device__ __forceinline__ void narrow(float x, __half& out) { out = __float2half_rn(x); }
+__device__ __forceinline__ void narrow(float x, __nv_bfloat16& out) { out = __float2bfloat16_rn(x); }
+
+template <typename T>
+struct alignas(16) Pack {
+  T at[kPack<T>];
+};
+
+// Where a thread's j-th element of its v-th pack lies in a row shared by `lanes` threads. Off the aligned path
+// neighbouring threads take neighbouring elements, which is the best that narrow accesses can do.
+template <typename T, bool Aligned>
+__device__ __forceinline__ int position(int v, int j, int lane, int lanes) {
+  return Aligned ? (v * lanes + lane) * kPack<T> + j : (v * kPack<T> + j) * lanes + lane;
+}
+
+// Beyond `count` elements, zeros: they add nothing to any sum.
+template <typename T, bool Aligned>
+__device__ __forceinline__ Pack<T> load(const T* row, int v, int lane, int lanes, int64_t count) {
+  Pack<T> pack;
+  if constexpr (Aligned) {
+    int i = position<T, true>(v, 0, lane, lanes);
+    uint4 bits = i < count ? *reinterpret_cast<const uint4*>(row + i) : uint4{0, 0, 0, 0};
+    memcpy(&pack, &bits, 16);
+  } else {
+#pragma unroll
+    for (int j = 0; j < kPack<T>; ++j) {
+      int i = position<T, false>(v, j, lane, lanes);
+      if (i < count) pack.at[j] = row[i]; else narrow(Compute<T>(0), pack.at[j]);
+    }
+  }
+  return pack;
+}
+
+template <typename T, bool Aligned>
+__device__ __forceinline__ void store(T* row, const Pack<T>& pack, int v, int lane, int lanes, int64_t count) {
+  if constexpr (Aligned) {
+    int i = position<T, true>(v, 0, lane, lanes);
+    uint4 bits;
+    memcpy(&bits, &pack, 16);
+    if (i < count) *reinterpret_cast<uint4*>(row + i) = bits;
+  } else {
+#pragma unroll
+    for (int j = 0; j < kPack<T>; ++j) {
+      int i = position<T, false>(v, j, lane, lanes);
+      if (i < count) row[i] = pack.at[j];
+    }
+  }
+}
+
+template <typename T>
+__device__ __forceinline__ T* shared_memory() {
+#ifdef __CUDACC__
+  extern __shared__ __align__(16) unsigned char bytes[];
+  return reinterpret_cast<T*>(bytes);
+#else
+  return reinterpret_cast<T*>(shim::shared_memory());
+#endif
+}
+
+// Adds values[] over `lanes` threads and leaves the result in all of them, always in the same order. Up to a
+// warp, `lanes` is a power of two; beyond it, it is the whole block, and scratch holds N numbers per warp that
+// the previous sum did not use.
+template <int N, typename A>
+__device__ __forceinline__ void sum_over(int lanes, A (&values)[N], A* scratch) {
+  for (int step = (lanes < kWarp ? lanes : kWarp) / 2; step; step /= 2)
+#pragma unroll
+    for (int n = 0; n < N; ++n) values[n] += __shfl_xor_sync(kAllLanes, values[n], step);
+  if (lanes <= kWarp) return;
+  if (threadIdx.x % kWarp == 0)
+#pragma unroll
+    for (int n = 0; n < N; ++n) scratch[threadIdx.x / kWarp * N + n] = values[n];
+  __syncthreads();
+#pragma unroll
+  for (int n = 0; n < N; ++n) values[n] = 0;
+  for (int warp = 0; warp < lanes / kWarp; ++warp)
+#pragma unroll
+    for (int n = 0; n < N; ++n) values[n] += scratch[warp * N + n];
+}
+
+template <typename A>
+constexpr int scratch_bytes(int numbers, int threads) {
+  return (threads / kWarp + 1) * numbers * static_cast<int>(sizeof(A));
+}
+
+// The same over the blocks of a cluster, through distributed shared memory; scratch holds N numbers. A block
+// must not end before the others have read: cluster_done() comes last. Never reached on a device without
+// clusters, because the launcher then chooses other kernels.
+template <int N, typename A>
+__device__ __forceinline__ void sum_over_cluster(int blocks, A (&values)[N], A* scratch) {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+  if (blocks == 1) return;
+  auto cluster = cooperative_groups::this_cluster();
+  if (threadIdx.x == 0)
+#pragma unroll
+    for (int n = 0; n < N; ++n) scratch[n] = values[n];
+  cluster.sync();
+#pragma unroll
+  for (int n = 0; n < N; ++n) values[n] = 0;
+  for (int rank = 0; rank < blocks; ++rank)
+#pragma unroll
+    for (int n = 0; n < N; ++n) values[n] += cluster.map_shared_rank(scratch, rank)[n];
+#endif
+}
+
+__device__ __forceinline__ void cluster_done(int blocks) {
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+  if (blocks > 1) cooperative_groups::this_cluster().sync();
+#endif
+}
+
+inline bool has_clusters() {
+  int device = 0, value = 0;
+  return cudaGetDevice(&device) == cudaSuccess &&
+         cudaDeviceGetAttribute(&value, cudaDevAttrClusterLaunch, device) == cudaSuccess && value;
+}
+
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+// The smallest power of two that is at least n, within [1, limit].
+constexpr int power_of_two(int64_t n, int limit) {
+  int p = 1;
+  while (p < n && p < limit) p *= 2;
+  return p;
+}
+
+inline bool is_aligned(const void* pointer, int64_t stride_bytes = 0) {
+  return (reinterpret_cast<uintptr_t>(pointer) | static_cast<uintptr_t>(stride_bytes)) % 16 == 0;
+}
+
+// Launches `blocks` blocks of `threads` threads in clusters of `cluster`; an empty grid is no work.
+template <typename P>
+const char* launch(void (*kernel)(P), int64_t blocks, int threads, int shared_bytes, void* stream, const P& params,
+                   int cluster = 1) {
+  if (blocks == 0) return nullptr;
+  if (blocks > INT32_MAX) return "more blocks than one grid can hold";
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeClusterDimension;
+  attribute.val.clusterDim.x = cluster;
+  attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(static_cast<unsigned>(blocks));
+  config.blockDim = dim3(threads);
+  config.dynamicSmemBytes = shared_bytes;
+  config.stream = static_cast<cudaStream_t>(stream);
+  config.attrs = &attribute;
+  config.numAttrs = cluster > 1;
+  cudaError_t error = cudaLaunchKernelEx(&config, kernel, params);
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
+// Calls run with a value of the storage type.
+template <typename F>
+const char* dispatch(DType dtype, F run) {
+  switch (dtype) {
+    case DType::f32: return run(float{});
+    case DType::f64: return run(double{});
+    case DType::bf16: return run(__nv_bfloat16{});
+    case DType::f16: return run(__half{});
+  }
+  return "unknown dtype";
+}
+
+}  // namespace dgs::cuda

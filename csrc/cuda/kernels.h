@@ -1,0 +1,97 @@
+// The CUDA kernels' entry points: raw device pointers and a stream, no torch and no CUDA header. Every function
+// only enqueues work, returns nullptr or what went wrong, and is safe under CUDA-graph capture.
+//
+// "Compute type" is double for float64 storage and float for the other three.
+#pragma once
+
+#include <cstdint>
+
+#include "../project_align.h"
+
+namespace dgs::cuda {
+
+// Shapes as in reference.surgery_head; all but the three feature matrices are contiguous and of the compute type.
+struct SurgeryHead {
+  DType dtype;
+  const void *features, *teacher_features, *text_features;  // [batch, dim]; text_features may be null
+  int64_t features_stride, teacher_stride, text_stride;
+  const void* labels;                                        // [batch]
+  const void *image_weight, *teacher_weight, *text_weight;   // [dim]
+  const void *image_bias, *teacher_bias, *text_bias;         // [1]
+  int64_t batch, dim;
+  double reference_batch_size;                               // 0: the batch's own
+  void *losses, *logits, *residuals, *head_grads;            // [3], [3, batch], [3, batch], [2, dim + 1]
+  void* workspace;                                           // surgery_head_workspace(batch, dim) numbers
+};
+
+struct SurgeryHeadBackward {
+  DType dtype;                                              // of grad_features
+  Order order;
+  const void* residuals;                                    // [3, batch]
+  const void *image_weight, *teacher_weight, *text_weight;  // [dim]; text_weight may be null
+  const void *image_scale, *alignment_scale;                // one number each
+  int64_t batch, dim;
+  double reference_batch_size, eps;
+  void* grad_features;                                      // [batch, dim], contiguous
+};
+
+// One tensor of a list; lives in device memory. What an operation does not use is null.
+struct TensorEntry {
+  void* grad;
+  const void *harmful, *beneficial;
+  void *param, *exp_avg, *exp_avg_sq, *max_exp_avg_sq;
+  const float* step;  // number of this step, from 1
+  int64_t numel;
+};
+
+// What one block works on: at most chunk_size(dtype) consecutive elements of one tensor.
+struct Chunk {
+  int64_t offset;
+  int32_t tensor, group;
+};
+
+// A list of tensors, cut into chunks that are sorted by group. plan_chunks() makes the last three tables.
+struct TensorList {
+  DType dtype;
+  Order order;
+  Rule rule;
+  int32_t aligned;                // every pointer and every size divides by 16 bytes
+  const TensorEntry* tensors;     // device
+  const Chunk* chunks;            // device, [num_chunks]
+  const int64_t* group_begin;     // device, [num_groups + 1]: a group's chunks are group_begin[g] to group_begin[g + 1]
+  int64_t num_chunks, num_groups, max_group_chunks;
+  void* partials;                 // device, [num_chunks, 3] of the compute type
+  void* sums;                     // device, [num_groups, 3]: <x, h>, <h, h>, <x, x>, with x what is projected
+  const void* scale;              // one number of the compute type, or null
+  double alignment, eps;
+};
+
+// torch.optim.AdamW's arguments.
+struct AdamW {
+  const float* lr_tensor;  // used instead of lr if not null
+  double lr, beta1, beta2, weight_decay, eps;
+  int32_t maximize;
+};
+
+struct SpectralEntropy {
+  bool is_uint8;       // else dtype tells; not f64
+  DType dtype;
+  const void* images;  // [batch, 3, height, width], strides in elements, rows contiguous
+  int64_t batch, height, width;
+  int64_t batch_stride, channel_stride, row_stride;
+  float* entropy;      // [batch, height / 32 * (width / 32)]
+};
+
+const char* project_align(const ProjectAlign&, void* stream);
+const char* surgery_head(const SurgeryHead&, void* stream);
+const char* surgery_head_backward(const SurgeryHeadBackward&, void* stream);
+int64_t surgery_head_workspace(int64_t batch, int64_t dim);
+// On the host: fills chunks and group_begin (host memory) if chunks is not null; returns the number of chunks.
+int64_t plan_chunks(DType, const int64_t* numel, const int64_t* groups, int64_t num_tensors, int64_t num_groups,
+                    Chunk* chunks, int64_t* group_begin);
+const char* project_align_(const TensorList&, void* stream);
+const char* group_sums(const TensorList&, void* stream);  // fills `sums` alone, in two launches
+const char* surgery_adamw(const TensorList&, const AdamW&, void* stream);
+const char* spectral_entropy(const SpectralEntropy&, void* stream);
+
+}  // namespace dgs::cuda

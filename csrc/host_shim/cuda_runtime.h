@@ -1,0 +1,106 @@
+// Stands in for CUDA's header of the same name, so that a host C++ compiler builds the kernels in csrc/cuda
+// unchanged and runs them on the CPU: a block's threads are fibers, scheduled round robin at barriers and
+// shuffles (fibers.cpp); the blocks of a cluster run together, clusters one after the other.
+#pragma once
+
+#include <math.h>  // with the overloads for float in the global namespace, as CUDA has them
+
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+
+#define __global__
+#define __host__
+#define __device__
+#define __forceinline__ inline __attribute__((always_inline))
+#define __launch_bounds__(...)
+#define __grid_constant__
+
+struct alignas(16) uint4 {
+  unsigned x, y, z, w;
+};
+struct uint3 {
+  unsigned x, y, z;
+};
+struct dim3 {
+  unsigned x, y, z;
+  constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+};
+
+// The running fiber's own, set at every switch.
+inline uint3 threadIdx, blockIdx;
+inline dim3 blockDim, gridDim;
+
+enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1 };
+enum cudaDeviceAttr { cudaDevAttrClusterLaunch = 120 };
+enum cudaLaunchAttributeID { cudaLaunchAttributeClusterDimension = 4 };
+using cudaStream_t = struct CUstream_st*;
+
+struct cudaLaunchAttribute {
+  cudaLaunchAttributeID id;
+  struct {
+    dim3 clusterDim;
+  } val;
+};
+struct cudaLaunchConfig_t {
+  dim3 gridDim, blockDim;
+  size_t dynamicSmemBytes = 0;
+  cudaStream_t stream = nullptr;
+  cudaLaunchAttribute* attrs = nullptr;
+  unsigned numAttrs = 0;
+};
+
+namespace shim {
+
+cudaError_t run(const cudaLaunchConfig_t&, const std::function<void()>& thread_body);
+unsigned char* shared_memory();                             // the running block's, exactly as large as asked for
+unsigned char* shared_memory(unsigned rank);                // of another block of the cluster
+unsigned cluster_rank();
+unsigned cluster_size();
+void block_barrier();
+void cluster_barrier();
+uint64_t exchange(uint64_t value, unsigned source_lane);    // what source_lane passed, after a warp barrier
+unsigned ballot(bool predicate);
+extern bool has_clusters;
+
+template <typename T>
+T shuffle(T value, unsigned source_lane) {
+  static_assert(sizeof(T) <= 8);
+  uint64_t bits = 0;
+  std::memcpy(&bits, &value, sizeof(T));
+  bits = exchange(bits, source_lane);
+  std::memcpy(&value, &bits, sizeof(T));
+  return value;
+}
+
+}  // namespace shim
+
+template <typename... P, typename... A>
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(P...), A&&... arguments) {
+  return shim::run(*config, [=] { kernel(arguments...); });
+}
+inline const char* cudaGetErrorString(cudaError_t) { return "invalid launch"; }
+inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
+  return *value = shim::has_clusters, cudaSuccess;
+}
+
+inline void __syncthreads() { shim::block_barrier(); }
+inline void __syncwarp(unsigned = ~0u) { shim::exchange(0, threadIdx.x % 32); }
+inline unsigned __ballot_sync(unsigned, bool predicate) { return shim::ballot(predicate); }
+
+template <typename T>
+T __shfl_sync(unsigned, T value, int source, int width = 32) {
+  unsigned lane = threadIdx.x % 32;
+  return shim::shuffle(value, lane / width * width + source % width);
+}
+template <typename T>
+T __shfl_xor_sync(unsigned, T value, int mask) {
+  return shim::shuffle(value, threadIdx.x % 32 ^ mask);
+}
+template <typename T>
+T __shfl_down_sync(unsigned, T value, unsigned delta) {
+  unsigned lane = threadIdx.x % 32;
+  return shim::shuffle(value, lane + delta < 32 ? lane + delta : lane);
+}

@@ -1,0 +1,191 @@
+// Runs CUDA kernels on the CPU: every thread of a cluster of blocks is a fiber of this one thread of the host.
+// A fiber runs until it waits at a barrier or a shuffle. Shared memory starts as NaN. The order of blocks and
+// of threads can be turned round, to show that no result depends on it.
+#include <cuda_runtime.h>
+#include <sanitizer/common_interface_defs.h>
+#include <ucontext.h>
+
+#include <algorithm>
+#include <cstdio>
+#include <cstdlib>
+#include <memory>
+#include <numeric>
+#include <random>
+#include <vector>
+
+namespace shim {
+
+bool has_clusters = true;
+
+namespace {
+
+constexpr size_t kStackBytes = 64 << 10;
+constexpr size_t kSharedMemoryLimit = 227 << 10;
+constexpr int kWarp = 32;
+
+struct Barrier {
+  unsigned expected = 0, arrived = 0, generation = 0;
+};
+struct Warp {
+  Barrier barrier;
+  uint64_t slots[2][kWarp];  // two, so that one barrier per exchange is enough
+};
+struct Block {
+  uint3 index;
+  unsigned rank;
+  Barrier barrier;
+  std::vector<Warp> warps;
+  std::unique_ptr<unsigned char, decltype(&std::free)> shared{nullptr, &std::free};
+};
+struct Fiber {
+  ucontext_t context;
+  Block* block;
+  unsigned thread;
+  bool done = false;
+  const unsigned* waits_for = nullptr;  // waits while this generation is the one it arrived in
+  unsigned generation = 0;
+  void* sanitizer_stack = nullptr;
+};
+
+enum Order { kForward, kReversed, kShuffled };
+int order = kForward;
+int launches = 0;
+Fiber* self = nullptr;
+ucontext_t scheduler;
+const void* scheduler_stack;
+size_t scheduler_stack_size;
+const std::function<void()>* body;
+std::vector<Block> blocks;  // of the running cluster
+Barrier cluster;
+std::vector<std::unique_ptr<char[]>> stacks;
+
+void leave(bool for_ever) {
+  Fiber* fiber = self;
+  __sanitizer_start_switch_fiber(for_ever ? nullptr : &fiber->sanitizer_stack, scheduler_stack, scheduler_stack_size);
+  swapcontext(&fiber->context, &scheduler);
+  __sanitizer_finish_switch_fiber(fiber->sanitizer_stack, nullptr, nullptr);
+}
+
+void fiber_main() {
+  __sanitizer_finish_switch_fiber(nullptr, &scheduler_stack, &scheduler_stack_size);
+  (*body)();
+  self->done = true;
+  leave(true);
+}
+
+void enter(Fiber& fiber, char* stack) {
+  self = &fiber;
+  threadIdx = {fiber.thread, 0, 0};
+  blockIdx = fiber.block->index;
+  void* own_stack;
+  __sanitizer_start_switch_fiber(&own_stack, stack, kStackBytes);
+  swapcontext(&scheduler, &fiber.context);
+  __sanitizer_finish_switch_fiber(own_stack, nullptr, nullptr);
+}
+
+void arrive_and_wait(Barrier& barrier) {
+  if (++barrier.arrived == barrier.expected) {
+    barrier.arrived = 0;
+    ++barrier.generation;
+    return;
+  }
+  self->waits_for = &barrier.generation;
+  self->generation = barrier.generation;
+  leave(false);
+}
+
+void run_cluster(unsigned first_block, unsigned size, unsigned threads, size_t shared_bytes) {
+  blocks.clear();
+  blocks.resize(size);
+  cluster = {size * threads};
+  for (unsigned rank = 0; rank < size; ++rank) {
+    Block& block = blocks[rank];
+    block.index = {first_block + rank, 0, 0};
+    block.rank = rank;
+    block.barrier = {threads};
+    block.warps.resize(threads / kWarp);
+    for (Warp& warp : block.warps) warp.barrier = {kWarp};
+    void* memory = nullptr;
+    if (posix_memalign(&memory, 128, shared_bytes)) std::abort();
+    std::memset(memory, 0xff, shared_bytes);
+    block.shared.reset(static_cast<unsigned char*>(memory));
+  }
+  std::vector<Fiber> fibers(size * threads);
+  while (stacks.size() < fibers.size()) stacks.push_back(std::make_unique<char[]>(kStackBytes));
+  for (size_t i = 0; i < fibers.size(); ++i) {
+    Fiber& fiber = fibers[i];
+    fiber.block = &blocks[i / threads];
+    fiber.thread = i % threads;
+    getcontext(&fiber.context);
+    fiber.context.uc_stack = {stacks[i].get(), 0, kStackBytes};
+    makecontext(&fiber.context, fiber_main, 0);
+  }
+  for (size_t running = fibers.size(), progress = 1; running; ) {
+    if (!progress) {
+      std::fprintf(stderr, "host shim: threads wait at a barrier that the others of their block never reach\n");
+      std::abort();
+    }
+    progress = 0;
+    for (size_t k = 0; k < fibers.size(); ++k) {
+      size_t i = order == kForward ? k : fibers.size() - 1 - k;
+      Fiber& fiber = fibers[i];
+      if (fiber.done || (fiber.waits_for && *fiber.waits_for == fiber.generation)) continue;
+      fiber.waits_for = nullptr;
+      enter(fiber, stacks[i].get());
+      ++progress;
+      running -= fiber.done;
+    }
+  }
+}
+
+}  // namespace
+
+cudaError_t run(const cudaLaunchConfig_t& config, const std::function<void()>& thread_body) {
+  unsigned size = config.numAttrs ? config.attrs[0].val.clusterDim.x : 1;
+  unsigned grid = config.gridDim.x, threads = config.blockDim.x;
+  bool one_dimensional = config.gridDim.y * config.gridDim.z * config.blockDim.y * config.blockDim.z == 1;
+  if (!one_dimensional || !grid || !threads || threads > 1024 || threads % kWarp || size > 8 || grid % size ||
+      (size > 1 && !has_clusters) || config.dynamicSmemBytes > kSharedMemoryLimit)
+    return cudaErrorInvalidValue;
+  ++launches;
+  body = &thread_body;
+  gridDim = config.gridDim;
+  blockDim = config.blockDim;
+  std::vector<unsigned> clusters(grid / size);
+  std::iota(clusters.begin(), clusters.end(), 0u);
+  if (order == kReversed) std::reverse(clusters.begin(), clusters.end());
+  if (order == kShuffled) std::shuffle(clusters.begin(), clusters.end(), std::mt19937(launches));
+  for (unsigned i : clusters) run_cluster(i * size, size, threads, config.dynamicSmemBytes);
+  return cudaSuccess;
+}
+
+unsigned char* shared_memory() { return self->block->shared.get(); }
+unsigned char* shared_memory(unsigned rank) { return blocks.at(rank).shared.get(); }
+unsigned cluster_rank() { return self->block->rank; }
+unsigned cluster_size() { return blocks.size(); }
+void block_barrier() { arrive_and_wait(self->block->barrier); }
+void cluster_barrier() { arrive_and_wait(cluster); }
+
+uint64_t exchange(uint64_t value, unsigned source_lane) {
+  Warp& warp = self->block->warps[self->thread / kWarp];
+  uint64_t* slots = warp.slots[warp.barrier.generation % 2];
+  slots[self->thread % kWarp] = value;
+  arrive_and_wait(warp.barrier);
+  return slots[source_lane];
+}
+
+unsigned ballot(bool predicate) {
+  Warp& warp = self->block->warps[self->thread / kWarp];
+  uint64_t* slots = warp.slots[warp.barrier.generation % 2];
+  exchange(predicate, 0);
+  unsigned votes = 0;
+  for (int lane = 0; lane < kWarp; ++lane) votes |= static_cast<unsigned>(slots[lane]) << lane;
+  return votes;
+}
+
+}  // namespace shim
+
+// For the tests, through ctypes.
+extern "C" void shim_set_order(int order) { shim::order = order; }
+extern "C" void shim_set_clusters(bool available) { shim::has_clusters = available; }
+extern "C" int shim_launches() { return shim::launches; }
