@@ -73,17 +73,22 @@ class DataConfig:
     """Where the images are.
 
     Args:
-        train: dataset roots, or JSON/CSV lists, for training.
+        train: dataset roots, or JSON/CSV lists, for training; one may stand without a list.
         val: the same for validation; empty: no validation, the last checkpoint is the best.
         captions: JSON object of image path to caption, "none" to train without captions, or "auto" to read
             captions.json of each root.
         workers: data-loading processes.
     """
 
-    train: list[str] = field(default_factory=list)
-    val: list[str] = field(default_factory=list)
+    train: list[str] | str = field(default_factory=list)
+    val: list[str] | str = field(default_factory=list)
     captions: str = "auto"
     workers: int = 4
+
+    def __post_init__(self) -> None:
+        self.train = [self.train] if isinstance(self.train, str) else list(self.train)
+        self.val = [self.val] if isinstance(self.val, str) else list(self.val)
+        _at_least(0, workers=self.workers)
 
 
 @dataclass
@@ -96,7 +101,7 @@ class OptimConfig:
         weight_decay: decoupled weight decay (0 is Adam, as officially).
         batch_size: images per optimiser step and process, before accumulation.
         accumulation: micro-batches accumulated into one optimiser step.
-        head_epochs: stage 1, the linear head on the frozen encoder.
+        head_epochs: stage 1, the teacher's linear head on the frozen encoder (only with gradient surgery).
         epochs: stage 2, the three branches.
         max_steps: end stage 2 after this many optimiser steps; 0: no limit.
         precision: "fp32", or autocast to "bf16" or "fp16".
@@ -111,6 +116,11 @@ class OptimConfig:
     epochs: int = 1
     max_steps: int = 0
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+
+    def __post_init__(self) -> None:
+        _at_least(1, batch_size=self.batch_size, accumulation=self.accumulation, epochs=self.epochs)
+        _at_least(0, lr=self.lr, weight_decay=self.weight_decay, max_steps=self.max_steps)
+        _at_least(0, head_epochs=self.head_epochs)
 
 
 @dataclass
@@ -131,6 +141,10 @@ class SurgeryConfig:
     order: Literal["align_first", "project_first"] = "align_first"
     eps: float = 1e-6
     reference_batch_size: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.reference_batch_size is not None:
+            _at_least(1, reference_batch_size=self.reference_batch_size)
 
 
 @dataclass
@@ -157,9 +171,21 @@ class Config:
     checkpoint_every: int = 500
     log_every: int = 10
 
+    def __post_init__(self) -> None:
+        _at_least(0, seed=self.seed)
+        _at_least(1, checkpoint_every=self.checkpoint_every, log_every=self.log_every)
+
     def to_dict(self) -> dict[str, Any]:
         """Plain nested dictionary, as written to config.json."""
         return json.loads(json.dumps(dataclasses.asdict(self)))
+
+    def to_json(self) -> str:
+        """The text of config.json."""
+        return json.dumps(self.to_dict(), indent=2) + "\n"
+
+    def flat(self) -> dict[str, Any]:
+        """Every setting under its name on the command line, such as "optim.lr"."""
+        return _flatten(self.to_dict(), "")
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> Config:
@@ -179,6 +205,19 @@ _SECTIONS = {
     "optim": OptimConfig,
     "surgery": SurgeryConfig,
 }
+
+
+def _flatten(values: dict[str, Any], prefix: str) -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        flat |= _flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return flat
+
+
+def _at_least(minimum: int, **values: float) -> None:
+    for name, value in values.items():
+        if not value >= minimum:
+            raise ValueError(f"{name}={value} must be at least {minimum}")
 
 
 def _build(cls: type, values: dict[str, Any], where: str) -> Any:

@@ -1,0 +1,158 @@
+"""The command line: one subcommand per task, every wrong input answered in one line with exit code 2."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import re
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+from jsonargparse import ArgumentError, ArgumentParser, Namespace
+
+from .config import CONFIG_FILE, Config
+from .errors import UserError
+
+
+@dataclass
+class Command:
+    """A subcommand: its help line and where it is. The module is imported only when the command is called."""
+
+    summary: str
+    module: str
+    function: str
+
+    def load(self) -> Callable[..., Any]:
+        return getattr(importlib.import_module(self.module), self.function)
+
+
+# A command is a function whose parameters become options by their types and docstring. `paths` is positional,
+# and a list of strings takes one or more words. `train` alone has a configuration file.
+COMMANDS = {
+    "train": Command("train a detector", "dgsnet.cli", "train_command"),
+    "evaluate": Command("measure a detector on labelled images", "dgsnet.evaluation", "evaluate_command"),
+    "predict": Command("score images", "dgsnet.detector", "predict_command"),
+    "demo": Command("train and compare detectors on the built-in data", "dgsnet.demo", "demo_command"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run one command line; ends the process with 0, 2 (wrong input, told in one line) or 130 (interrupted).
+
+    Args:
+        argv: the arguments after the program's name; sys.argv's by default.
+
+    Example:
+        >>> main(["train", "--data.train", "photos", "--out", "runs/mine"])  # doctest: +SKIP
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    try:
+        _run(argv)
+    except UserError as error:
+        _fail(str(error))
+    except ArgumentError as error:
+        _fail(_plain(str(error), argv))
+    except OSError as error:  # a full disk, a folder without permission
+        _fail(str(error) or type(error).__name__)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+def train_command(config: Config, out: Path, resume: bool = False) -> None:
+    """Train a detector: both stages, from one YAML file or flags. docs/training.md says what is written.
+
+    Args:
+        config: the run.
+        out: the run's folder; must be new or empty unless --resume is given.
+        resume: go on where a run was stopped or killed; its own configuration is used. Starts a new run when
+            there is none in `out`, so the same command line serves a restarted job.
+    """
+    from .training import train
+
+    print(f"trained: {train(config, out, resume=resume)}")
+
+
+def _run(argv: list[str]) -> None:
+    name = next((word for word in argv if not word.startswith("-")), None)
+    command = COMMANDS.get(name)
+    parser = ArgumentParser(
+        prog="dgsnet", description="Train and use a detector of generated images.", exit_on_error=False
+    )
+    subcommands = parser.add_subcommands(dest="command")
+    for other, entry in COMMANDS.items():
+        chosen = _arguments(name, command) if entry is command else ArgumentParser(exit_on_error=False)
+        subcommands.add_subcommand(other, chosen, help=entry.summary)
+    if name == "train":
+        return _train(parser, subcommands.choices["train"], argv)
+    arguments = vars(parser.parse_args(argv)[name])
+    command.load()(**{key: value for key, value in arguments.items() if not key.startswith("__")})
+
+
+def _arguments(name: str, command: Command) -> ArgumentParser:
+    """The parser of one command, from its function's signature."""
+    function = command.load()
+    parser = ArgumentParser(exit_on_error=False, description=inspect.getdoc(function).partition("\n")[0])
+    if name == "train":
+        parser.add_argument("--config", action="config", help="YAML file of the settings below")
+        parser.add_class_arguments(Config)
+        parser.add_argument("--out", required=True, help=_parameter_help(function, "out"))
+        parser.add_argument("--resume", action="store_true", help=_parameter_help(function, "resume"))
+        return parser
+    lists = [
+        parameter
+        for parameter in inspect.signature(function, eval_str=True).parameters.values()
+        if parameter.annotation == list[str]
+    ]
+    for parameter in lists:
+        flag = parameter.name if parameter.name == "paths" else f"--{parameter.name}"
+        required = {} if flag == "paths" else {"required": parameter.default is inspect.Parameter.empty}
+        parser.add_argument(flag, nargs="+", help=_parameter_help(function, parameter.name), **required)
+    parser.add_function_arguments(function, skip={parameter.name for parameter in lists})
+    return parser
+
+
+def _parameter_help(function: Callable[..., Any], name: str) -> str:
+    from docstring_parser import parse
+
+    return next((p.description for p in parse(function.__doc__).params if p.arg_name == name), "")
+
+
+def _train(parser: ArgumentParser, train_parser: ArgumentParser, argv: list[str]) -> None:
+    arguments = parser.parse_args(argv).train
+    saved = Path(arguments.out) / CONFIG_FILE
+    if arguments.resume and saved.is_file():
+        from .checkpoint import read_config
+
+        # The run's own settings become the defaults: only what the command line changes differs from them.
+        train_parser.set_defaults(read_config(saved).flat())
+        arguments = parser.parse_args(argv).train
+    train_command(_to_config(arguments), Path(arguments.out), arguments.resume)
+
+
+def _to_config(arguments: Namespace) -> Config:
+    fields = {
+        name: value for name, value in arguments.as_dict().items() if name in Config.__dataclass_fields__
+    }
+    try:
+        return Config.from_dict(fields)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
+def _plain(message: str, argv: list[str]) -> str:
+    """jsonargparse's message in the words of the command line, with where to look."""
+    message = re.sub(r"<class '(\w+)'>|typing\.(\w+)", r"\1\2", message)
+    message = re.sub(r"\b(train|evaluate|predict|demo)\.", "--", message).replace("Parser key", "setting")
+    if message.startswith("Problems parsing config") and "--config" in argv[:-1]:
+        message = message.replace("config", argv[argv.index("--config") + 1], 1)
+    command = f"{argv[0]} " if argv and argv[0] in COMMANDS else ""
+    return f"{message}; see dgsnet {command}--help"
+
+
+def _fail(message: str) -> NoReturn:
+    print(f"dgsnet: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(2)

@@ -1,0 +1,588 @@
+"""Training: the teacher's linear head on the frozen encoder, then the three branches with gradient surgery.
+
+A run is a function of its configuration and data. Order, augmentation and dropout of every step are drawn
+from (seed, step), never from a generator's history, so a run that was killed and resumed ends with the same
+weights.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import hashlib
+import io
+import math
+import os
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import ProjectConfiguration, gather_object, set_seed
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from .checkpoint import (
+    build_model,
+    fingerprint,
+    load_state,
+    load_trained_state,
+    read_config,
+    save_model,
+    save_state,
+    trained_state,
+    write_file,
+)
+from .config import CONFIG_FILE, Config, SurgeryConfig
+from .data import (
+    DamageReport,
+    EpochSampler,
+    ImageDataset,
+    Sample,
+    attach_captions,
+    collate,
+    find_samples,
+    make_loader,
+)
+from .errors import UserError
+from .evaluation import metrics
+from .model import DGSNet
+from .preprocess import Preprocessor
+
+STATE_FILE = Path("state") / "resume.pt"
+METRICS_FILE = "metrics.csv"
+TRAIN_COLUMNS = ("loss", "image_loss", "text_loss", "alignment_loss", "accuracy")
+VAL_COLUMNS = ("val_loss", "val_accuracy", "val_ap", "val_auc")
+COLUMNS = ("step", "stage", "epoch", *TRAIN_COLUMNS, *VAL_COLUMNS)
+HEAD, BRANCHES = 1, 2  # the stages
+# Settings that a resumed run may change, because they do not decide its weights.
+FREE_SETTINGS = ("data.workers", "checkpoint_every", "log_every")
+
+
+def train(config: Config, out: str | Path, *, resume: bool = False) -> Path:
+    """Train a detector.
+
+    Writes into `out`: config.json, metrics.csv, tensorboard/, best/ and last/ (model folders, see
+    checkpoint.load_model) and state/ (what a killed run resumes from). docs/training.md describes them.
+
+    Args:
+        config: the run.
+        out: the run's folder: new or empty, unless resuming.
+        resume: go on with the run in `out`, or start it if there is none yet.
+
+    Returns:
+        `out`, which every command takes as --model.
+
+    Raises:
+        UserError: data, model or configuration cannot be used, `out` is taken, training diverged or ran out
+            of GPU memory; one line with the remedy.
+
+    Example:
+        >>> from dgsnet.config import Config, DataConfig
+        >>> train(Config(data=DataConfig(train=["photos"])), "runs/mine")  # doctest: +SKIP
+        PosixPath('runs/mine')
+    """
+    out = Path(out)
+    _check_folder(config, out, resume)
+    samples = _samples(config, config.data.train, "train")
+    val_samples = _samples(config, config.data.val, "val") if config.data.val else []
+    with _accelerator(config, out) as accelerator:
+        try:
+            _Run(config, out, accelerator, samples, val_samples).train()
+        except torch.OutOfMemoryError:
+            raise UserError(
+                f"out of GPU memory with optim.batch_size={config.optim.batch_size}: halve it and double "
+                "optim.accumulation"
+            ) from None
+    return out
+
+
+def _check_folder(config: Config, out: Path, resume: bool) -> None:
+    """Refuse a folder that is taken, and a resumption with other settings; nothing is written yet."""
+    saved = out / CONFIG_FILE
+    if out.exists() and not out.is_dir():
+        raise UserError(f"--out {out} is a file: give a folder")
+    if not resume and out.exists() and any(out.iterdir()):
+        raise UserError(f"--out {out} is not empty: give another folder, or --resume to go on with its run")
+    if resume and saved.is_file():
+        before, now = read_config(saved).flat(), config.flat()
+        for name, value in now.items():
+            if value != before[name] and name not in FREE_SETTINGS:
+                raise UserError(
+                    f"cannot resume {out} with {name}={value}, it was started with {before[name]}: leave "
+                    "the setting out, or start a new run"
+                )
+    if not config.data.train:
+        nothing = f" ({out} holds no run to resume)" if resume else ""
+        raise UserError(f"no training images: name a dataset with --data.train{nothing}")
+
+
+def _samples(config: Config, roots: list[str], split: str) -> list[Sample]:
+    """All samples of a split, with captions where the text branch needs them."""
+    samples = []
+    for root in roots:
+        found = find_samples(root, split)
+        if split == "train" and _uses_text(config):
+            found = attach_captions(found, config.data.captions, root)
+        samples += found
+    labels = {sample.label for sample in samples}
+    if split == "train" and len(labels) == 1:
+        kind = "generated" if labels == {1} else "real"
+        raise UserError(f"{', '.join(roots)}: all training images are {kind}; training needs both classes")
+    return samples
+
+
+def _uses_surgery(config: Config) -> bool:
+    """Without adapters no gradient enters the encoder, so there is nothing to edit."""
+    return config.surgery.mode != "none" and config.model.lora_rank > 0
+
+
+def _uses_text(config: Config) -> bool:
+    return _uses_surgery(config) and config.data.captions != "none"
+
+
+@contextlib.contextmanager
+def _accelerator(config: Config, out: Path) -> Iterator[Accelerator]:
+    precision = {"fp32": "no"}.get(config.optim.precision, config.optim.precision)
+    project = ProjectConfiguration(project_dir=str(out), logging_dir=str(out))
+    try:
+        accelerator = Accelerator(mixed_precision=precision, log_with="tensorboard", project_config=project)
+    except ValueError as error:
+        raise UserError(f"optim.precision={config.optim.precision} does not work here: {error}") from None
+    kind = accelerator.distributed_type.value
+    if kind not in ("NO", "MULTI_GPU", "MULTI_CPU"):
+        raise UserError(f"training under {kind} is not supported: launch it with plain data parallelism")
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    if accelerator.device.type == "cuda":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with it
+        torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield accelerator
+    finally:
+        torch.use_deterministic_algorithms(deterministic)
+        accelerator.end_training()
+        # The state is a singleton: without this a later run in this process could not have another precision.
+        AcceleratorState._reset_state(reset_partial_state=True)
+
+
+class Step(nn.Module):
+    """One forward pass of a stage, from images to losses, inside one module as data parallelism needs it.
+
+    Args:
+        model: the model; which parameters require a gradient is set here.
+        stage: HEAD or BRANCHES.
+        surgery: settings of the three branches; None trains the student alone, plain LoRA or a linear probe.
+    """
+
+    def __init__(self, model: DGSNet, stage: int, surgery: SurgeryConfig | None) -> None:
+        super().__init__()
+        self.model, self.stage, self.surgery = model, stage, surgery
+        for name, parameter in model.named_parameters():
+            if "lora_" in name or "image_head" in name:
+                parameter.requires_grad_(stage == BRANCHES)
+        model.head.teacher_head.requires_grad_(stage == HEAD)
+        # Without captions the text head has no gradient, and data parallelism must not wait for one.
+        model.head.text_head.requires_grad_(
+            stage == BRANCHES and surgery is not None and model.text is not None
+        )
+
+    def forward(self, pixels: Tensor, labels: Tensor, captions: list[str]) -> tuple[Tensor, Tensor]:
+        """The loss to differentiate, and TRAIN_COLUMNS as one detached tensor [5]; means over the batch.
+
+        An empty batch (all its images damaged) has a zero loss that reaches every parameter.
+        """
+        if not len(labels):
+            zero = sum((p.sum() * 0 for p in self.model.trainable_parameters()), labels.new_zeros(()))
+            return zero, zero.detach().expand(len(TRAIN_COLUMNS))
+        if self.stage == HEAD or self.surgery is None:
+            return self._one_branch(pixels, labels)
+        student, teacher = self.model.student_features(pixels), self.model.teacher_features(pixels)
+        text = None if self.model.text is None else self.model.text_features(captions)
+        options = {k: getattr(self.surgery, k) for k in ("order", "eps", "reference_batch_size")}
+        with torch.autocast(pixels.device.type, enabled=False):  # heads and losses stay in fp32
+            out = self.model.head(
+                student.float(), teacher.float(), None if text is None else text.float(), labels, **options
+            )
+            loss = out.image_loss + out.text_loss + self.surgery.alignment * out.alignment_loss
+        losses = (loss, out.image_loss, out.text_loss, out.alignment_loss)
+        return loss, _values(losses, out.image_logits, labels)
+
+    def _one_branch(self, pixels: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        teaching = self.stage == HEAD
+        features = (self.model.teacher_features if teaching else self.model.student_features)(pixels)
+        head = self.model.head.teacher_head if teaching else self.model.head.image_head
+        with torch.autocast(pixels.device.type, enabled=False):
+            logits = head(features.float()).squeeze(-1)
+            loss = F.binary_cross_entropy_with_logits(logits, labels)
+        return loss, _values((loss, *loss.new_zeros(3)), logits, labels)
+
+
+def _values(losses: tuple[Tensor, ...], logits: Tensor, labels: Tensor) -> Tensor:
+    accuracy = ((logits > 0) == (labels > 0.5)).float().mean()
+    return torch.stack([*losses, accuracy]).detach()
+
+
+@dataclass
+class Position:
+    """Where a run stands; with the trained weights and the optimiser, all that decides how it goes on.
+
+    Args:
+        stage: HEAD or BRANCHES, BRANCHES + 1 when finished.
+        epoch: epoch within the stage.
+        seen: images of this epoch already used.
+        stage_step: optimiser steps done in this stage.
+        step: optimiser steps done in the run.
+    """
+
+    stage: int
+    epoch: int = 0
+    seen: int = 0
+    stage_step: int = 0
+    step: int = 0
+
+
+@dataclass
+class MicroBatch:
+    """Images of one process and one backward pass, and their weight in the mean over the optimiser step."""
+
+    indices: list[int]
+    weight: float
+
+
+class StepPlan:
+    """Cuts an order of images into optimiser steps, and those into even micro-batches; a batch sampler.
+
+    Every process gets its share of every step and no image comes twice. The weights make an optimiser step
+    the mean over its images, however they are split; in the last, smaller step too.
+    """
+
+    def __init__(self, batch_size: int, accumulation: int, rank: int, world: int) -> None:
+        self.per_micro_step, self.accumulation = batch_size * world, accumulation
+        self.rank, self.world = rank, world
+        self.steps: list[
+            tuple[int, list[MicroBatch]]
+        ] = []  # images over all processes, micro-batches of this one
+
+    def set(self, order: list[int], limit: int | None = None) -> None:
+        """Plan at most `limit` steps over `order`; a rest of fewer images than processes is left over."""
+        group = self.per_micro_step * self.accumulation
+        self.steps = []
+        for start in range(0, len(order), group)[:limit]:
+            images = np.asarray(order[start : start + group])
+            if len(images) < self.world:
+                break
+            micro_steps = math.ceil(len(images) / self.per_micro_step)
+            parts = np.array_split(images, micro_steps * self.world)[self.rank :: self.world]
+            # Data parallelism averages over processes, hence the factor.
+            micro = [MicroBatch(part.tolist(), self.world * len(part) / len(images)) for part in parts]
+            self.steps.append((len(images), micro))
+
+    def __iter__(self) -> Iterator[list[int]]:
+        return (micro.indices for _, batches in self.steps for micro in batches)
+
+    def __len__(self) -> int:
+        return sum(len(batches) for _, batches in self.steps)
+
+
+class _Run:
+    """A training run: the state that lives through it, and its loops."""
+
+    def __init__(
+        self, config: Config, out: Path, accelerator: Accelerator, samples: list[Sample], val: list[Sample]
+    ) -> None:
+        self.config, self.out, self.accelerator = config, out, accelerator
+        rank, self.world = accelerator.process_index, accelerator.num_processes
+        if len(samples) < self.world:
+            raise UserError(f"{len(samples)} training images are too few for {self.world} processes")
+        self.data_hash = _hash(samples)
+        preprocess = Preprocessor(config.preprocess)
+        optim, workers = config.optim, config.data.workers
+        dataset = ImageDataset(samples, preprocess, train=True, seed=config.seed)
+        self.order = EpochSampler(dataset, shuffle=True, seed=config.seed)
+        self.plan = StepPlan(optim.batch_size, optim.accumulation, rank, self.world)
+        self.loader = DataLoader(
+            dataset,
+            batch_sampler=self.plan,
+            num_workers=workers,
+            collate_fn=collate,
+            pin_memory=accelerator.device.type == "cuda",
+            persistent_workers=workers > 0,
+        )
+        self.val_loader = None
+        if val:
+            val_dataset = ImageDataset(val[rank :: self.world], preprocess, train=False)
+            self.val_loader = make_loader(val_dataset, batch_size=optim.batch_size, workers=workers)
+        self.damage, self.val_damage = DamageReport(len(samples)), DamageReport(len(val))
+
+        self.model = build_model(config, with_text=_uses_text(config))
+        if self.model.image_size != config.preprocess.image_size:
+            raise UserError(
+                f"model {config.model.name} takes images of {self.model.image_size} pixels, but "
+                f"preprocess.image_size is {config.preprocess.image_size}: make them equal"
+            )
+        self.backbone = fingerprint(self.model)
+        self.model.to(accelerator.device)
+        self.position = Position(HEAD if _uses_surgery(config) else BRANCHES)
+        self.best: list[float] | None = None
+        # Sums of the logged values, weighted, and of the weights, since the last logged step.
+        self.sums = torch.zeros(len(TRAIN_COLUMNS) + 1, device=accelerator.device)
+
+    def train(self) -> None:
+        """Train from where `out` stands to the end."""
+        state = self._restore()
+        if self.position.stage > BRANCHES:
+            return self.accelerator.print(f"{self.out} is already trained")
+        self.accelerator.wait_for_everyone()  # every process has looked at the folder before one writes
+        if self.accelerator.is_main_process:
+            (self.out / STATE_FILE).parent.mkdir(parents=True, exist_ok=True)
+            write_file(self.out / CONFIG_FILE, self.config.to_json().encode())
+        self.log = _Log(self.out, self.accelerator, state and state["metrics_bytes"], self.position.step)
+        self.readable = self.position.step > 0
+        while self.position.stage <= BRANCHES:
+            self._train_stage(state)
+            state = None
+        for report in (self.damage, self.val_damage):
+            for errors in gather_object([report.errors]):
+                report.errors |= errors
+            if self.accelerator.is_main_process and report.errors:
+                print(report.summary(), file=sys.stderr)
+
+    def _train_stage(self, state: dict[str, Any] | None) -> None:
+        """Train from the position to the end of its stage; `state` is given right after a resumption."""
+        stage, optim = self.position.stage, self.config.optim
+        step = Step(self.model, stage, self.config.surgery if _uses_surgery(self.config) else None)
+        # Without weight decay AdamW is Adam.
+        optimizer = torch.optim.AdamW(
+            self.model.trainable_parameters(), lr=optim.lr, betas=optim.betas, weight_decay=optim.weight_decay
+        )
+        self.step_module, self.optimizer = self.accelerator.prepare(step, optimizer)
+        if state and state["optimizer"]:
+            self.optimizer.load_state_dict(state["optimizer"])
+        if state and state["scaler"]:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+        epochs = optim.head_epochs if stage == HEAD else optim.epochs
+        while self.position.epoch < epochs and not self._at_max_steps():
+            self._train_epoch(epochs)
+        self.position = Position(stage + 1, step=self.position.step)
+        self.step_module, self.optimizer = self.accelerator.free_memory(self.step_module, self.optimizer)
+        self._checkpoint()
+
+    def _at_max_steps(self) -> bool:
+        limit = self.config.optim.max_steps
+        return bool(limit) and self.position.stage == BRANCHES and self.position.stage_step >= limit
+
+    def _train_epoch(self, epochs: int) -> None:
+        position, optim = self.position, self.config.optim
+        earlier = optim.head_epochs if position.stage == BRANCHES else 0
+        self.order.set_epoch(earlier + position.epoch, skip=position.seen)
+        limited = optim.max_steps and position.stage == BRANCHES
+        self.plan.set(list(self.order), optim.max_steps - position.stage_step if limited else None)
+        self.model.train()
+        batches = iter(self.loader) if self.plan.steps else iter(())
+        bar = tqdm(
+            self.plan.steps,
+            desc=f"stage {position.stage} epoch {position.epoch + 1}/{epochs}",
+            unit="step",
+            disable=not (sys.stderr.isatty() and self.accelerator.is_main_process),
+        )
+        started, images = time.monotonic(), 0
+        for number, (size, micro_batches) in enumerate(bar, 1):
+            self._optimiser_step(batches, micro_batches)
+            position.step += 1
+            position.stage_step += 1
+            position.seen += size
+            images += size
+            more = number < len(self.plan.steps)
+            if not more or position.step % self.config.log_every == 0:
+                speed = images / (time.monotonic() - started)
+                loss = self._log_training(speed)
+                bar.set_postfix(loss=f"{loss:.4f}", images_per_s=f"{speed:.1f}")
+            if more and position.step % self.config.checkpoint_every == 0:
+                self._checkpoint()
+        if not any(gather_object([self.readable])):
+            raise UserError(f"none of the training images could be read; {self.damage.summary(shown=1)}")
+        self._end_epoch(epochs)
+
+    def _optimiser_step(self, batches: Iterator[dict[str, Any]], micro_batches: list[MicroBatch]) -> None:
+        # Dropout depends on this seed alone, so that no generator's state need outlive a kill.
+        key = (self.config.seed, self.position.step, self.accelerator.process_index)
+        set_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
+        device = self.accelerator.device
+        for number, micro in enumerate(micro_batches, 1):
+            batch = next(batches)
+            self.damage.add(batch["errors"])
+            self.readable |= len(batch["labels"]) > 0
+            last = number == len(micro_batches)
+            with contextlib.nullcontext() if last else self.accelerator.no_sync(self.step_module):
+                loss, values = self.step_module(
+                    batch["pixels"].to(device, non_blocking=True),
+                    batch["labels"].to(device, non_blocking=True),
+                    batch["captions"],
+                )
+                self.accelerator.backward(loss * micro.weight)
+            weight = micro.weight * (len(batch["labels"]) > 0)
+            self.sums += weight * torch.cat([values, values.new_ones(1)])
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def _log_training(self, speed: float) -> float:
+        """Write the means since the last call; returns the loss."""
+        *values, weight = self.accelerator.reduce(self.sums, "mean").tolist()
+        self.sums.zero_()
+        if not weight:  # every image since then was damaged
+            return math.nan
+        row = {name: value / weight for name, value in zip(TRAIN_COLUMNS, values)}
+        if self.position.stage == HEAD or not _uses_surgery(self.config):
+            row = {name: row[name] for name in ("loss", "accuracy")}  # there is one branch
+        if not math.isfinite(row["loss"]):
+            raise UserError(
+                f"training diverged: the loss is {row['loss']} at step {self.position.step}; lower optim.lr"
+                + (", or use optim.precision bf16" if self.config.optim.precision == "fp16" else "")
+            )
+        self.log.write(self.position, row, images_per_second=speed)
+        return row["loss"]
+
+    def _end_epoch(self, epochs: int) -> None:
+        """Validate, keep the model if it is the best, and make this a point to resume from."""
+        position = self.position
+        result = self._validate() if self.val_loader else {}
+        text = "".join(f", {name} {value:.4f}" for name, value in result.items())
+        place = f"stage {position.stage} epoch {position.epoch + 1}/{epochs}: step {position.step}"
+        self.accelerator.print(place + text)
+        if result:
+            self.log.write(position, result)
+        if position.stage == BRANCHES:
+            # Equal AP, as at 1, is decided by the loss, and so is AP that one class alone does not have.
+            score = [np.nan_to_num(result["val_ap"]).item(), -result["val_loss"]] if result else None
+            if score is None or self.best is None or score > self.best:
+                self.best = score
+                self._save_model("best", result)
+        position.epoch, position.seen = position.epoch + 1, 0
+        self._checkpoint(result)
+
+    @torch.no_grad()
+    def _validate(self) -> dict[str, float]:
+        """VAL_COLUMNS over all validation images, of the head that this stage trains."""
+        self.model.eval()
+        head = self.model.teacher_logits if self.position.stage == HEAD else self.model.logits
+        scored: list[tuple[float, float]] = []
+        for batch in self.val_loader:
+            rank, world = self.accelerator.process_index, self.world
+            self.val_damage.add((index * world + rank, message) for index, message in batch["errors"])
+            if len(batch["labels"]):
+                with self.accelerator.autocast():
+                    logits = head(batch["pixels"].to(self.accelerator.device, non_blocking=True))
+                scored += zip(logits.float().tolist(), batch["labels"].tolist())
+        scored = gather_object(scored)
+        if not scored:
+            raise UserError(
+                f"none of the validation images could be read; {self.val_damage.summary(shown=1)}"
+            )
+        logits, labels = torch.tensor(scored, dtype=torch.float64).T
+        result = metrics(labels.numpy(), torch.sigmoid(logits).numpy())
+        loss = F.binary_cross_entropy_with_logits(logits, labels).item()
+        return {"val_loss": loss} | {name: result[name.removeprefix("val_")] for name in VAL_COLUMNS[1:]}
+
+    def _save_model(self, name: str, result: dict[str, float]) -> None:
+        if self.accelerator.is_main_process:
+            finite = {key: value for key, value in result.items() if math.isfinite(value)}
+            save_model(self.out / name, self.model, self.config, step=self.position.step, **finite)
+
+    def _checkpoint(self, result: dict[str, float] | None = None) -> None:
+        """Write the last model, then the state to resume from, which counts on all else being there."""
+        sums = self.accelerator.reduce(self.sums, "mean")
+        if self.accelerator.is_main_process:
+            if self.position.stage == BRANCHES and self.position.stage_step:
+                self._save_model("last", result or {})
+            scaler = self.accelerator.scaler
+            state = {
+                "position": asdict(self.position),
+                "model": trained_state(self.model),
+                "optimizer": self.optimizer.state_dict() if self.optimizer else None,
+                "scaler": scaler.state_dict() if scaler else None,
+                "sums": sums,
+                "best": self.best,
+                "metrics_bytes": self.log.sync(),
+                "data": self.data_hash,
+                "backbone": self.backbone,
+            }
+            save_state(self.out / STATE_FILE, state)
+        self.accelerator.wait_for_everyone()
+
+    def _restore(self) -> dict[str, Any] | None:
+        """Go to where the run in `out` stands, if it has got anywhere."""
+        path = self.out / STATE_FILE
+        if not path.is_file():
+            return None
+        state = load_state(path)
+        for key, now, what in (
+            ("data", self.data_hash, "the training images, their labels or captions"),
+            ("backbone", self.backbone, f"the weights of {self.config.model.name}"),
+        ):
+            if state[key] != now:
+                raise UserError(
+                    f"cannot resume {self.out}: {what} have changed since it was started; start a new run"
+                )
+        load_trained_state(self.model, state["model"])
+        self.position = Position(**state["position"])
+        self.best = state["best"]
+        self.sums.copy_(state["sums"])
+        return state
+
+
+def _hash(samples: list[Sample]) -> str:
+    digest = hashlib.sha256()
+    for sample in samples:
+        digest.update(f"{sample.path}\0{sample.label}\0{sample.caption}\n".encode(errors="surrogateescape"))
+    return digest.hexdigest()
+
+
+class _Log:
+    """metrics.csv and TensorBoard; both go back to where a resumed run stands.
+
+    Args:
+        out: the run's folder.
+        accelerator: carries the tracker.
+        size: bytes of metrics.csv that count, None for a new run.
+        step: the run's step; TensorBoard hides what it had after it.
+    """
+
+    def __init__(self, out: Path, accelerator: Accelerator, size: int | None, step: int) -> None:
+        self.accelerator = accelerator
+        accelerator.init_trackers("tensorboard", init_kwargs={"tensorboard": {"purge_step": step + 1}})
+        self.file: io.TextIOWrapper | None = None
+        if not accelerator.is_main_process:
+            return
+        path = out / METRICS_FILE
+        if size is None:
+            write_file(path, (",".join(COLUMNS) + "\n").encode())
+        elif path.is_file() and path.stat().st_size >= size:
+            os.truncate(path, size)
+        else:
+            raise UserError(
+                f"cannot resume {out}: {path} is shorter than it was; put it back or start a new run"
+            )
+        self.file = open(path, "a", newline="", encoding="utf-8")  # noqa: SIM115 - open as long as the run
+        self.writer = csv.DictWriter(self.file, COLUMNS, restval="", lineterminator="\n")
+
+    def write(self, position: Position, row: dict[str, float], **tracked: float) -> None:
+        """Add a row; `tracked` goes to TensorBoard only (times, which no two runs share)."""
+        place = {"step": position.step, "stage": position.stage, "epoch": position.epoch + 1}
+        if self.file:
+            self.writer.writerow(place | {name: f"{value:.6g}" for name, value in row.items()})
+            self.file.flush()
+        finite = {name: value for name, value in (row | tracked).items() if math.isfinite(value)}
+        self.accelerator.log(finite, step=position.step)
+
+    def sync(self) -> int:
+        """Have metrics.csv on the disk; returns its size in bytes."""
+        os.fsync(self.file.fileno())
+        return self.file.seek(0, io.SEEK_END)
