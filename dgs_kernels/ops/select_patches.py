@@ -105,15 +105,18 @@ def resize_bicubic(images: Tensor, height: int, width: int) -> Tensor:
 
 
 def permutations(seeds: Tensor, count: int) -> Tensor:
-    """[B] int64 seeds -> [B, count] permutations of 0..count-1, the same on every device and torch version.
+    """[B] int64 seeds -> [B, count] permutations of 0..count-1, the same on every device and torch version."""
+    return splitmix64(seeds, count).argsort(dim=1, stable=True)
 
-    Sorts the first `count` numbers of SplitMix64 (Steele, Lea and Flood, 2014) started at each seed.
-    """
+
+def splitmix64(seeds: Tensor, count: int) -> Tensor:
+    """[B] int64 seeds -> [B, count], the first numbers of SplitMix64 (Steele, Lea and Flood, 2014)."""
     steps = torch.arange(1, count + 1, device=seeds.device)
-    x = seeds[:, None] + steps * -0x61C8864680B583EB
-    x = (x ^ _shift_right(x, 30)) * -0x40A7B892E31B1A47
-    x = (x ^ _shift_right(x, 27)) * -0x6B2FB644ECCEEE15
-    return (x ^ _shift_right(x, 31)).argsort(dim=1, stable=True)
+    # The published unsigned constants, as the signed numbers of the same bits.
+    x = seeds[:, None] + steps * (0x9E3779B97F4A7C15 - 2**64)
+    x = (x ^ _shift_right(x, 30)) * (0xBF58476D1CE4E5B9 - 2**64)
+    x = (x ^ _shift_right(x, 27)) * (0x94D049BB133111EB - 2**64)
+    return x ^ _shift_right(x, 31)
 
 
 def _shift_right(x: Tensor, bits: int) -> Tensor:

@@ -19,7 +19,7 @@ EXTENSIONS = frozenset({".avif", ".bmp", ".gif", ".png", ".tif", ".tiff", ".webp
 Image.init()
 FORMATS = [
     name
-    for name in ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "TIFF", "WEBP")
+    for name in ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
     if name in Image.OPEN
 ]
 
@@ -62,7 +62,7 @@ def read_image(source: str | os.PathLike | bytes | np.ndarray | Image.Image) -> 
         if not (len(source) if in_memory else os.path.getsize(name)):
             raise ImageError("empty file")
         with warnings.catch_warnings():
-            # Pillow's size limit is a warning, then an error, and depends on global state; ours is MAX_PIXELS.
+            # Pillow warns of sizes that it calls suspicious; the limit here is MAX_PIXELS.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             image = Image.open(io.BytesIO(source) if in_memory else name, formats=FORMATS)
         with image:

@@ -1,0 +1,272 @@
+"""Every odd image file is either read as it looks or refused in one line."""
+
+import io
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from dgsnet.images import MAX_PIXELS, ImageError, read_image
+from PIL import Image
+
+HEIGHT, WIDTH = 40, 56
+
+
+@pytest.fixture(scope="module")
+def rgb():
+    """Smooth, so that JPEG keeps it, and different in every corner and channel."""
+    y, x = np.mgrid[:HEIGHT, :WIDTH]
+    return np.stack([4 * x, 6 * y, 255 - 2 * (x + y)], axis=-1).clip(0, 255).astype(np.uint8)
+
+
+@pytest.fixture(scope="module")
+def grey():
+    y, x = np.mgrid[:HEIGHT, :WIDTH]
+    return (2 * (x + y)).astype(np.uint8)
+
+
+def encode(image, format, **options):
+    file = io.BytesIO()
+    image = image if isinstance(image, Image.Image) else Image.fromarray(image)
+    image.save(file, format, **options)
+    return file.getvalue()
+
+
+def png(width, height, depth, color, rows):
+    """A PNG that Pillow cannot write: any bit depth, colour type, size and (uncompressed) contents."""
+
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", width, height, depth, color, 0, 0, 0)
+    data = zlib.compress(b"".join(b"\0" + row for row in rows))
+    parts = chunk(b"IHDR", header), chunk(b"IDAT", data), chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
+def stacked(grey):
+    return np.stack([grey] * 3, axis=-1)
+
+
+@pytest.mark.parametrize("format", ["png", "bmp", "tiff", "ppm"])
+def test_lossless_formats_come_back_exactly(rgb, format):
+    result = read_image(encode(rgb, format))
+    assert result.dtype == np.uint8 and result.flags.writeable and result.flags.c_contiguous
+    np.testing.assert_array_equal(result, rgb)
+
+
+@pytest.mark.parametrize("format", ["jpeg", "webp", "jpeg2000"])
+def test_lossy_formats_come_back_nearly(rgb, format):
+    assert np.abs(read_image(encode(rgb, format)).astype(int) - rgb).mean() < 4
+
+
+def test_every_kind_of_source_gives_the_same_pixels(rgb, tmp_path):
+    path = tmp_path / "a.PNG"
+    path.write_bytes(encode(rgb, "png"))
+    for source in (path, str(path), path.read_bytes(), Image.open(path), rgb):
+        np.testing.assert_array_equal(read_image(source), rgb)
+    with pytest.raises(TypeError):
+        read_image(3)
+
+
+def test_given_pil_image_is_left_as_it_is(rgb):
+    image = Image.fromarray(rgb)
+    read_image(image)[:] = 0
+    np.testing.assert_array_equal(np.asarray(image), rgb)
+
+
+def test_greyscale(grey):
+    np.testing.assert_array_equal(read_image(encode(grey, "png")), stacked(grey))
+    bilevel = Image.fromarray(grey).convert("1")
+    np.testing.assert_array_equal(
+        read_image(encode(bilevel, "png")), stacked(np.asarray(bilevel).astype(np.uint8) * 255)
+    )
+
+
+def test_cmyk(rgb):
+    cmyk = Image.fromarray(rgb).convert("CMYK")
+    np.testing.assert_array_equal(read_image(encode(cmyk, "tiff")), rgb)
+    # Adobe's programs, and Pillow after them, store CMYK JPEGs inverted and say so by an Adobe marker.
+    jpeg = encode(cmyk, "jpeg", quality=100)
+    assert b"Adobe" in jpeg
+    assert np.abs(read_image(jpeg).astype(int) - rgb).mean() < 4
+
+
+def test_palette(rgb):
+    palette = Image.fromarray(rgb).quantize(16)
+    seen = np.asarray(palette.convert("RGB"))
+    for format in ("png", "gif", "bmp"):
+        np.testing.assert_array_equal(read_image(encode(palette, format)), seen)
+    index = np.asarray(palette)[0, 0]
+    clear = read_image(encode(palette, "png", transparency=int(index)))
+    np.testing.assert_array_equal(clear, np.where((np.asarray(palette) == index)[..., None], 255, seen))
+
+
+def test_transparency_is_composited_on_white(rgb, grey):
+    alpha = np.zeros((HEIGHT, WIDTH), np.uint8)
+    alpha[:, WIDTH // 2 :] = 255
+    alpha[0, 0] = 128
+    for colour, mode in ((rgb, "RGBA"), (stacked(grey), "LA")):
+        pixels = np.concatenate([colour[..., : len(mode) - 1], alpha[..., None]], axis=-1)
+        for format in ("png", "tiff"):
+            result = read_image(encode(Image.fromarray(pixels, mode), format))
+            np.testing.assert_array_equal(result[:, WIDTH // 2 :], colour[:, WIDTH // 2 :])
+            assert (result[1:, : WIDTH // 2] == 255).all()
+            assert np.abs(result[0, 0] - (128.0 * colour[0, 0] + 127 * 255) / 255).max() <= 1
+
+
+def test_what_lies_below_full_transparency_does_not_matter(rgb):
+    clear = np.zeros((HEIGHT, WIDTH, 1), np.uint8)
+    first = encode(np.concatenate([rgb, clear], axis=-1), "png")
+    second = encode(np.concatenate([255 - rgb, clear], axis=-1), "png")
+    np.testing.assert_array_equal(read_image(first), read_image(second))
+
+
+def test_transparent_colour_of_opaque_modes(rgb, grey):
+    result = read_image(encode(rgb, "png", transparency=tuple(map(int, rgb[3, 4]))))
+    match = (rgb == rgb[3, 4]).all(-1, keepdims=True)
+    np.testing.assert_array_equal(result, np.where(match, 255, rgb))
+    result = read_image(encode(grey, "png", transparency=int(grey[3, 4])))
+    np.testing.assert_array_equal(result, stacked(np.where(grey == grey[3, 4], 255, grey)))
+
+
+@pytest.mark.parametrize("format", ["png", "tiff"])
+def test_16_bit_greyscale_is_scaled_not_clipped(grey, format):
+    wide = grey.astype(np.uint16) * 257
+    np.testing.assert_array_equal(read_image(encode(wide, format)), stacked(grey))
+    np.testing.assert_array_equal(read_image(wide.astype(np.int32)), stacked(grey))
+
+
+def test_16_bit_colour(rgb):
+    wide = (rgb.astype(">u2") * 257).astype(">u2")
+    data = png(WIDTH, HEIGHT, 16, 2, [row.tobytes() for row in wide])
+    np.testing.assert_array_equal(read_image(data), rgb)
+
+
+@pytest.mark.parametrize("white", [1, 255, 65535])
+def test_float_tiff(grey, white):
+    values = (grey / grey.max() * white).astype(np.float32)
+    expected = stacked(np.rint(grey / grey.max() * 255).astype(np.uint8))
+    np.testing.assert_array_equal(read_image(encode(values, "tiff")), expected)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -1, 1e6])
+def test_samples_without_a_scale_are_refused(grey, bad):
+    values = grey.astype(np.float32)
+    values[5, 5] = bad
+    with pytest.raises(ImageError, match="not all finite and between 0 and 65535"):
+        read_image(encode(values, "tiff"))
+
+
+@pytest.mark.parametrize("format", ["gif", "png", "webp", "tiff"])
+def test_animation_gives_its_first_frame(rgb, format):
+    options = {"lossless": True} if format == "webp" else {}
+    second, third = Image.fromarray(255 - rgb), Image.fromarray(rgb[::-1])
+    first = Image.fromarray(rgb).quantize(64).convert("RGB")
+    data = encode(first, format, save_all=True, append_images=[second, third], **options)
+    with Image.open(io.BytesIO(data)) as image:
+        assert image.n_frames == 3
+    np.testing.assert_array_equal(read_image(data), np.asarray(first))
+
+
+@pytest.mark.parametrize(
+    "orientation, upright",
+    [
+        (1, lambda x: x),
+        (2, lambda x: x[:, ::-1]),
+        (3, lambda x: x[::-1, ::-1]),
+        (4, lambda x: x[::-1]),
+        (5, lambda x: x.swapaxes(0, 1)),
+        (6, lambda x: np.rot90(x, -1)),
+        (7, lambda x: x[::-1, ::-1].swapaxes(0, 1)),
+        (8, lambda x: np.rot90(x, 1)),
+        (9, lambda x: x),
+    ],
+)
+def test_exif_orientation_is_applied(rgb, grey, orientation, upright):
+    exif = Image.Exif()
+    exif[0x112] = orientation
+    np.testing.assert_array_equal(read_image(encode(rgb, "png", exif=exif)), upright(rgb))
+    wide = grey.astype(np.uint16) * 257
+    np.testing.assert_array_equal(read_image(encode(wide, "tiff", exif=exif)), upright(stacked(grey)))
+
+
+def test_broken_exif_does_not_cost_the_image(rgb):
+    plain = read_image(encode(rgb, "jpeg"))
+    data = encode(rgb, "jpeg", exif=b"Exif\0\0garbage!!!!")
+    np.testing.assert_array_equal(read_image(data), plain)
+
+
+def test_one_pixel():
+    np.testing.assert_array_equal(read_image(encode(np.array([[[1, 2, 3]]], np.uint8), "png")), [[[1, 2, 3]]])
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("format", ["jpeg", "png", "gif", "webp", "tiff", "bmp", "jpeg2000", "ppm"])
+@pytest.mark.parametrize("kept", [0.02, 0.2, 0.6, 0.97])
+def test_truncated_files_are_refused_in_one_line(rgb, tmp_path, format, kept):
+    noisy = np.random.default_rng(0).integers(0, 256, rgb.shape, dtype=np.uint8)
+    data = encode(noisy, format)
+    path = tmp_path / "cut.img"
+    path.write_bytes(data[: int(kept * len(data))])
+    with pytest.raises(ImageError) as error:
+        read_image(path)
+    assert str(error.value).startswith(f"{path}: ") and "\n" not in str(error.value)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_damaged_bytes_are_read_or_refused_but_nothing_else(rgb):
+    rng = np.random.default_rng(0)
+    refused = 0
+    for format in ("jpeg", "png", "gif", "webp", "tiff"):
+        data = encode(rgb, format)
+        for _ in range(60):
+            broken = bytearray(data)
+            for place in rng.integers(0, len(data), 8):
+                broken[place] = rng.integers(256)
+            try:
+                result = read_image(bytes(broken))
+            except ImageError as error:
+                refused += 1
+                assert "\n" not in str(error)
+            else:
+                assert result.ndim == 3 and result.shape[2] == 3 and result.dtype == np.uint8
+    assert refused > 60
+
+
+@pytest.mark.parametrize(
+    "data, reason",
+    [
+        (b"", "empty file"),
+        (b"hello, I am a text", "not an image"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n", "not an image"),
+        (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "not an image"),
+    ],
+)
+def test_what_is_not_an_image(tmp_path, data, reason):
+    path = tmp_path / "a.jpg"
+    path.write_bytes(data)
+    for source in (path, data):
+        with pytest.raises(ImageError, match=reason) as error:
+            read_image(source)
+        assert "\n" not in str(error.value)
+
+
+def test_missing_file_and_folder(tmp_path):
+    with pytest.raises(ImageError, match=r"nowhere.png: no such file$"):
+        read_image(tmp_path / "nowhere.png")
+    with pytest.raises(ImageError, match="directory"):
+        read_image(tmp_path)
+
+
+@pytest.mark.parametrize("side", [12_000, 100_000])
+def test_decompression_bombs_are_refused_before_decoding(side):
+    assert side * side > MAX_PIXELS
+    with pytest.raises(ImageError, match=f"larger than {MAX_PIXELS:,} pixels"):
+        read_image(png(side, side, 8, 2, [b"\0" * 100]))
+
+
+@pytest.mark.filterwarnings("error")
+def test_sizes_that_pillow_finds_suspicious_are_read_without_warnings(rgb, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", HEIGHT * WIDTH - 1)
+    np.testing.assert_array_equal(read_image(encode(rgb, "png")), rgb)
