@@ -105,7 +105,7 @@ def resize_bicubic(images: Tensor, height: int, width: int) -> Tensor:
 
 
 def permutations(seeds: Tensor, count: int) -> Tensor:
-    """[B] int64 seeds -> [B, count] permutations of 0..count-1, the same on every device and torch version."""
+    """[B] int64 seeds -> [B, count] permutations of 0..count-1, the same on every device and version."""
     return splitmix64(seeds, count).argsort(dim=1, stable=True)
 
 

@@ -156,9 +156,10 @@ def _csv_rows(path: Path) -> Iterator[tuple[str, dict]]:
         try:
             reader = csv.DictReader(file)
             rows = [(f"line {reader.line_num}", row) for row in reader]
+            columns = set(reader.fieldnames or ())
         except (csv.Error, UnicodeDecodeError) as error:
             raise UserError(f"{path}: not a CSV file in UTF-8: {error}") from None
-    if not {"path", "label"} <= set(reader.fieldnames or ()):
+    if not {"path", "label"} <= columns:
         raise UserError(
             f"{path}: its first line must name the columns path and label (and generator, caption)"
         )
