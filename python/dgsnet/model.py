@@ -122,13 +122,13 @@ class DGSNet(nn.Module):
     def forward(
         self, pixels: Tensor, captions: list[str] | None = None, labels: Tensor | None = None, **surgery
     ) -> Tensor | SurgeryHeadOutput:
-        """Student logits [N]; or, given captions and labels [N], the three branches' losses and logits.
+        """Student logits [N]; or, given labels [N], the losses and logits of the three branches.
 
         All trained parameters are used inside this one call, as data-parallel wrappers require.
 
         Args:
             pixels: normalised images [N, 3, S, S].
-            captions: one caption per image.
+            captions: one caption per image; None leaves the text branch out.
             labels: 0 real, 1 generated.
             surgery: `order`, `eps` and `reference_batch_size` of `dgs_kernels.surgery_head`.
         """
@@ -137,7 +137,7 @@ class DGSNet(nn.Module):
         return self.head(
             self.student_features(pixels),
             self.teacher_features(pixels),
-            self.text_features(captions),
+            None if captions is None else self.text_features(captions),
             labels,
             **surgery,
         )
@@ -371,10 +371,11 @@ def _find_weights(name: str, pretrained: str, quick_gelu: bool) -> Path | None:
 def _check_activation(name: str, weights: str, trained: bool, built: bool) -> None:
     # The wrong activation loads without complaint and only costs accuracy.
     if trained != built:
-        base = _canonical(name).removesuffix("-quickgelu")
+        fitting = _canonical(name).removesuffix("-quickgelu") + "-quickgelu" * trained
+        remedy = f"use name={fitting}" if fitting in open_clip.list_models() else "use other weights"
         raise UserError(
             f"{weights} were trained {'with' if trained else 'without'} QuickGELU but model {name} is built "
-            f"{'with' if built else 'without'} it: use name={base + '-quickgelu' * trained}"
+            f"{'with' if built else 'without'} it: {remedy}"
         )
 
 
