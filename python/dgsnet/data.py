@@ -88,7 +88,7 @@ def _samples_in_folder(root: Path, split: str | None) -> list[Sample]:
     splits = sorted({folder for _, folders in found for folder in folders if folder in SPLIT_FOLDERS})
     if split is None and len(splits) > 1:
         raise UserError(
-            f"{root}: holds the splits {', '.join(splits)}; choose one, or name a folder inside one of them"
+            f"{root}: holds the splits {', '.join(splits)}; choose one as split, or name a folder of one"
         )
     left_out = set(SPLIT_FOLDERS) - {split} if split else set()
     samples = [
@@ -336,7 +336,6 @@ def make_loader(
     workers: int = 0,
     shuffle: bool = False,
     seed: int = 0,
-    drop_last: bool = False,
 ) -> DataLoader:
     """A loader whose batches depend on seed and epoch alone.
 
@@ -349,7 +348,6 @@ def make_loader(
         workers: decoding processes, kept alive over epochs; 0 decodes in this process.
         shuffle: draw a new order each epoch.
         seed: decides the order, at least 0.
-        drop_last: leave out an incomplete last batch.
     """
     return DataLoader(
         dataset,
@@ -357,7 +355,6 @@ def make_loader(
         sampler=EpochSampler(dataset, shuffle=shuffle, seed=seed),
         num_workers=workers,
         collate_fn=collate,
-        drop_last=drop_last,
         pin_memory=torch.cuda.is_available(),
         persistent_workers=workers > 0,
     )
