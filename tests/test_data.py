@@ -128,6 +128,16 @@ def test_nothing_found(tmp_path, name, reason):
     assert one_line(error) and name in str(error.value)
 
 
+def test_folder_that_cannot_be_listed(tmp_path):
+    root = tmp_path / "root"
+    root.mkdir()
+    os.chmod(root, 0)
+    if os.access(root, os.R_OK):
+        pytest.skip("this user may list every folder")
+    with pytest.raises(UserError, match="root: cannot be listed: Permission denied"):
+        find_samples(root)
+
+
 def test_unknown_split_and_unknown_file(tmp_path):
     with pytest.raises(UserError, match="split 'dev' is unknown; choose one of train, val, test"):
         find_samples(tmp_path, "dev")
@@ -185,7 +195,7 @@ def test_csv_list(tmp_path):
         ("a.csv", "", "must name the columns path and label"),
         ("a.csv", "path,label\n", "list is empty"),
         ("a.csv", "path,label\nx.png,0\ny.png,\n", "line 3: label '' is unknown"),
-        ("a.csv", b"path,label\n\xff\xfe.png,0\n", "not a CSV file in UTF-8"),
+        ("a.csv", b"path,label\n\xff\xfe.png,0\n", "not readable as CSV in UTF-8"),
     ],
 )
 def test_bad_lists_are_named_in_one_line(tmp_path, name, text, reason):

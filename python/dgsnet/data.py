@@ -129,8 +129,11 @@ def _walk(
     real = os.path.realpath(folder)
     if real in open_folders:
         return
-    with os.scandir(folder) as scan:
-        entries = sorted(scan, key=lambda entry: entry.name)
+    try:
+        with os.scandir(folder) as scan:
+            entries = sorted(scan, key=lambda entry: entry.name)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be listed: {error.strerror}") from None
     for entry in entries:
         if entry.name.startswith("."):
             continue
@@ -152,13 +155,13 @@ def _json_rows(path: Path) -> Iterator[tuple[str, dict]]:
 
 
 def _csv_rows(path: Path) -> Iterator[tuple[str, dict]]:
-    with path.open(newline="", encoding="utf-8-sig") as file:
-        try:
+    try:
+        with path.open(newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file)
             rows = [(f"line {reader.line_num}", row) for row in reader]
             columns = set(reader.fieldnames or ())
-        except (csv.Error, UnicodeDecodeError) as error:
-            raise UserError(f"{path}: not a CSV file in UTF-8: {error}") from None
+    except (OSError, csv.Error, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not readable as CSV in UTF-8: {error}") from None
     if not {"path", "label"} <= columns:
         raise UserError(
             f"{path}: its first line must name the columns path and label (and generator, caption)"
