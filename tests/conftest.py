@@ -1,0 +1,57 @@
+"""What every test shares: few threads, where there is no GPU a skip that says so, and poisoned memory."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    # Triton reads this when it is first imported: its kernels then run on CPU tensors.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+torch.set_num_threads(2)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture
+def nan_filled():
+    """Fill what torch allocates uninitialised with NaN, so that an element no kernel wrote is seen."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    assert torch.empty(1000).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Serve every operation by the backend of an `on_backends` parameter; returns the device to use."""
+    from dgs_kernels import backends
+
+    name, device, operation = request.param
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    if reason := backends.obstacle(name, operation, device):
+        pytest.skip(f"{name} on {device}: {reason}")
+    monkeypatch.setenv(backends.VARIABLE, name)
+    return device
+
+
+def on_backends(operation: str) -> pytest.MarkDecorator:
+    """Run a test of one operation on every backend and device; GPU ones are marked so."""
+    pairs = [("eager", "cpu"), ("cpu", "cpu"), ("triton", "cpu"), ("triton", "cuda"), ("cuda", "cuda")]
+    marks = {"cuda": [pytest.mark.gpu], "cpu": []}
+    return pytest.mark.parametrize(
+        "backend",
+        [pytest.param((b, d, operation), marks=marks[d], id=f"{b}-{d}") for b, d in pairs],
+        indirect=True,
+    )
