@@ -10,6 +10,7 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 # Okabe and Ito's palette, which survives the common kinds of colour blindness, on white and on black.
 REAL, GENERATED = "#009E73", "#D55E00"
@@ -120,18 +121,16 @@ def curves(runs: Mapping[str, Sequence[Mapping[str, np.ndarray]]], panels: Mappi
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(3.6 * len(panels), 3.2))
         for axes, (column, title) in zip(np.atleast_1d(figure.subplots(1, len(panels))), panels.items()):
-            for m, (method, seeds) in enumerate(runs.items()):
-                lines = [_without_gaps(seed["step"], seed.get(column)) for seed in seeds]
-                lines = [line for line in lines if len(line[0])]
+            for color, seeds in zip(SERIES, runs.values()):
+                lines = [_without_gaps(seed["step"], seed[column]) for seed in seeds]
                 for x, y in lines:
-                    axes.plot(x, y, color=SERIES[m], linewidth=1, alpha=0.3)
-                if lines and all(np.array_equal(x, lines[0][0]) for x, _ in lines):
-                    bold = np.mean([y for _, y in lines], axis=0)
-                    label = method if axes is figure.axes[0] else None
-                    axes.plot(lines[0][0], bold, color=SERIES[m], linewidth=2, label=label)
+                    axes.plot(x, y, color=color, linewidth=1, alpha=0.3)
+                if all(np.array_equal(x, lines[0][0]) for x, _ in lines):
+                    axes.plot(lines[0][0], np.mean([y for _, y in lines], axis=0), color=color, linewidth=2)
             axes.set_title(title)
             axes.set_xlabel("step")
-        figure.legend(loc="outside upper center", ncols=len(runs))
+        handles = [Line2D([], [], color=color, linewidth=2) for color in SERIES[: len(runs)]]
+        figure.legend(handles, list(runs), loc="outside upper center", ncols=len(runs))
     return figure
 
 
@@ -178,8 +177,6 @@ def svg(figure: Figure, description: str) -> str:
     return body.replace(INK, "currentColor")
 
 
-def _without_gaps(x: np.ndarray, y: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
-    if y is None:
-        return np.empty(0), np.empty(0)
+def _without_gaps(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     keep = ~np.isnan(y)
     return x[keep], y[keep]

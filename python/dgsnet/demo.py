@@ -1,0 +1,253 @@
+"""`dgsnet demo`: linear probe, plain LoRA and DGS-Net trained and compared on the built-in data, in minutes.
+
+The comparison is fair by construction: same data, same seeds, same schedule, and a test on photographs and
+decoder families that no training has seen.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import multiprocessing
+import os
+import shutil
+import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from dgsnet.errors import UserError
+from dgsnet.evaluation import Evaluation, evaluate, percent, text_table
+
+if TYPE_CHECKING:
+    from dgsnet.config import Config
+    from dgsnet.data import Sample
+
+SEEDS = (0, 1, 2)
+PROBE, LORA, DGSNET = METHODS = ("linear probe", "LoRA", "DGS-Net")
+# What the demo is judged by: key in Evaluation.mean() and column title.
+MEASURES = {"auc": "AUC", "ap": "AP", "accuracy": "accuracy"}
+# Enough points to see clusters, few enough for t-SNE in seconds.
+MAP_IMAGES = 500
+# Tells a demo's folder, which may be overwritten, from any other.
+MARKER = ".dgsnet-demo"
+
+
+@dataclass
+class Run:
+    """One trained and measured model.
+
+    Args:
+        method: one of METHODS.
+        seed: decides everything random in it.
+        folder: the run's folder.
+        curves: columns of metrics.csv in the main stage, with "step" counted from its start; NaN where empty.
+        evaluation: its scores on the test images.
+        seconds: time it took.
+    """
+
+    method: str
+    seed: int
+    folder: Path
+    curves: dict[str, np.ndarray]
+    evaluation: Evaluation
+    seconds: float
+
+
+def demo_command(out: str = "runs/demo") -> None:
+    """Train and compare linear probe, LoRA and DGS-Net on the built-in data; write report.html and a model.
+
+    Args:
+        out: folder for everything; a former demo in it is replaced.
+    """
+    from dgsnet import builtin, report
+    from dgsnet.data import find_samples
+
+    started = time.monotonic()
+    folder = _prepare(Path(out))
+    print("writing the built-in data ...", flush=True)
+    data = builtin.write_dataset(folder / "data")
+    test = find_samples(data, "test")
+    runs = _train_all(data, folder, started)
+    print("\n" + table(runs) + "\n")
+    shutil.copytree(first(runs, DGSNET).folder / "best", folder / "model")
+    maps, labels = feature_maps(runs, test)
+    (folder / "results.json").write_text(json.dumps(results(runs), indent=2) + "\n")
+    report.write(
+        folder / "report.html",
+        runs,
+        samples={split: find_samples(data, split) for split in ("train", "val", "test")},
+        maps=maps,
+        map_labels=labels,
+        seconds=time.monotonic() - started,
+    )
+    print(f"report: {folder / 'report.html'}")
+    print(
+        f"model:  {folder / 'model'}   (dgsnet predict PATHS... --model {folder / 'model'} --out scores.csv)"
+    )
+    print(f"{time.monotonic() - started:.0f} seconds")
+
+
+def configurations(config: Config, seed: int) -> dict[str, Config]:
+    """One configuration per method, which differ in nothing else."""
+    config = replace(config, seed=seed)
+    plain = replace(config.surgery, mode="none")
+    return {
+        PROBE: replace(config, model=replace(config.model, lora_rank=0), surgery=plain),
+        LORA: replace(config, surgery=plain),
+        DGSNET: replace(config, surgery=replace(config.surgery, mode="feature")),
+    }
+
+
+def _prepare(out: Path) -> Path:
+    """Make the folder, or empty that of a former demo; refuse to empty any other."""
+    if out.is_dir() and any(out.iterdir()):
+        if not (out / MARKER).is_file():
+            raise UserError(f"{out} holds files that are not a demo's; give --out a new folder")
+        for entry in out.iterdir():
+            if entry.is_dir():
+                shutil.rmtree(entry)
+            elif entry.name != MARKER:
+                entry.unlink()
+    out.mkdir(parents=True, exist_ok=True)
+    (out / MARKER).touch()
+    return out
+
+
+def _train_all(data: Path, folder: Path, started: float) -> list[Run]:
+    """Every method with every seed, one thread each and as many at a time as there are cores; in order."""
+    # The slowest method first, so that no core is left with a long one at the end.
+    jobs = [(method, seed) for method in reversed(METHODS) for seed in SEEDS]
+    # A small model gains little from a second thread, much from a second process.
+    processes = min(len(jobs), os.cpu_count() or 1)
+    print(f"training {len(jobs)} models, {processes} at a time ...", flush=True)
+    runs = []
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(processes, context, _print_to, (folder / "runs",)) as pool:
+        waiting = [pool.submit(_train_one, data, folder / "runs", *job) for job in jobs]
+        try:
+            for future in as_completed(waiting):
+                runs.append(future.result())
+                run = runs[-1]
+                mean = run.evaluation.mean()
+                scores = ", ".join(f"{title} {percent(mean[key])}" for key, title in MEASURES.items())
+                print(
+                    f"[{time.monotonic() - started:4.0f} s] {run.method}, seed {run.seed}: {scores}",
+                    flush=True,
+                )
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+    return sorted(runs, key=lambda run: (METHODS.index(run.method), run.seed))
+
+
+def _print_to(folder: Path) -> None:
+    """Send what this process prints to a log: the lines of several trainings at once would be unreadable."""
+    folder.mkdir(parents=True, exist_ok=True)
+    log = os.open(folder / f"process-{os.getpid()}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    for stream in (1, 2):
+        os.dup2(log, stream)
+
+
+def _train_one(data: Path, folder: Path, method: str, seed: int) -> Run:
+    """Train and measure one model."""
+    import torch
+
+    from dgsnet import builtin
+    from dgsnet.data import find_samples
+    from dgsnet.detector import Detector
+    from dgsnet.training import train
+
+    torch.set_num_threads(1)
+    started = time.monotonic()
+    name = f"{method.lower().replace(' ', '-')}-{seed}"
+    print(f"== {name}", flush=True)
+    run = train(configurations(builtin.demo_config(data), seed)[method], folder / name)
+    evaluation = evaluate(Detector.load(run), find_samples(data, "test"), workers=0, progress=False)
+    evaluation.save(run / "test")
+    return Run(method, seed, run, _curves(run / "metrics.csv"), evaluation, time.monotonic() - started)
+
+
+def _curves(path: Path) -> dict[str, np.ndarray]:
+    with open(path, newline="") as file:
+        rows = list(csv.DictReader(file))
+    # Stage 1 trains the teacher's head alone, and only where there is surgery.
+    before = max((int(row["step"]) for row in rows if row["stage"] == "1"), default=0)
+    rows = [row for row in rows if row["stage"] == "2"]
+    columns = {name: np.array([float(row[name] or "nan") for row in rows]) for name in rows[0]}
+    # Where nothing but the image branch is trained, its loss is the whole loss.
+    image_loss = np.where(np.isnan(columns["image_loss"]), columns["loss"], columns["image_loss"])
+    return columns | {"step": columns["step"] - before, "image_loss": image_loss}
+
+
+def first(runs: list[Run], method: str) -> Run:
+    """The run that stands for its method where only one can be shown: that of the first seed."""
+    return next(run for run in runs if run.method == method and run.seed == SEEDS[0])
+
+
+def by_seed(runs: list[Run], method: str, key: str, decoder: str | None = None) -> list[float]:
+    """A measure for every seed of a method: the mean over decoders, or that of one decoder."""
+    chosen = [run.evaluation for run in runs if run.method == method]
+    return [e.by_generator()[decoder][key] if decoder else e.mean()[key] for e in chosen]
+
+
+def mean_and_spread(values: list[float]) -> tuple[float, float]:
+    """Mean and sample standard deviation; the latter NaN of a single value."""
+    return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else math.nan
+
+
+def table(runs: list[Run]) -> str:
+    """Mean and spread over the seeds per method, in percent, as lines of text."""
+    rows = [["mean over test decoders", *MEASURES.values()]]
+    for method in METHODS:
+        cells = [mean_and_spread(by_seed(runs, method, key)) for key in MEASURES]
+        rows.append([method, *(f"{percent(mean)} ± {percent(spread)}" for mean, spread in cells)])
+    return text_table(rows)
+
+
+def results(runs: list[Run]) -> list[dict]:
+    """What results.json holds: every run with its metrics per decoder and their mean."""
+    return [
+        {
+            "method": run.method,
+            "seed": run.seed,
+            "seconds": round(run.seconds, 1),
+            "mean": run.evaluation.mean(),
+            "decoders": run.evaluation.by_generator(),
+        }
+        for run in runs
+    ]
+
+
+def feature_maps(runs: list[Run], test: list[Sample]) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """t-SNE of the test images' features: title to points [N, 2], and the labels [N].
+
+    As in the paper's figure 1: the frozen encoder, plain LoRA and DGS-Net, each of the first seed.
+    """
+    import torch
+    from sklearn.manifold import TSNE
+
+    from dgsnet.detector import Detector
+    from dgsnet.images import read_image
+
+    chosen = np.random.default_rng(0).permutation(len(test))[:MAP_IMAGES]
+    lora, dgsnet = (Detector.load(first(runs, method).folder) for method in (LORA, DGSNET))
+    device = next(lora.model.parameters()).device
+    pixels = torch.stack([lora.preprocess(read_image(test[i].path)) for i in chosen]).to(device)
+    with torch.inference_mode():
+        features = {
+            "frozen CLIP": lora.model.teacher_features(pixels),
+            LORA: lora.model.student_features(pixels),
+            DGSNET: dgsnet.model.student_features(pixels),
+        }
+    maps = {
+        title: TSNE(perplexity=min(30, len(chosen) / 4), random_state=0).fit_transform(
+            values.float().cpu().numpy()
+        )
+        for title, values in features.items()
+    }
+    return maps, np.array([test[i].label for i in chosen])
