@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <type_traits>
 #include <vector>
 
 #include "simd.h"
@@ -14,105 +15,153 @@ namespace {
 // Sums run in vector lanes over one block and in double over blocks, in the order of the blocks: the result
 // is as accurate for long rows as for short ones and does not depend on the number of threads.
 constexpr int64_t block = 4096;
-constexpr int64_t work_per_thread = 16384;  // elements; less than that is done before a thread wakes up
+constexpr int64_t work_per_thread = 16384;  // elements; less than that is done before a second thread wakes up
 
 struct Sums {
   double inner = 0, square = 0;  // <x, h> and ||h||^2
+
+  void operator+=(const Sums& other) {
+    inner += other.inner;
+    square += other.square;
+  }
 };
 
 enum class Align { none, first, last };
 
-template <typename T>
-struct Computing {
-  using type = float;
-};
-template <>
-struct Computing<double> {
-  using type = double;
-};
-
 // One block of one row.
-template <typename T, Align align, bool positive>
+template <typename T>
 struct Block {
-  using F = typename Computing<T>::type;
+  using F = decltype(load(T()));  // the computing type
   const T *grad, *harmful, *beneficial;
-  T* out;
-  int64_t size;
   F alignment;
-
-  DGS_INLINE Block(const ProjectAlign& a, double alignment, int64_t row, int64_t begin)
-      : grad(static_cast<const T*>(a.grad) + row * a.grad_stride + begin),
-        harmful(static_cast<const T*>(a.harmful) + row * a.harmful_stride + begin),
-        beneficial(align == Align::none
-                       ? nullptr
-                       : static_cast<const T*>(a.beneficial) + row * a.beneficial_stride + begin),
-        out(static_cast<T*>(a.out) + row * a.out_stride + begin),
-        size(std::min(block, a.dim - begin)),
-        alignment(F(alignment)) {}
+  int64_t size;
 
   DGS_INLINE F pull(int64_t i) const { return alignment * negative_part(load(beneficial[i])); }
-  DGS_INLINE F h(int64_t i) const { return direction<positive>(load(harmful[i])); }
+  template <Align align>
   DGS_INLINE F projected(int64_t i) const {
-    const F x = load(grad[i]);
-    return align == Align::first ? x + pull(i) : x;
-  }
-
-  DGS_INLINE Sums sums() const {
-    F inner = 0, square = 0;
-#pragma omp simd reduction(+ : inner, square)
-    for (int64_t i = 0; i < size; ++i) {
-      inner += projected(i) * h(i);
-      square += h(i) * h(i);
-    }
-    return {double(inner), double(square)};
-  }
-
-  DGS_INLINE void apply(F k) const {
-#pragma omp simd
-    for (int64_t i = 0; i < size; ++i) {
-      const F x = projected(i) - k * h(i);
-      store(&out[i], align == Align::last ? x + pull(i) : x);
-    }
+    return align == Align::first ? load(grad[i]) + pull(i) : load(grad[i]);
   }
 };
 
-// Calls body(Block) with the types and options of `a` made constants.
-template <typename T, Align align, typename Body>
-DGS_INLINE void with_rule(const ProjectAlign& a, double alignment, int64_t row, int64_t begin, Body body) {
-  if (a.rule == Rule::positive)
-    body(Block<T, align, true>(a, alignment, row, begin));
-  else
-    body(Block<T, align, false>(a, alignment, row, begin));
+// Blocks are taken by value: a store through `out` cannot change them then, and the loops vectorise.
+template <Align align, bool positive, typename T>
+DGS_INLINE Sums sum_loop(const Block<T> b) {
+  typename Block<T>::F inner = 0, square = 0;
+#pragma omp simd reduction(+ : inner, square)
+  for (int64_t i = 0; i < b.size; ++i) {
+    const auto h = direction<positive>(load(b.harmful[i]));
+    inner += b.template projected<align>(i) * h;
+    square += h * h;
+  }
+  return {double(inner), double(square)};
 }
-template <typename T, typename Body>
-DGS_INLINE void with_align(const ProjectAlign& a, double alignment, int64_t row, int64_t begin, Body body) {
-  if (!a.beneficial)
-    with_rule<T, Align::none>(a, alignment, row, begin, body);
-  else if (a.order == Order::align_first)
-    with_rule<T, Align::first>(a, alignment, row, begin, body);
-  else
-    with_rule<T, Align::last>(a, alignment, row, begin, body);
-}
-template <typename Body>
-DGS_INLINE void with_block(const ProjectAlign& a, double alignment, int64_t row, int64_t begin, Body body) {
-  switch (a.dtype) {
-    case DType::f32: return with_align<float>(a, alignment, row, begin, body);
-    case DType::f64: return with_align<double>(a, alignment, row, begin, body);
-    case DType::bf16: return with_align<bf16>(a, alignment, row, begin, body);
-    case DType::f16: return with_align<f16>(a, alignment, row, begin, body);
+
+template <Align align, bool positive, typename T>
+DGS_INLINE void apply_loop(const Block<T> b, typename Block<T>::F k, T* out) {
+#pragma omp simd
+  for (int64_t i = 0; i < b.size; ++i) {
+    const auto x = b.template projected<align>(i) - k * direction<positive>(load(b.harmful[i]));
+    store(&out[i], align == Align::last ? x + b.pull(i) : x);
   }
 }
 
-DGS_KERNEL void sum(const ProjectAlign& a, double alignment, int64_t row, int64_t begin, Sums* sums) {
-  with_block(a, alignment, row, begin, [=](auto b) __attribute__((always_inline)) { *sums = b.sums(); });
-}
-DGS_KERNEL void apply(const ProjectAlign& a, double alignment, int64_t row, int64_t begin, double k) {
-  with_block(a, alignment, row, begin, [=](auto b) __attribute__((always_inline)) { b.apply(k); });
+template <typename T>
+DGS_INLINE Sums sum_any(const Block<T>& b, Align align, bool positive) {
+  if (align == Align::first) return positive ? sum_loop<Align::first, true>(b) : sum_loop<Align::first, false>(b);
+  return positive ? sum_loop<Align::none, true>(b) : sum_loop<Align::none, false>(b);
 }
 
-double coefficient(const ProjectAlign& a, const Sums& total) {
-  return projection(total.inner, std::sqrt(total.square), a.eps, a.rule);
+template <typename T>
+DGS_INLINE void apply_any(const Block<T>& b, Align align, bool positive, typename Block<T>::F k, T* out) {
+  switch (align) {
+    case Align::none:
+      return positive ? apply_loop<Align::none, true>(b, k, out) : apply_loop<Align::none, false>(b, k, out);
+    case Align::first:
+      return positive ? apply_loop<Align::first, true>(b, k, out) : apply_loop<Align::first, false>(b, k, out);
+    case Align::last:
+      return positive ? apply_loop<Align::last, true>(b, k, out) : apply_loop<Align::last, false>(b, k, out);
+  }
 }
+
+// Multiversioning is for plain functions only, hence the list.
+#define DGS_KERNELS(T)                                                                                           \
+  DGS_MULTIVERSION Sums sum(const Block<T>& b, Align align, bool positive) { return sum_any(b, align, positive); } \
+  DGS_MULTIVERSION void apply(const Block<T>& b, Align align, bool positive, double k, T* out) {                 \
+    apply_any(b, align, positive, typename Block<T>::F(k), out);                                                 \
+  }
+DGS_KERNELS(float)
+DGS_KERNELS(double)
+DGS_KERNELS(bf16)
+#undef DGS_KERNELS
+
+// The rows of one call, stored as T.
+template <typename T>
+class Rows {
+  static constexpr bool half = std::is_same_v<T, f16>;
+  using Seen = std::conditional_t<half, float, T>;  // what the loops read and write
+  using F = typename Block<Seen>::F;
+
+  const ProjectAlign& a_;
+  const double alignment_;
+  const Align align_;
+  const bool positive_;
+
+ public:
+  // Where float16 is widened. A row of one block is still here when its result is computed.
+  struct Scratch {
+    Seen grad[half ? block : 1], harmful[half ? block : 1], beneficial[half ? block : 1];
+  };
+
+  explicit Rows(const ProjectAlign& a)
+      : a_(a),
+        alignment_(a.alignment * (a.scale ? double(*static_cast<const F*>(a.scale)) : 1.0)),
+        align_(!a.beneficial ? Align::none : a.order == Order::align_first ? Align::first : Align::last),
+        positive_(a.rule == Rule::positive) {}
+
+  Block<Seen> read(int64_t row, int64_t begin, Scratch& scratch) const {
+    const int64_t size = std::min(block, a_.dim - begin);
+    const auto stream = [&](const void* rows, int64_t stride, Seen* widened) -> const Seen* {
+      const T* from = static_cast<const T*>(rows) + row * stride + begin;
+      if constexpr (half) {
+        widen(from, widened, size);
+        return widened;
+      } else {
+        return from;
+      }
+    };
+    return {stream(a_.grad, a_.grad_stride, scratch.grad), stream(a_.harmful, a_.harmful_stride, scratch.harmful),
+            a_.beneficial ? stream(a_.beneficial, a_.beneficial_stride, scratch.beneficial) : nullptr,
+            F(alignment_), size};
+  }
+
+  Sums sums(const Block<Seen>& b) const { return sum(b, align_, positive_); }
+
+  double coefficient(const Sums& total) const {
+    return projection(total.inner, std::sqrt(total.square), a_.eps, a_.rule);
+  }
+
+  void write(const Block<Seen>& b, double k, int64_t row, int64_t begin, Scratch& scratch) const {
+    T* out = static_cast<T*>(a_.out) + row * a_.out_stride + begin;
+    if constexpr (half) {
+      apply(b, align_, positive_, k, scratch.grad);
+      narrow(scratch.grad, out, b.size);
+    } else {
+      apply(b, align_, positive_, k, out);
+    }
+  }
+
+  void whole_row(int64_t row) const {
+    Scratch scratch;
+    Block<Seen> b = read(row, 0, scratch);
+    Sums total = sums(b);
+    for (int64_t i = block; i < a_.dim; i += block) total += sums(read(row, i, scratch));
+    const double k = coefficient(total);
+    for (int64_t i = 0; i < a_.dim; i += block) {
+      if (a_.dim > block) b = read(row, i, scratch);
+      write(b, k, row, i, scratch);
+    }
+  }
+};
 
 template <typename Body>
 void parallel(ParallelFor parallel_for, int64_t count, int64_t grain, Body body) {
@@ -124,45 +173,45 @@ void parallel(ParallelFor parallel_for, int64_t count, int64_t grain, Body body)
       &body);
 }
 
-}  // namespace
-
+template <typename T>
 void project_align(const ProjectAlign& a, ParallelFor parallel_for) {
-  double alignment = a.alignment;
-  if (a.scale)
-    alignment *= a.dtype == DType::f64 ? *static_cast<const double*>(a.scale) : *static_cast<const float*>(a.scale);
+  const Rows<T> rows(a);
   const int64_t blocks = (a.dim + block - 1) / block;
-  const auto add = [](Sums& total, const Sums& part) {
-    total.inner += part.inner;
-    total.square += part.square;
-  };
-
-  if (a.rows >= 8 || blocks == 1) {  // a thread takes whole rows
+  if (a.rows >= 8 || blocks == 1) {
     const int64_t grain = std::max<int64_t>(1, work_per_thread / a.dim);
-    parallel(parallel_for, a.rows, grain, [&](int64_t row) {
-      Sums total, part;
-      for (int64_t i = 0; i < a.dim; i += block) {
-        sum(a, alignment, row, i, &part);
-        add(total, part);
-      }
-      const double k = coefficient(a, total);
-      for (int64_t i = 0; i < a.dim; i += block) apply(a, alignment, row, i, k);
-    });
+    parallel(parallel_for, a.rows, grain, [&](int64_t row) { rows.whole_row(row); });
     return;
   }
-  // Few long rows: threads share a row's blocks.
+  // Few long rows: threads share the blocks of a row.
+  using Scratch = typename Rows<T>::Scratch;
   const int64_t grain = work_per_thread / block;
   std::vector<Sums> parts(a.rows * blocks);
   parallel(parallel_for, a.rows * blocks, grain, [&](int64_t i) {
-    sum(a, alignment, i / blocks, i % blocks * block, &parts[i]);
+    Scratch scratch;
+    parts[i] = rows.sums(rows.read(i / blocks, i % blocks * block, scratch));
   });
-  std::vector<double> ks(a.rows);
+  std::vector<double> k(a.rows);
   for (int64_t row = 0; row < a.rows; ++row) {
     Sums total;
-    for (int64_t i = 0; i < blocks; ++i) add(total, parts[row * blocks + i]);
-    ks[row] = coefficient(a, total);
+    for (int64_t i = 0; i < blocks; ++i) total += parts[row * blocks + i];
+    k[row] = rows.coefficient(total);
   }
-  parallel(parallel_for, a.rows * blocks, grain,
-           [&](int64_t i) { apply(a, alignment, i / blocks, i % blocks * block, ks[i / blocks]); });
+  parallel(parallel_for, a.rows * blocks, grain, [&](int64_t i) {
+    Scratch scratch;
+    const int64_t row = i / blocks, begin = i % blocks * block;
+    rows.write(rows.read(row, begin, scratch), k[row], row, begin, scratch);
+  });
+}
+
+}  // namespace
+
+void project_align(const ProjectAlign& a, ParallelFor parallel_for) {
+  switch (a.dtype) {
+    case DType::f32: return project_align<float>(a, parallel_for);
+    case DType::f64: return project_align<double>(a, parallel_for);
+    case DType::bf16: return project_align<bf16>(a, parallel_for);
+    case DType::f16: return project_align<f16>(a, parallel_for);
+  }
 }
 
 }  // namespace dgs::cpu
