@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import functools
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +14,7 @@ from pathlib import Path
 import open_clip
 import torch
 import torch.nn.functional as F
+from accelerate import init_empty_weights
 from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
@@ -99,7 +101,7 @@ class DGSNet(nn.Module):
     def __init__(self, config: ModelConfig, *, with_text: bool = True) -> None:
         super().__init__()
         self.config = config
-        clip = _build_clip(config.name, config.pretrained)
+        clip = _build_clip(config.name, config.pretrained, with_text)
         self.visual: nn.Module = clip.visual
         self.text: nn.Module | None = clip.text if with_text else None
         del clip
@@ -276,28 +278,39 @@ def _encode_text(text: nn.Module, tokens: Tensor) -> Tensor:
     return torch.func.functional_call(text, {"attn_mask": mask[:length, :length]}, (tokens[:, :length],))
 
 
-def _build_clip(name: str, pretrained: str) -> nn.Module:
-    """open_clip's model with its towers as `.visual` and `.text`, on the CPU in fp32, in evaluation mode."""
-    model_config = _model_config(name)
-    weights = _find_weights(name, pretrained, bool(model_config.get("quick_gelu")))
+def _build_clip(name: str, pretrained: str, with_text: bool) -> nn.Module:
+    """open_clip's model with its towers as `.visual` and `.text`, on the CPU in fp32.
+
+    The weights are the file's own tensors, taken over one by one: nothing is initialised only to be
+    overwritten, and there is never a second CLIP in memory.
+    """
+    config = _model_config(name)
+    quick_gelu = bool(config.get("quick_gelu"))
+    config.pop("custom_text", None)  # the text tower is always made a module of its own
+    config["vision_cfg"]["patch_dropout"] = 0.0  # a device for pretraining, and noise to the teacher
+    config["text_cfg"]["hf_model_pretrained"] = False
+    weights = _find_weights(name, pretrained, quick_gelu)
+    if weights is None:
+        return open_clip.CustomTextCLIP(**config)
+
+    with init_empty_weights(include_buffers=False):
+        clip = open_clip.CustomTextCLIP(**config)
+    clip.load_state_dict = functools.partial(clip.load_state_dict, assign=True)
     try:
-        clip = open_clip.create_model(
-            _canonical(name),
-            str(weights) if weights else None,
-            force_custom_text=True,  # the text tower as a module of its own; weights are the same
-            force_patch_dropout=0.0,  # a device for pretraining, and noise to the teacher
-            # Old TorchScript archives hold no pickled objects but need the full loader to be recognised.
-            weights_only=not (weights and _is_torchscript(weights)),
-        )
+        # Old TorchScript archives hold no pickled objects but need the full loader to be recognised.
+        open_clip.load_checkpoint(clip, str(weights), weights_only=not _is_torchscript(weights))
     except Exception as error:
-        if weights is None:
-            raise
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise UserError(
             f"cannot load {weights} as weights of {name} ({reason}): check that the file is complete and was "
             "made for this model"
         ) from error
-    return clip.eval()
+    del clip.load_state_dict
+    if not with_text:
+        clip.text = None
+    for parameter in clip.parameters():  # a copy, as the tensors may be windows into the file
+        parameter.data = parameter.data.to(torch.float32, copy=True)
+    return clip
 
 
 def _canonical(name: str) -> str:
