@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from dgs_kernels import reference
-from dgs_kernels.ops.project_align import project_align
+from dgs_kernels.ops.project_align import check, project_align
 
 
 def gradient_surgery(
@@ -36,7 +36,7 @@ def gradient_surgery(
         of <features, b> in float32 (float64 for float64 inputs); 0 without rows or without `beneficial`.
 
     Raises:
-        ValueError, TypeError: as `project_align`, when the gradient arrives.
+        ValueError, TypeError: a shape, dtype, device or option that does not fit, saying what was expected.
 
     Example:
         >>> import torch, dgs_kernels
@@ -46,6 +46,7 @@ def gradient_surgery(
         >>> f.grad.round(decimals=4)
         tensor([[0., 1.]])
     """
+    check(features, harmful, beneficial, None, eps, order, rule, caller="gradient_surgery", name="features")
     return _GradientSurgery.apply(features, harmful, beneficial, eps, order, rule)
 
 

@@ -11,7 +11,7 @@ if not torch.cuda.is_available():
     # Triton reads this when it is first imported: its kernels then run on CPU tensors.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-torch.set_num_threads(2)
+torch.set_num_threads(min(2, torch.get_num_threads()))  # one where OMP_NUM_THREADS says so
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -72,7 +72,7 @@ def draw(*shape, dtype=torch.float32, device="cpu", seed=0):
 @everywhere
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
-    "shape", [(1, 1), (64, 5), (3, 123), (32, 768), (5, 1023), (2, 1024), (1, 4096), (1, 65537)], ids=str
+    "shape", [(1, 1), (64, 5), (3, 123), (8, 768), (5, 1023), (2, 1024), (1, 4096), (1, 65537)], ids=str
 )
 def test_accuracy(backend, dtype, shape, nan_filled):
     for seed, (order, rule) in enumerate(OPTIONS):
@@ -195,13 +195,15 @@ def test_deterministic(backend):
 
 
 def test_threads_do_not_change_the_result():
+    before, results = torch.get_num_threads(), []
     grad, harmful, beneficial = draw(3, 4096, 257)
-    two = project_align(grad, harmful, beneficial)
-    torch.set_num_threads(1)
     try:
-        assert torch.equal(two, project_align(grad, harmful, beneficial))
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            results.append(project_align(grad, harmful, beneficial))
     finally:
-        torch.set_num_threads(2)
+        torch.set_num_threads(before)
+    assert torch.equal(*results)
 
 
 @settings(max_examples=60, deadline=None)
@@ -318,7 +320,7 @@ def test_triton_machine_code():
     result = subprocess.run([sys.executable, script], capture_output=True, text=True, env=environment)
     assert result.returncode == 0, result.stderr
     kernels = [json.loads(line) for line in result.stdout.splitlines()]
-    assert len(kernels) == 12
+    assert len(kernels) == 8
     for kernel in kernels:
         memory = kernel["memory"]
         assert kernel["stack"] == 0, kernel

@@ -72,33 +72,34 @@ def project_align(
         return _op(grad, harmful, beneficial, scale, alignment, eps, order, rule)
 
 
-def _check(grad, harmful, beneficial, scale, eps, order, rule) -> None:
+def check(grad, harmful, beneficial, scale, eps, order, rule, *, caller="project_align", name="grad") -> None:
+    """Raise what the docstrings promise; `name` is what the caller calls its first argument."""
     shape, device = grad.shape, grad.device
     if not shape or shape[-1] == 0:
-        raise ValueError(f"project_align: grad must be [..., D] with D >= 1, got shape {tuple(shape)}")
+        raise ValueError(f"{caller}: {name} must be [..., D] with D >= 1, got shape {tuple(shape)}")
     if order not in ORDERS:
-        raise ValueError(f"project_align: order must be one of {', '.join(ORDERS)}, got {order!r}")
+        raise ValueError(f"{caller}: order must be one of {', '.join(ORDERS)}, got {order!r}")
     if rule not in RULES:
-        raise ValueError(f"project_align: rule must be one of {', '.join(RULES)}, got {rule!r}")
+        raise ValueError(f"{caller}: rule must be one of {', '.join(RULES)}, got {rule!r}")
     if not eps > 0:
-        raise ValueError(f"project_align: eps must be > 0, got {eps}")
+        raise ValueError(f"{caller}: eps must be > 0, got {eps}")
     if not grad.is_floating_point():
-        raise TypeError(f"project_align: grad must be a floating-point tensor, got {grad.dtype}")
-    for name, direction in (("harmful", harmful), ("beneficial", beneficial)):
+        raise TypeError(f"{caller}: {name} must be a floating-point tensor, got {grad.dtype}")
+    for which, direction in (("harmful", harmful), ("beneficial", beneficial)):
         if direction is None:
             continue
         if direction.shape != shape and not _broadcasts(direction.shape, shape):
             raise ValueError(
-                f"project_align: {name} must broadcast to grad's shape {tuple(shape)}, "
+                f"{caller}: {which} must broadcast to {name}'s shape {tuple(shape)}, "
                 f"got {tuple(direction.shape)}"
             )
         if not direction.is_floating_point():
-            raise TypeError(f"project_align: {name} must be a floating-point tensor, got {direction.dtype}")
+            raise TypeError(f"{caller}: {which} must be a floating-point tensor, got {direction.dtype}")
         if direction.device != device:
-            raise ValueError(f"project_align: {name} is on {direction.device} and grad on {device}")
+            raise ValueError(f"{caller}: {which} is on {direction.device} and {name} on {device}")
     if scale is not None and (scale.dim() != 0 or scale.device != device):
         raise ValueError(
-            f"project_align: alignment must be a number or a 0-dim tensor on {device}, "
+            f"{caller}: alignment must be a number or a 0-dim tensor on {device}, "
             f"got shape {tuple(scale.shape)} on {scale.device}"
         )
 
@@ -122,7 +123,7 @@ def _rows(x: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
 
 
 def _kernel(grad, harmful, beneficial, scale, alignment, eps, order, rule) -> Tensor:
-    _check(grad, harmful, beneficial, scale, eps, order, rule)
+    check(grad, harmful, beneficial, scale, eps, order, rule)
     shape, dtype = grad.shape, grad.dtype
     # Kernels read one type; mixed types meet in their common type, and the result returns to grad's.
     if harmful.dtype != dtype or (beneficial is not None and beneficial.dtype != dtype):
@@ -145,7 +146,7 @@ def _kernel(grad, harmful, beneficial, scale, alignment, eps, order, rule) -> Te
 
 
 def _fake(grad, harmful, beneficial, scale, alignment, eps, order, rule) -> Tensor:
-    _check(grad, harmful, beneficial, scale, eps, order, rule)
+    check(grad, harmful, beneficial, scale, eps, order, rule)
     return grad.new_empty(grad.shape)
 
 
