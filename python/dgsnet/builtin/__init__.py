@@ -1,0 +1,114 @@
+"""The built-in data and model: everything `dgsnet demo` needs on a machine without data, weights or network.
+
+Its numbers show that the machinery works; they say nothing about real generators.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from scipy.ndimage import gaussian_filter
+
+from dgsnet.builtin.crops import Quality, degrade, describe, sample_crop
+from dgsnet.builtin.decoders import DECODERS
+from dgsnet.builtin.photographs import PHOTOGRAPHS, SPLITS
+from dgsnet.config import Config, ModelConfig, OptimConfig, PreprocessConfig, SurgeryConfig
+
+# Decoder families of each split; the test's are unseen in training.
+FAMILIES = {
+    "train": ("nearest", "transposed", "shuffle"),
+    "val": ("nearest", "transposed", "shuffle"),
+    "test": ("bilinear", "unpool", "codebook", "resizeconv", "quincunx"),
+}
+# Images of each class and decoder.
+COUNTS = {"train": 300, "val": 80, "test": 120}
+SIZE = 48  # side of an image; training cuts random 32-pixel inputs out of it
+MARGIN = 8  # pixels decoded around it and cut off again, so that no decoder's border shows
+# Standard deviation of the Gaussian that softens every crop, real or not, before anything else: less detail
+# for a decoder to lose, and so less that its loss gives away.
+SOFTENING = (0.4, 1.2)
+CONTRAST = 8.0  # least standard deviation of grey values
+# How often each level of blur, noise and JPEG comes, in both classes.
+SHARES = ((0.8, 0.2, 0.0), (0.5, 0.4, 0.1), (0.8, 0.2, 0.0))
+CLASSES = ("0_real", "1_fake")
+
+
+def write_dataset(root: str | Path, *, seed: int = 0) -> Path:
+    """Write the built-in dataset below `root` and return it; some seconds, and the same bytes every time.
+
+    Makes root/{train,val,test}/DECODER/{0_real,1_fake}/NUMBER.png, 48 x 48 pixels, and
+    root/{train,val,test}/captions.json, image path relative to that folder to caption.
+
+    Args:
+        root: folder to write to, made if missing.
+        seed: decides every crop and every degradation.
+
+    Raises:
+        UserError: a photograph is missing from its package.
+
+    Example:
+        >>> import tempfile
+        >>> from dgsnet import builtin
+        >>> root = builtin.write_dataset(tempfile.mkdtemp())
+        >>> len(list(root.glob("val/*/*/*.png")))
+        480
+    """
+    root = Path(root)
+    for split in SPLITS:
+        captions = {}
+        for family in FAMILIES[split]:
+            for label, name in enumerate(CLASSES):
+                folder = root / split / family / name
+                folder.mkdir(parents=True, exist_ok=True)
+                images = make_images(split, family, label, COUNTS[split], seed=seed)
+                for i, (pixels, text) in enumerate(images):
+                    path = folder / f"{i:04d}.png"
+                    Image.fromarray(pixels).save(path, compress_level=1)
+                    captions[path.relative_to(root / split).as_posix()] = text
+        (root / split / "captions.json").write_text(json.dumps(captions, indent=0) + "\n")
+    return root
+
+
+def make_images(
+    split: str, family: str, label: int, count: int, *, seed: int
+) -> Iterator[tuple[np.ndarray, str]]:
+    """`count` images (uint8 [48, 48, 3]) with captions: real ones for label 0, else out of the decoder.
+
+    Both classes go through the same steps, drawn from the same distributions; only the decoding is the
+    generated ones' own.
+    """
+    # One generator per folder: a longer list of decoders leaves the others' images as they are.
+    rng = np.random.default_rng([seed, SPLITS.index(split), *family.encode(), label])
+    photographs = PHOTOGRAPHS[split]
+    crops, contents = [], []
+    for _ in range(count):
+        photograph = photographs[rng.integers(len(photographs))]
+        crop, content = sample_crop(photograph, SIZE + 2 * MARGIN, rng, contrast=CONTRAST)
+        sigma = rng.uniform(*SOFTENING)
+        crops.append(gaussian_filter(crop.astype(np.float32), (sigma, sigma, 0), mode="nearest"))
+        contents.append(content)
+    images = torch.from_numpy(np.stack(crops)).permute(0, 3, 1, 2) / 255
+    if label:
+        images = DECODERS[family](images)
+    for pixels, content in zip(images.permute(0, 2, 3, 1).numpy() * 255, contents):
+        top, left = MARGIN + rng.integers(2, size=2)  # either pixel of the decoder's grid may come first
+        quality = Quality.draw(rng, SHARES)
+        yield (
+            degrade(pixels[top : top + SIZE, left : left + SIZE], quality, rng),
+            describe(content, quality.words),
+        )
+
+
+def demo_config() -> Config:
+    """The settings that `dgsnet demo` trains with; the caller fills in `data`."""
+    return Config(
+        model=ModelConfig(name="dgsnet-tiny", pretrained="builtin", lora_rank=6, lora_dropout=0.0),
+        preprocess=PreprocessConfig(mode="crop", image_size=32, normalization="clip"),
+        optim=OptimConfig(lr=4e-3, batch_size=32, head_epochs=10, epochs=1000, max_steps=400),
+        surgery=SurgeryConfig(mode="feature", alignment=0.2, reference_batch_size=1),
+    )
