@@ -144,6 +144,21 @@ def test_double_backward(order, rule):
     assert gradcheck(back, (arriving, torch.tensor(0.7, dtype=torch.float64, requires_grad=True)))
 
 
+@pytest.mark.gpu
+def test_on_a_gpu_without_synchronisation():
+    inputs = draw(3, 32, 768)
+    want = feature_grad(reference.gradient_surgery, *inputs)
+    moved = inputs.cuda()
+    leaf = moved[0].clone().requires_grad_()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        seen, alignment_loss = gradient_surgery(leaf, moved[1], moved[2])
+        (seen.square().sum() + 0.2 * alignment_loss).backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    torch.testing.assert_close((leaf.grad.cpu(), alignment_loss.detach().cpu()), want, rtol=1e-12, atol=1e-14)
+
+
 @pytest.mark.parametrize("order", ORDERS)
 def test_compiles_whole(order):
     features, harmful, beneficial = draw(3, 4, 6)

@@ -226,6 +226,20 @@ def test_not_finite_stays_visible():
         assert grad[[0, 2, 3]].isfinite().all() and not grad[1].isfinite().all()
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("order", ORDERS)
+def test_on_a_gpu_without_synchronisation(order):
+    inputs = problem(257)
+    moved = [x.detach().cuda().requires_grad_(x.requires_grad) for x in inputs]
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        ours = outcome(surgery_head, moved, order=order)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    want = outcome(reference.official_graph, inputs, order=order)
+    assert_equal({name: x.cpu() for name, x in ours.items()}, want)
+
+
 def test_refuses_a_second_derivative():
     inputs = problem(3)
     out = surgery_head(*inputs)
