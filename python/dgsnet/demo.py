@@ -13,6 +13,7 @@ import multiprocessing
 import os
 import shutil
 import time
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -72,7 +73,7 @@ def demo_command(out: str = "runs/demo") -> None:
     print("writing the built-in data ...", flush=True)
     data = builtin.write_dataset(folder / "data")
     test = find_samples(data, "test")
-    runs = _train_all(data, folder, started)
+    runs = compare(data, builtin.demo_config(data), folder / "runs")
     print("\n" + table(runs) + "\n")
     shutil.copytree(first(runs, DGSNET).folder / "best", folder / "model")
     maps, labels = feature_maps(runs, test)
@@ -118,17 +119,30 @@ def _prepare(out: Path) -> Path:
     return out
 
 
-def _train_all(data: Path, folder: Path, started: float) -> list[Run]:
-    """Every method with every seed, one thread each and as many at a time as there are cores; in order."""
+def compare(data: Path, config: Config, folder: Path, seeds: Sequence[int] = SEEDS) -> list[Run]:
+    """Train every method with every seed and measure it on the test split.
+
+    One thread each, as many at a time as there are cores: a model this small gains little from a second
+    thread and much from a second process.
+
+    Args:
+        data: dataset folder with the splits train, val and test.
+        config: what the methods share; see `configurations`.
+        folder: for the runs' folders.
+        seeds: one run of every method for each.
+
+    Returns:
+        The runs, ordered by method and seed.
+    """
+    started = time.monotonic()
     # The slowest method first, so that no core is left with a long one at the end.
-    jobs = [(method, seed) for method in reversed(METHODS) for seed in SEEDS]
-    # A small model gains little from a second thread, much from a second process.
+    jobs = [(method, seed) for method in reversed(METHODS) for seed in seeds]
     processes = min(len(jobs), os.cpu_count() or 1)
     print(f"training {len(jobs)} models, {processes} at a time ...", flush=True)
     runs = []
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(processes, context, _print_to, (folder / "runs",)) as pool:
-        waiting = [pool.submit(_train_one, data, folder / "runs", *job) for job in jobs]
+    with ProcessPoolExecutor(processes, context, _print_to, (folder,)) as pool:
+        waiting = [pool.submit(_train_one, data, config, folder, *job) for job in jobs]
         try:
             for future in as_completed(waiting):
                 runs.append(future.result())
@@ -153,11 +167,10 @@ def _print_to(folder: Path) -> None:
         os.dup2(log, stream)
 
 
-def _train_one(data: Path, folder: Path, method: str, seed: int) -> Run:
+def _train_one(data: Path, config: Config, folder: Path, method: str, seed: int) -> Run:
     """Train and measure one model."""
     import torch
 
-    from dgsnet import builtin
     from dgsnet.data import find_samples
     from dgsnet.detector import Detector
     from dgsnet.training import train
@@ -166,7 +179,7 @@ def _train_one(data: Path, folder: Path, method: str, seed: int) -> Run:
     started = time.monotonic()
     name = f"{method.lower().replace(' ', '-')}-{seed}"
     print(f"== {name}", flush=True)
-    run = train(configurations(builtin.demo_config(data), seed)[method], folder / name)
+    run = train(configurations(config, seed)[method], folder / name)
     evaluation = evaluate(Detector.load(run), find_samples(data, "test"), workers=0, progress=False)
     evaluation.save(run / "test")
     return Run(method, seed, run, _curves(run / "metrics.csv"), evaluation, time.monotonic() - started)
@@ -186,7 +199,7 @@ def _curves(path: Path) -> dict[str, np.ndarray]:
 
 def first(runs: list[Run], method: str) -> Run:
     """The run that stands for its method where only one can be shown: that of the first seed."""
-    return next(run for run in runs if run.method == method and run.seed == SEEDS[0])
+    return next(run for run in runs if run.method == method)
 
 
 def by_seed(runs: list[Run], method: str, key: str, decoder: str | None = None) -> list[float]:

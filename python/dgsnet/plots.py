@@ -17,6 +17,9 @@ REAL, GENERATED = "#009E73", "#D55E00"
 SERIES = ("#8A8F98", "#E69F00", "#2B8CD6", "#CC79A7", "#56B4E9")
 MARKERS = ("s", "^", "o", "D", "v")
 
+# Inches of a page-wide figure: the report scales them all alike, so that their letters are of one size.
+WIDTH = 10
+
 # Stands for the ink until svg() or save() decides: the page's text colour, or near-black on paper.
 INK = "#010203"
 STYLE = {
@@ -92,7 +95,7 @@ def methods_by_decoder(
     """
     decoders = list(next(iter(values.values())))
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(max(6.5, 1.15 * len(decoders)), 3.4))
+        figure = Figure(figsize=(WIDTH, 4))
         axes = figure.subplots()
         axes.axhline(chance, color=INK, linewidth=0.8, linestyle="--", alpha=0.6)
         for m, (method, by_decoder) in enumerate(values.items()):
@@ -103,7 +106,7 @@ def methods_by_decoder(
                 axes.plot([d + shift] * len(seeds), seeds, markersize=4, alpha=0.55, **style)
             means = [np.mean(by_decoder[decoder]) for decoder in decoders]
             axes.plot(np.arange(len(decoders)) + shift, means, markersize=8, label=method, **style)
-        axes.set_xticks(range(len(decoders)), decoders, rotation=25, ha="right")
+        axes.set_xticks(range(len(decoders)), decoders, rotation=25 if len(decoders) > 8 else 0)
         axes.set_xlim(-0.6, len(decoders) - 0.4)
         axes.grid(visible=False, axis="x")
         axes.set_ylabel(label)
@@ -119,7 +122,7 @@ def curves(runs: Mapping[str, Sequence[Mapping[str, np.ndarray]]], panels: Mappi
         panels: column to the panel's title.
     """
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(3.6 * len(panels), 3.2))
+        figure = Figure(figsize=(WIDTH, 3.2))
         for axes, (column, title) in zip(np.atleast_1d(figure.subplots(1, len(panels))), panels.items()):
             for color, seeds in zip(SERIES, runs.values()):
                 lines = [_without_gaps(seed["step"], seed[column]) for seed in seeds]
@@ -137,13 +140,13 @@ def curves(runs: Mapping[str, Sequence[Mapping[str, np.ndarray]]], panels: Mappi
 def feature_maps(maps: Mapping[str, np.ndarray], labels: np.ndarray) -> Figure:
     """Side-by-side scatter plots of points [N, 2], coloured by label [N] (0 real, 1 generated)."""
     with matplotlib.rc_context(STYLE | {"axes.grid": False}):
-        figure = Figure(figsize=(3.4 * len(maps), 3.7))
+        figure = Figure(figsize=(WIDTH, 3.8))
         for axes, (title, points) in zip(np.atleast_1d(figure.subplots(1, len(maps))), maps.items()):
             for label, name, color, marker in ((0, "real", REAL, "o"), (1, "generated", GENERATED, "^")):
                 chosen = points[labels == label]
                 legend = name if axes is figure.axes[0] else None
                 axes.scatter(
-                    *chosen.T, s=9, color=color, marker=marker, alpha=0.65, linewidths=0, label=legend
+                    *chosen.T, s=12, color=color, marker=marker, alpha=0.75, linewidths=0, label=legend
                 )
             axes.set_title(title)
             axes.set_xticks([])

@@ -18,7 +18,7 @@ from markupsafe import Markup
 from dgsnet import plots
 from dgsnet.config import Config
 from dgsnet.data import Sample
-from dgsnet.demo import DGSNET, LORA, MEASURES, METHODS, SEEDS, Run, by_seed, first, mean_and_spread
+from dgsnet.demo import DGSNET, LORA, MEASURES, METHODS, Run, by_seed, first, mean_and_spread
 from dgsnet.evaluation import percent
 
 EXAMPLES_PER_DECODER = 2
@@ -78,9 +78,9 @@ def write(
         splits=[_split(name, split) for name, split in samples.items()],
         examples=_examples(runs, decoders),
         config=config,
-        seeds=SEEDS,
+        seeds=sorted({run.seed for run in runs}),
         map_count=len(map_labels),
-        model=os.path.relpath(Path(path).parent / "model"),
+        model=_shown(Path(path).parent / "model"),
         minutes=f"{seconds / 60:.1f}",
         machine=f"{os.cpu_count()} CPU cores, {platform.system()}, Python {platform.python_version()}, "
         f"PyTorch {torch.__version__}",
@@ -94,7 +94,7 @@ def verdict(runs: list[Run]) -> list[str]:
     order = sorted(METHODS, key=lambda method: -np.mean(auc[method]))
     ranking = ", ".join(f"{method} {_plus_minus(auc[method])}" for method in order)
     gains = [100 * (a - b) for a, b in zip(auc[DGSNET], auc[LORA])]
-    by_seed_text = ", ".join(f"{gain:+.1f}" for gain in gains)
+    by_seed_text = ", ".join(map(_signed, gains))
     if min(gains) > 0:
         meaning = "DGS-Net ranks unseen decoders better than plain LoRA with every seed."
     elif max(gains) < 0:
@@ -106,8 +106,8 @@ def verdict(runs: list[Run]) -> list[str]:
     accuracy = {method: by_seed(runs, method, "accuracy") for method in METHODS}
     return [
         f"By AUC, averaged over test decoders: {ranking}.",
-        f"DGS-Net minus LoRA, seed by seed: {by_seed_text} points of AUC, {np.mean(gains):+.1f} on average. "
-        + meaning,
+        f"DGS-Net minus LoRA, seed by seed: {by_seed_text} points of AUC, {_signed(np.mean(gains))} on average.",
+        meaning,
         "Accuracy at the threshold 0.5: "
         + ", ".join(f"{method} {_plus_minus(accuracy[method])}" for method in order)
         + ". Guessing gives 50 in both.",
@@ -117,6 +117,16 @@ def verdict(runs: list[Run]) -> list[str]:
 def _plus_minus(values: list[float]) -> str:
     mean, spread = mean_and_spread(values)
     return f"{percent(mean)} ± {percent(spread)}"
+
+
+def _signed(value: float) -> str:
+    return f"{value:+.1f}".replace("-", "\N{MINUS SIGN}")
+
+
+def _shown(path: Path) -> str:
+    """A path as one would type it here: relative if it lies below."""
+    below = path.resolve().is_relative_to(Path.cwd())
+    return os.path.relpath(path) if below else str(path.resolve())
 
 
 def _table(runs: list[Run]) -> list[dict[str, Any]]:
