@@ -1,4 +1,4 @@
-"""The demo's comparison on a few images and a CLIP with random weights: fair, complete, told as it came out."""
+"""The demo's comparison on a few images and a CLIP with random weights: fair, complete, told as it is."""
 
 import json
 import re

@@ -109,7 +109,16 @@ def test_unreadable_images_are_nan_and_told(run, images, tmp_path):
 
 
 def test_find_images(tmp_path):
-    for name in ("a.png", "b.JPG", "notes.txt", "deep/er/c.webp", "deep/d.jpeg", "odd[1].png"):
+    for name in (
+        "a.png",
+        "b.JPG",
+        "notes.txt",
+        "deep/er/c.webp",
+        "deep/d.jpeg",
+        "odd[1].png",
+        "._a.png",
+        ".x/e.png",
+    ):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
 

@@ -169,7 +169,8 @@ def find_images(paths: Sequence[str | Path]) -> tuple[list[str], dict[str, str]]
 
     Returns:
         The files, in the order given and sorted within a folder or pattern, each once; and for every
-        path that stands for none, why. A file named outright is taken whatever its extension.
+        path that stands for none, why. A file named outright is taken whatever its extension; in folders,
+        names that begin with a dot are left out and links to folders not followed.
     """
     from dgsnet.images import EXTENSIONS
 
@@ -177,7 +178,11 @@ def find_images(paths: Sequence[str | Path]) -> tuple[list[str], dict[str, str]]
         return Path(path).suffix.lower() in EXTENSIONS and os.path.isfile(path)
 
     def inside(folder: str) -> list[str]:
-        return sorted(str(p) for p in Path(folder).rglob("*") if is_image(str(p)))
+        found = []
+        for parent, folders, names in os.walk(folder):
+            folders[:] = [name for name in folders if not name.startswith(".")]
+            found += [os.path.join(parent, name) for name in names if not name.startswith(".")]
+        return sorted(filter(is_image, found))
 
     files: dict[str, None] = {}
     missing: dict[str, str] = {}

@@ -94,6 +94,7 @@ def verdict(runs: list[Run]) -> list[str]:
     order = sorted(METHODS, key=lambda method: -np.mean(auc[method]))
     ranking = ", ".join(f"{method} {_plus_minus(auc[method])}" for method in order)
     gains = [100 * (a - b) for a, b in zip(auc[DGSNET], auc[LORA])]
+    mean_gain = _signed(float(np.mean(gains)))
     by_seed_text = ", ".join(map(_signed, gains))
     if min(gains) > 0:
         meaning = "DGS-Net ranks unseen decoders better than plain LoRA with every seed."
@@ -106,7 +107,7 @@ def verdict(runs: list[Run]) -> list[str]:
     accuracy = {method: by_seed(runs, method, "accuracy") for method in METHODS}
     return [
         f"By AUC, averaged over test decoders: {ranking}.",
-        f"DGS-Net minus LoRA, seed by seed: {by_seed_text} points of AUC, {_signed(np.mean(gains))} on average.",
+        f"DGS-Net minus LoRA, seed by seed: {by_seed_text} points of AUC, on average {mean_gain}.",
         meaning,
         "Accuracy at the threshold 0.5: "
         + ", ".join(f"{method} {_plus_minus(accuracy[method])}" for method in order)
