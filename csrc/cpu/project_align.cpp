@@ -150,12 +150,26 @@ class Rows {
     }
   }
 
+  // While one row is computed, the next one is on its way.
+  void prefetch(int64_t row) const {
+    if (row >= a_.rows) return;
+    const auto lines = [&](const void* rows, int64_t stride) {
+      const char* from = reinterpret_cast<const char*>(static_cast<const T*>(rows) + row * stride);
+      const int64_t bytes = std::min(block, a_.dim) * sizeof(T);
+      for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(from + i, 0, 2);
+    };
+    lines(a_.grad, a_.grad_stride);
+    lines(a_.harmful, a_.harmful_stride);
+    if (a_.beneficial) lines(a_.beneficial, a_.beneficial_stride);
+  }
+
   void whole_row(int64_t row) const {
     Scratch scratch;
     Block<Seen> b = read(row, 0, scratch);
     Sums total = sums(b);
     for (int64_t i = block; i < a_.dim; i += block) total += sums(read(row, i, scratch));
     const double k = coefficient(total);
+    prefetch(row + 1);
     for (int64_t i = 0; i < a_.dim; i += block) {
       if (a_.dim > block) b = read(row, i, scratch);
       write(b, k, row, i, scratch);
