@@ -263,7 +263,7 @@ def test_module():
         optimizer.zero_grad()
         (out.image_loss + out.text_loss).backward()
         optimizer.step()
-        losses.append(float(out.image_loss + out.text_loss))
+        losses.append((out.image_loss + out.text_loss).item())
     assert losses[-1] < 0.7 * losses[0]
     torch.testing.assert_close(head.image_head(features).squeeze(1), head(features, teacher, None, labels)[3])
 
