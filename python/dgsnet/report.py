@@ -78,6 +78,7 @@ def write(
         splits=[_split(name, split) for name, split in samples.items()],
         examples=_examples(runs, decoders),
         config=config,
+        steps=int(first(runs, DGSNET).curves["step"].max()),
         seeds=sorted({run.seed for run in runs}),
         map_count=len(map_labels),
         model=_shown(Path(path).parent / "model"),
