@@ -73,7 +73,7 @@ def train_command(config: Config, out: Path, resume: bool = False) -> None:
     """
     from .training import train
 
-    print(f"trained: {train(config, out, resume=resume)}")
+    train(config, out, resume=resume)
 
 
 def _run(argv: list[str]) -> None:

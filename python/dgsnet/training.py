@@ -354,6 +354,7 @@ class _Run:
                 report.errors |= errors
             if self.accelerator.is_main_process and report.errors:
                 print(report.summary(), file=sys.stderr)
+        self.accelerator.print(f"trained: {self.out}")
 
     def _train_stage(self, state: dict[str, Any] | None) -> None:
         """Train from the position to the end of its stage; `state` is given right after a resumption."""
@@ -372,7 +373,7 @@ class _Run:
         while self.position.epoch < epochs and not self._at_max_steps():
             self._train_epoch(epochs)
         self.position = Position(stage + 1, step=self.position.step)
-        self.step_module, self.optimizer = self.accelerator.free_memory(self.step_module, self.optimizer)
+        self.optimizer = None
         self._checkpoint()
 
     def _at_max_steps(self) -> bool:
