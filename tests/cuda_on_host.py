@@ -5,8 +5,9 @@ a sanitizer's runtime has to be loaded first.
 """
 
 import ctypes
+import itertools
 import os
-from ctypes import byref, c_char_p, c_double, c_int32, c_int64, c_void_p
+from ctypes import addressof, byref, c_bool, c_char_p, c_double, c_int32, c_int64, c_void_p
 
 import pytest
 import torch
@@ -46,6 +47,8 @@ def launches():
 @pytest.fixture(autouse=True, params=["forward", "reversed", "shuffled"])
 def order_of_threads(request):
     """Every case runs with the blocks and threads in several orders: no result may depend on it."""
+    if request.param != "shuffled" and request.node.get_closest_marker("slow"):
+        pytest.skip("a long case runs in one order")
     LIBRARY.shim_set_order(["forward", "reversed", "shuffled"].index(request.param))
     LIBRARY.shim_set_clusters(True)
 
@@ -169,3 +172,288 @@ def test_project_align_shows_what_is_not_finite(place, value, rule):
     assert not exact[1].isfinite().all()
     assert not out[1].isfinite().all()
     assert out[::2].isfinite().all()
+
+
+SurgeryHead = struct("""
+    i32: dtype
+    ptr: features teacher_features text_features
+    i64: features_stride teacher_stride text_stride
+    ptr: labels image_weight teacher_weight text_weight image_bias teacher_bias text_bias
+    i64: batch dim
+    f64: reference_batch_size
+    ptr: losses logits residuals head_grads workspace
+""")
+SurgeryHeadBackward = struct("""
+    i32: dtype order
+    ptr: residuals image_weight teacher_weight text_weight image_scale alignment_scale
+    i64: batch dim
+    f64: reference_batch_size eps
+    ptr: grad_features
+""")
+
+
+def surgery_head_case(
+    dtype, batch, dim, *, reference_batch_size=None, order="align_first", with_text=True, shift=0
+):
+    wide = compute(dtype)
+    features, teacher, text = (make(batch, dim, dtype=dtype, seed=i, shift=shift) for i in range(3))
+    text = text if with_text else None
+    labels = (torch.arange(batch) % 2).to(wide)
+    weights = [make(dim, dtype=wide, seed=3 + i) * dim**-0.5 for i in range(3)]
+    biases = [make(1, dtype=wide, seed=6 + i) for i in range(3)]
+    if not with_text:
+        weights[2] = biases[2] = None
+    losses, logits, residuals = (nans(*shape, dtype=wide) for shape in [(3,), (3, batch), (3, batch)])
+    head_grads = nans(2, dim + 1, dtype=wide)
+    LIBRARY.c_surgery_head_workspace.restype = c_int64
+    workspace = nans(LIBRARY.c_surgery_head_workspace(c_int64(batch), c_int64(dim)), dtype=wide)
+
+    before = launches()
+    matrices = [features, teacher, text]
+    arguments = SurgeryHead(
+        DTYPES.index(dtype), *map(pointer, matrices), *map(stride, matrices), pointer(labels),
+        *map(pointer, weights), *map(pointer, biases), batch, dim, reference_batch_size or 0,
+        *map(pointer, [losses, logits, residuals, head_grads, workspace]),
+    )  # fmt: skip
+    call("surgery_head", arguments)
+    assert launches() - before <= 2
+
+    def forward(to):
+        heads = [None if t is None else t.to(to) for pair in zip(weights, biases) for t in pair]
+        tensors = [None if t is None else t.to(to) for t in matrices]
+        return reference.surgery_head(*tensors, labels.to(to), *heads, reference_batch_size)
+
+    results = losses, logits, residuals, head_grads
+    exact = forward(torch.float64)
+    for name, result, e, p in zip(
+        ["losses", "logits", "residuals", "head_grads"], results, exact, forward(wide)
+    ):
+        check(result, e, p, size=1.0, what=f"{name} {dtype} {batch}x{dim}")
+
+    scales = torch.tensor([3.0, 0.7], dtype=wide)
+    out = nans(batch * dim + shift, dtype=dtype)[shift:]
+    arguments = SurgeryHeadBackward(
+        DTYPES.index(dtype), ORDERS.index(order), pointer(residuals), *map(pointer, weights), pointer(scales),
+        pointer(scales[1:]), batch, dim, reference_batch_size or 0, 1e-6, pointer(out),
+    )  # fmt: skip
+    before = launches()
+    call("surgery_head_backward", arguments)
+    assert launches() - before <= 1
+
+    def backward(to):
+        heads = [None if w is None else w.to(to) for w in weights]
+        options = dict(out_dtype=min(to, dtype, key=lambda t: t.itemsize) if to == wide else to)
+        return reference.surgery_head_backward(
+            residuals.to(to),
+            *heads,
+            *scales.to(to),
+            order=order,
+            reference_batch_size=reference_batch_size,
+            **options,
+        )
+
+    size = 10 * dim**-0.5 / max(batch, 1)
+    check(
+        out.view(batch, dim), backward(torch.float64), backward(wide), size, f"backward {dtype} {batch}x{dim}"
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "shape", [(0, 5), (1, 1), (3, 123), (19, 768), (5, 1023), (9, 1024), (3, 4096)], ids=str
+)
+def test_surgery_head_shapes(dtype, shape):
+    surgery_head_case(dtype, *shape)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("shape", [(5, 65537), (1100, 8)], ids=["read twice", "several rows to a team"])
+def test_surgery_head_large(shape):
+    surgery_head_case(torch.float32, *shape)
+
+
+@pytest.mark.parametrize("reference_batch_size", [None, 32])
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("with_text", [True, False])
+def test_surgery_head_options(reference_batch_size, order, with_text):
+    options = dict(reference_batch_size=reference_batch_size, order=order, with_text=with_text)
+    surgery_head_case(torch.float32, 6, 64, **options)
+    surgery_head_case(torch.bfloat16, 6, 64, shift=1, **options)
+
+
+TensorEntry = struct("""
+    ptr: grad harmful beneficial param exp_avg exp_avg_sq max_exp_avg_sq step
+    i64: numel aligned
+""")
+Chunk = struct("""
+    i64: offset
+    i32: tensor group
+""")
+TensorList = struct("""
+    i32: dtype order rule aligned
+    ptr: tensors chunks group_begin
+    i64: num_chunks num_groups max_group_chunks
+    ptr: partials sums scale
+    f64: alignment eps
+""")
+
+
+def tensor_list(columns, groups, *, alignment, order, rule):
+    """The tables of a TensorList from lists of tensors by name; returns it and what it points to."""
+    grads = columns["grad"]
+    dtype, count, num_groups = grads[0].dtype, len(grads), max(groups) + 1
+
+    def fits(tensors):
+        return all(t is None or t.data_ptr() % 16 == 0 for t in tensors)
+
+    tensors = (TensorEntry * count)(
+        *(
+            TensorEntry(
+                **{name: pointer(column[i]) for name, column in columns.items()},
+                numel=grads[i].numel(),
+                aligned=fits([column[i] for name, column in columns.items() if name != "step"]),
+            )
+            for i in range(count)
+        )
+    )
+    aligned = all(t.aligned and t.numel * dtype.itemsize % 16 == 0 for t in tensors)
+    numel, group_of = (c_int64 * count)(*(g.numel() for g in grads)), (c_int64 * count)(*groups)
+    group_begin = (c_int64 * (num_groups + 1))()
+    LIBRARY.c_plan_chunks.restype = c_int64
+    plan = [DTYPES.index(dtype), c_bool(aligned), numel, group_of, c_int64(count), c_int64(num_groups)]
+    chunks = (Chunk * max(1, LIBRARY.c_plan_chunks(*plan, None, None)))()
+    num_chunks = LIBRARY.c_plan_chunks(*plan, chunks, group_begin)
+    assert group_begin[num_groups] == num_chunks
+    longest = max(b - a for a, b in itertools.pairwise(group_begin))
+    partials, sums = (nans(n, 3, dtype=compute(dtype)) for n in (num_chunks, num_groups))
+    scale = torch.tensor(0.5, dtype=compute(dtype))
+    addresses = [addressof(table) for table in (tensors, chunks, group_begin)]
+    arguments = TensorList(
+        DTYPES.index(dtype), ORDERS.index(order), RULES.index(rule), aligned, *addresses, num_chunks,
+        num_groups, longest, *map(pointer, [partials, sums, scale]), alignment * 2, 1e-6,
+    )  # fmt: skip
+    return arguments, sums, [tensors, chunks, group_begin, partials, scale]
+
+
+def surgery_of_groups(grads, harmful, beneficial, groups, to, **options):
+    """Plain PyTorch: every group's tensors as one long row."""
+    outs = [None] * len(grads)
+    for group in set(groups):
+        members = [i for i, g in enumerate(groups) if g == group]
+        rows = [torch.cat([column[i].to(to) for i in members]) for column in (grads, harmful, beneficial)]
+        out = reference.project_align(*rows, **options)
+        for i, part in zip(members, out.split([grads[i].numel() for i in members])):
+            outs[i] = part
+    return outs
+
+
+def make_list(sizes, dtype, shift=0):
+    return [
+        [make(n, dtype=dtype, seed=10 * i + k, shift=shift) for i, n in enumerate(sizes)] for k in range(3)
+    ]
+
+
+def project_align_list_case(sizes, groups, dtype, *, launched, shift=0, order="align_first", rule="positive"):
+    grads, harmful, beneficial = make_list(sizes, dtype, shift)
+    options = dict(alignment=0.2, order=order, rule=rule)
+    exact = surgery_of_groups(grads, harmful, beneficial, groups, torch.float64, **options)
+    plain = surgery_of_groups(grads, harmful, beneficial, groups, dtype, **options)
+    columns = dict(grad=grads, harmful=harmful, beneficial=beneficial)
+    arguments, sums, _keep = tensor_list(columns, groups, **options)
+    before = launches()
+    call("project_align_", arguments)
+    assert launches() - before == launched
+    for i, (result, e, p) in enumerate(zip(grads, exact, plain)):
+        check(result, e, p, size=4.0, what=f"tensor {i} of {sizes} {dtype}")
+    direction = torch.cat([h.to(sums.dtype) for h, g in zip(harmful, groups) if g == 0])
+    direction = direction.clamp(min=0) if rule == "positive" else direction
+    torch.testing.assert_close(sums[0, 1], direction.square().sum(), rtol=1e-5, atol=1e-6)
+
+
+LAYERS = [0, 0, 1, 2, 1]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "sizes", [[768, 32, 4096, 16, 20000], [768, 1, 4096, 0, 20001]], ids=["aligned", "odd"]
+)
+def test_project_align_list_in_one_launch(dtype, sizes):
+    project_align_list_case(sizes, LAYERS, dtype, launched=1)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("rule", RULES)
+def test_project_align_list_options(order, rule):
+    project_align_list_case([96, 5, 64, 7, 32], LAYERS, torch.float32, launched=1, order=order, rule=rule)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("last", "shift"), [(160_000, 0), (160_001, 0), (100_000, 1)])
+def test_project_align_list_in_three_launches(dtype, last, shift):
+    project_align_list_case([768, 16, 4096, 16, last], LAYERS, dtype, launched=3, shift=shift)
+
+
+def test_project_align_list_without_clusters():
+    LIBRARY.shim_set_clusters(False)
+    project_align_list_case([768, 16, 4096, 16, 20000], LAYERS, torch.float32, launched=3)
+
+
+AdamW = struct("""
+    ptr: lr_tensor
+    f64: lr beta1 beta2 weight_decay eps
+    i32: maximize
+""")
+
+
+def adamw_case(sizes, groups, dtype, *, launched, amsgrad=False, maximize=False, steps=2):
+    params = [make(n, dtype=dtype, seed=90 + i) for i, n in enumerate(sizes)]
+    surgery = dict(alignment=0.2, order="align_first", rule="positive")
+    options = dict(lr=1e-2, betas=(0.9, 0.99), eps=1e-4, weight_decay=0.1, amsgrad=amsgrad, maximize=maximize)
+
+    def expected(to):
+        copies = [p.to(to, copy=True).requires_grad_() for p in params]
+        optimizer = torch.optim.AdamW(copies, **options, foreach=False)
+        for step in range(steps):
+            grads = [[t * (step + 1) for t in column] for column in make_list(sizes, dtype)]
+            for copy, grad in zip(copies, surgery_of_groups(*grads, groups, to, **surgery)):
+                copy.grad = grad
+            optimizer.step()
+        return [[c.detach() for c in copies]] + [
+            [optimizer.state[c][name] for c in copies] for name in ("exp_avg", "exp_avg_sq")
+        ]
+
+    exact, plain = expected(torch.float64), expected(dtype)
+    state = [[torch.zeros_like(p) for p in params] for _ in range(3)]
+    for step in range(steps):
+        grads, harmful, beneficial = ([t * (step + 1) for t in column] for column in make_list(sizes, dtype))
+        counts = [torch.tensor(step + 1.0) for _ in params]
+        columns = dict(grad=grads, harmful=harmful, beneficial=beneficial, param=params, step=counts)
+        columns.update(
+            zip(["exp_avg", "exp_avg_sq"], state),
+            max_exp_avg_sq=state[2] if amsgrad else [None] * len(params),
+        )
+        arguments, _sums, _keep = tensor_list(columns, groups, **surgery)
+        before = launches()
+        call("surgery_adamw", arguments, AdamW(None, 1e-2, 0.9, 0.99, 0.1, 1e-4, maximize))
+        assert launches() - before == launched
+    for name, results, es, ps in zip(["param", "exp_avg", "exp_avg_sq"], [params, *state], exact, plain):
+        for result, e, p in zip(results, es, ps):
+            check(result, e, p, size=4.0, what=f"{name} {dtype}")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("sizes", [[768, 32, 512, 16, 64], [768, 1, 513, 0, 65]], ids=["even", "odd"])
+def test_adamw_in_one_launch(dtype, sizes):
+    adamw_case(sizes, LAYERS, dtype, launched=1)
+
+
+@pytest.mark.parametrize(("amsgrad", "maximize"), [(True, False), (False, True)])
+def test_adamw_options(amsgrad, maximize):
+    adamw_case([96, 5], [0, 0], torch.float32, launched=1, amsgrad=amsgrad, maximize=maximize, steps=3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_adamw_in_three_launches(dtype):
+    LIBRARY.shim_set_clusters(False)
+    adamw_case([20000, 1, 4096], [0, 0, 1], dtype, launched=3)

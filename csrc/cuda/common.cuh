@@ -31,7 +31,7 @@ using Compute = typename Storage<T>::Compute;
 template <typename T>
 constexpr int kPack = 16 / sizeof(T);
 template <typename T, bool Aligned>
-constexpr int kShare = Aligned && sizeof(T) < 8 ? 32 : 16;
+constexpr int kShare = (Aligned ? 32 : 16) / (sizeof(T) == 8 ? 2 : 1);
 
 __device__ __forceinline__ float widen(float x) { return x; }
 __device__ __forceinline__ double widen(double x) { return x; }
@@ -54,11 +54,13 @@ __device__ __forceinline__ int position(int v, int j, int lane, int lanes) {
   return Aligned ? (v * lanes + lane) * kPack<T> + j : (v * kPack<T> + j) * lanes + lane;
 }
 
-// Beyond `count` elements, zeros: they add nothing to any sum.
+// A null row, and what lies beyond `count` elements, is zeros: they add nothing to any sum. `wide` lets a call use
+// 16-byte accesses where not every one can.
 template <typename T, bool Aligned>
-__device__ __forceinline__ Pack<T> load(const T* row, int v, int lane, int lanes, int64_t count) {
+__device__ __forceinline__ Pack<T> load(const T* row, int v, int lane, int lanes, int64_t count, bool wide = Aligned) {
   Pack<T> pack;
-  if constexpr (Aligned) {
+  if (!row) count = 0;
+  if (Aligned || wide) {
     int i = position<T, true>(v, 0, lane, lanes);
     uint4 bits = i < count ? *reinterpret_cast<const uint4*>(row + i) : uint4{0, 0, 0, 0};
     memcpy(&pack, &bits, 16);
@@ -66,15 +68,17 @@ __device__ __forceinline__ Pack<T> load(const T* row, int v, int lane, int lanes
 #pragma unroll
     for (int j = 0; j < kPack<T>; ++j) {
       int i = position<T, false>(v, j, lane, lanes);
-      if (i < count) pack.at[j] = row[i]; else narrow(Compute<T>(0), pack.at[j]);
+      narrow(Compute<T>(0), pack.at[j]);
+      if (i < count) pack.at[j] = row[i];
     }
   }
   return pack;
 }
 
 template <typename T, bool Aligned>
-__device__ __forceinline__ void store(T* row, const Pack<T>& pack, int v, int lane, int lanes, int64_t count) {
-  if constexpr (Aligned) {
+__device__ __forceinline__ void store(T* row, const Pack<T>& pack, int v, int lane, int lanes, int64_t count,
+                                      bool wide = Aligned) {
+  if (Aligned || wide) {
     int i = position<T, true>(v, 0, lane, lanes);
     uint4 bits;
     memcpy(&bits, &pack, 16);

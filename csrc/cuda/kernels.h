@@ -42,9 +42,10 @@ struct TensorEntry {
   void *param, *exp_avg, *exp_avg_sq, *max_exp_avg_sq;
   const float* step;  // number of this step, from 1
   int64_t numel;
+  int64_t aligned;  // whether every pointer divides by 16 bytes
 };
 
-// What one block works on: at most chunk_size(dtype) consecutive elements of one tensor.
+// What one block works on: consecutive elements of one tensor.
 struct Chunk {
   int64_t offset;
   int32_t tensor, group;
@@ -55,7 +56,7 @@ struct TensorList {
   DType dtype;
   Order order;
   Rule rule;
-  int32_t aligned;                // every pointer and every size divides by 16 bytes
+  int32_t aligned;                // every pointer and every tensor's size in bytes divides by 16
   const TensorEntry* tensors;     // device
   const Chunk* chunks;            // device, [num_chunks]
   const int64_t* group_begin;     // device, [num_groups + 1]: a group's chunks are group_begin[g] to group_begin[g + 1]
@@ -74,7 +75,7 @@ struct AdamW {
 };
 
 struct SpectralEntropy {
-  bool is_uint8;       // else dtype tells; not f64
+  int32_t is_uint8;    // else dtype tells; not f64
   DType dtype;
   const void* images;  // [batch, 3, height, width], strides in elements, rows contiguous
   int64_t batch, height, width;
@@ -87,8 +88,8 @@ const char* surgery_head(const SurgeryHead&, void* stream);
 const char* surgery_head_backward(const SurgeryHeadBackward&, void* stream);
 int64_t surgery_head_workspace(int64_t batch, int64_t dim);
 // On the host: fills chunks and group_begin (host memory) if chunks is not null; returns the number of chunks.
-int64_t plan_chunks(DType, const int64_t* numel, const int64_t* groups, int64_t num_tensors, int64_t num_groups,
-                    Chunk* chunks, int64_t* group_begin);
+int64_t plan_chunks(DType, bool aligned, const int64_t* numel, const int64_t* groups, int64_t num_tensors,
+                    int64_t num_groups, Chunk* chunks, int64_t* group_begin);
 const char* project_align_(const TensorList&, void* stream);
 const char* group_sums(const TensorList&, void* stream);  // fills `sums` alone, in two launches
 const char* surgery_adamw(const TensorList&, const AdamW&, void* stream);

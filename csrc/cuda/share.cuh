@@ -41,13 +41,13 @@ struct Share {
 
   // `count` elements from each pointer on, dealt out to `lanes` threads.
   __device__ __forceinline__ void read(const T* grad, const T* harmful_row, const T* beneficial, int64_t count, int lane,
-                                       int lanes, const SurgeryOptions<A>& options, A (&sums)[3]) {
+                                       int lanes, const SurgeryOptions<A>& options, A (&sums)[3], bool wide = Aligned) {
     Pack<T> g[kPacks], b[kPacks];
 #pragma unroll
     for (int v = 0; v < kPacks; ++v) {
-      g[v] = load<T, Aligned>(grad, v, lane, lanes, count);
-      harmful[v] = load<T, Aligned>(harmful_row, v, lane, lanes, count);
-      b[v] = load<T, Aligned>(beneficial, v, lane, lanes, beneficial ? count : 0);
+      g[v] = load<T, Aligned>(grad, v, lane, lanes, count, wide);
+      harmful[v] = load<T, Aligned>(harmful_row, v, lane, lanes, count, wide);
+      b[v] = load<T, Aligned>(beneficial, v, lane, lanes, count, wide);
     }
 #pragma unroll
     for (int v = 0; v < kPacks; ++v)
@@ -64,13 +64,14 @@ struct Share {
     return moved[v * kPack<T> + j] - k * direction(widen(harmful[v].at[j]), rule);
   }
 
-  __device__ __forceinline__ void write(T* out, A k, int64_t count, int lane, int lanes, Rule rule) const {
+  __device__ __forceinline__ void write(T* out, A k, int64_t count, int lane, int lanes, Rule rule,
+                                        bool wide = Aligned) const {
 #pragma unroll
     for (int v = 0; v < kPacks; ++v) {
       Pack<T> pack;
 #pragma unroll
       for (int j = 0; j < kPack<T>; ++j) narrow(updated(v, j, k, rule), pack.at[j]);
-      store<T, Aligned>(out, pack, v, lane, lanes, count);
+      store<T, Aligned>(out, pack, v, lane, lanes, count, wide);
     }
   }
 };

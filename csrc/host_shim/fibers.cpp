@@ -37,49 +37,69 @@ struct Block {
   std::vector<Warp> warps;
   std::unique_ptr<unsigned char, decltype(&std::free)> shared{nullptr, &std::free};
 };
-struct Fiber {
-  ucontext_t context;
+struct Fiber {  // lives on from launch to launch, since making one takes system calls
+  std::unique_ptr<char[]> stack = std::make_unique<char[]>(kStackBytes);
+  ucontext_t start;
+  bool started = false;
+  void* registers[5];
+  void* sanitizer_stack = nullptr;
   Block* block;
   unsigned thread;
-  bool done = false;
-  const unsigned* waits_for = nullptr;  // waits while this generation is the one it arrived in
-  unsigned generation = 0;
-  void* sanitizer_stack = nullptr;
+  bool done;
+  const unsigned* waits_for;  // waits while this generation is the one it arrived in
+  unsigned generation;
 };
 
 enum Order { kForward, kReversed, kShuffled };
 int order = kForward;
 int launches = 0;
 Fiber* self = nullptr;
-ucontext_t scheduler;
+void* scheduler[5];
 const void* scheduler_stack;
 size_t scheduler_stack_size;
 const std::function<void()>* body;
 std::vector<Block> blocks;  // of the running cluster
 Barrier cluster;
-std::vector<std::unique_ptr<char[]>> stacks;
+std::vector<std::unique_ptr<Fiber>> fibers;
 
-void leave(bool for_ever) {
+// swapcontext would do, but it asks the kernel for the signal mask every time.
+[[noreturn, gnu::noinline]] void jump(void** to) { __builtin_longjmp(to, 1); }
+[[gnu::noinline, gnu::no_sanitize("address")]] void switch_to(void** from, Fiber* fresh, void** to) {
+  if (__builtin_setjmp(from)) return;
+  if (fresh) setcontext(&fresh->start);
+  jump(to);
+}
+
+void leave() {
   Fiber* fiber = self;
-  __sanitizer_start_switch_fiber(for_ever ? nullptr : &fiber->sanitizer_stack, scheduler_stack, scheduler_stack_size);
-  swapcontext(&fiber->context, &scheduler);
+  __sanitizer_start_switch_fiber(&fiber->sanitizer_stack, scheduler_stack, scheduler_stack_size);
+  switch_to(fiber->registers, nullptr, scheduler);
   __sanitizer_finish_switch_fiber(fiber->sanitizer_stack, nullptr, nullptr);
 }
 
 void fiber_main() {
   __sanitizer_finish_switch_fiber(nullptr, &scheduler_stack, &scheduler_stack_size);
-  (*body)();
-  self->done = true;
-  leave(true);
+  for (;;) {
+    (*body)();
+    self->done = true;
+    leave();
+  }
 }
 
-void enter(Fiber& fiber, char* stack) {
+void enter(Fiber& fiber) {
   self = &fiber;
   threadIdx = {fiber.thread, 0, 0};
   blockIdx = fiber.block->index;
+  Fiber* fresh = fiber.started ? nullptr : &fiber;
+  if (fresh) {
+    getcontext(&fiber.start);
+    fiber.start.uc_stack = {fiber.stack.get(), 0, kStackBytes};
+    makecontext(&fiber.start, fiber_main, 0);
+    fiber.started = true;
+  }
   void* own_stack;
-  __sanitizer_start_switch_fiber(&own_stack, stack, kStackBytes);
-  swapcontext(&scheduler, &fiber.context);
+  __sanitizer_start_switch_fiber(&own_stack, fiber.stack.get(), kStackBytes);
+  switch_to(scheduler, fresh, fiber.registers);
   __sanitizer_finish_switch_fiber(own_stack, nullptr, nullptr);
 }
 
@@ -91,7 +111,7 @@ void arrive_and_wait(Barrier& barrier) {
   }
   self->waits_for = &barrier.generation;
   self->generation = barrier.generation;
-  leave(false);
+  leave();
 }
 
 void run_cluster(unsigned first_block, unsigned size, unsigned threads, size_t shared_bytes) {
@@ -110,28 +130,25 @@ void run_cluster(unsigned first_block, unsigned size, unsigned threads, size_t s
     std::memset(memory, 0xff, shared_bytes);
     block.shared.reset(static_cast<unsigned char*>(memory));
   }
-  std::vector<Fiber> fibers(size * threads);
-  while (stacks.size() < fibers.size()) stacks.push_back(std::make_unique<char[]>(kStackBytes));
-  for (size_t i = 0; i < fibers.size(); ++i) {
-    Fiber& fiber = fibers[i];
-    fiber.block = &blocks[i / threads];
-    fiber.thread = i % threads;
-    getcontext(&fiber.context);
-    fiber.context.uc_stack = {stacks[i].get(), 0, kStackBytes};
-    makecontext(&fiber.context, fiber_main, 0);
+  size_t count = size * threads;
+  while (fibers.size() < count) fibers.push_back(std::make_unique<Fiber>());
+  for (size_t i = 0; i < count; ++i) {
+    fibers[i]->block = &blocks[i / threads];
+    fibers[i]->thread = i % threads;
+    fibers[i]->done = false;
+    fibers[i]->waits_for = nullptr;
   }
-  for (size_t running = fibers.size(), progress = 1; running; ) {
+  for (size_t running = count, progress = 1; running;) {
     if (!progress) {
       std::fprintf(stderr, "host shim: threads wait at a barrier that the others of their block never reach\n");
       std::abort();
     }
     progress = 0;
-    for (size_t k = 0; k < fibers.size(); ++k) {
-      size_t i = order == kForward ? k : fibers.size() - 1 - k;
-      Fiber& fiber = fibers[i];
+    for (size_t k = 0; k < count; ++k) {
+      Fiber& fiber = *fibers[order == kForward ? k : count - 1 - k];
       if (fiber.done || (fiber.waits_for && *fiber.waits_for == fiber.generation)) continue;
       fiber.waits_for = nullptr;
-      enter(fiber, stacks[i].get());
+      enter(fiber);
       ++progress;
       running -= fiber.done;
     }

@@ -1,0 +1,388 @@
+// surgery_head on a GPU. The forward reads the three feature matrices once: a row's dot products need all of it,
+// and then its weighted sum into the head gradients needs it again, so it waits in registers. Every chunk of
+// rows leaves partial sums, and a second, small launch adds them up in a fixed order. The backward reads no
+// matrix: a row of the result is a combination of D-vectors that a block keeps in registers while it writes.
+#include "common.cuh"
+
+namespace dgs::cuda {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kMaxChunks = 512;    // bounds the partial sums to about a percent of a large batch
+constexpr int kRowsPerBlock = 64;  // of the backward: what a block reads is small beside what it writes
+
+// Of one row, and then summed over rows.
+enum Dots { kImage, kText, kTeacher, kTeacherFalling, kTeacherRising, kNumDots };
+enum Scalars { kImageLoss, kTextLoss, kAlignmentLoss, kImageResidual, kTextResidual, kNumScalars };
+
+template <typename A>
+__device__ __forceinline__ A sigmoid(A x) {
+  return A(1) / (A(1) + exp(-x));
+}
+// Binary cross-entropy of a logit.
+template <typename A>
+__device__ __forceinline__ A cross_entropy(A logit, A label) {
+  return positive_part(logit) - logit * label + log1p(exp(-fabs(logit)));
+}
+
+struct Forward {
+  SurgeryHead args;
+  int lanes;  // threads per row
+  int64_t chunk_rows, chunks;
+};
+
+__host__ __device__ inline int64_t partial_size(int64_t dim) { return 2 * dim + kNumScalars; }
+
+// Writes what the forward leaves of one sample and adds to the scalars; called by all threads of the row.
+template <typename A>
+__device__ __forceinline__ void judge(const SurgeryHead& p, int64_t row, bool writes, const A (&dots)[kNumDots],
+                                      A (&scalars)[kNumScalars], A& image_residual, A& text_residual) {
+  A label = static_cast<const A*>(p.labels)[row];
+  A image = dots[kImage] + *static_cast<const A*>(p.image_bias);
+  A teacher = dots[kTeacher] + *static_cast<const A*>(p.teacher_bias);
+  A text = p.text_features ? dots[kText] + *static_cast<const A*>(p.text_bias) : A(0);
+  A teacher_residual = sigmoid(teacher) - label;
+  image_residual = sigmoid(image) - label;
+  text_residual = p.text_features ? sigmoid(text) - label : A(0);
+  scalars[kImageLoss] += cross_entropy(image, label);
+  scalars[kTextLoss] += p.text_features ? cross_entropy(text, label) : A(0);
+  // |c| <f, min(+-w, 0)>: the sign of the weight is that of the residual.
+  scalars[kAlignmentLoss] += teacher_residual > 0 ? teacher_residual * dots[kTeacherFalling]
+                                                  : -teacher_residual * dots[kTeacherRising];
+  scalars[kImageResidual] += image_residual;
+  scalars[kTextResidual] += text_residual;
+  if (!writes) return;
+  A* logits = static_cast<A*>(p.logits) + row;
+  A* residuals = static_cast<A*>(p.residuals) + row;
+  logits[0] = image, logits[p.batch] = text, logits[2 * p.batch] = teacher;
+  residuals[0] = image_residual, residuals[p.batch] = text_residual, residuals[2 * p.batch] = teacher_residual;
+}
+
+template <typename A>
+__device__ __forceinline__ void add_dots(A f, A t, A x, A image_weight, A teacher_weight, A text_weight,
+                                         A (&dots)[kNumDots]) {
+  dots[kImage] += f * image_weight;
+  dots[kText] += x * text_weight;
+  dots[kTeacher] += t * teacher_weight;
+  dots[kTeacherFalling] += f * negative_part(teacher_weight);
+  dots[kTeacherRising] += f * negative_part(-teacher_weight);
+}
+
+// Weights of the compute type, at the places where load() takes features.
+template <typename T, bool Aligned>
+__device__ __forceinline__ void load_weights(const void* weights, int v, int lane, int lanes, int64_t count,
+                                             Compute<T> (&out)[kPack<T>]) {
+  using A = Compute<T>;
+  const A* w = static_cast<const A*>(weights);
+  if constexpr (Aligned) {
+    int i = position<T, true>(v, 0, lane, lanes);
+#pragma unroll
+    for (int k = 0; k < kPack<T>; k += kPack<A>) {
+      uint4 bits = w && i < count ? *reinterpret_cast<const uint4*>(w + i + k) : uint4{0, 0, 0, 0};
+      memcpy(out + k, &bits, 16);
+    }
+  } else {
+#pragma unroll
+    for (int j = 0; j < kPack<T>; ++j) {
+      int i = position<T, false>(v, j, lane, lanes);
+      out[j] = w && i < count ? w[i] : A(0);
+    }
+  }
+}
+
+template <typename T, bool Aligned>
+__global__ __launch_bounds__(kThreads) void head_in_registers(const __grid_constant__ Forward p) {
+  using A = Compute<T>;
+  constexpr int kPacks = kShare<T, Aligned> / kPack<T>;
+  const SurgeryHead& a = p.args;
+  int lane = threadIdx.x % p.lanes, team = threadIdx.x / p.lanes, teams = blockDim.x / p.lanes;
+  int scratch_size = blockDim.x / kWarp * kNumDots;
+  A* scratch = shared_memory<A>();       // two, used in turn: one barrier per row is enough
+  A* totals = scratch + 2 * scratch_size;  // [2 dim + kNumScalars], only where teams share a block
+
+  A image_sum[kShare<T, Aligned>] = {}, text_sum[kShare<T, Aligned>] = {}, scalars[kNumScalars] = {};
+  int64_t begin = blockIdx.x * p.chunk_rows;
+  int64_t end = begin + p.chunk_rows < a.batch ? begin + p.chunk_rows : a.batch;
+  int turn = 0;
+  for (int64_t first = begin; first < end; first += teams, turn ^= 1) {
+    int64_t row = first + team;
+    bool mine = row < end;
+    int64_t count = mine ? a.dim : 0;
+    const T* features = static_cast<const T*>(a.features) + row * a.features_stride;
+    const T* teacher = static_cast<const T*>(a.teacher_features) + row * a.teacher_stride;
+    const T* text = static_cast<const T*>(a.text_features) + (a.text_features ? row * a.text_stride : 0);
+    Pack<T> f[kPacks], x[kPacks];
+    A dots[kNumDots] = {};
+#pragma unroll
+    for (int v = 0; v < kPacks; ++v) {
+      f[v] = load<T, Aligned>(features, v, lane, p.lanes, count);
+      x[v] = load<T, Aligned>(text, v, lane, p.lanes, count);
+      Pack<T> t = load<T, Aligned>(teacher, v, lane, p.lanes, count);
+      A image_weight[kPack<T>], teacher_weight[kPack<T>], text_weight[kPack<T>];
+      load_weights<T, Aligned>(a.image_weight, v, lane, p.lanes, a.dim, image_weight);
+      load_weights<T, Aligned>(a.teacher_weight, v, lane, p.lanes, a.dim, teacher_weight);
+      load_weights<T, Aligned>(a.text_weight, v, lane, p.lanes, a.dim, text_weight);
+#pragma unroll
+      for (int j = 0; j < kPack<T>; ++j)
+        add_dots(widen(f[v].at[j]), widen(t.at[j]), widen(x[v].at[j]), image_weight[j], teacher_weight[j],
+                 text_weight[j], dots);
+    }
+    sum_over(p.lanes, dots, scratch + turn * scratch_size);
+    A image_residual = 0, text_residual = 0;
+    if (mine) judge(a, row, lane == 0, dots, scalars, image_residual, text_residual);
+#pragma unroll
+    for (int v = 0; v < kPacks; ++v)
+#pragma unroll
+      for (int j = 0; j < kPack<T>; ++j) {
+        image_sum[v * kPack<T> + j] += image_residual * widen(f[v].at[j]);
+        text_sum[v * kPack<T> + j] += text_residual * widen(x[v].at[j]);
+      }
+  }
+
+  A* partial = static_cast<A*>(a.workspace) + blockIdx.x * partial_size(a.dim);
+  A* out = teams == 1 ? partial : totals;
+  for (int turn = 0; turn < teams; ++turn) {
+    if (turn == team) {
+#pragma unroll
+      for (int v = 0; v < kPacks; ++v)
+#pragma unroll
+        for (int j = 0; j < kPack<T>; ++j) {
+          int i = position<T, Aligned>(v, j, lane, p.lanes);
+          if (i >= a.dim) continue;
+          out[i] = image_sum[v * kPack<T> + j] + (turn ? out[i] : A(0));
+          out[a.dim + i] = text_sum[v * kPack<T> + j] + (turn ? out[a.dim + i] : A(0));
+        }
+      if (lane == 0)
+#pragma unroll
+        for (int n = 0; n < kNumScalars; ++n) out[2 * a.dim + n] = scalars[n] + (turn ? out[2 * a.dim + n] : A(0));
+    }
+    __syncthreads();
+  }
+  if (teams > 1)
+    for (int i = threadIdx.x; i < partial_size(a.dim); i += blockDim.x) partial[i] = totals[i];
+}
+
+// The plain twin for rows that do not fit a block's registers: it reads a chunk again for the weighted sums.
+template <typename T>
+__global__ __launch_bounds__(kThreads) void head_read_twice(const __grid_constant__ Forward p) {
+  using A = Compute<T>;
+  const SurgeryHead& a = p.args;
+  const T* features = static_cast<const T*>(a.features);
+  const T* teacher = static_cast<const T*>(a.teacher_features);
+  const T* text = static_cast<const T*>(a.text_features);
+  const A* image_weight = static_cast<const A*>(a.image_weight);
+  const A* teacher_weight = static_cast<const A*>(a.teacher_weight);
+  const A* text_weight = static_cast<const A*>(a.text_weight);
+  A* residuals = static_cast<A*>(a.residuals);
+  int64_t begin = blockIdx.x * p.chunk_rows;
+  int64_t end = begin + p.chunk_rows < a.batch ? begin + p.chunk_rows : a.batch;
+  A scalars[kNumScalars] = {};
+  for (int64_t row = begin; row < end; ++row) {
+    A dots[kNumDots] = {};
+    for (int64_t i = threadIdx.x; i < a.dim; i += kThreads)
+      add_dots(widen(features[row * a.features_stride + i]), widen(teacher[row * a.teacher_stride + i]),
+               text ? widen(text[row * a.text_stride + i]) : A(0), image_weight[i], teacher_weight[i],
+               text ? text_weight[i] : A(0), dots);
+    sum_over(kThreads, dots, shared_memory<A>() + (row - begin) % 2 * (kThreads / kWarp * kNumDots));
+    A image_residual, text_residual;
+    judge(a, row, threadIdx.x == 0, dots, scalars, image_residual, text_residual);
+  }
+  __syncthreads();  // thread 0 has written the residuals
+  A* partial = static_cast<A*>(a.workspace) + blockIdx.x * partial_size(a.dim);
+  for (int64_t i = threadIdx.x; i < a.dim; i += kThreads) {
+    A image_sum = 0, text_sum = 0;
+    for (int64_t row = begin; row < end; ++row) {
+      image_sum += residuals[row] * widen(features[row * a.features_stride + i]);
+      text_sum += residuals[a.batch + row] * (text ? widen(text[row * a.text_stride + i]) : A(0));
+    }
+    partial[i] = image_sum;
+    partial[a.dim + i] = text_sum;
+  }
+  if (threadIdx.x == 0)
+#pragma unroll
+    for (int n = 0; n < kNumScalars; ++n) partial[2 * a.dim + n] = scalars[n];
+}
+
+// Adds up the chunks' partial sums: a warp's lanes take 32 neighbouring columns, the warps of a block take the
+// chunks in turn, and the first warp adds what they found, always in the same order.
+template <typename A>
+__global__ __launch_bounds__(kThreads) void head_sum_chunks(const __grid_constant__ Forward p) {
+  const SurgeryHead& a = p.args;
+  constexpr int kWarps = kThreads / kWarp;
+  int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  int64_t size = partial_size(a.dim), column = int64_t(blockIdx.x) * kWarp + lane;
+  A* found = shared_memory<A>();
+  A sum = 0;
+  if (column < size)
+#pragma unroll 4
+    for (int64_t chunk = warp; chunk < p.chunks; chunk += kWarps)
+      sum += static_cast<const A*>(a.workspace)[chunk * size + column];
+  found[threadIdx.x] = sum;
+  __syncthreads();
+  if (warp || column >= size) return;
+  for (int k = 1; k < kWarps; ++k) sum += found[k * kWarp + lane];
+
+  A mean = A(1) / A(a.batch > 0 ? a.batch : 1);
+  A* losses = static_cast<A*>(a.losses);
+  A* head_grads = static_cast<A*>(a.head_grads);  // [2, dim + 1]: a weight's gradient, then its bias's
+  if (column < 2 * a.dim) {
+    head_grads[column + (column >= a.dim)] = sum * mean;
+  } else if (column - 2 * a.dim == kAlignmentLoss) {
+    losses[kAlignmentLoss] = sum * mean * (a.reference_batch_size > 0 ? A(1) / A(a.reference_batch_size) : mean);
+  } else if (column - 2 * a.dim < kAlignmentLoss) {
+    losses[column - 2 * a.dim] = sum * mean;
+  } else {
+    head_grads[column - 2 * a.dim == kImageResidual ? a.dim : 2 * a.dim + 1] = sum * mean;
+  }
+}
+
+template <typename T, bool Aligned>
+const char* run(const SurgeryHead& args, void* stream) {
+  using A = Compute<T>;
+  int64_t shares = ceil_div(args.dim, kShare<T, Aligned>);
+  bool fits = shares <= kThreads;
+  int lanes = shares > kWarp ? power_of_two(shares, kThreads) : kWarp;
+  int threads = lanes > kWarp ? lanes : kThreads, teams = threads / lanes;
+  // The number of chunks depends on the batch alone, so that results do not depend on the device.
+  int64_t chunk_rows = teams * ceil_div(args.batch, teams * kMaxChunks);
+  int64_t chunks = chunk_rows ? ceil_div(args.batch, chunk_rows) : 0;
+  Forward p{args, lanes, chunk_rows, chunks};
+  int64_t totals = teams > 1 ? partial_size(args.dim) : 0;
+  int shared = static_cast<int>((2 * threads / kWarp * kNumDots + totals) * sizeof(A));
+  const char* error = fits ? launch(head_in_registers<T, Aligned>, chunks, threads, shared, stream, p)
+                           : launch(head_read_twice<T>, chunks, threads, shared, stream, p);
+  if (error) return error;
+  return launch(head_sum_chunks<A>, ceil_div(partial_size(args.dim), kWarp), kThreads, kThreads * int(sizeof(A)), stream,
+                p);
+}
+
+struct Backward {
+  SurgeryHeadBackward args;
+  int rows;  // per block
+};
+
+// Inner products of the directions a row can be made of: h = relu(+-w_text), q = min(+-w_teacher, 0). "Up" is the
+// side of a positive residual.
+enum Products { kUpUp, kDownDown, kUpImage, kDownImage, kUpFalling, kUpRising, kDownFalling, kDownRising, kNumProducts };
+enum Coefficients { kOfImage, kOfFalling, kOfRising, kOfUp, kOfDown, kNumCoefficients };
+
+// reference.surgery_head_backward for one row.
+template <typename A>
+__device__ __forceinline__ void combine(const SurgeryHeadBackward& a, int64_t row, const A (&products)[kNumProducts],
+                                        A* out) {
+  const A* residuals = static_cast<const A*>(a.residuals) + row;
+  A text = residuals[a.batch], teacher = residuals[2 * a.batch];
+  A batch = A(a.batch), reference = a.reference_batch_size > 0 ? A(a.reference_batch_size) : batch;
+  A image = *static_cast<const A*>(a.image_scale) * residuals[0] / batch;
+  A pull = *static_cast<const A*>(a.alignment_scale) * fabs(teacher) / (reference * batch);
+  bool up = text > 0, falling = teacher > 0;
+  A c = fabs(text) / reference;
+  A inner = image * (up ? products[kUpImage] : products[kDownImage]);
+  if (a.order == Order::align_first)
+    inner += pull * (up ? (falling ? products[kUpFalling] : products[kUpRising])
+                        : (falling ? products[kDownFalling] : products[kDownRising]));
+  A k = c / (c * sqrt(up ? products[kUpUp] : products[kDownDown]) + A(a.eps));
+  A push = a.text_weight ? inner * k * k : A(0);
+  out[kOfImage] = image;
+  out[kOfFalling] = falling ? pull : A(0);
+  out[kOfRising] = falling ? A(0) : pull;
+  out[kOfUp] = up ? push : A(0);
+  out[kOfDown] = up ? A(0) : push;
+}
+
+template <typename T, bool Aligned>
+__global__ __launch_bounds__(kThreads) void head_backward(const __grid_constant__ Backward p) {
+  using A = Compute<T>;
+  const SurgeryHeadBackward& a = p.args;
+  const A* image_weight = static_cast<const A*>(a.image_weight);
+  const A* teacher_weight = static_cast<const A*>(a.teacher_weight);
+  const A* text_weight = static_cast<const A*>(a.text_weight);
+  A* coefficients = shared_memory<A>();
+  A* scratch = coefficients + kRowsPerBlock * kNumCoefficients;
+
+  A products[kNumProducts] = {};
+  if (text_weight)
+    for (int64_t v = 0; v < a.dim; v += blockDim.x * kPack<T>) {
+      A wi[kPack<T>], wt[kPack<T>], wx[kPack<T>];
+      load_weights<T, Aligned>(image_weight + v, 0, threadIdx.x, blockDim.x, a.dim - v, wi);
+      load_weights<T, Aligned>(teacher_weight + v, 0, threadIdx.x, blockDim.x, a.dim - v, wt);
+      load_weights<T, Aligned>(text_weight + v, 0, threadIdx.x, blockDim.x, a.dim - v, wx);
+#pragma unroll
+      for (int j = 0; j < kPack<T>; ++j) {
+        A up = positive_part(wx[j]), down = positive_part(-wx[j]);
+        A falling = negative_part(wt[j]), rising = negative_part(-wt[j]);
+        products[kUpUp] += up * up, products[kDownDown] += down * down;
+        products[kUpImage] += up * wi[j], products[kDownImage] += down * wi[j];
+        products[kUpFalling] += up * falling, products[kUpRising] += up * rising;
+        products[kDownFalling] += down * falling, products[kDownRising] += down * rising;
+      }
+    }
+  sum_over(blockDim.x, products, scratch);
+  __syncthreads();  // where the block is one warp, sum_over has no barrier
+
+  int64_t begin = int64_t(blockIdx.x) * p.rows;
+  int rows = a.batch - begin < p.rows ? static_cast<int>(a.batch - begin) : p.rows;
+  for (int row = threadIdx.x; row < rows; row += blockDim.x)
+    combine(a, begin + row, products, coefficients + row * kNumCoefficients);
+  __syncthreads();
+
+  for (int64_t v = 0; v < a.dim; v += blockDim.x * kPack<T>) {
+    A wi[kPack<T>], wt[kPack<T>], wx[kPack<T>];
+    load_weights<T, Aligned>(image_weight + v, 0, threadIdx.x, blockDim.x, a.dim - v, wi);
+    load_weights<T, Aligned>(teacher_weight + v, 0, threadIdx.x, blockDim.x, a.dim - v, wt);
+    load_weights<T, Aligned>(text_weight ? text_weight + v : nullptr, 0, threadIdx.x, blockDim.x, a.dim - v, wx);
+    T* out = static_cast<T*>(a.grad_features) + begin * a.dim + v;
+    for (int row = 0; row < rows; ++row, out += a.dim) {
+      const A* c = coefficients + row * kNumCoefficients;
+      Pack<T> pack;
+#pragma unroll
+      for (int j = 0; j < kPack<T>; ++j)
+        narrow(c[kOfImage] * wi[j] + c[kOfFalling] * negative_part(wt[j]) + c[kOfRising] * negative_part(-wt[j]) -
+                   c[kOfUp] * positive_part(wx[j]) - c[kOfDown] * positive_part(-wx[j]),
+               pack.at[j]);
+      store<T, Aligned>(out, pack, 0, threadIdx.x, blockDim.x, a.dim - v);
+    }
+  }
+}
+
+template <typename T, bool Aligned>
+const char* run(const SurgeryHeadBackward& args, void* stream) {
+  int64_t warps = ceil_div(ceil_div(args.dim, kPack<T>), kWarp);
+  int threads = warps * kWarp < kThreads ? static_cast<int>(warps) * kWarp : kThreads;
+  int64_t rows = ceil_div(args.batch, kMaxChunks);  // a small batch still fills the device
+  Backward p{args, static_cast<int>(rows < kRowsPerBlock ? rows : kRowsPerBlock)};
+  int shared = (kRowsPerBlock * kNumCoefficients + kThreads / kWarp * kNumProducts) * int(sizeof(Compute<T>));
+  return launch(head_backward<T, Aligned>, p.rows ? ceil_div(args.batch, p.rows) : 0, threads, shared, stream, p);
+}
+
+template <typename Args>
+bool weights_aligned(const Args& a) {
+  return is_aligned(a.image_weight) && is_aligned(a.teacher_weight) && is_aligned(a.text_weight);
+}
+
+}  // namespace
+
+int64_t surgery_head_workspace(int64_t batch, int64_t dim) {
+  return (batch < kMaxChunks ? batch : kMaxChunks) * partial_size(dim);
+}
+
+const char* surgery_head(const SurgeryHead& args, void* stream) {
+  return dispatch(args.dtype, [&](auto zero) {
+    using T = decltype(zero);
+    constexpr int64_t size = sizeof(T);
+    bool aligned = args.dim * size % 16 == 0 && is_aligned(args.features, args.features_stride * size) &&
+                   is_aligned(args.teacher_features, args.teacher_stride * size) &&
+                   is_aligned(args.text_features, args.text_stride * size) && weights_aligned(args);
+    return aligned ? run<T, true>(args, stream) : run<T, false>(args, stream);
+  });
+}
+
+const char* surgery_head_backward(const SurgeryHeadBackward& args, void* stream) {
+  return dispatch(args.dtype, [&](auto zero) {
+    using T = decltype(zero);
+    bool aligned = args.dim * int64_t(sizeof(T)) % 16 == 0 && is_aligned(args.grad_features) && weights_aligned(args);
+    return aligned ? run<T, true>(args, stream) : run<T, false>(args, stream);
+  });
+}
+
+}  // namespace dgs::cuda
