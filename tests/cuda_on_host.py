@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from dgs_kernels import reference
+from dgs_kernels.ops.spectral_entropy import spectral_entropy
 
 torch.set_num_threads(1)
 LIBRARY = ctypes.CDLL(os.environ["DGS_CUDA_ON_HOST"])
@@ -457,3 +458,33 @@ def test_adamw_options(amsgrad, maximize):
 def test_adamw_in_three_launches(dtype):
     LIBRARY.shim_set_clusters(False)
     adamw_case([20000, 1, 4096], [0, 0, 1], dtype, launched=3)
+
+
+SpectralEntropy = struct("""
+    i32: is_uint8 dtype
+    ptr: images
+    i64: batch height width batch_stride channel_stride row_stride
+    ptr: entropy
+""")
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    ("batch", "height", "width", "shift"), [(2, 100, 160, 0), (1, 64, 97, 0), (3, 32, 32, 1)]
+)
+def test_spectral_entropy(dtype, batch, height, width, shift):
+    """Noise on a gradient, and a constant patch; sizes that are no multiple of 32; rows off alignment."""
+    ramp = torch.linspace(0, 1, width).expand(batch, 3, height, width)
+    pixels = (ramp + 0.2 * make(batch, 3, height, width, dtype=torch.float32, seed=1)).clamp(0, 1)
+    pixels[0, :, :32, :32] = 0.5
+    values = (pixels * 255).to(dtype) if dtype == torch.uint8 else pixels.to(dtype)
+    images = torch.cat([torch.zeros(shift, dtype=dtype), values.flatten()])[shift:].view(values.shape)
+    out = nans(batch, height // 32 * (width // 32), dtype=torch.float32)
+    arguments = SpectralEntropy(
+        dtype == torch.uint8, DTYPES.index(dtype) if dtype in DTYPES else 0, pointer(images),
+        batch, height, width, *images.stride()[:3], pointer(out),
+    )  # fmt: skip
+    call("spectral_entropy", arguments)
+    plain = spectral_entropy(images if dtype == torch.uint8 else images.float())
+    exact = spectral_entropy(images.double() / (255 if dtype == torch.uint8 else 1))
+    check(out, exact, plain, what=f"{dtype} {batch}x{height}x{width}")

@@ -17,4 +17,5 @@ const char* c_project_align_(const TensorList* list) { return project_align_(*li
 const char* c_surgery_adamw(const TensorList* list, const AdamW* options) {
   return surgery_adamw(*list, *options, nullptr);
 }
+const char* c_spectral_entropy(const SpectralEntropy* args) { return spectral_entropy(*args, nullptr); }
 }
