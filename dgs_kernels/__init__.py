@@ -4,6 +4,7 @@ from dgs_kernels import reference
 from dgs_kernels.backends import BackendError, explain
 from dgs_kernels.hooks import gradient_surgery
 from dgs_kernels.ops.project_align import project_align
+from dgs_kernels.ops.project_align_ import project_align_
 from dgs_kernels.ops.surgery_head import SurgeryHead, SurgeryHeadOutput, surgery_head
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "explain",
     "gradient_surgery",
     "project_align",
+    "project_align_",
     "reference",
     "surgery_head",
 ]

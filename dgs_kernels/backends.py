@@ -19,7 +19,7 @@ import torch
 
 VARIABLE = "DGS_KERNELS_BACKEND"
 BACKENDS = ("cuda", "triton", "cpu", "eager")
-OPERATIONS = ("project_align",)
+OPERATIONS = ("project_align", "project_align_")
 
 # Best first. Devices not named here are served by eager PyTorch.
 PREFERENCE = {"cuda": ("cuda", "triton", "eager"), "cpu": ("cpu", "eager"), "xpu": ("triton", "eager")}
@@ -73,7 +73,8 @@ def obstacle(backend: str, operation: str, device_type: str) -> str | None:
     if reason := _native_obstacle():
         return reason
     name = f"dgs_native::{operation}"
-    if not torch._C._dispatch_has_kernel_for_dispatch_key(name, backend.upper()):
+    exists = hasattr(torch.ops.dgs_native, operation)
+    if not exists or not torch._C._dispatch_has_kernel_for_dispatch_key(name, backend.upper()):
         return f"the native library was built without {backend} kernels for it"
     return None
 

@@ -7,6 +7,7 @@ float64. The names are those of the operators that the fused kernels implement.
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -58,6 +59,94 @@ def project_align(
     if beneficial is not None and order == "project_first":
         out = out + pull
     return out.to(grad.dtype)
+
+
+def layers(groups: Sequence[int]) -> list[list[int]]:
+    """The tensors of each group 0..G-1, by their place in the list."""
+    members: list[list[int]] = [[] for _ in range(max(groups, default=-1) + 1)]
+    for i, group in enumerate(groups):
+        members[group].append(i)
+    return members
+
+
+def project_align_(
+    grads: Sequence[Tensor],
+    harmful: Sequence[Tensor],
+    beneficial: Sequence[Tensor] | None,
+    groups: Sequence[int],
+    *,
+    alignment: float | Tensor = 1.0,
+    eps: float = 1e-6,
+    order: str = "align_first",
+    rule: str = "positive",
+) -> list[Tensor]:
+    """`project_align` on layers: the tensors of a group, end to end, are one row. Returns the new gradients.
+
+    `groups[i]` is tensor i's layer, 0..G-1.
+    """
+    out: list[Tensor] = list(grads)
+    for layer in layers(groups):
+        row = project_align(
+            *(_row(tensors, layer) for tensors in (grads, harmful, beneficial)),
+            alignment=alignment,
+            eps=eps,
+            order=order,
+            rule=rule,
+        )
+        for i, part in zip(layer, row.split([grads[i].numel() for i in layer])):
+            out[i] = part.view(grads[i].shape).to(grads[i].dtype)
+    return out
+
+
+def layer_sums(
+    grads: Sequence[Tensor],
+    harmful: Sequence[Tensor],
+    beneficial: Sequence[Tensor] | None,
+    groups: Sequence[int],
+    rule: str = "positive",
+) -> Tensor:
+    """The inner products [G, 6] that a layer's surgery and its metrics are made of.
+
+    <g, h>, <h, h>, <g, g>, <b, h>, <b, b>, <g, b> with the direction h of `rule` and b = min(beneficial, 0);
+    the last three are 0 without `beneficial`. Arguments are those of `project_align_`.
+    """
+    dtype = compute_dtype(*grads, *harmful, *(beneficial or ()))
+    rows = []
+    for layer in layers(groups):
+        g, h = _row(grads, layer).to(dtype), _row(harmful, layer).to(dtype)
+        h = h.clamp(min=0) if rule == "positive" else h
+        b = torch.zeros_like(g) if beneficial is None else _row(beneficial, layer).to(dtype).clamp(max=0)
+        rows.append(torch.stack([x @ y for x, y in ((g, h), (h, h), (g, g), (b, h), (b, b), (g, b))]))
+    return torch.stack(rows)
+
+
+def _row(tensors: Sequence[Tensor] | None, layer: list[int]) -> Tensor | None:
+    return None if tensors is None else torch.cat([tensors[i].reshape(-1) for i in layer])
+
+
+def adamw_step(
+    param: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    step: int,
+    *,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    maximize: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One step of AdamW (Loshchilov and Hutter, arXiv 1711.05101), the operations in PyTorch's order.
+
+    `step` counts from 1. Returns the new (param, exp_avg, exp_avg_sq).
+    """
+    grad = -grad if maximize else grad
+    param = param * (1 - lr * weight_decay)
+    exp_avg = exp_avg.lerp(grad, 1 - betas[0])
+    exp_avg_sq = (exp_avg_sq * betas[1]).addcmul(grad, grad, value=1 - betas[1])
+    denominator = exp_avg_sq.sqrt() / (1 - betas[1] ** step) ** 0.5 + eps
+    return param.addcdiv(exp_avg, denominator, value=-lr / (1 - betas[0] ** step)), exp_avg, exp_avg_sq
 
 
 def alignment_loss(features: Tensor, beneficial: Tensor | None) -> Tensor:
