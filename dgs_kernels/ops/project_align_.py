@@ -5,11 +5,11 @@ What an implementation has to do (`dgs_native::project_align_`, `dgs_kernels.tri
     project_align_(Tensor(a!)[] grads, Tensor[] harmful, Tensor[] beneficial, int[] groups, Tensor(b!) sums,
                    Tensor? scale, float alignment, float eps, int order, int rule, int part) -> ()
 
-T tensors belong to G groups (layers): `groups[i]` in 0..G-1, each at least once, in any order. grads, harmful
-and beneficial (T tensors, or none: no alignment) have one dtype and device; tensor i has the same shape and
-strides in the three lists, contiguous or at least dense: it is `numel()` numbers in a row (0 is possible).
-With g, h, b what a group's tensors hold, end to end, after h <- relu(h) under rule 0 (positive) and
-b <- min(b, 0), both letting NaN through, the first pass writes
+T tensors belong to G groups (layers): `groups[i]` in 0..G-1, in any order; a group may be empty, its sums
+are 0. grads, harmful and beneficial (T tensors, or none: no alignment) have one dtype and device; tensor i
+has the same shape and strides in the three lists, contiguous or at least dense: it is `numel()` numbers in
+a row (0 is possible). With g, h, b what a group's tensors hold, end to end, after h <- relu(h) under rule 0
+(positive) and b <- min(b, 0), both letting NaN through, the first pass writes
 
     sums[G, 6] = <g, h>, <h, h>, <g, g>, <b, h>, <b, b>, <g, b>      (the last three 0 without beneficial)
 
