@@ -32,7 +32,7 @@ CXX_FLAGS = [
     "-fno-trapping-math",
     "-fvisibility=hidden",
 ]
-NVCC_FLAGS = ["-std=c++17", "-O3", "--extra-device-vectorization"]
+NVCC_FLAGS = ["-std=c++20", "-O3"]
 TORCH_FLAGS = ["-DTORCH_TARGET_VERSION=0x020a000000000000ULL"]  # 2.10
 CUDA_ARCHITECTURES = "8.0;9.0;10.0+PTX"
 
@@ -110,7 +110,7 @@ def plan() -> tuple[str | None, str | None]:
     elif not sys.platform.startswith("linux"):
         obstacle = f"the native library is built on Linux only, not on {sys.platform}"
     elif torch is None:
-        obstacle = "no torch 2.10 or newer where this build runs"
+        obstacle = "no torch 2.10 or newer where this build runs (pip --no-build-isolation builds with yours)"
     elif cxx is None:
         obstacle = "no C++ compiler on the PATH (install g++, or set CXX)"
     elif nvcc is None and mode == "cuda":

@@ -12,6 +12,13 @@
 
 #include "project_align.h"
 
+#ifdef DGS_CUDA
+#include "cuda/kernels.h"
+
+// Weak: absent in a CPU-only torch, where this library loads all the same and no CUDA tensor ever comes.
+extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device, void** stream);
+#endif
+
 namespace {
 
 using dgs::DType;
@@ -94,6 +101,25 @@ Tensor project_align_cpu(Tensor grad, Tensor harmful, std::optional<Tensor> bene
                        [](const ProjectAlign& a) { dgs::cpu::project_align(a, torch_parallel_for); });
 }
 
+#ifdef DGS_CUDA
+// Runs launch(stream) on the tensor's device and torch's current stream there.
+template <typename Launch>
+void on_stream_of(const Tensor& x, Launch launch) {
+  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+  void* stream = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream));
+  const char* error = launch(stream);
+  STD_TORCH_CHECK(!error, "dgs_native: CUDA kernel launch failed: ", error);
+}
+
+Tensor project_align_cuda(Tensor grad, Tensor harmful, std::optional<Tensor> beneficial, std::optional<Tensor> scale,
+                          double alignment, double eps, int64_t order, int64_t rule) {
+  return project_align(grad, harmful, beneficial, scale, alignment, eps, order, rule, [&](const ProjectAlign& a) {
+    on_stream_of(grad, [&](void* stream) { return dgs::cuda::project_align(a, stream); });
+  });
+}
+#endif
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY(dgs_native, m) {
@@ -103,3 +129,7 @@ STABLE_TORCH_LIBRARY(dgs_native, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(dgs_native, CPU, m) { m.impl("project_align", TORCH_BOX(&project_align_cpu)); }
+
+#ifdef DGS_CUDA
+STABLE_TORCH_LIBRARY_IMPL(dgs_native, CUDA, m) { m.impl("project_align", TORCH_BOX(&project_align_cuda)); }
+#endif
