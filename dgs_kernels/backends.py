@@ -19,7 +19,7 @@ import torch
 
 VARIABLE = "DGS_KERNELS_BACKEND"
 BACKENDS = ("cuda", "triton", "cpu", "eager")
-OPERATIONS = ("project_align", "project_align_")
+OPERATIONS = ("project_align", "project_align_", "surgery_head")
 
 # Best first. Devices not named here are served by eager PyTorch.
 PREFERENCE = {"cuda": ("cuda", "triton", "eager"), "cpu": ("cpu", "eager"), "xpu": ("triton", "eager")}
@@ -83,7 +83,7 @@ def _load(backend: str, operation: str) -> Callable:
     if backend == "eager":
         return getattr(importlib.import_module("dgs_kernels.ops.eager"), operation)
     if backend == "triton":
-        return getattr(importlib.import_module(f"dgs_kernels.triton.{operation}"), operation)
+        return getattr(importlib.import_module(_triton_file(operation)), operation)
     return getattr(torch.ops.dgs_native, operation).default
 
 
@@ -103,13 +103,18 @@ def _native_obstacle() -> str | None:
 def _triton_obstacle(operation: str, device_type: str) -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
-    if importlib.util.find_spec(f"dgs_kernels.triton.{operation}") is None:
+    if importlib.util.find_spec(_triton_file(operation)) is None:
         return "it has no such kernel"
     if device_type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         return "triton serves CPU tensors only in its interpreter (TRITON_INTERPRET=1)"
     if device_type not in ("cpu", "cuda", "xpu"):
         return f"triton has no {device_type} support here"
     return None
+
+
+def _triton_file(operation: str) -> str:
+    """A backward stands beside its forward."""
+    return f"dgs_kernels.triton.{operation.removesuffix('_backward')}"
 
 
 def explain() -> str:

@@ -6,6 +6,7 @@ float64. The names are those of the operators that the fused kernels implement.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Sequence
 
@@ -21,6 +22,14 @@ def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
     """The type that arithmetic on these tensors is done in: their common type, at least float32."""
     types = (t.dtype for t in tensors if t is not None)
     return functools.reduce(torch.promote_types, types, torch.float32)
+
+
+def _full_precision(x: Tensor) -> contextlib.AbstractContextManager:
+    """Keeps matrix products out of autocast's half precision."""
+    device = x.device.type
+    if torch.is_autocast_enabled(device):  # entering the context costs as much as ten small operations
+        return torch.autocast(device, enabled=False)
+    return contextlib.nullcontext()
 
 
 def project_align(
@@ -207,46 +216,36 @@ def surgery_head(
     """
     heads = (image_weight, teacher_weight, text_weight)
     dtype = compute_dtype(features, teacher_features, text_features, *heads)
-    batch = len(features)
+    batch = features.shape[0]
     mean = 1 / max(batch, 1)
-    y = labels.to(dtype)
-    f = features.to(dtype)
-    none = torch.zeros(batch, dtype=dtype, device=features.device)
+    y, f, t, w = (x.to(dtype) for x in (labels, features, teacher_features, teacher_weight))
 
-    def branch(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        logits = x @ weight.to(dtype).flatten() + bias.to(dtype)
-        return (
-            logits,
-            torch.sigmoid(logits) - y,
-            F.binary_cross_entropy_with_logits(logits, y, reduction="sum"),
-        )
-
-    def head_grad(residual: Tensor, x: Tensor) -> Tensor:
-        return torch.cat([residual @ x, residual.sum()[None]]) * mean
-
-    with torch.autocast(features.device.type, enabled=False):
-        image_logits, image_residual, image_loss = branch(f, image_weight, image_bias)
-        teacher_logits, teacher_residual, _ = branch(teacher_features.to(dtype), teacher_weight, teacher_bias)
-        image_grad = head_grad(image_residual, f)
+    with _full_precision(features):
+        vectors = torch.cat([image_weight.to(dtype), w.clamp(max=0), (-w).clamp(max=0)])
+        image, rises, falls = (vectors @ f.T).unbind()
+        image_logits = image + image_bias.to(dtype)
+        teacher_logits = t @ w[0] + teacher_bias.to(dtype)
         if text_features is None:
-            text_logits, text_residual, text_loss = none, none, none.sum()
-            text_grad = torch.zeros_like(image_grad)
+            text_logits = torch.zeros_like(image)
         else:
-            t = text_features.to(dtype)
-            text_logits, text_residual, text_loss = branch(t, text_weight, text_bias)
-            text_grad = head_grad(text_residual, t)
+            x = text_features.to(dtype)
+            text_logits = x @ text_weight.to(dtype)[0] + text_bias.to(dtype)
+        logits = torch.stack([image_logits, text_logits, teacher_logits])
+        residuals = logits.sigmoid() - y
+        image_loss, text_loss, _ = F.binary_cross_entropy_with_logits(
+            logits, y.expand_as(logits), reduction="none"
+        ).sum(1)
+        dots = torch.where(residuals[2] > 0, rises, falls)
+        alignment_loss = residuals[2].abs() @ dots / (reference_batch_size or max(batch, 1))
 
-        w = teacher_weight.to(dtype).flatten()
-        rises, falls = f @ w.clamp(max=0), f @ (-w).clamp(max=0)
-        dots = torch.where(teacher_residual > 0, rises, falls) * teacher_residual.abs()
-        alignment_loss = dots.sum() / (reference_batch_size or max(batch, 1))
-
-    return (
-        torch.stack([image_loss, text_loss, alignment_loss]) * mean,
-        torch.stack([image_logits, text_logits, teacher_logits]),
-        torch.stack([image_residual, text_residual, teacher_residual]),
-        torch.stack([image_grad, text_grad]),
-    )
+        biases = residuals.sum(1)
+        image_grad = torch.cat([residuals[0] @ f, biases[:1]])
+        if text_features is None:
+            residuals[1], text_loss, text_grad = 0, torch.zeros_like(image_loss), torch.zeros_like(image_grad)
+        else:
+            text_grad = torch.cat([residuals[1] @ x, biases[1:2]])
+    losses = torch.stack([image_loss, text_loss, alignment_loss]) * mean
+    return losses, logits, residuals, torch.stack([image_grad, text_grad]) * mean
 
 
 def surgery_head_backward(
@@ -272,30 +271,37 @@ def surgery_head_backward(
     k = |c| / (|c| * ||relu(+-w_text)|| + eps) and c = text residual / R.
     """
     dtype = residuals.dtype
-    batch = residuals.shape[1]
-    reference = reference_batch_size or max(batch, 1)
-    image_residual, text_residual, teacher_residual = residuals
-    image = image_scale.to(dtype) * image_residual / max(batch, 1)
-    pull = alignment_scale.to(dtype) * teacher_residual.abs() / (reference * max(batch, 1))
+    batch = max(residuals.shape[1], 1)
+    reference = reference_batch_size or batch
+    image_residual, text_residual, teacher_residual = residuals.unbind()
+    image = image_residual * (image_scale.to(dtype) / batch)
+    pull = teacher_residual.abs() * (alignment_scale.to(dtype) / (reference * batch))
 
-    with torch.autocast(residuals.device.type, enabled=False):
-        w_image, w_teacher = image_weight.to(dtype).flatten(), teacher_weight.to(dtype).flatten()
-        pulls = torch.stack([(-w_teacher).clamp(max=0), w_teacher.clamp(max=0)])
-        pull_side = (teacher_residual > 0).long()
-        out = image[:, None] * w_image + pull[:, None] * pulls[pull_side]
-        if text_weight is None:
-            return out.to(out_dtype)
+    with _full_precision(residuals):
+        w = teacher_weight.to(dtype)
+        vectors = [image_weight.to(dtype), w.clamp(max=0), (-w).clamp(max=0)]
+        shares = [image, *_by_sign(teacher_residual, pull)]
+        if text_weight is not None:
+            w = text_weight.to(dtype)
+            vectors += [w.clamp(min=0), (-w).clamp(min=0)]
+        stacked = torch.cat(vectors)
+        if text_weight is not None:
+            products = stacked @ stacked[3:].T
+            projected = 3 if order == "align_first" else 1
+            inner = products[:projected].T @ torch.stack(shares[:projected])
+            positive = text_residual > 0
+            c = text_residual.abs() / reference
+            norms = torch.stack([products[3, 0], products[4, 1]]).sqrt()
+            k = c / (c * torch.where(positive, norms[0], norms[1]) + eps)
+            shares += _by_sign(text_residual, -torch.where(positive, inner[0], inner[1]) * k * k)
+        return (torch.stack(shares).T @ stacked).to(out_dtype)
 
-        w_text = text_weight.to(dtype).flatten()
-        pushes = torch.stack([(-w_text).clamp(min=0), w_text.clamp(min=0)])
-        push_side = (text_residual > 0).long()
-        c = text_residual.abs() / reference
-        k = c / (c * torch.linalg.vector_norm(pushes, dim=1)[push_side] + eps)
-        inner = image * (pushes @ w_image)[push_side]
-        if order == "align_first":
-            inner = inner + pull * (pushes @ pulls.T)[push_side, pull_side]
-        out = out - (inner * k * k)[:, None] * pushes[push_side]
-        return out.to(out_dtype)
+
+def _by_sign(sign: Tensor, share: Tensor) -> list[Tensor]:
+    """`share` where the sign is positive and 0 elsewhere, and the other way round; NaN counts as negative."""
+    none = torch.zeros_like(share)
+    positive = sign > 0
+    return [torch.where(positive, share, none), torch.where(positive, none, share)]
 
 
 def official_graph(

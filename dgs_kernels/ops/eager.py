@@ -81,3 +81,35 @@ def _layer_sums(g: list[Tensor], h: list[Tensor], b: list[Tensor], groups: list[
         torch.stack(columns, 1)[by_layer], "sum", lengths=lengths, unsafe=True
     )
     return sums
+
+
+def surgery_head(*arguments: Tensor | int | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return reference.surgery_head(*arguments)
+
+
+def surgery_head_backward(
+    residuals: Tensor,
+    image_weight: Tensor,
+    teacher_weight: Tensor,
+    text_weight: Tensor | None,
+    image_scale: Tensor,
+    alignment_scale: Tensor,
+    out: Tensor,
+    eps: float,
+    order: int,
+    reference_batch_size: int | None,
+) -> None:
+    out.copy_(
+        reference.surgery_head_backward(
+            residuals,
+            image_weight,
+            teacher_weight,
+            text_weight,
+            image_scale,
+            alignment_scale,
+            out.dtype,
+            eps,
+            ORDERS[order],
+            reference_batch_size,
+        )
+    )

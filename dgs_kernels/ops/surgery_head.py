@@ -1,4 +1,24 @@
-"""The three branches in closed form: `dgs::surgery_head`, its backward, and the module with the heads."""
+"""The three branches in closed form: `dgs::surgery_head`, its backward, and the module with the heads.
+
+What an implementation has to do (`dgs_native::...`, `dgs_kernels.triton.surgery_head`)::
+
+    surgery_head(Tensor features, Tensor teacher_features, Tensor? text_features, Tensor labels,
+                 Tensor image_weight, Tensor image_bias, Tensor teacher_weight, Tensor teacher_bias,
+                 Tensor? text_weight, Tensor? text_bias, int? reference_batch_size)
+        -> (Tensor losses, Tensor logits, Tensor residuals, Tensor head_grads)
+    surgery_head_backward(Tensor residuals, Tensor image_weight, Tensor teacher_weight, Tensor? text_weight,
+                          Tensor image_scale, Tensor alignment_scale, Tensor(a!) out, float eps, int order,
+                          int? reference_batch_size) -> ()
+
+The formulas are those of the same names in `reference.py`. The feature matrices [B, D] have one dtype and
+unit stride inside a row, the stride between rows is any (0 too). Everything else is contiguous and of the
+computing type C: float64 for float64 features, else float32. labels [B], weights [1, D], biases [1]; losses
+[3], logits and residuals [3, B] in the order image, text, teacher, head_grads [2, D + 1]. Text features,
+weight and bias are there or absent together. B may be 0: then all sums are 0. The backward fills `out`
+[B, D], contiguous and of any of the four storage types, from residuals [3, B], weights and two 0-dim scales
+of type C; order is the place in `reference.ORDERS`. Sums are in a fixed order, without atomics, and nothing
+waits for the device.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +27,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from dgs_kernels import reference
+from dgs_kernels import backends
 from dgs_kernels.reference import ORDERS, compute_dtype
 
 _library = torch.library.Library("dgs", "FRAGMENT")
@@ -221,7 +241,27 @@ def _checked(features, teacher_features, text_features, labels, *rest):
 
 
 def _kernel(*inputs):
-    return reference.surgery_head(*_checked(*inputs))
+    *matrices, labels, image_w, image_b, teacher_w, teacher_b, text_w, text_b, reference_batch_size = (
+        _checked(*inputs)
+    )
+    heads = (image_w, image_b, teacher_w, teacher_b, text_w, text_b)
+    dtype = compute_dtype(*matrices, image_w, teacher_w, text_w)
+    # Kernels read one storage type: mixed types, and heads wider than their features, meet in the widest.
+    types = {x.dtype for x in matrices if x is not None}
+    storage = types.pop() if len(types) == 1 and compute_dtype(matrices[0]) == dtype else dtype
+    return backends.implementation("surgery_head", labels.device.type)(
+        *(_rows(x, storage) for x in matrices),
+        *(None if x is None else x.to(dtype).contiguous() for x in (labels, *heads)),
+        reference_batch_size,
+    )
+
+
+def _rows(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """`x` of this dtype, with unit stride inside a row."""
+    if x is None:
+        return None
+    x = x.to(dtype)
+    return x if x.stride(1) == 1 else x.contiguous()
 
 
 def _fake(*inputs):
@@ -264,18 +304,43 @@ def _backward(ctx, losses_grad, *_):
             ctx.reference_batch_size,
         )
     if needs[2]:
-        weight = (text_scale / max(residuals.shape[1], 1)) * text_w.to(residuals.dtype)
-        grads[2] = (residuals[1][:, None] * weight).to(ctx.text_dtype)
-    for head, scale, at in ((0, image_scale, 4), (1, text_scale, 8)):
-        if needs[at]:
-            grads[at] = (head_grads[head, :-1] * scale)[None].to(ctx.types[at - 4])
-        if needs[at + 1]:
-            grads[at + 1] = (head_grads[head, -1:] * scale).to(ctx.types[at - 3])
+        weight = text_w.to(residuals.dtype) * (text_scale / max(residuals.shape[1], 1))
+        grads[2] = (residuals[1:2].T * weight).to(ctx.text_dtype)
+    if any(needs[4:]):
+        scaled = head_grads * losses_grad[:2, None]
+        for head, at in ((0, 4), (1, 8)):
+            if needs[at]:
+                grads[at] = scaled[head : head + 1, :-1].to(ctx.types[at - 4])
+            if needs[at + 1]:
+                grads[at + 1] = scaled[head, -1:].to(ctx.types[at - 3])
     return tuple(grads)
 
 
-def _kernel_backward(*inputs):
-    return reference.surgery_head_backward(*inputs)
+def _kernel_backward(
+    residuals,
+    image_weight,
+    teacher_weight,
+    text_weight,
+    image_scale,
+    alignment_scale,
+    out_dtype,
+    eps,
+    order,
+    reference_batch_size,
+):
+    weights = (image_weight, teacher_weight, text_weight)
+    out = residuals.new_empty((residuals.shape[1], image_weight.shape[1]), dtype=out_dtype)
+    backends.implementation("surgery_head_backward", residuals.device.type)(
+        residuals.contiguous(),
+        *(None if x is None else x.to(residuals.dtype).contiguous() for x in weights),
+        image_scale.to(residuals.dtype),
+        alignment_scale.to(residuals.dtype),
+        out,
+        eps,
+        ORDERS.index(order),
+        reference_batch_size,
+    )
+    return out
 
 
 def _fake_backward(
