@@ -1,11 +1,11 @@
-"""Build script: the Python packages, and the native library dgs_kernels/_native.abi3.so where a compiler is found.
+"""Build script: the Python packages, and the native library dgs_kernels/_native.abi3.so where compilers are.
 
-The library speaks libtorch's stable ABI and no Python ABI: one binary serves torch 2.10 and newer and any Python.
-Only csrc/bindings.cpp includes torch headers, and none of the kernels do, so torch's own build tools (which insist
-on a matching compiler and CUDA version) are not needed: a few compiler calls are the whole build.
+The library speaks libtorch's stable ABI and no Python ABI: one binary serves torch 2.10 and newer and any
+Python. Only csrc/bindings.cpp includes torch headers, and no kernel does, so torch's own build tools (which
+insist on a matching compiler and CUDA version) are not needed: a few compiler calls are the whole build.
 
-Environment: DGS_KERNELS_BUILD=auto|cpu|cuda|none (default auto: what the compilers found can build), CXX, CXXFLAGS,
-CUDACXX, CUDA_HOME, TORCH_CUDA_ARCH_LIST (as in torch, e.g. "8.0;9.0+PTX").
+Environment: DGS_KERNELS_BUILD=auto|cpu|cuda|none (default auto: what the compilers found can build), CXX,
+CXXFLAGS, CUDACXX, CUDA_HOME, TORCH_CUDA_ARCH_LIST (as in torch, e.g. "8.0;9.0+PTX").
 """
 
 import importlib.util
@@ -23,7 +23,7 @@ from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
 CSRC = Path("csrc")
-# No -march: csrc/cpu/simd.h compiles each kernel for several instruction sets. No -ffast-math: NaN has to stay NaN.
+# No -march: csrc/cpu/simd.h compiles each kernel for several instruction sets. No -ffast-math: NaN stays NaN.
 CXX_FLAGS = [
     "-std=c++20",
     "-O3",
@@ -72,8 +72,8 @@ def output(command: list[str]) -> str:
 
 
 def cuda_library_flags(nvcc: str) -> list[str]:
-    """Where nvcc itself links the CUDA runtime from: nvcc on the PATH may be a link or a wrapper script, so its own
-    location says nothing."""
+    """Where nvcc itself links the CUDA runtime from. The nvcc on the PATH may be a link or a wrapper script, so
+    its own location says nothing."""
     plan = output([nvcc, "--dryrun", "-x", "cu", os.devnull])
     return shlex.split(re.search(r"LIBRARIES=(.*)", plan).group(1))
 
@@ -162,8 +162,8 @@ class BuildNative(build_ext):
             ]
             list(pool.map(output, jobs))
 
-        # libtorch.so needs libtorch_cuda.so where there is one, and not otherwise: through it, and only through it,
-        # one binary finds the CUDA symbols of a CUDA torch and loads in a CPU-only torch all the same.
+        # libtorch.so needs libtorch_cuda.so where there is one, and not otherwise: through it alone, one binary
+        # finds the CUDA symbols of a CUDA torch and loads in a CPU-only torch all the same.
         libraries = [f"-L{torch}/lib", "-Wl,--no-as-needed", "-ltorch"]
         if cuda:
             libraries += [*cuda_library_flags(NVCC), "-lcudart_static", "-ldl", "-lrt", "-lpthread"]

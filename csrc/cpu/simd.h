@@ -9,8 +9,8 @@
 // One binary for every processor: a function is compiled for the baseline and for wider vectors, and the loader
 // picks one (an ifunc, so glibc only). What it calls has to be inlined into it. Sanitizers are not ready for work
 // at the time when the loader picks.
-#if !defined(DGS_BASELINE_ONLY) && defined(__x86_64__) && defined(__GLIBC__) && (defined(__clang__) ? __clang_major__ >= 17 : __GNUC__ >= 12) && \
-    !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__)
+#if defined(__x86_64__) && defined(__GLIBC__) && (defined(__clang__) ? __clang_major__ >= 17 : __GNUC__ >= 12) && \
+    !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__) && !defined(DGS_BASELINE_ONLY)
 #define DGS_X86 1
 #define DGS_MULTIVERSION __attribute__((target_clones("default", "arch=x86-64-v3", "arch=x86-64-v4")))
 #else

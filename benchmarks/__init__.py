@@ -1,0 +1,1 @@
+"""Benchmarks: one file per operation, named after it; `python -m benchmarks --help`."""

@@ -1,0 +1,60 @@
+"""`python -m benchmarks [operation ...]`: runs the benchmarks, prints a table each, writes one result file."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import itertools
+import json
+from pathlib import Path
+
+import torch
+
+from benchmarks import harness
+
+OPERATIONS = sorted(
+    file.stem for file in Path(__file__).parent.glob("[a-z]*.py") if file.stem not in ("harness", "plots")
+)
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=harness.__doc__)
+    parser.add_argument("operations", nargs="*", metavar="operation", help=f"of: {', '.join(OPERATIONS)}")
+    parser.add_argument("--rows", type=int, nargs="+", default=[8192])
+    parser.add_argument("--dim", type=int, nargs="+", default=[768])
+    parser.add_argument(
+        "--dtype", nargs="+", default=["float32"], choices=["float32", "float64", "bfloat16", "float16"]
+    )
+    parser.add_argument(
+        "--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"]
+    )
+    parser.add_argument("--threads", type=int, nargs="+", default=[torch.get_num_threads()])
+    parser.add_argument("--seconds", type=float, default=10, help="time for the rounds of one case")
+    parser.add_argument("--out", type=Path, default=Path("runs/benchmarks.json"), help="result file (JSON)")
+    arguments = parser.parse_args()
+    for operation in arguments.operations:
+        if operation not in OPERATIONS:
+            parser.error(f"unknown operation {operation!r}; expected {', '.join(OPERATIONS)}")
+    return arguments
+
+
+def main() -> None:
+    a = parse()
+    results = []
+    for operation in a.operations or OPERATIONS:
+        module = importlib.import_module(f"benchmarks.{operation}")
+        for threads, dtype, rows, dim in itertools.product(a.threads, a.dtype, a.rows, a.dim):
+            torch.set_num_threads(threads)
+            size = {"rows": rows, "dim": dim, "dtype": dtype, "device": a.device, "threads": threads}
+            print(f"\n{operation} " + " ".join(f"{k}={v}" for k, v in size.items()), flush=True)
+            case = module.case(rows, dim, getattr(torch, dtype), a.device)
+            result = size | harness.measure(case, a.device, a.seconds)
+            print(harness.table(result), flush=True)
+            results.append(result)
+    a.out.parent.mkdir(parents=True, exist_ok=True)
+    a.out.write_text(json.dumps({"machine": harness.machine(a.device), "results": results}, indent=1) + "\n")
+    print(f"\nwritten: {a.out}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,211 @@
+"""Times the variants of an operation side by side, on data that no cache holds, and says on what machine.
+
+An operation's file has a function `case(rows, dim, dtype, device) -> Case`. The harness checks each variant
+against the exact result, then runs all of them in turn, round after round, on inputs that rotate, so that
+whatever else the machine does falls on all alike. The yardstick is `torch.clone` moving as many bytes.
+"""
+
+from __future__ import annotations
+
+import datetime
+import itertools
+import os
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import dgs_kernels
+from dgs_kernels import backends
+
+CLONE, COPY, EAGER, COMPILED = "clone", "copy_ (nothing allocated)", "eager", "torch.compile"
+MIN_ROUNDS = 9
+
+
+@dataclass(frozen=True)
+class Case:
+    """What to time. `variants` take the tensors that `inputs()` makes; `exact` gives the result in float64."""
+
+    operation: str
+    inputs: Callable[[], tuple[Tensor, ...]]
+    bytes_moved: int  # the floor: each input read once, each output written once
+    variants: dict[str, Callable[..., Tensor]]
+    exact: Callable[..., Tensor]
+
+
+def per_backend(operation: str, device: str, call: Callable[..., Tensor]) -> dict[str, Callable[..., Tensor]]:
+    """`call` once for each backend of ours that can serve the operation here."""
+
+    def through(backend: str) -> Callable[..., Tensor]:
+        def run(*tensors: Tensor) -> Tensor:
+            os.environ[backends.VARIABLE] = backend
+            return call(*tensors)
+
+        return run
+
+    served = [b for b in backends.BACKENDS if b != "eager" and not backends.obstacle(b, operation, device)]
+    if not served:
+        raise SystemExit(f"no backend but eager serves {operation} on {device}; see dgs_kernels.explain()")
+    return {f"dgs_kernels ({backend})": through(backend) for backend in served}
+
+
+def cache_bytes(device: str) -> int:
+    """Size of the last cache before memory; on a shared machine, of all of it."""
+    if device == "cuda":
+        return torch.cuda.get_device_properties(0).L2_cache_size
+    sizes = Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
+    kibibytes = [int(s.read_text().strip().removesuffix("K")) for s in sizes]
+    return max(kibibytes, default=32 * 1024) * 1024
+
+
+def free_bytes(device: str) -> int:
+    if device == "cuda":
+        return torch.cuda.mem_get_info()[0]
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def rotation(bytes_each: int, device: str) -> int:
+    """How many sets of inputs: twice the cache's size in all, but at most a fifth of the free memory."""
+    wanted = -(-2 * cache_bytes(device) // bytes_each)
+    return max(2, min(wanted, free_bytes(device) // 5 // bytes_each))
+
+
+def measure(case: Case, device: str, seconds: float) -> dict:
+    """Medians and spread of every variant, and ratios; `seconds` is the time for all rounds together."""
+    sets = [case.inputs()]
+    input_bytes = sum(t.untyped_storage().nbytes() for t in sets[0])
+    sets += [case.inputs() for _ in range(rotation(input_bytes, device) - 1)]
+    errors = verify(case, sets[0])
+
+    # clone reads half of the bytes it moves and writes the other half.
+    flat = torch.empty(case.bytes_moved // 2, dtype=torch.uint8, device=device)
+    sources = [torch.ones_like(flat) for _ in range(rotation(flat.nbytes, device))]
+    calls = {name: (fn, sets) for name, fn in case.variants.items()}
+    calls[CLONE] = (torch.clone, [(s,) for s in sources])
+    calls[COPY] = (flat.copy_, [(s,) for s in sources])
+
+    for fn, tensors in calls.values():
+        fn(*tensors[0])
+    samples: dict[str, list[tuple[float, float]]] = {name: [] for name in calls}
+    started, rounds = time.perf_counter(), itertools.count()
+    for i in rounds:
+        if i >= MIN_ROUNDS and time.perf_counter() - started > seconds:
+            break
+        for name, (fn, tensors) in calls.items():
+            samples[name].append(timed(device, fn, tensors[i % len(tensors)]))
+
+    results = {name: summary(samples[name], case.bytes_moved) for name in calls}
+    for name, result in results.items():
+        result["max_error"] = errors.get(name)
+        result["bandwidth_over_clone"] = results[CLONE]["median_ms"] / result["median_ms"]
+        result["speed_over_eager"] = results[EAGER]["median_ms"] / result["median_ms"]
+    return {
+        "operation": case.operation,
+        "bytes_moved": case.bytes_moved,
+        "rotated_bytes": input_bytes * len(sets),
+        "beyond_cache": input_bytes * len(sets) > cache_bytes(device),
+        "variants": results,
+    }
+
+
+def timed(device: str, fn: Callable[..., Tensor], tensors: tuple[Tensor, ...]) -> tuple[float, float]:
+    """Wall time, and on a CPU the processor time of all threads, which other processes do not lengthen."""
+    if device == "cuda":
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
+        start.record()
+        fn(*tensors)
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3, float("nan")
+    wall, cpu = time.perf_counter(), time.process_time()
+    result = fn(*tensors)
+    times = time.perf_counter() - wall, time.process_time() - cpu
+    del result  # its memory goes back outside of the time
+    return times
+
+
+def summary(samples: list[tuple[float, float]], bytes_moved: int) -> dict:
+    wall = sorted(w for w, _ in samples)
+    median = statistics.median(wall)
+    return {
+        "median_ms": median * 1e3,
+        "p10_ms": wall[len(wall) // 10] * 1e3,
+        "p90_ms": wall[len(wall) * 9 // 10] * 1e3,
+        "min_ms": wall[0] * 1e3,
+        "cpu_median_ms": statistics.median(c for _, c in samples) * 1e3,
+        "gb_per_s": bytes_moved / median / 1e9,
+        "rounds": len(samples),
+    }
+
+
+def verify(case: Case, tensors: tuple[Tensor, ...]) -> dict[str, float]:
+    """Largest error of each variant. Twice eager's, and a rounding of the result, is the most there may be."""
+    exact = case.exact(*(t.double() for t in tensors))
+    outputs = {name: fn(*tensors) for name, fn in case.variants.items()}
+    errors = {name: (out.double() - exact).abs().max().item() for name, out in outputs.items()}
+    rounding = torch.finfo(outputs[EAGER].dtype).eps * exact.abs().max().item()
+    for name, error in errors.items():
+        if not error <= 2 * errors[EAGER] + rounding:
+            raise SystemExit(f"{case.operation}: {name} is wrong by {error:.3g} (eager: {errors[EAGER]:.3g})")
+    return errors
+
+
+def machine(device: str) -> dict:
+    """Where and with what the numbers were made."""
+
+    def first(text: str, key: str) -> str | None:
+        return next(
+            (line.split(":", 1)[1].strip() for line in text.splitlines() if line.startswith(key)), None
+        )
+
+    def git(*arguments: str) -> str | None:
+        here = Path(__file__).parent
+        done = subprocess.run(["git", *arguments], cwd=here, capture_output=True, text=True)
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    cpuinfo = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
+    facts = {
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "commit": git("rev-parse", "HEAD"),
+        "uncommitted_changes": bool(git("status", "--porcelain", "--untracked-files=no")),
+        "system": platform.platform(),
+        "cpu": first(cpuinfo, "model name") or platform.processor(),
+        "cpus": os.cpu_count(),
+        "load_average": os.getloadavg(),
+        "cache_bytes": cache_bytes(device),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "dgs_kernels": getattr(dgs_kernels, "__version__", None),
+    }
+    if device == "cuda":
+        properties = torch.cuda.get_device_properties(0)
+        facts |= {"gpu": properties.name, "cuda": torch.version.cuda, "driver": driver()}
+    return facts
+
+
+def driver() -> str | None:
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def table(result: dict) -> str:
+    head = f"{'':28}{'median ms':>11}{'p10':>9}{'p90':>9}{'cpu ms':>9}{'GB/s':>8}{'x clone':>9}{'x eager':>9}"
+    lines = [head]
+    for name, v in result["variants"].items():
+        lines.append(
+            f"{name:28}{v['median_ms']:11.3f}{v['p10_ms']:9.3f}{v['p90_ms']:9.3f}{v['cpu_median_ms']:9.3f}"
+            f"{v['gb_per_s']:8.1f}{v['bandwidth_over_clone']:9.2f}{v['speed_over_eager']:9.2f}"
+        )
+    if not result["beyond_cache"]:
+        lines.append("note: the rotated inputs fit the cache (too little free memory for more)")
+    return "\n".join(lines)
