@@ -439,7 +439,7 @@ def _fails(arguments, capsys):
     ("extra", "message"),
     [
         ([], "not empty"),
-        (["--out", "README.md"], "is a file"),
+        (["--out", "{broken}"], "is a file"),
         (["--out", "{new}", "--data.train", "/nowhere"], "/nowhere: no such file or folder"),
         (["--out", "{new}", "--data.train", "[]"], "no training images"),
         (["--out", "{new}", "--data.train", "{data}/train/0_real"], "no labelled images"),
@@ -481,7 +481,7 @@ def test_wrong_input_ends_in_one_line(extra, message, finished, dataset, tmp_pat
 def test_fp16_without_a_gpu_is_refused(dataset, tmp_path):
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
-    with pytest.raises(UserError, match="precision=fp16 does not work here"):
+    with pytest.raises(UserError, match="precision=fp16 needs a GPU"):
         train(settings(dataset, optim_precision="fp16"), tmp_path / "run")
 
 

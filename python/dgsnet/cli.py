@@ -147,8 +147,9 @@ def _plain(message: str, argv: list[str]) -> str:
     """jsonargparse's message in the words of the command line, with where to look."""
     message = re.sub(r"<class '(\w+)'>|typing\.(\w+)", r"\1\2", message)
     message = re.sub(r"\b(train|evaluate|predict|demo)\.", "--", message).replace("Parser key", "setting")
-    if message.startswith("Problems parsing config") and "--config" in argv[:-1]:
-        message = message.replace("config", argv[argv.index("--config") + 1], 1)
+    if message.startswith("Problems parsing config"):
+        files = re.findall(r"--config[= ](\S+)", " ".join(argv))
+        message = message.replace("config", " or ".join(files), 1)
     command = f"{argv[0]} " if argv and argv[0] in COMMANDS else ""
     return f"{message}; see dgsnet {command}--help"
 

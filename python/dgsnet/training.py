@@ -127,17 +127,17 @@ def _check_folder(config: Config, out: Path, resume: bool) -> None:
 
 def _samples(config: Config, roots: list[str], split: str) -> list[Sample]:
     """All samples of a split, with captions where the text branch needs them."""
-    samples = []
-    for root in roots:
-        found = find_samples(root, split)
-        if split == "train" and _uses_text(config):
-            found = attach_captions(found, config.data.captions, root)
-        samples += found
-    labels = {sample.label for sample in samples}
-    if split == "train" and len(labels) == 1:
-        kind = "generated" if labels == {1} else "real"
-        raise UserError(f"{', '.join(roots)}: all training images are {kind}; training needs both classes")
-    return samples
+    found = {root: find_samples(root, split) for root in roots}
+    if split == "train":
+        labels = {sample.label for samples in found.values() for sample in samples}
+        if len(labels) == 1:
+            kind = "generated" if labels == {1} else "real"
+            raise UserError(
+                f"{', '.join(roots)}: all training images are {kind}; training needs both classes"
+            )
+        if _uses_text(config):
+            found = {root: attach_captions(s, config.data.captions, root) for root, s in found.items()}
+    return [sample for samples in found.values() for sample in samples]
 
 
 def _uses_surgery(config: Config) -> bool:
@@ -153,22 +153,25 @@ def _uses_text(config: Config) -> bool:
 def _accelerator(config: Config, out: Path) -> Iterator[Accelerator]:
     precision = {"fp32": "no"}.get(config.optim.precision, config.optim.precision)
     project = ProjectConfiguration(project_dir=str(out), logging_dir=str(out))
+    deterministic = torch.are_deterministic_algorithms_enabled()
     try:
         accelerator = Accelerator(mixed_precision=precision, log_with="tensorboard", project_config=project)
-    except ValueError as error:
-        raise UserError(f"optim.precision={config.optim.precision} does not work here: {error}") from None
-    kind = accelerator.distributed_type.value
-    if kind not in ("NO", "MULTI_GPU", "MULTI_CPU"):
-        raise UserError(f"training under {kind} is not supported: launch it with plain data parallelism")
-    deterministic = torch.are_deterministic_algorithms_enabled()
-    if accelerator.device.type == "cuda":
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with it
-        torch.use_deterministic_algorithms(True, warn_only=True)
-    try:
+        kind = accelerator.distributed_type.value
+        if kind not in ("NO", "MULTI_GPU", "MULTI_CPU"):
+            raise UserError(f"training under {kind} is not supported: launch it with plain data parallelism")
+        if (
+            precision == "fp16" and accelerator.device.type == "cpu"
+        ):  # accelerate would train in fp32 and not say so
+            raise UserError("optim.precision=fp16 needs a GPU: use bf16 or fp32")
+        if accelerator.device.type == "cuda":
+            os.environ.setdefault(
+                "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
+            )  # cuBLAS is deterministic only with it
+            torch.use_deterministic_algorithms(True, warn_only=True)
         yield accelerator
+        accelerator.end_training()
     finally:
         torch.use_deterministic_algorithms(deterministic)
-        accelerator.end_training()
         # The state is a singleton: without this a later run in this process could not have another precision.
         AcceleratorState._reset_state(reset_partial_state=True)
 
