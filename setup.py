@@ -72,8 +72,7 @@ def output(command: list[str]) -> str:
 
 
 def cuda_library_flags(nvcc: str) -> list[str]:
-    """Where nvcc itself links the CUDA runtime from. The nvcc on the PATH may be a link or a wrapper script, so
-    its own location says nothing."""
+    """Where nvcc links the CUDA runtime from: it may be a link or a script; its own location says nothing."""
     plan = output([nvcc, "--dryrun", "-x", "cu", os.devnull])
     return shlex.split(re.search(r"LIBRARIES=(.*)", plan).group(1))
 
@@ -162,7 +161,7 @@ class BuildNative(build_ext):
             ]
             list(pool.map(output, jobs))
 
-        # libtorch.so needs libtorch_cuda.so where there is one, and not otherwise: through it alone, one binary
+        # libtorch.so needs libtorch_cuda.so where there is one, and not otherwise: through it alone, a binary
         # finds the CUDA symbols of a CUDA torch and loads in a CPU-only torch all the same.
         libraries = [f"-L{torch}/lib", "-Wl,--no-as-needed", "-ltorch"]
         if cuda:

@@ -1,4 +1,4 @@
-"""`python -m benchmarks [operation ...]`: runs the benchmarks, prints a table each, writes one result file."""
+"""`python -m benchmarks [operation ...]`: run benchmarks, print a table for each, write one result file."""
 
 from __future__ import annotations
 

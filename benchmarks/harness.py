@@ -30,7 +30,7 @@ MIN_ROUNDS = 9
 
 @dataclass(frozen=True)
 class Case:
-    """What to time. `variants` take the tensors that `inputs()` makes; `exact` gives the result in float64."""
+    """What to time. `variants` take the tensors that `inputs()` makes, `exact` the same in float64."""
 
     operation: str
     inputs: Callable[[], tuple[Tensor, ...]]
@@ -93,8 +93,8 @@ def measure(case: Case, device: str, seconds: float) -> dict:
     for fn, tensors in calls.values():
         fn(*tensors[0])
     samples: dict[str, list[tuple[float, float]]] = {name: [] for name in calls}
-    started, rounds = time.perf_counter(), itertools.count()
-    for i in rounds:
+    started = time.perf_counter()
+    for i in itertools.count():
         if i >= MIN_ROUNDS and time.perf_counter() - started > seconds:
             break
         for name, (fn, tensors) in calls.items():
@@ -115,7 +115,8 @@ def measure(case: Case, device: str, seconds: float) -> dict:
 
 
 def timed(device: str, fn: Callable[..., Tensor], tensors: tuple[Tensor, ...]) -> tuple[float, float]:
-    """Wall time, and on a CPU the processor time of all threads, which other processes do not lengthen."""
+    """Seconds by the clock, and on a CPU of processor time in all threads: other processes lengthen only the
+    first."""
     if device == "cuda":
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize()
@@ -123,7 +124,7 @@ def timed(device: str, fn: Callable[..., Tensor], tensors: tuple[Tensor, ...]) -
         fn(*tensors)
         end.record()
         end.synchronize()
-        return start.elapsed_time(end) / 1e3, float("nan")
+        return start.elapsed_time(end) / 1e3, 0.0
     wall, cpu = time.perf_counter(), time.process_time()
     result = fn(*tensors)
     times = time.perf_counter() - wall, time.process_time() - cpu
@@ -146,7 +147,7 @@ def summary(samples: list[tuple[float, float]], bytes_moved: int) -> dict:
 
 
 def verify(case: Case, tensors: tuple[Tensor, ...]) -> dict[str, float]:
-    """Largest error of each variant. Twice eager's, and a rounding of the result, is the most there may be."""
+    """Largest error of each variant; at most twice eager's, or a rounding of the result, may it be."""
     exact = case.exact(*(t.double() for t in tensors))
     outputs = {name: fn(*tensors) for name, fn in case.variants.items()}
     errors = {name: (out.double() - exact).abs().max().item() for name, out in outputs.items()}
