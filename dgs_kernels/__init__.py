@@ -5,6 +5,8 @@ from dgs_kernels.backends import BackendError, explain
 from dgs_kernels.hooks import gradient_surgery
 from dgs_kernels.ops.project_align import project_align
 from dgs_kernels.ops.project_align_ import project_align_
+from dgs_kernels.ops.select_patches import select_patches
+from dgs_kernels.ops.spectral_entropy import spectral_entropy
 from dgs_kernels.ops.surgery_head import SurgeryHead, SurgeryHeadOutput, surgery_head
 
 __all__ = [
@@ -16,5 +18,7 @@ __all__ = [
     "project_align",
     "project_align_",
     "reference",
+    "select_patches",
+    "spectral_entropy",
     "surgery_head",
 ]

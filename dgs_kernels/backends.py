@@ -19,7 +19,7 @@ import torch
 
 VARIABLE = "DGS_KERNELS_BACKEND"
 BACKENDS = ("cuda", "triton", "cpu", "eager")
-OPERATIONS = ("project_align", "project_align_", "surgery_head")
+OPERATIONS = ("project_align", "project_align_", "surgery_head", "spectral_entropy", "surgery_adamw_")
 
 # Best first. Devices not named here are served by eager PyTorch.
 PREFERENCE = {"cuda": ("cuda", "triton", "eager"), "cpu": ("cpu", "eager"), "xpu": ("triton", "eager")}
@@ -29,26 +29,28 @@ class BackendError(RuntimeError):
     """The backend that was asked for cannot serve the call."""
 
 
-def implementation(operation: str, device_type: str) -> Callable:
+def implementation(operation: str, device_type: str, case: str | None = None) -> Callable:
     """The function that serves `operation` on tensors of this device type.
+
+    `case` says why a call is one that eager PyTorch alone serves.
 
     Raises:
         BackendError: `DGS_KERNELS_BACKEND` names a backend that does not exist or cannot serve the call.
     """
-    return _implementation(operation, device_type, os.environ.get(VARIABLE))
+    return _implementation(operation, device_type, os.environ.get(VARIABLE), case)
 
 
 @functools.cache
-def _implementation(operation: str, device_type: str, forced: str | None) -> Callable:
+def _implementation(operation: str, device_type: str, forced: str | None, case: str | None) -> Callable:
     if forced:
         if forced not in BACKENDS:
             raise BackendError(f"{VARIABLE}={forced}: expected one of {', '.join(BACKENDS)}")
-        if reason := obstacle(forced, operation, device_type):
+        if reason := obstacle(forced, operation, device_type, case):
             raise BackendError(f"{VARIABLE}={forced} cannot serve {operation} on {device_type}: {reason}")
         return _load(forced, operation)
     reasons = []
     for backend in PREFERENCE.get(device_type, ("eager",)):
-        reason = obstacle(backend, operation, device_type)
+        reason = obstacle(backend, operation, device_type, case)
         if reason is None:
             if reasons:
                 warnings.warn(
@@ -62,10 +64,12 @@ def _implementation(operation: str, device_type: str, forced: str | None) -> Cal
     raise AssertionError("eager serves every operation")
 
 
-def obstacle(backend: str, operation: str, device_type: str) -> str | None:
+def obstacle(backend: str, operation: str, device_type: str, case: str | None = None) -> str | None:
     """Why a backend cannot serve an operation on a device type; None if it can."""
     if backend == "eager":
         return None
+    if case:
+        return case
     if backend == "triton":
         return _triton_obstacle(operation, device_type)
     if device_type != backend:

@@ -16,6 +16,8 @@ from torch import Tensor
 
 ORDERS = ("align_first", "project_first")
 RULES = ("positive", "full", "conflict")
+LUMA = (0.299, 0.587, 0.114)
+ENTROPY_EPS = 1e-12
 
 
 def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
@@ -342,3 +344,25 @@ def official_graph(
     image_logits = F.linear(seen, image_weight, image_bias).squeeze(1)
     image_loss = F.binary_cross_entropy_with_logits(image_logits, y)
     return image_loss, text_loss, alignment, image_logits, text_logits, teacher_logits
+
+
+def luma(images: Tensor) -> Tensor:
+    """[B, 3, H, W] -> [B, H, W] in 0..1, float32 (float64 for float64 images)."""
+    dtype, scale = compute_dtype(images), 1.0 if images.is_floating_point() else 1 / 255
+    # A decoded image's channels alternate byte by byte: parting them before converting is faster.
+    channels = images.contiguous().unbind(1)
+    red, green, blue = (x.to(dtype) * (weight * scale) for x, weight in zip(channels, LUMA))
+    return red + green + blue
+
+
+def spectral_entropy(images: Tensor, patch_size: int = 32) -> Tensor:
+    """Entropy in bits of the normalised power spectrum of every patch's luma, [B, rows * columns].
+
+    Arguments are those of `dgs_kernels.spectral_entropy`.
+    """
+    rows, columns = (side // patch_size for side in images.shape[2:])
+    cut = luma(images[:, :, : rows * patch_size, : columns * patch_size])
+    patches = cut.reshape(len(images), rows, patch_size, columns, patch_size).transpose(2, 3)
+    energy = torch.fft.fft2(patches).abs().square()
+    share = energy / (energy.sum((-2, -1), keepdim=True) + ENTROPY_EPS)
+    return -(share * torch.log2(share + ENTROPY_EPS)).sum((-2, -1)).flatten(1)

@@ -37,7 +37,7 @@ def select_patches(
 
     Example:
         >>> import torch
-        >>> from dgs_kernels.ops.select_patches import select_patches
+        >>> from dgs_kernels import select_patches
         >>> images = torch.randint(256, (2, 3, 300, 400), dtype=torch.uint8)
         >>> select_patches(images, seed=0).shape
         torch.Size([2, 3, 224, 224])
