@@ -130,13 +130,19 @@ def test_table_has_mean_and_spread_over_seeds():
 
 @pytest.mark.parametrize(
     ("surgery", "says"),
-    [([0.8, 0.9], "better than plain LoRA"), ([0.5, 0.6], "did not help"), ([0.5, 0.9], "does not tell")],
+    [([0.8, 0.9], "better than LoRA"), ([0.5, 0.6], "did not help"), ([0.5, 0.9], "does not tell")],
 )
 def test_the_verdict_follows_the_numbers(surgery, says):
     sentences = report.verdict(made_up({demo.PROBE: [0.5] * 2, demo.LORA: [0.7, 0.8], demo.DGSNET: surgery}))
     assert says in sentences[2]
     best = demo.DGSNET if np.mean(surgery) > 0.75 else demo.LORA
     assert sentences[0].startswith(f"By AUC, averaged over test decoders: {best}")
+
+
+def test_the_verdict_admits_guessing():
+    near = report.verdict(made_up({demo.PROBE: [0.5] * 2, demo.LORA: [0.4, 0.5], demo.DGSNET: [0.5, 0.5]}))
+    far = report.verdict(made_up({demo.PROBE: [0.5] * 2, demo.LORA: [0.7, 0.8], demo.DGSNET: [0.8, 0.9]}))
+    assert "far from guessing" in near[2] and "far from guessing" not in far[2]
 
 
 def test_only_a_former_demo_is_overwritten(tmp_path):

@@ -126,10 +126,13 @@ def curves(runs: Mapping[str, Sequence[Mapping[str, np.ndarray]]], panels: Mappi
         for axes, (column, title) in zip(np.atleast_1d(figure.subplots(1, len(panels))), panels.items()):
             for color, seeds in zip(SERIES, runs.values()):
                 lines = [_without_gaps(seed["step"], seed[column]) for seed in seeds]
+                # Few points are told from the line between them.
+                style = {"color": color, "marker": "o" if len(lines[0][0]) < 20 else None}
                 for x, y in lines:
-                    axes.plot(x, y, color=color, linewidth=1, alpha=0.3)
+                    axes.plot(x, y, linewidth=1, markersize=2, alpha=0.3, **style)
                 if all(np.array_equal(x, lines[0][0]) for x, _ in lines):
-                    axes.plot(lines[0][0], np.mean([y for _, y in lines], axis=0), color=color, linewidth=2)
+                    mean = np.mean([y for _, y in lines], axis=0)
+                    axes.plot(lines[0][0], mean, linewidth=2, markersize=4, **style)
             axes.set_title(title)
             axes.set_xlabel("step")
         handles = [Line2D([], [], color=color, linewidth=2) for color in SERIES[: len(runs)]]

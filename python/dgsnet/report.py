@@ -22,6 +22,8 @@ from dgsnet.demo import DGSNET, LORA, MEASURES, METHODS, Run, by_seed, first, me
 from dgsnet.evaluation import percent
 
 EXAMPLES_PER_DECODER = 2
+# Mean AUC below which no order of the methods is worth a word.
+NEAR_CHANCE = 0.55
 TEMPLATE = Path(__file__).with_name("report.html")
 COLORS = dict(zip(METHODS, plots.SERIES))
 
@@ -98,13 +100,14 @@ def verdict(runs: list[Run]) -> list[str]:
     mean_gain = _signed(float(np.mean(gains)))
     by_seed_text = ", ".join(map(_signed, gains))
     if min(gains) > 0:
-        meaning = "DGS-Net ranks unseen decoders better than plain LoRA with every seed."
+        meaning = "DGS-Net ranks unseen decoders better than LoRA with every seed"
     elif max(gains) < 0:
-        meaning = (
-            "DGS-Net ranks unseen decoders worse than plain LoRA with every seed: surgery did not help here."
-        )
+        meaning = "DGS-Net ranks unseen decoders worse than LoRA with every seed: surgery did not help here"
     else:
-        meaning = "The sign changes from seed to seed: this run does not tell the two apart."
+        meaning = "The sign changes from seed to seed: this run does not tell the two apart"
+    meaning += f"; {len(gains)} seeds are few."
+    if np.mean(auc[order[0]]) < NEAR_CHANCE:
+        meaning += " No method is far from guessing, so the order of the methods means little."
     accuracy = {method: by_seed(runs, method, "accuracy") for method in METHODS}
     return [
         f"By AUC, averaged over test decoders: {ranking}.",
