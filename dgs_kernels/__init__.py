@@ -2,15 +2,18 @@
 
 from dgs_kernels import reference
 from dgs_kernels.backends import BackendError, explain
-from dgs_kernels.hooks import gradient_surgery
+from dgs_kernels.hooks import OptimizerSurgery, gradient_surgery
 from dgs_kernels.ops.project_align import project_align
 from dgs_kernels.ops.project_align_ import project_align_
 from dgs_kernels.ops.select_patches import select_patches
 from dgs_kernels.ops.spectral_entropy import spectral_entropy
 from dgs_kernels.ops.surgery_head import SurgeryHead, SurgeryHeadOutput, surgery_head
+from dgs_kernels.optim import SurgeryAdamW
 
 __all__ = [
     "BackendError",
+    "OptimizerSurgery",
+    "SurgeryAdamW",
     "SurgeryHead",
     "SurgeryHeadOutput",
     "explain",

@@ -1,4 +1,4 @@
-"""The feature hook: gradient surgery as a layer that is the identity on the way forward."""
+"""The two hooks: surgery on the gradient of features, as a layer, and of parameters, before each step."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from dgs_kernels import reference
+from dgs_kernels.captured import CapturedGradients
 from dgs_kernels.ops.project_align import check, project_align
 
 
@@ -79,3 +80,99 @@ class _GradientSurgery(torch.autograd.Function):
             grad, harmful, beneficial, alignment=alignment, eps=ctx.eps, order=ctx.order, rule=ctx.rule
         )
         return edited, *nothing
+
+
+class OptimizerSurgery(CapturedGradients):
+    """Edit the gradients of all parameters before every step of an optimiser, layer by layer.
+
+    Reference gradients are captured beside `.grad`, accumulate over micro-batches and are used up by the
+    step. There a step-pre-hook operates on all gradients at once (`project_align_`), as they are then: after
+    clipping. Parameters without a gradient, or that no reference loss reached, are left alone.
+
+    Args:
+        optimizer: any `torch.optim.Optimizer`; of a wrapper (accelerate, Lightning) the `.optimizer` inside.
+        alignment: weight of the negative part of the beneficial gradient, a number or a 0-dim tensor; may be
+            reassigned at any time.
+        eps, order, rule: see `project_align`; inner products and norms run over a layer.
+        granularity: what a layer is: "tensor"; "layer", the tensors of one module, whose names come from
+            `model` or an optimiser made from `model.named_parameters()`; or "model", all of them.
+        model: the module that holds the parameters. Needed with FSDP2.
+        scaler: the GradScaler of the loop, if there is one. Scale the reference losses with it too. A
+            captured gradient that overflows skips the step and lowers the scale, as the task's does.
+        process_group: average captured gradients over these ranks at each step, for backwards that DDP does
+            not reduce. None: they come reduced, as through DDP's wrapper.
+        check_ranks: compare the gradients' norms between ranks once, at the first step.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: an option that does not exist or a combination that would be
+            wrong, with the remedy.
+
+    Example:
+        >>> import torch
+        >>> from dgs_kernels import OptimizerSurgery
+        >>> w = torch.nn.Parameter(torch.zeros(2))
+        >>> optimizer = torch.optim.SGD([w], lr=1.0)
+        >>> surgery = OptimizerSurgery(optimizer, rule="full")
+        >>> with surgery.harmful():
+        ...     w[0].backward()
+        >>> w.sum().backward()
+        >>> optimizer.step()
+        >>> w.detach().round(decimals=4).abs()
+        tensor([0., 1.])
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, **options) -> None:
+        inner = getattr(optimizer, "optimizer", None)
+        if isinstance(inner, torch.optim.Optimizer):
+            raise TypeError(
+                f"{type(optimizer).__name__} only wraps an optimizer and runs no hooks: pass its .optimizer"
+            )
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
+        super().__init__(optimizer, **options)
+        self._handle = optimizer.register_step_pre_hook(self._before_step)
+        optimizer.__reduce_ex__ = _refuse_copy
+
+    def remove(self) -> None:
+        """Undo it: the optimiser steps with plain gradients again."""
+        self._handle.remove()
+        self.optimizer.__dict__.pop("__reduce_ex__", None)
+        self.clear()
+
+    def _before_step(self, optimizer, args, kwargs):
+        closure = args[1] if len(args) > 1 else kwargs.get("closure")
+        if closure is None:
+            self._edit()
+            return None
+        # The closure makes the gradients, so it runs now and the optimiser is told its result.
+        with torch.enable_grad():
+            loss = closure()
+        self._edit()
+        return (optimizer, _Once(loss)), {k: v for k, v in kwargs.items() if k != "closure"}
+
+    def _edit(self) -> None:
+        work = self.take()
+        self.remember(work, None if work is None else self.operate(work))
+
+
+class _Once:
+    """A closure that has run; optimisers that evaluate it again would step on gradients without surgery."""
+
+    def __init__(self, loss) -> None:
+        self.loss, self.called = loss, False
+
+    def __call__(self):
+        if self.called:
+            raise RuntimeError(
+                "this optimizer evaluates its closure several times in a step, as LBFGS does: surgery needs "
+                "one that does so once"
+            )
+        self.called = True
+        return self.loss
+
+
+def _refuse_copy(protocol):
+    raise TypeError(
+        "this optimizer carries OptimizerSurgery, which a copy or pickle would lose: call surgery.remove() "
+        "first, or save optimizer.state_dict()"
+    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.optim.adamw import adamw
 
 from dgs_kernels import reference
 from dgs_kernels.reference import ENTROPY_EPS, ORDERS, RULES
@@ -140,3 +141,48 @@ def _entropies(luma: Tensor, size: int) -> Tensor:
         copies[-1] = 1.0
     share = energy / (energy.sum(-2) @ copies + ENTROPY_EPS)[..., None, None]
     return -((share * torch.log2(share + ENTROPY_EPS)).sum(-2) @ copies).flatten(1)
+
+
+def surgery_adamw_(
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    steps: list[Tensor],
+    harmful: list[Tensor],
+    beneficial: list[Tensor],
+    groups: list[int],
+    sums: Tensor,
+    scale: Tensor | None,
+    alignment: float,
+    surgery_eps: float,
+    order: int,
+    rule: int,
+    part: int,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    weight_decay: float,
+    eps: float,
+    maximize: bool,
+) -> None:
+    edited = [g.clone() for g in grads]
+    project_align_(
+        edited, harmful, beneficial, groups, sums, scale, alignment, surgery_eps, order, rule, part
+    )
+    adamw(
+        params,
+        edited,
+        exp_avgs,
+        exp_avg_sqs,
+        [],
+        steps,
+        foreach=True,
+        amsgrad=False,
+        beta1=beta1,
+        beta2=beta2,
+        lr=lr,
+        weight_decay=weight_decay,
+        eps=eps,
+        maximize=maximize,
+    )

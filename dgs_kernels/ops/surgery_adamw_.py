@@ -1,0 +1,96 @@
+"""AdamW with gradient surgery inside its step, `dgs::surgery_adamw_`: no projected gradient is written.
+
+What an implementation has to do (`dgs_native::surgery_adamw_`, `dgs_kernels.triton.surgery_adamw_`)::
+
+    surgery_adamw_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs,
+                   Tensor(d!)[] steps, Tensor[] harmful, Tensor[] beneficial, int[] groups, Tensor(e!) sums,
+                   Tensor? scale, float alignment, float surgery_eps, int order, int rule, int part,
+                   float lr, float beta1, float beta2, float weight_decay, float eps, bool maximize) -> ()
+
+grads, harmful, beneficial, groups, sums, scale, order, rule and part (0 or 2, not 1) are those of
+`project_align_`, save that grads are only read; params, exp_avgs and exp_avg_sqs have their dtype, shapes and
+strides too. steps are 0-dim float32 or float64 tensors on the CPU, one per tensor; each is incremented first
+and then counts from 1. With the surgered gradient g kept in the computing type::
+
+    g <- -g if maximize
+    param <- param * (1 - lr * weight_decay)
+    exp_avg <- exp_avg + (1 - beta1) * (g - exp_avg)
+    exp_avg_sq <- beta2 * exp_avg_sq + (1 - beta2) * g * g
+    param <- param - lr / (1 - beta1^step) * exp_avg / (sqrt(exp_avg_sq) / sqrt(1 - beta2^step) + eps)
+
+12 streams: 6 read (5 without alignment, or 3 more in a first pass where a layer does not stay on chip), 3
+written. Scalars are made in float64 and used in the computing type. float32 results are meant to equal those
+of `project_align_` and `torch.optim.AdamW(foreach=True)` to the last bit or two.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from dgs_kernels import backends
+from dgs_kernels.ops.project_align_ import PARTS, check, common_layout, dense
+from dgs_kernels.reference import ORDERS, RULES
+
+_library = torch.library.Library("dgs", "FRAGMENT")
+_library.define(
+    "surgery_adamw_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
+    "Tensor(d!)[] steps, Tensor[] harmful, Tensor[] beneficial, int[] groups, Tensor(e!) sums, "
+    "Tensor? scale, float alignment, float surgery_eps, str order, str rule, str part, "
+    "float lr, float beta1, float beta2, float weight_decay, float eps, bool maximize) -> ()",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+def _check(params, grads, exp_avgs, exp_avg_sqs, steps, harmful, beneficial, groups, sums, *rest) -> None:
+    scale, _, surgery_eps, order, rule, part, *_ = rest
+    name = "surgery_adamw_"
+    check(name, grads, harmful, beneficial, groups, sums, scale, surgery_eps, order, rule, part)
+    if part == "sums":
+        raise ValueError(f"{name}: part must be all or apply; project_align_ makes the sums")
+    shapes = [g.shape for g in grads]
+    for what, tensors in (("params", params), ("exp_avgs", exp_avgs), ("exp_avg_sqs", exp_avg_sqs)):
+        if [t.shape for t in tensors] != shapes:
+            raise ValueError(f"{name}: {what} must have the shapes of grads")
+        if {t.device for t in tensors} - {sums.device}:
+            raise ValueError(f"{name}: {what} must be on {sums.device}")
+    if len(steps) != len(grads) or any(s.dim() or s.device.type != "cpu" for s in steps):
+        raise ValueError(f"{name}: steps must be {len(grads)} 0-dim tensors on the CPU")
+
+
+def _kernel(params, grads, exp_avgs, exp_avg_sqs, steps, harmful, beneficial, groups, sums, *rest) -> None:
+    lists = (params, exp_avgs, exp_avg_sqs)
+    _check(params, grads, exp_avgs, exp_avg_sqs, steps, harmful, beneficial, groups, sums, *rest)
+    if not grads:
+        return
+    scale, alignment, surgery_eps, order, rule, part, *hyper = rest
+    types = {t.dtype for tensors in (*lists, grads, harmful, beneficial) for t in tensors}
+    dtype = types.pop() if len(types) == 1 else sums.dtype
+    work = dense(params)
+    work = common_layout(dtype, work, work)
+    written = [work, *(common_layout(dtype, tensors, work) for tensors in lists[1:])]
+    backends.implementation("surgery_adamw_", sums.device.type)(
+        work,
+        common_layout(dtype, grads, work),
+        *written[1:],
+        steps,
+        common_layout(dtype, harmful, work),
+        common_layout(dtype, beneficial, work),
+        groups,
+        sums,
+        None if scale is None else scale.to(sums.dtype),
+        alignment,
+        surgery_eps,
+        ORDERS.index(order),
+        RULES.index(rule),
+        PARTS.index(part),
+        *hyper,
+    )
+    for tensors, results in zip(lists, written):
+        for tensor, result in zip(tensors, results):
+            if result is not tensor:
+                tensor.copy_(result)
+
+
+_library.impl("surgery_adamw_", _kernel, "CompositeExplicitAutograd")
+torch.library.register_fake("dgs::surgery_adamw_", _check, lib=_library)
+run = torch.ops.dgs.surgery_adamw_.default
