@@ -17,27 +17,26 @@ struct Rates {
   A decay, step_size, second_correction_root;
 };
 
-// 1 - beta^step, in double as torch has it; one thread of a block computes it.
+// One thread of a block computes them, in double as torch has it. They stay in shared memory, to leave the
+// registers to the arrays.
 template <typename A>
-__device__ __forceinline__ Rates<A> rates_at(const AdamW& o, const float* step_count) {
-  A* shared = shared_memory<A>();
+__device__ __forceinline__ const Rates<A>& rates_at(const AdamW& o, const float* step_count, Rates<A>* rates) {
   if (threadIdx.x == 0) {
     double lr = o.lr_tensor ? *o.lr_tensor : o.lr, step = *step_count;
-    shared[0] = A(A(lr) * A(o.weight_decay));
-    shared[1] = A(lr) / A(1 - pow(o.beta1, step));
-    shared[2] = sqrt(A(1 - pow(o.beta2, step)));
+    rates->decay = A(lr) * A(o.weight_decay);
+    rates->step_size = A(lr) / A(1 - pow(o.beta1, step));
+    rates->second_correction_root = sqrt(A(1 - pow(o.beta2, step)));
   }
   __syncthreads();
-  Rates<A> rates{shared[0], shared[1], shared[2]};
-  __syncthreads();
-  return rates;
+  return *rates;
 }
 
 template <typename T, bool Aligned>
-__global__ __launch_bounds__(kMaxThreads) void adamw_chunks(const __grid_constant__ Step p) {
+__global__ __launch_bounds__(kListThreads) void adamw_chunks(const __grid_constant__ Step p) {
   using A = Compute<T>;
   ChunkOf<T, Aligned> chunk = chunk_of_block<T, Aligned>(p.grid);
-  Rates<A> rates = rates_at<A>(p.options, chunk.tensor->step);
+  auto* shared = shared_memory<unsigned char>() + scratch_bytes<A>(3, kListThreads);
+  const Rates<A>& rates = rates_at(p.options, chunk.tensor->step, reinterpret_cast<Rates<A>*>(shared));
   Share<T, Aligned> share;
   A k = read_and_project(p.grid, chunk, share);
   A beta1 = A(p.options.beta1), beta2 = A(p.options.beta2), eps = A(p.options.eps);
@@ -48,9 +47,9 @@ __global__ __launch_bounds__(kMaxThreads) void adamw_chunks(const __grid_constan
   T* max_exp_avg_sq = chunk.at(static_cast<T*>(tensor.max_exp_avg_sq));
 #pragma unroll
   for (int v = 0; v < Share<T, Aligned>::kPacks; ++v) {
-    auto read = [&](const T* row) { return load<T, Aligned>(row, v, threadIdx.x, kMaxThreads, chunk.count, chunk.wide); };
+    auto read = [&](const T* row) { return load<T, Aligned>(row, v, threadIdx.x, kListThreads, chunk.count, chunk.wide); };
     auto write = [&](T* row, const Pack<T>& pack) {
-      store<T, Aligned>(row, pack, v, threadIdx.x, kMaxThreads, chunk.count, chunk.wide);
+      store<T, Aligned>(row, pack, v, threadIdx.x, kListThreads, chunk.count, chunk.wide);
     };
     Pack<T> params = read(param), first = read(exp_avg), second = read(exp_avg_sq), largest = read(max_exp_avg_sq);
 #pragma unroll
@@ -80,8 +79,8 @@ __global__ __launch_bounds__(kMaxThreads) void adamw_chunks(const __grid_constan
 
 template <typename T, bool Aligned>
 const char* run(const Step& step, void* stream) {
-  int scratch = scratch_bytes<Compute<T>>(3, kMaxThreads);
-  return launch(adamw_chunks<T, Aligned>, step.grid.blocks(), kMaxThreads, scratch, stream, step, step.grid.cluster);
+  int scratch = scratch_bytes<Compute<T>>(3, kListThreads) + int(sizeof(Rates<Compute<T>>));
+  return launch(adamw_chunks<T, Aligned>, step.grid.blocks(), kListThreads, scratch, stream, step, step.grid.cluster);
 }
 
 }  // namespace

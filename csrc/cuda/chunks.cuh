@@ -5,8 +5,10 @@
 
 namespace dgs::cuda {
 
+constexpr int kListThreads = 256;  // so that AdamW's seven arrays find registers
+
 template <typename T, bool Aligned>
-constexpr int64_t kChunk = int64_t(kMaxThreads) * kShare<T, Aligned>;
+constexpr int64_t kChunk = int64_t(kListThreads) * kShare<T, Aligned>;
 
 template <typename A>
 __device__ __forceinline__ SurgeryOptions<A> options_of(const TensorList& list) {
@@ -37,7 +39,7 @@ struct ChunkOf {
   __device__ __forceinline__ void read(Share<T, Aligned>& share, const SurgeryOptions<Compute<T>>& options,
                                        Compute<T> (&sums)[3]) const {
     share.read(grad(), at(static_cast<const T*>(tensor->harmful)), at(static_cast<const T*>(tensor->beneficial)), count,
-               threadIdx.x, kMaxThreads, options, sums, wide);
+               threadIdx.x, kListThreads, options, sums, wide);
   }
 };
 
@@ -79,8 +81,8 @@ __device__ __forceinline__ Compute<T> read_and_project(const ListGrid& p, const 
   chunk.read(share, options, sums);
   if (p.cluster) {
     A* scratch = shared_memory<A>();
-    sum_over(kMaxThreads, sums, scratch);
-    sum_over_cluster(p.cluster, sums, scratch + kMaxThreads / kWarp * 3);
+    sum_over(kListThreads, sums, scratch);
+    sum_over_cluster(p.cluster, sums, scratch + kListThreads / kWarp * 3);
     if (threadIdx.x == 0 && blockIdx.x % p.cluster == 0)
 #pragma unroll
       for (int n = 0; n < 3; ++n) group_sums[n] = sums[n];

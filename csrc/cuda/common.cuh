@@ -123,7 +123,7 @@ __device__ __forceinline__ void sum_over(int lanes, A (&values)[N], A* scratch) 
 }
 
 template <typename A>
-constexpr int scratch_bytes(int numbers, int threads) {
+__host__ __device__ constexpr int scratch_bytes(int numbers, int threads) {
   return (threads / kWarp + 1) * numbers * static_cast<int>(sizeof(A));
 }
 
@@ -139,11 +139,11 @@ __device__ __forceinline__ void sum_over_cluster(int blocks, A (&values)[N], A* 
 #pragma unroll
     for (int n = 0; n < N; ++n) scratch[n] = values[n];
   cluster.sync();
+  int lane = threadIdx.x % kWarp;  // takes what block number `lane` found
+  const A* found = cluster.map_shared_rank(scratch, lane % blocks);
 #pragma unroll
-  for (int n = 0; n < N; ++n) values[n] = 0;
-  for (int rank = 0; rank < blocks; ++rank)
-#pragma unroll
-    for (int n = 0; n < N; ++n) values[n] += cluster.map_shared_rank(scratch, rank)[n];
+  for (int n = 0; n < N; ++n) values[n] = lane < blocks ? found[n] : A(0);
+  sum_over(kWarp, values, static_cast<A*>(nullptr));
 #endif
 }
 

@@ -14,13 +14,13 @@ namespace dgs::cuda {
 namespace {
 
 template <typename T, bool Aligned>
-__global__ __launch_bounds__(kMaxThreads) void chunk_sums(const __grid_constant__ TensorList p) {
+__global__ __launch_bounds__(kListThreads) void chunk_sums(const __grid_constant__ TensorList p) {
   using A = Compute<T>;
   A sums[3] = {};
   Share<T, Aligned> share;
   ChunkOf<T, Aligned> chunk(p, blockIdx.x);
   chunk.read(share, options_of<A>(p), sums);
-  sum_over(kMaxThreads, sums, shared_memory<A>());
+  sum_over(kListThreads, sums, shared_memory<A>());
   if (threadIdx.x == 0)
 #pragma unroll
     for (int n = 0; n < 3; ++n) static_cast<A*>(p.partials)[int64_t(blockIdx.x) * 3 + n] = sums[n];
@@ -28,32 +28,32 @@ __global__ __launch_bounds__(kMaxThreads) void chunk_sums(const __grid_constant_
 
 // One block per group.
 template <typename A>
-__global__ __launch_bounds__(kMaxThreads) void add_chunk_sums(const __grid_constant__ TensorList p) {
+__global__ __launch_bounds__(kListThreads) void add_chunk_sums(const __grid_constant__ TensorList p) {
   A sums[3] = {};
-  for (int64_t c = p.group_begin[blockIdx.x] + threadIdx.x; c < p.group_begin[blockIdx.x + 1]; c += kMaxThreads)
+  for (int64_t c = p.group_begin[blockIdx.x] + threadIdx.x; c < p.group_begin[blockIdx.x + 1]; c += kListThreads)
 #pragma unroll
     for (int n = 0; n < 3; ++n) sums[n] += static_cast<const A*>(p.partials)[c * 3 + n];
-  sum_over(kMaxThreads, sums, shared_memory<A>());
+  sum_over(kListThreads, sums, shared_memory<A>());
   if (threadIdx.x == 0)
 #pragma unroll
     for (int n = 0; n < 3; ++n) static_cast<A*>(p.sums)[int64_t(blockIdx.x) * 3 + n] = sums[n];
 }
 
 template <typename T, bool Aligned>
-__global__ __launch_bounds__(kMaxThreads) void project_chunks(const __grid_constant__ ListGrid p) {
+__global__ __launch_bounds__(kListThreads) void project_chunks(const __grid_constant__ ListGrid p) {
   ChunkOf<T, Aligned> chunk = chunk_of_block<T, Aligned>(p);
   Share<T, Aligned> share;
   Compute<T> k = read_and_project(p, chunk, share);
-  share.write(chunk.grad(), k, chunk.count, threadIdx.x, kMaxThreads, p.list.rule, chunk.wide);
+  share.write(chunk.grad(), k, chunk.count, threadIdx.x, kListThreads, p.list.rule, chunk.wide);
   cluster_done(p.cluster);
 }
 
 template <typename T, bool Aligned>
 const char* sum_groups(const TensorList& list, void* stream) {
   using A = Compute<T>;
-  int scratch = scratch_bytes<A>(3, kMaxThreads);
-  const char* error = launch(chunk_sums<T, Aligned>, list.num_chunks, kMaxThreads, scratch, stream, list);
-  return error ? error : launch(add_chunk_sums<A>, list.num_groups, kMaxThreads, scratch, stream, list);
+  int scratch = scratch_bytes<A>(3, kListThreads);
+  const char* error = launch(chunk_sums<T, Aligned>, list.num_chunks, kListThreads, scratch, stream, list);
+  return error ? error : launch(add_chunk_sums<A>, list.num_groups, kListThreads, scratch, stream, list);
 }
 
 template <typename T, bool Aligned>
@@ -61,7 +61,7 @@ const char* run(const TensorList& list, void* stream) {
   ListGrid grid = lay_out(list);
   if (!grid.cluster)
     if (const char* error = sum_groups<T, Aligned>(list, stream)) return error;
-  return launch(project_chunks<T, Aligned>, grid.blocks(), kMaxThreads, scratch_bytes<Compute<T>>(3, kMaxThreads),
+  return launch(project_chunks<T, Aligned>, grid.blocks(), kListThreads, scratch_bytes<Compute<T>>(3, kListThreads),
                 stream, grid, grid.cluster);
 }
 

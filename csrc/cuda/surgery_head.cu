@@ -11,6 +11,11 @@ constexpr int kThreads = 256;
 constexpr int kMaxChunks = 512;    // bounds the partial sums to about a percent of a large batch
 constexpr int kRowsPerBlock = 64;  // of the backward: what a block reads is small beside what it writes
 
+// Elements of a row per thread: two matrices and two sums of the compute type stay in registers. A warp then has
+// exactly a row of 768, CLIP ViT-L's.
+template <typename T, bool Aligned>
+constexpr int kHeadShare = Aligned && sizeof(T) < 8 ? 24 : 8;
+
 // Of one row, and then summed over rows.
 enum Dots { kImage, kText, kTeacher, kTeacherFalling, kTeacherRising, kNumDots };
 enum Scalars { kImageLoss, kTextLoss, kAlignmentLoss, kImageResidual, kTextResidual, kNumScalars };
@@ -93,14 +98,14 @@ __device__ __forceinline__ void load_weights(const void* weights, int v, int lan
 template <typename T, bool Aligned>
 __global__ __launch_bounds__(kThreads) void head_in_registers(const __grid_constant__ Forward p) {
   using A = Compute<T>;
-  constexpr int kPacks = kShare<T, Aligned> / kPack<T>;
+  constexpr int kPacks = kHeadShare<T, Aligned> / kPack<T>;
   const SurgeryHead& a = p.args;
   int lane = threadIdx.x % p.lanes, team = threadIdx.x / p.lanes, teams = blockDim.x / p.lanes;
   int scratch_size = blockDim.x / kWarp * kNumDots;
   A* scratch = shared_memory<A>();       // two, used in turn: one barrier per row is enough
   A* totals = scratch + 2 * scratch_size;  // [2 dim + kNumScalars], only where teams share a block
 
-  A image_sum[kShare<T, Aligned>] = {}, text_sum[kShare<T, Aligned>] = {}, scalars[kNumScalars] = {};
+  A image_sum[kHeadShare<T, Aligned>] = {}, text_sum[kHeadShare<T, Aligned>] = {}, scalars[kNumScalars] = {};
   int64_t begin = blockIdx.x * p.chunk_rows;
   int64_t end = begin + p.chunk_rows < a.batch ? begin + p.chunk_rows : a.batch;
   int turn = 0;
@@ -239,7 +244,7 @@ __global__ __launch_bounds__(kThreads) void head_sum_chunks(const __grid_constan
 template <typename T, bool Aligned>
 const char* run(const SurgeryHead& args, void* stream) {
   using A = Compute<T>;
-  int64_t shares = ceil_div(args.dim, kShare<T, Aligned>);
+  int64_t shares = ceil_div(args.dim, kHeadShare<T, Aligned>);
   bool fits = shares <= kThreads;
   int lanes = shares > kWarp ? power_of_two(shares, kThreads) : kWarp;
   int threads = lanes > kWarp ? lanes : kThreads, teams = threads / lanes;

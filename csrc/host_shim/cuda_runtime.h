@@ -86,6 +86,7 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
   return *value = shim::has_clusters, cudaSuccess;
 }
 
+
 inline void __syncthreads() { shim::block_barrier(); }
 inline void __syncwarp(unsigned = ~0u) { shim::exchange(0, threadIdx.x % 32); }
 inline unsigned __ballot_sync(unsigned, bool predicate) { return shim::ballot(predicate); }
