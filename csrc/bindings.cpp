@@ -28,11 +28,16 @@ using torch::stable::Tensor;
 
 DType dtype_of(const Tensor& x) {
   switch (x.scalar_type()) {
-    case ScalarType::Float: return DType::f32;
-    case ScalarType::Double: return DType::f64;
-    case ScalarType::BFloat16: return DType::bf16;
-    case ScalarType::Half: return DType::f16;
-    default: STD_TORCH_CHECK(false, "dgs_native: expected float32, float64, bfloat16 or float16");
+    case ScalarType::Float:
+      return DType::f32;
+    case ScalarType::Double:
+      return DType::f64;
+    case ScalarType::BFloat16:
+      return DType::bf16;
+    case ScalarType::Half:
+      return DType::f16;
+    default:
+      STD_TORCH_CHECK(false, "dgs_native: expected float32, float64, bfloat16 or float16");
   }
 }
 
@@ -62,8 +67,7 @@ Tensor project_align(const Tensor& grad_, const Tensor& harmful_, const std::opt
                   "dgs_native::project_align: order must be 0 or 1 and rule 0, 1 or 2");
   const DType dtype = dtype_of(grad);
   STD_TORCH_CHECK(!scale || (scale->dim() == 0 && scale->device() == grad.device() &&
-                             scale->scalar_type() ==
-                                 (dtype == DType::f64 ? ScalarType::Double : ScalarType::Float)),
+                             scale->scalar_type() == (dtype == DType::f64 ? ScalarType::Double : ScalarType::Float)),
                   "dgs_native::project_align: scale must be 0-dim, on grad's device, and float32 (float64 where "
                   "grad is)");
 

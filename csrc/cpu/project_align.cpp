@@ -84,10 +84,10 @@ DGS_INLINE void apply_any(const Block<T>& b, Align align, bool positive, typenam
 }
 
 // Multiversioning is for plain functions only, hence the list.
-#define DGS_KERNELS(T)                                                                                           \
+#define DGS_KERNELS(T)                                                                                             \
   DGS_MULTIVERSION Sums sum(const Block<T>& b, Align align, bool positive) { return sum_any(b, align, positive); } \
-  DGS_MULTIVERSION void apply(const Block<T>& b, Align align, bool positive, double k, T* out) {                 \
-    apply_any(b, align, positive, typename Block<T>::F(k), out);                                                 \
+  DGS_MULTIVERSION void apply(const Block<T>& b, Align align, bool positive, double k, T* out) {                   \
+    apply_any(b, align, positive, typename Block<T>::F(k), out);                                                   \
   }
 DGS_KERNELS(float)
 DGS_KERNELS(double)
@@ -115,7 +115,9 @@ class Rows {
   explicit Rows(const ProjectAlign& a)
       : a_(a),
         alignment_(a.alignment * (a.scale ? double(*static_cast<const F*>(a.scale)) : 1.0)),
-        align_(!a.beneficial ? Align::none : a.order == Order::align_first ? Align::first : Align::last),
+        align_(!a.beneficial                   ? Align::none
+               : a.order == Order::align_first ? Align::first
+                                               : Align::last),
         positive_(a.rule == Rule::positive) {}
 
   Block<Seen> read(int64_t row, int64_t begin, Scratch& scratch) const {
@@ -130,8 +132,8 @@ class Rows {
       }
     };
     return {stream(a_.grad, a_.grad_stride, scratch.grad), stream(a_.harmful, a_.harmful_stride, scratch.harmful),
-            a_.beneficial ? stream(a_.beneficial, a_.beneficial_stride, scratch.beneficial) : nullptr,
-            F(alignment_), size};
+            a_.beneficial ? stream(a_.beneficial, a_.beneficial_stride, scratch.beneficial) : nullptr, F(alignment_),
+            size};
   }
 
   Sums sums(const Block<Seen>& b) const { return sum(b, align_, positive_); }
@@ -221,10 +223,14 @@ void project_align(const ProjectAlign& a, ParallelFor parallel_for) {
 
 void project_align(const ProjectAlign& a, ParallelFor parallel_for) {
   switch (a.dtype) {
-    case DType::f32: return project_align<float>(a, parallel_for);
-    case DType::f64: return project_align<double>(a, parallel_for);
-    case DType::bf16: return project_align<bf16>(a, parallel_for);
-    case DType::f16: return project_align<f16>(a, parallel_for);
+    case DType::f32:
+      return project_align<float>(a, parallel_for);
+    case DType::f64:
+      return project_align<double>(a, parallel_for);
+    case DType::bf16:
+      return project_align<bf16>(a, parallel_for);
+    case DType::f16:
+      return project_align<f16>(a, parallel_for);
   }
 }
 

@@ -43,10 +43,14 @@ inline double unit_roundoff(DType t) {
 }
 inline double get(const void* data, int64_t i, DType t) {
   switch (t) {
-    case DType::f64: return static_cast<const double*>(data)[i];
-    case DType::f32: return static_cast<const float*>(data)[i];
-    case DType::bf16: return half_value(static_cast<const uint16_t*>(data)[i], 8);
-    case DType::f16: return half_value(static_cast<const uint16_t*>(data)[i], 5);
+    case DType::f64:
+      return static_cast<const double*>(data)[i];
+    case DType::f32:
+      return static_cast<const float*>(data)[i];
+    case DType::bf16:
+      return half_value(static_cast<const uint16_t*>(data)[i], 8);
+    case DType::f16:
+      return half_value(static_cast<const uint16_t*>(data)[i], 5);
   }
   return NAN;
 }
@@ -54,9 +58,14 @@ inline double get(const void* data, int64_t i, DType t) {
 // Random numbers that are exact in every type: a few bits around 1.
 inline void set(void* data, int64_t i, DType t, double x) {
   switch (t) {
-    case DType::f64: static_cast<double*>(data)[i] = x; return;
-    case DType::f32: static_cast<float*>(data)[i] = float(x); return;
-    default: break;
+    case DType::f64:
+      static_cast<double*>(data)[i] = x;
+      return;
+    case DType::f32:
+      static_cast<float*>(data)[i] = float(x);
+      return;
+    default:
+      break;
   }
   const int mantissa_bits = t == DType::bf16 ? 7 : 10, bias = t == DType::bf16 ? 127 : 15;
   int exponent;

@@ -68,8 +68,9 @@ void compare(const Case& c, check::Random& random) {
       const double computing = c.dtype == DType::f64 ? 0x1p-53 : 0x1p-24;
       const double tolerance = 32 * computing + check::unit_roundoff(c.dtype) * std::fabs(double(exact));
       expect(std::fabs(double(got - exact)) <= tolerance,
-             "%s rows %ld dim %ld order %d rule %d aligned %d: out[%ld][%ld] = %.9g, expected %.9Lg", names[int(c.dtype)],
-             long(c.rows), long(c.dim), int(c.order), int(c.rule), c.aligned, long(row), long(i), got, exact);
+             "%s rows %ld dim %ld order %d rule %d aligned %d: out[%ld][%ld] = %.9g, expected %.9Lg",
+             names[int(c.dtype)], long(c.rows), long(c.dim), int(c.order), int(c.rule), c.aligned, long(row), long(i),
+             got, exact);
     }
   }
 }
@@ -116,8 +117,8 @@ int main() {
     for (Order order : {Order::align_first, Order::project_first})
       for (Rule rule : {Rule::positive, Rule::full, Rule::conflict})
         for (bool aligned : {true, false})
-          for (auto [rows, dim] : {std::pair<int64_t, int64_t>{1, 1}, {3, 5}, {9, 123}, {65, 768}, {3, 1023}, {1, 65537},
-                                   {9, 4097}})
+          for (auto [rows, dim] :
+               {std::pair<int64_t, int64_t>{1, 1}, {3, 5}, {9, 123}, {65, 768}, {3, 1023}, {1, 65537}, {9, 4097}})
             compare({dtype, rows, dim, rows % 4, aligned, rows == 9, rows == 65, order, rule}, random);
   every_half(DType::bf16);
   every_half(DType::f16);
@@ -126,7 +127,7 @@ int main() {
       for (Rule rule : {Rule::positive, Rule::full, Rule::conflict})
         for (Order order : {Order::align_first, Order::project_first}) {
           if (stream == 1 && rule == Rule::positive && poison == -INFINITY) continue;  // its positive part is 0
-          if (stream == 2 && poison == INFINITY) continue;                              // its negative part is 0
+          if (stream == 2 && poison == INFINITY) continue;                             // its negative part is 0
           visible(poison, stream, rule, order);
         }
   return check::result();
