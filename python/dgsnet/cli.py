@@ -6,6 +6,7 @@ import importlib
 import inspect
 import re
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,6 +50,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         >>> main(["train", "--data.train", "photos", "--out", "runs/mine"])  # doctest: +SKIP
     """
     argv = list(sys.argv[1:] if argv is None else argv)
+    warnings.formatwarning = lambda message, *_, **__: f"dgsnet: warning: {message}\n"  # without code
     try:
         _run(argv)
     except UserError as error:
