@@ -17,16 +17,16 @@ from scipy.ndimage import gaussian_filter
 from dgsnet.builtin.crops import Quality, degrade, describe, sample_crop
 from dgsnet.builtin.decoders import DECODERS
 from dgsnet.builtin.photographs import PHOTOGRAPHS, SPLITS
-from dgsnet.config import Config, ModelConfig, OptimConfig, PreprocessConfig, SurgeryConfig
+from dgsnet.config import Config, DataConfig, ModelConfig, OptimConfig, PreprocessConfig, SurgeryConfig
 
 # Decoder families of each split; the test's are unseen in training.
 FAMILIES = {
     "train": ("nearest", "transposed", "shuffle"),
     "val": ("nearest", "transposed", "shuffle"),
-    "test": ("bilinear", "unpool", "codebook", "resizeconv", "quincunx"),
+    "test": ("bilinear", "unpool", "codebook", "resizeconv", "progressive"),
 }
 # Images of each class and decoder.
-COUNTS = {"train": 300, "val": 80, "test": 120}
+COUNTS = {"train": 120, "val": 80, "test": 120}
 SIZE = 48  # side of an image; training cuts random 32-pixel inputs out of it
 MARGIN = 8  # pixels decoded around it and cut off again, so that no decoder's border shows
 # Standard deviation of the Gaussian that softens every crop, real or not, before anything else: less detail
@@ -104,11 +104,13 @@ def make_images(
         )
 
 
-def demo_config() -> Config:
-    """The settings that `dgsnet demo` trains with; the caller fills in `data`."""
+def demo_config(root: str | Path) -> Config:
+    """The settings that `dgsnet demo` trains DGS-Net with, on the dataset below `root`."""
+    root = Path(root)
     return Config(
         model=ModelConfig(name="dgsnet-tiny", pretrained="builtin", lora_rank=6, lora_dropout=0.0),
         preprocess=PreprocessConfig(mode="crop", image_size=32, normalization="clip"),
-        optim=OptimConfig(lr=4e-3, batch_size=32, head_epochs=10, epochs=1000, max_steps=400),
-        surgery=SurgeryConfig(mode="feature", alignment=0.2, reference_batch_size=1),
+        data=DataConfig(train=[str(root / "train")], val=[str(root / "val")], workers=0),
+        optim=OptimConfig(lr=4e-3, batch_size=32, head_epochs=10, epochs=100, max_steps=400),
+        surgery=SurgeryConfig(mode="feature", alignment=0.2, reference_batch_size=8),
     )
