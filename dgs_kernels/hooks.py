@@ -52,6 +52,8 @@ def gradient_surgery(
 
 
 class _GradientSurgery(torch.autograd.Function):
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(features, harmful, beneficial, eps, order, rule):
         return features.view_as(features), reference.alignment_loss(features, beneficial)

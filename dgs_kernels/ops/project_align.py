@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dgs_kernels import backends
+from dgs_kernels import backends, reference
 from dgs_kernels.reference import ORDERS, RULES, compute_dtype
 
 _library = torch.library.Library("dgs", "FRAGMENT")
@@ -58,6 +58,11 @@ def project_align(
         >>> dgs_kernels.project_align(torch.tensor([[3.0, 4.0]]), torch.tensor([1.0, -1.0]), eps=1e-12)
         tensor([[0., 4.]])
     """
+    if torch._C._are_functorch_transforms_active():  # operators with an autograd formula do not know them
+        check(grad, harmful, beneficial, None, eps, order, rule)
+        return reference.project_align(
+            grad, harmful, beneficial, alignment=alignment, eps=eps, order=order, rule=rule
+        )
     scale = None
     if isinstance(alignment, Tensor):
         alignment, scale = 1.0, alignment
