@@ -26,7 +26,7 @@ FAMILIES = {
     "test": ("bilinear", "unpool", "codebook", "resizeconv", "progressive"),
 }
 # Images of each class and decoder.
-COUNTS = {"train": 120, "val": 80, "test": 120}
+COUNTS = {"train": 120, "val": 40, "test": 120}
 SIZE = 48  # side of an image; training cuts random 32-pixel inputs out of it
 MARGIN = 8  # pixels decoded around it and cut off again, so that no decoder's border shows
 # Standard deviation of the Gaussian that softens every crop, real or not, before anything else: less detail
@@ -56,7 +56,7 @@ def write_dataset(root: str | Path, *, seed: int = 0) -> Path:
         >>> from dgsnet import builtin
         >>> root = builtin.write_dataset(tempfile.mkdtemp())
         >>> len(list(root.glob("val/*/*/*.png")))
-        480
+        240
     """
     root = Path(root)
     for split in SPLITS:
@@ -111,6 +111,6 @@ def demo_config(root: str | Path) -> Config:
         model=ModelConfig(name="dgsnet-tiny", pretrained="builtin", lora_rank=6, lora_dropout=0.0),
         preprocess=PreprocessConfig(mode="crop", image_size=32, normalization="clip"),
         data=DataConfig(train=[str(root / "train")], val=[str(root / "val")], workers=0),
-        optim=OptimConfig(lr=4e-3, batch_size=32, head_epochs=10, epochs=100, max_steps=400),
+        optim=OptimConfig(lr=4e-3, batch_size=32, head_epochs=8, epochs=100, max_steps=400),
         surgery=SurgeryConfig(mode="feature", alignment=0.2, reference_batch_size=8),
     )
