@@ -1,6 +1,6 @@
 """Pretrain the tiny CLIP that ships with the package, on captioned crops of the training photographs.
 
-    python -m dgsnet.builtin.pretrain --out runs/pretrain --seed 0 --steps 8000
+    python -m dgsnet.builtin.pretrain --out runs/pretrain --seed 0 --steps 4000
 
 It learns, contrastively, what photographs show and how good they are (blur, noise, compression); it never
 sees a decoder's output, nor a photograph of the validation or test split. Every batch is a function of seed
@@ -109,7 +109,7 @@ def pretrain(
     out: Path,
     *,
     seed: int = 0,
-    steps: int = 8000,
+    steps: int = 4000,
     batch_size: int = 128,
     lr: float = 1e-3,
     save_every: int = 200,
@@ -158,7 +158,7 @@ def pretrain(
             _save(out, model, optimizer, dict(step=step + 1, loss=loss, seconds=time.monotonic() - began))
             tqdm.write(f"step {step + 1}: loss {loss:.3f}")
     record = dict(
-        command="python -m dgsnet.builtin.pretrain "
+        command=f"python -m dgsnet.builtin.pretrain --out {out} "
         f"--seed {seed} --steps {steps} --batch-size {batch_size} --lr {lr}",
         seed=seed,
         steps=steps,
@@ -194,7 +194,7 @@ def main() -> None:
         "--out", type=Path, required=True, help="folder of the run; one that exists is continued"
     )
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--steps", type=int, default=8000)
+    parser.add_argument("--steps", type=int, default=4000)
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--lr", type=float, default=1e-3)
     arguments = parser.parse_args()
