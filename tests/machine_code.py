@@ -1,6 +1,7 @@
 """Compile the Triton kernels without a GPU and print, as JSON, what the machine code holds.
 
-Run as a script in a process of its own, because the tests' process has Triton in interpreter mode.
+Run as a script, with the operation's name, in a process of its own, because the tests' process has Triton in
+interpreter mode.
 """
 
 from __future__ import annotations
@@ -9,8 +10,10 @@ import json
 import os
 import re
 import subprocess
+import sys
 import tempfile
-from collections import Counter
+from collections import Counter, defaultdict
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -19,9 +22,11 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from dgs_kernels.triton import project_align
+from dgs_kernels.triton import project_align, surgery_head
 
 TYPES = {torch.float32: "fp32", torch.float64: "fp64", torch.bfloat16: "bf16", torch.float16: "fp16"}
+# Counts that are no multiple of 16, unlike the sizes and strides of an aligned matrix.
+COUNTS = ("rows", "batch", "chunk_rows", "program_rows", "programs")
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
@@ -30,7 +35,7 @@ def machine_code(kernel, types: dict, constants: dict, capability: int, num_warp
     types = {n: "constexpr" if n in constants else types[n] for n in kernel.arg_names}
     # What Triton itself assumes of a pointer, size or stride that is a multiple of 16.
     aligned = [
-        n for n, t in types.items() if n != "rows" and (t == "i32" or (t[0] == "*" and n != "scale_ptr"))
+        n for n, t in types.items() if n not in COUNTS and (t == "i32" or (t[0] == "*" and n != "scale_ptr"))
     ]
     source = ASTSource(
         fn=kernel,
@@ -76,20 +81,59 @@ def project_align_code(dtype: torch.dtype, dim: int, order: int, rule: int, capa
     return machine_code(kernel, types, constants, capability, warps)
 
 
-def main() -> None:
+def project_align_codes(capability: int) -> Iterator[tuple[str, dict]]:
     cases = [
         (torch.bfloat16, 768, 0, 0),
         (torch.float64, 8192, 1, 2),
         (torch.float32, 16384, 1, 0),
         (torch.bfloat16, 65536, 0, 2),
     ]
+    for dtype, dim, order, rule in cases:
+        code = project_align_code(dtype, dim, order, rule, capability)
+        yield f"{TYPES[dtype]} {dim} order {order} rule {rule}", code
+
+
+def surgery_head_codes(capability: int) -> Iterator[tuple[str, dict]]:
+    sizes = ("batch", "dim", "chunk_rows", "features_stride", "teacher_stride", "text_stride")
+    for dtype, dim in (
+        (torch.bfloat16, 768),
+        (torch.float32, 1024),
+        (torch.float32, 4096),
+        (torch.bfloat16, 8192),
+    ):
+        types = defaultdict(lambda: "*fp32", dict.fromkeys(sizes, "i32"))
+        types |= dict.fromkeys(("features_ptr", "teacher_ptr", "text_ptr"), "*" + TYPES[dtype])
+        constants = {"ACC": tl.float32}
+        kernels = {}
+        if shape := surgery_head.launch_shape(dim, dtype):
+            kernels["rows"] = (surgery_head._row_kernel, shape | constants)
+        else:
+            long = constants | {"BLOCK": surgery_head.CHUNK}
+            kernels["long rows"] = (surgery_head._long_row_kernel, long | {"num_warps": 8})
+            kernels["weighted sums"] = (surgery_head._weighted_sums_kernel, long | {"num_warps": 4})
+        for name, (kernel, constants) in kernels.items():
+            warps = constants.pop("num_warps")
+            yield f"{name} {TYPES[dtype]} {dim}", machine_code(kernel, types, constants, capability, warps)
+    types = defaultdict(lambda: "*fp32", {"batch": "i32", "dim": "i32", "program_rows": "i32", "eps": "fp64"})
+    types |= {"mean": "fp64", "reference_mean": "fp64", "out_ptr": "*bf16"}
+    constants = surgery_head.backward_shape(768) | {
+        "ACC": tl.float32,
+        "PROJECT_FIRST": 0,
+        "products_ptr": None,
+    }
+    warps = constants.pop("num_warps")
+    yield (
+        "backward bf16 768",
+        machine_code(surgery_head._backward_kernel, types, constants, capability, warps),
+    )
+
+
+def main(operation: str) -> None:
     for capability in (80, 90):
-        for dtype, dim, order, rule in cases:
-            code = project_align_code(dtype, dim, order, rule, capability)
-            name = f"project_align sm_{capability} {TYPES[dtype]} {dim} order {order} rule {rule}"
-            print(json.dumps({"kernel": name, **code}))
+        for name, code in globals()[f"{operation}_codes"](capability):
+            print(json.dumps({"kernel": f"{operation} sm_{capability} {name}", **code}))
 
 
 if __name__ == "__main__":
     assert os.environ.get("TRITON_INTERPRET") != "1"
-    main()
+    main(sys.argv[1])

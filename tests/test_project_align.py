@@ -317,7 +317,9 @@ def test_triton_machine_code():
     pytest.importorskip("triton")
     script = Path(__file__).with_name("machine_code.py")
     environment = os.environ | {"TRITON_INTERPRET": "0", "OMP_NUM_THREADS": "1"}
-    result = subprocess.run([sys.executable, script], capture_output=True, text=True, env=environment)
+    result = subprocess.run(
+        [sys.executable, script, "project_align"], capture_output=True, text=True, env=environment
+    )
     assert result.returncode == 0, result.stderr
     kernels = [json.loads(line) for line in result.stdout.splitlines()]
     assert len(kernels) == 8
