@@ -178,7 +178,7 @@ class CapturedGradients:
                     f"{kind}(): the gradient of {self._layer(p)} is sparse; surgery needs dense gradients "
                     "(nn.Embedding(sparse=False))"
                 )
-            captured[p] = grad.clone() if shared and p not in before else grad
+            captured[p] = grad.clone() if shared and captured.get(p) is not grad else grad
         self._check_unreduced()
         if all(before.get(p) == _stamp(g) for p, g in arrived.items()):
             raise RuntimeError(

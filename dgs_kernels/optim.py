@@ -101,6 +101,13 @@ class SurgeryAdamW(torch.optim.AdamW):
         """See `OptimizerSurgery.metrics`."""
         return self.surgery.metrics()
 
+    def register_step_pre_hook(self, hook):
+        """Refused: it would see gradients before the surgery, which is inside the step and never written."""
+        raise RuntimeError(
+            "SurgeryAdamW operates inside its step, where no hook sees the gradients (clipping before it needs "
+            "none); to hook what the surgery leaves, use OptimizerSurgery on torch.optim.AdamW"
+        )
+
     def __getstate__(self):
         return super().__getstate__() | {"surgery": self.surgery}
 

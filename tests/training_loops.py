@@ -1,0 +1,160 @@
+"""A small training problem: with each of the three hooks, and by plain formulas in one process to compare with.
+
+Shared by the tests of loops in this process and in several.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from dgs_kernels import OptimizerSurgery, SurgeryAdamW, gradient_surgery, reference
+
+HOOKS = ("features", "parameters", "SurgeryAdamW")
+STEPS, ROWS = 3, 8
+ALIGNMENT = 0.3
+# A large eps: steps are then in proportion to gradients, so that an error in one cannot hide, nor grow.
+ADAMW = {"lr": 0.5, "eps": 0.5, "weight_decay": 0.1}
+
+
+class Net(nn.Module):
+    """Returns predictions [n, 1], and the alignment loss where feature surgery is asked for."""
+
+    def __init__(self, dtype=torch.float64):
+        super().__init__()
+        torch.manual_seed(0)
+        self.backbone = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 4))
+        self.head = nn.Linear(4, 1)
+        self.to(dtype)
+
+    def forward(self, x, harmful=None, beneficial=None):
+        features = self.backbone(x)
+        if harmful is None:
+            return self.head(features), features.new_zeros(())
+        features, alignment_loss = gradient_surgery(features, harmful, beneficial)
+        return self.head(features), alignment_loss
+
+
+@dataclass
+class Batch:
+    """n rows: inputs and targets of the task, inputs of the reference losses, directions for features."""
+
+    x: torch.Tensor
+    y: torch.Tensor
+    x_harmful: torch.Tensor
+    x_beneficial: torch.Tensor
+    harmful: torch.Tensor
+    beneficial: torch.Tensor
+
+    def part(self, i: int, parts: int) -> Batch:
+        return Batch(*(t.chunk(parts)[i] for t in vars(self).values()))
+
+    def to(self, dtype) -> Batch:
+        return Batch(*(t.to(dtype) for t in vars(self).values()))
+
+
+def batch(step: int, dtype=torch.float64) -> Batch:
+    generator = torch.Generator().manual_seed(100 + step)
+    sizes = (6, 1, 6, 6, 4, 4)
+    drawn = Batch(*(torch.randn(ROWS, n, generator=generator, dtype=torch.float64) for n in sizes))
+    return drawn.to(dtype)
+
+
+def task_loss(prediction, b: Batch):
+    return (prediction.float() if prediction.dtype.itemsize < 4 else prediction).sub(b.y).square().mean()
+
+
+def reference_loss(prediction):
+    return prediction.sin().mean()
+
+
+class Hook:
+    """One of the three ways to operate, behind what a loop calls: `backward` on one batch, the optimiser's step."""
+
+    def __init__(self, kind: str, model: nn.Module, /, optimizer_options=None, **options):
+        self.kind = kind
+        if kind == "SurgeryAdamW":
+            self.optimizer = SurgeryAdamW(model.parameters(), **ADAMW, alignment=ALIGNMENT, **options)
+            self.surgery = self.optimizer
+        else:
+            self.optimizer = torch.optim.AdamW(model.parameters(), **ADAMW, **(optimizer_options or {}))
+            if kind == "parameters":
+                self.surgery = OptimizerSurgery(self.optimizer, alignment=ALIGNMENT, **options)
+
+    def references(self, model, b: Batch, backward=torch.Tensor.backward, weight=1.0) -> None:
+        if self.kind != "features":
+            with self.surgery.harmful():
+                backward(reference_loss(model(b.x_harmful)[0]) * weight)
+            with self.surgery.beneficial():
+                backward(reference_loss(model(b.x_beneficial)[0]) * weight)
+
+    def loss(self, model, b: Batch):
+        directions = (b.harmful, b.beneficial) if self.kind == "features" else ()
+        prediction, alignment_loss = model(b.x, *directions)
+        return task_loss(prediction, b) + ALIGNMENT * alignment_loss
+
+    def backward(self, model, b: Batch, backward=torch.Tensor.backward, weight=1.0) -> None:
+        self.references(model, b, backward, weight)
+        backward(self.loss(model, b) * weight)
+
+
+def plain(
+    kind: str,
+    *,
+    dtype=torch.float64,
+    clip: str | None = None,
+    max_norm: float = 0.05,
+    layers: tuple = range(6),
+) -> list:
+    """Weights after STEPS steps, computed without hooks, processes or micro-batches: every gradient by
+    `autograd.grad`, every surgery by the reference formulas. Clipping "before" or "after" the surgery;
+    `layers` numbers the layer of each of Net's six parameters.
+    """
+    model = Net(dtype)
+    params = list(model.parameters())
+    optimizer = torch.optim.AdamW(params, **ADAMW)
+    for step in range(STEPS):
+        b = batch(step, dtype)
+        if kind == "features":
+            features = model.backbone(b.x)
+            loss = task_loss(model.head(features), b)
+            cotangent, *head = torch.autograd.grad(
+                loss, [features, *model.head.parameters()], retain_graph=True
+            )
+            edited = reference.project_align(cotangent, b.harmful, b.beneficial, alignment=ALIGNMENT / ROWS)
+            grads = [*torch.autograd.grad(features, list(model.backbone.parameters()), edited), *head]
+        else:
+            grads, harmful, beneficial = (
+                list(torch.autograd.grad(loss, params))
+                for loss in (
+                    task_loss(model(b.x)[0], b),
+                    reference_loss(model(b.x_harmful)[0]),
+                    reference_loss(model(b.x_beneficial)[0]),
+                )
+            )
+            grads = clipped(grads, max_norm) if clip == "before" else grads
+            grads = reference.project_align_(grads, harmful, beneficial, layers, alignment=ALIGNMENT)
+        grads = clipped(grads, max_norm) if clip and (kind == "features" or clip == "after") else grads
+        for p, grad in zip(params, grads):
+            p.grad = grad
+        optimizer.step()
+    return weights(model)
+
+
+def clipped(grads, max_norm: float) -> list:
+    norm = torch.stack([g.norm() for g in grads]).norm()
+    return [g * min(1.0, max_norm / (float(norm) + 1e-6)) for g in grads]
+
+
+def weights(model) -> list:
+    return [p.detach().clone() for p in model.parameters()]
+
+
+def assert_same(ours: list, theirs: list, tolerance: float = 1e-10) -> None:
+    """Equal weights, after training that moved them by far more than the tolerance."""
+    start = weights(Net())
+    for a, b, s in zip(ours, theirs, start):
+        torch.testing.assert_close(a.double(), b.double(), rtol=tolerance, atol=tolerance)
+        assert (b.double() - s).norm() > 10 * tolerance * s.norm()
