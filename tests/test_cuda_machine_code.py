@@ -121,4 +121,4 @@ def test_wide_accesses(compiled, source, architecture):
         assert narrow_loads <= loads, f"{name} loads narrowly: {instructions}"
         assert counts["STG", False] <= stores, f"{name} stores narrowly: {instructions}"
         assert counts["LDG", True] + counts["LD", True] >= 6, f"{name} has no wide loads: {instructions}"
-    assert seen >= 4  # one for each storage type
+    assert seen >= 2  # one for each storage type

@@ -37,14 +37,14 @@ struct ChunkOf {
   }
   __device__ __forceinline__ T* grad() const { return at(static_cast<T*>(tensor->grad)); }
   __device__ __forceinline__ void read(Share<T, Aligned>& share, const SurgeryOptions<Compute<T>>& options,
-                                       Compute<T> (&sums)[3]) const {
+                                       Compute<T> (&sums)[kGroupSums]) const {
     share.read(grad(), at(static_cast<const T*>(tensor->harmful)), at(static_cast<const T*>(tensor->beneficial)), count,
                threadIdx.x, kListThreads, options, sums, wide);
   }
 };
 
 // How a list is laid over the device: a cluster of `cluster` blocks per group, where every group fits one; or
-// with 0, a block per chunk, after the groups' sums have been computed.
+// with 0, a block per chunk, once the groups' sums are known.
 struct ListGrid {
   TensorList list;
   int cluster;
@@ -54,7 +54,7 @@ struct ListGrid {
 
 inline ListGrid lay_out(const TensorList& list) {
   int cluster = power_of_two(list.max_group_chunks, kMaxCluster);
-  bool fits = list.num_chunks && list.max_group_chunks <= cluster && (cluster == 1 || has_clusters());
+  bool fits = list.part == Part::all && list.num_chunks && list.max_group_chunks <= cluster && (cluster == 1 || has_clusters());
   return {list, fits ? cluster : 0};
 }
 
@@ -76,21 +76,22 @@ __device__ __forceinline__ Compute<T> read_and_project(const ListGrid& p, const 
                                                        Share<T, Aligned>& share) {
   using A = Compute<T>;
   SurgeryOptions<A> options = options_of<A>(p.list);
-  A* group_sums = static_cast<A*>(p.list.sums) + chunk.group * 3;
-  A sums[3] = {};
+  A* group_sums = static_cast<A*>(p.list.sums) + chunk.group * kGroupSums;
+  A sums[kGroupSums] = {};
   chunk.read(share, options, sums);
   if (p.cluster) {
     A* scratch = shared_memory<A>();
     sum_over(kListThreads, sums, scratch);
-    sum_over_cluster(p.cluster, sums, scratch + kListThreads / kWarp * 3);
+    sum_over_cluster(p.cluster, sums, scratch + kListThreads / kWarp * kGroupSums);
     if (threadIdx.x == 0 && blockIdx.x % p.cluster == 0)
 #pragma unroll
-      for (int n = 0; n < 3; ++n) group_sums[n] = sums[n];
+      for (int n = 0; n < kGroupSums; ++n) group_sums[n] = sums[n];
   } else {
 #pragma unroll
-    for (int n = 0; n < 3; ++n) sums[n] = group_sums[n];
+    for (int n = 0; n < kGroupSums; ++n) sums[n] = group_sums[n];
   }
-  return coefficient(sums, options);
+  A inner = sums[0] + (options.order == Order::align_first ? options.alignment * sums[3] : A(0));
+  return projection(inner, sqrt(sums[1]), options.eps, options.rule);
 }
 
 }  // namespace dgs::cuda

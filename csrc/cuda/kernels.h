@@ -39,8 +39,8 @@ struct SurgeryHeadBackward {
 struct TensorEntry {
   void* grad;
   const void *harmful, *beneficial;
-  void *param, *exp_avg, *exp_avg_sq, *max_exp_avg_sq;
-  const float* step;  // number of this step, from 1
+  void *param, *exp_avg, *exp_avg_sq;
+  double step_size, correction_root;  // lr / (1 - beta1^step), sqrt(1 - beta2^step)
   int64_t numel;
   int64_t aligned;  // whether every pointer divides by 16 bytes
 };
@@ -51,35 +51,40 @@ struct Chunk {
   int32_t tensor, group;
 };
 
+constexpr int kGroupSums = 6;  // <g, h>, <h, h>, <g, g>, <b, h>, <b, b>, <g, b> with b = min(beneficial, 0)
+
+// Make a group's sums and apply them, or one of the two: sharded training adds up its sums in between.
+enum class Part { all, sums, apply };
+
 // A list of tensors, cut into chunks that are sorted by group. plan_chunks() makes the last three tables.
 struct TensorList {
   DType dtype;
   Order order;
   Rule rule;
+  Part part;
   int32_t aligned;                // every pointer and every tensor's size in bytes divides by 16
   const TensorEntry* tensors;     // device
   const Chunk* chunks;            // device, [num_chunks]
   const int64_t* group_begin;     // device, [num_groups + 1]: a group's chunks are group_begin[g] to group_begin[g + 1]
   int64_t num_chunks, num_groups, max_group_chunks;
-  void* partials;                 // device, [num_chunks, 3] of the compute type
-  void* sums;                     // device, [num_groups, 3]: <x, h>, <h, h>, <x, x>, with x what is projected
+  void* partials;                 // device, [num_chunks, kGroupSums] of the compute type
+  void* sums;                     // device, [num_groups, kGroupSums]
   const void* scale;              // one number of the compute type, or null
   double alignment, eps;
 };
 
-// torch.optim.AdamW's arguments.
+// torch.optim.AdamW's arguments, as far as they are the same for all tensors and steps.
 struct AdamW {
-  const float* lr_tensor;  // used instead of lr if not null
   double lr, beta1, beta2, weight_decay, eps;
   int32_t maximize;
 };
 
+// Strides in elements. Pixels of a row next to each other (pixel_stride 1) are read 16 bytes at a time.
 struct SpectralEntropy {
-  int32_t is_uint8;    // else dtype tells; not f64
-  DType dtype;
-  const void* images;  // [batch, 3, height, width], strides in elements, rows contiguous
+  int32_t is_uint8;    // in 0..255, else float32 in 0..1
+  const void* images;  // [batch, 3, height, width]
   int64_t batch, height, width;
-  int64_t batch_stride, channel_stride, row_stride;
+  int64_t batch_stride, channel_stride, row_stride, pixel_stride;
   float* entropy;      // [batch, height / 32 * (width / 32)]
 };
 
@@ -91,8 +96,7 @@ int64_t surgery_head_workspace(int64_t batch, int64_t dim);
 int64_t plan_chunks(DType, bool aligned, const int64_t* numel, const int64_t* groups, int64_t num_tensors,
                     int64_t num_groups, Chunk* chunks, int64_t* group_begin);
 const char* project_align_(const TensorList&, void* stream);
-const char* group_sums(const TensorList&, void* stream);  // fills `sums` alone, in two launches
-const char* surgery_adamw(const TensorList&, const AdamW&, void* stream);
+const char* surgery_adamw_(const TensorList&, const AdamW&, void* stream);
 const char* spectral_entropy(const SpectralEntropy&, void* stream);
 
 }  // namespace dgs::cuda

@@ -48,11 +48,12 @@ __global__ __launch_bounds__(kMaxThreads) void rows_in_registers(const __grid_co
   SurgeryOptions<A> options = options_of<A>(p.args);
 
   Share<T, Aligned> share;
-  A sums[3] = {};
+  A sums[2] = {};
   share.read(at.grad, at.harmful, at.beneficial, count, lane, p.lanes, options, sums);
   sum_over(p.lanes, sums, scratch);
-  sum_over_cluster(p.cluster, sums, scratch + kMaxThreads / kWarp * 3);
-  share.write(at.out, coefficient(sums, options), count, lane, p.lanes, options.rule);
+  sum_over_cluster(p.cluster, sums, scratch + kMaxThreads / kWarp * 2);
+  A k = projection(sums[0], sqrt(sums[1]), options.eps, options.rule);
+  share.write(at.out, k, count, lane, p.lanes, options.rule);
   cluster_done(p.cluster);
 }
 
@@ -62,13 +63,13 @@ __global__ __launch_bounds__(kMaxThreads) void rows_read_twice(const __grid_cons
   Row<T> at(p.args, blockIdx.x, 0);
   SurgeryOptions<A> options = options_of<A>(p.args);
   constexpr int64_t kStep = kMaxThreads * kShare<T, Aligned>;
-  A sums[3] = {};
+  A sums[2] = {};
   Share<T, Aligned> share;
   for (int64_t i = 0; i < p.args.dim; i += kStep)
     share.read(at.grad + i, at.harmful + i, at.beneficial ? at.beneficial + i : nullptr, p.args.dim - i, threadIdx.x,
                kMaxThreads, options, sums);
   sum_over(kMaxThreads, sums, shared_memory<A>());
-  A k = coefficient(sums, options);
+  A k = projection(sums[0], sqrt(sums[1]), options.eps, options.rule);
   for (int64_t i = 0; i < p.args.dim; i += kStep) {
     share.read(at.grad + i, at.harmful + i, at.beneficial ? at.beneficial + i : nullptr, p.args.dim - i, threadIdx.x,
                kMaxThreads, options, sums);
@@ -81,7 +82,7 @@ const char* run(const ProjectAlign& args, void* stream) {
   int64_t shares = ceil_div(args.dim, kShare<T, Aligned>);
   int lanes = power_of_two(shares, kMaxThreads);
   int cluster = power_of_two(ceil_div(shares, kMaxThreads), kMaxCluster);
-  int scratch = scratch_bytes<Compute<T>>(3, kMaxThreads);
+  int scratch = scratch_bytes<Compute<T>>(2, kMaxThreads);
   Rows rows{args, lanes, cluster};
   bool fits = shares <= int64_t(lanes) * cluster && (cluster == 1 || has_clusters());
   if (!fits) return launch(rows_read_twice<T, Aligned>, args.rows, kMaxThreads, scratch, stream, rows);

@@ -16,27 +16,27 @@ namespace {
 template <typename T, bool Aligned>
 __global__ __launch_bounds__(kListThreads) void chunk_sums(const __grid_constant__ TensorList p) {
   using A = Compute<T>;
-  A sums[3] = {};
+  A sums[kGroupSums] = {};
   Share<T, Aligned> share;
   ChunkOf<T, Aligned> chunk(p, blockIdx.x);
   chunk.read(share, options_of<A>(p), sums);
   sum_over(kListThreads, sums, shared_memory<A>());
   if (threadIdx.x == 0)
 #pragma unroll
-    for (int n = 0; n < 3; ++n) static_cast<A*>(p.partials)[int64_t(blockIdx.x) * 3 + n] = sums[n];
+    for (int n = 0; n < kGroupSums; ++n) static_cast<A*>(p.partials)[int64_t(blockIdx.x) * kGroupSums + n] = sums[n];
 }
 
 // One block per group.
 template <typename A>
 __global__ __launch_bounds__(kListThreads) void add_chunk_sums(const __grid_constant__ TensorList p) {
-  A sums[3] = {};
+  A sums[kGroupSums] = {};
   for (int64_t c = p.group_begin[blockIdx.x] + threadIdx.x; c < p.group_begin[blockIdx.x + 1]; c += kListThreads)
 #pragma unroll
-    for (int n = 0; n < 3; ++n) sums[n] += static_cast<const A*>(p.partials)[c * 3 + n];
+    for (int n = 0; n < kGroupSums; ++n) sums[n] += static_cast<const A*>(p.partials)[c * kGroupSums + n];
   sum_over(kListThreads, sums, shared_memory<A>());
   if (threadIdx.x == 0)
 #pragma unroll
-    for (int n = 0; n < 3; ++n) static_cast<A*>(p.sums)[int64_t(blockIdx.x) * 3 + n] = sums[n];
+    for (int n = 0; n < kGroupSums; ++n) static_cast<A*>(p.sums)[int64_t(blockIdx.x) * kGroupSums + n] = sums[n];
 }
 
 template <typename T, bool Aligned>
@@ -51,7 +51,7 @@ __global__ __launch_bounds__(kListThreads) void project_chunks(const __grid_cons
 template <typename T, bool Aligned>
 const char* sum_groups(const TensorList& list, void* stream) {
   using A = Compute<T>;
-  int scratch = scratch_bytes<A>(3, kListThreads);
+  int scratch = scratch_bytes<A>(kGroupSums, kListThreads);
   const char* error = launch(chunk_sums<T, Aligned>, list.num_chunks, kListThreads, scratch, stream, list);
   return error ? error : launch(add_chunk_sums<A>, list.num_groups, kListThreads, scratch, stream, list);
 }
@@ -59,9 +59,10 @@ const char* sum_groups(const TensorList& list, void* stream) {
 template <typename T, bool Aligned>
 const char* run(const TensorList& list, void* stream) {
   ListGrid grid = lay_out(list);
-  if (!grid.cluster)
+  if (!grid.cluster && list.part != Part::apply)
     if (const char* error = sum_groups<T, Aligned>(list, stream)) return error;
-  return launch(project_chunks<T, Aligned>, grid.blocks(), kListThreads, scratch_bytes<Compute<T>>(3, kListThreads),
+  if (list.part == Part::sums) return nullptr;
+  return launch(project_chunks<T, Aligned>, grid.blocks(), kListThreads, scratch_bytes<Compute<T>>(kGroupSums, kListThreads),
                 stream, grid, grid.cluster);
 }
 
@@ -89,13 +90,6 @@ const char* project_align_(const TensorList& list, void* stream) {
   return dispatch(list.dtype, [&](auto zero) {
     using T = decltype(zero);
     return list.aligned ? run<T, true>(list, stream) : run<T, false>(list, stream);
-  });
-}
-
-const char* group_sums(const TensorList& list, void* stream) {
-  return dispatch(list.dtype, [&](auto zero) {
-    using T = decltype(zero);
-    return list.aligned ? sum_groups<T, true>(list, stream) : sum_groups<T, false>(list, stream);
   });
 }
 

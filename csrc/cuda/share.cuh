@@ -18,18 +18,21 @@ __device__ __forceinline__ A direction(A harmful, Rule rule) {
   return rule == Rule::positive ? dgs::direction<true>(harmful) : dgs::direction<false>(harmful);
 }
 
-// What one element adds to <x, h>, <h, h> and <x, x>, with x the vector that is projected.
+// What one element adds to a row's sums <x, h>, <h, h>, with x the vector that is projected,
 template <typename A>
-__device__ __forceinline__ void add_products(A grad, A moved, A h, Order order, A (&sums)[3]) {
-  A x = order == Order::align_first ? moved : grad;
-  sums[0] += x * h;
+__device__ __forceinline__ void add_products(A g, A h, A, A moved, Order order, A (&sums)[2]) {
+  sums[0] += (order == Order::align_first ? moved : g) * h;
   sums[1] += h * h;
-  sums[2] += x * x;
 }
-
+// and to a group's, from which metrics are made too: <g, h>, <h, h>, <g, g>, <b, h>, <b, b>, <g, b>.
 template <typename A>
-__device__ __forceinline__ A coefficient(const A (&sums)[3], const SurgeryOptions<A>& options) {
-  return projection(sums[0], sqrt(sums[1]), options.eps, options.rule);
+__device__ __forceinline__ void add_products(A g, A h, A b, A, Order, A (&sums)[kGroupSums]) {
+  sums[0] += g * h;
+  sums[1] += h * h;
+  sums[2] += g * g;
+  sums[3] += b * h;
+  sums[4] += b * b;
+  sums[5] += g * b;
 }
 
 template <typename T, bool Aligned>
@@ -40,8 +43,9 @@ struct Share {
   Pack<T> harmful[kPacks];
 
   // `count` elements from each pointer on, dealt out to `lanes` threads.
+  template <int N>
   __device__ __forceinline__ void read(const T* grad, const T* harmful_row, const T* beneficial, int64_t count, int lane,
-                                       int lanes, const SurgeryOptions<A>& options, A (&sums)[3], bool wide = Aligned) {
+                                       int lanes, const SurgeryOptions<A>& options, A (&sums)[N], bool wide = Aligned) {
     Pack<T> g[kPacks], b[kPacks];
 #pragma unroll
     for (int v = 0; v < kPacks; ++v) {
@@ -53,10 +57,10 @@ struct Share {
     for (int v = 0; v < kPacks; ++v)
 #pragma unroll
       for (int j = 0; j < kPack<T>; ++j) {
-        A x = widen(g[v].at[j]);
+        A x = widen(g[v].at[j]), pull = negative_part(widen(b[v].at[j]));
         A& y = moved[v * kPack<T> + j];
-        y = x + options.alignment * negative_part(widen(b[v].at[j]));
-        add_products(x, y, direction(widen(harmful[v].at[j]), options.rule), options.order, sums);
+        y = x + options.alignment * pull;
+        add_products(x, direction(widen(harmful[v].at[j]), options.rule), pull, y, options.order, sums);
       }
   }
 

@@ -14,8 +14,8 @@ int64_t c_plan_chunks(int dtype, bool aligned, const int64_t* numel, const int64
   return plan_chunks(DType(dtype), aligned, numel, groups, num_tensors, num_groups, chunks, group_begin);
 }
 const char* c_project_align_(const TensorList* list) { return project_align_(*list, nullptr); }
-const char* c_surgery_adamw(const TensorList* list, const AdamW* options) {
-  return surgery_adamw(*list, *options, nullptr);
+const char* c_surgery_adamw_(const TensorList* list, const AdamW* options) {
+  return surgery_adamw_(*list, *options, nullptr);
 }
 const char* c_spectral_entropy(const SpectralEntropy* args) { return spectral_entropy(*args, nullptr); }
 }
