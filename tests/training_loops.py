@@ -1,4 +1,4 @@
-"""A small training problem: with each of the three hooks, and by plain formulas in one process to compare with.
+"""A small training problem, with each of the three hooks and by plain formulas in one process.
 
 Shared by the tests of loops in this process and in several.
 """
@@ -71,7 +71,7 @@ def reference_loss(prediction):
 
 
 class Hook:
-    """One of the three ways to operate, behind what a loop calls: `backward` on one batch, the optimiser's step."""
+    """One of the three ways to operate, behind what a loop calls: the backward of a batch, the optimiser."""
 
     def __init__(self, kind: str, model: nn.Module, /, optimizer_options=None, **options):
         self.kind = kind
