@@ -9,7 +9,8 @@
 namespace dgs::cuda {
 namespace {
 
-constexpr int kThreads = 128;  // where a row needs at most a warp
+constexpr int kThreads = 128;      // where a row needs at most a warp
+constexpr int kTwinThreads = 256;  // of the plain twin
 
 struct Rows {
   ProjectAlign args;
@@ -58,22 +59,22 @@ __global__ __launch_bounds__(kMaxThreads) void rows_in_registers(const __grid_co
 }
 
 template <typename T, bool Aligned>
-__global__ __launch_bounds__(kMaxThreads) void rows_read_twice(const __grid_constant__ Rows p) {
+__global__ __launch_bounds__(kTwinThreads, 1) void rows_read_twice(const __grid_constant__ Rows p) {
   using A = Compute<T>;
   Row<T> at(p.args, blockIdx.x, 0);
   SurgeryOptions<A> options = options_of<A>(p.args);
-  constexpr int64_t kStep = kMaxThreads * kShare<T, Aligned>;
+  constexpr int64_t kStep = kTwinThreads * kShare<T, Aligned>;
   A sums[2] = {};
   Share<T, Aligned> share;
   for (int64_t i = 0; i < p.args.dim; i += kStep)
     share.read(at.grad + i, at.harmful + i, at.beneficial ? at.beneficial + i : nullptr, p.args.dim - i, threadIdx.x,
-               kMaxThreads, options, sums);
-  sum_over(kMaxThreads, sums, shared_memory<A>());
+               kTwinThreads, options, sums);
+  sum_over(kTwinThreads, sums, shared_memory<A>());
   A k = projection(sums[0], sqrt(sums[1]), options.eps, options.rule);
   for (int64_t i = 0; i < p.args.dim; i += kStep) {
     share.read(at.grad + i, at.harmful + i, at.beneficial ? at.beneficial + i : nullptr, p.args.dim - i, threadIdx.x,
-               kMaxThreads, options, sums);
-    share.write(at.out + i, k, p.args.dim - i, threadIdx.x, kMaxThreads, options.rule);
+               kTwinThreads, options, sums);
+    share.write(at.out + i, k, p.args.dim - i, threadIdx.x, kTwinThreads, options.rule);
   }
 }
 
@@ -85,7 +86,7 @@ const char* run(const ProjectAlign& args, void* stream) {
   int scratch = scratch_bytes<Compute<T>>(2, kMaxThreads);
   Rows rows{args, lanes, cluster};
   bool fits = shares <= int64_t(lanes) * cluster && (cluster == 1 || has_clusters());
-  if (!fits) return launch(rows_read_twice<T, Aligned>, args.rows, kMaxThreads, scratch, stream, rows);
+  if (!fits) return launch(rows_read_twice<T, Aligned>, args.rows, kTwinThreads, scratch, stream, rows);
   int threads = lanes > kWarp ? lanes : kThreads;
   int64_t blocks = ceil_div(args.rows, threads / lanes) * cluster;
   return launch(rows_in_registers<T, Aligned>, blocks, threads, scratch, stream, rows, cluster);

@@ -12,7 +12,7 @@ struct Step {
 };
 
 template <typename T, bool Aligned>
-__global__ __launch_bounds__(kListThreads) void adamw_chunks(const __grid_constant__ Step p) {
+__global__ __launch_bounds__(kListThreads, 1) void adamw_chunks(const __grid_constant__ Step p) {
   using A = Compute<T>;
   ChunkOf<T, Aligned> chunk = chunk_of_block<T, Aligned>(p.grid);
   Share<T, Aligned> share;
