@@ -22,11 +22,11 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from dgs_kernels.triton import project_align, surgery_head
+from dgs_kernels.triton import project_align, project_align_, spectral_entropy, surgery_adamw_, surgery_head
 
 TYPES = {torch.float32: "fp32", torch.float64: "fp64", torch.bfloat16: "bf16", torch.float16: "fp16"}
 # Counts that are no multiple of 16, unlike the sizes and strides of an aligned matrix.
-COUNTS = ("rows", "batch", "chunk_rows", "program_rows", "programs")
+COUNTS = ("rows", "columns", "batch", "chunk_rows", "program_rows", "programs", "tensors", "chunks")
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
@@ -126,6 +126,39 @@ def surgery_head_codes(capability: int) -> Iterator[tuple[str, dict]]:
         "backward bf16 768",
         machine_code(surgery_head._backward_kernel, types, constants, capability, warps),
     )
+
+
+def layer_codes(kernels: dict, capability: int) -> Iterator[tuple[str, dict]]:
+    """Kernels over lists of aligned tensors without tails; the tables hold int64 numbers."""
+    for dtype in (torch.bfloat16, torch.float32):
+        types = defaultdict(lambda: "fp64", dict.fromkeys(("partials_ptr", "sums_ptr", "scale_ptr"), "*fp32"))
+        types |= {"table_ptr": "*i64", "chunks_ptr": "*i64", "tensors": "i32", "chunks": "i32"}
+        constants = {"HAS_BENEFICIAL": True, "ALIGNED": True, "TAILS": False, "CHUNK": project_align_.CHUNK}
+        constants |= {"ORDER": 0, "RULE": 0, "MAXIMIZE": False, "ACC": tl.float32}
+        constants["TYPE"] = project_align_.POINTERS[dtype]
+        for name, kernel in kernels.items():
+            used = {n: value for n, value in constants.items() if n in kernel.arg_names}
+            code = machine_code(kernel, types, used, capability, project_align_.WARPS)
+            yield f"{name} {TYPES[dtype]}", code
+
+
+def project_align__codes(capability: int) -> Iterator[tuple[str, dict]]:
+    kernels = {"sums": project_align_._chunk_kernel, "apply": project_align_._apply_kernel}
+    yield from layer_codes(kernels, capability)
+
+
+def surgery_adamw__codes(capability: int) -> Iterator[tuple[str, dict]]:
+    yield from layer_codes({"step": surgery_adamw_._step_kernel}, capability)
+
+
+def spectral_entropy_codes(capability: int) -> Iterator[tuple[str, dict]]:
+    for dtype, scale in (("u8", 1 / 255), ("fp32", 1.0)):
+        types = defaultdict(
+            lambda: "i32", {"basis_ptr": "*fp32", "out_ptr": "*fp32", "images_ptr": "*" + dtype}
+        )
+        constants = {"SCALE": scale, "PATCHES": spectral_entropy.PATCHES, "pixel_stride": 1}
+        code = machine_code(spectral_entropy._kernel, types, constants, capability, spectral_entropy.WARPS)
+        yield dtype, code
 
 
 def main(operation: str) -> None:
