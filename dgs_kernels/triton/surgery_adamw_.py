@@ -1,0 +1,143 @@
+"""AdamW with surgery in its step, in Triton: the portable GPU kernels behind `dgs::surgery_adamw_`.
+
+The first two launches are those of `project_align_`; the third edits the gradient in registers and steps with
+it: 3 reads for the sums, 6 reads and 3 writes for the step.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dgs_kernels.triton import project_align_ as layers
+from dgs_kernels.triton.project_align import _direction, _strength
+from dgs_kernels.triton.project_align_ import BLOCK, _chunk, _negative, _pointer, _read, _share, _write
+
+
+@triton.jit
+def _step_kernel(
+    table_ptr,
+    chunks_ptr,
+    sums_ptr,
+    scale_ptr,
+    tensors,
+    chunks,
+    alignment: tl.float64,
+    surgery_eps: tl.float64,
+    decay: tl.float64,
+    lerp: tl.float64,
+    beta2: tl.float64,
+    rest2: tl.float64,
+    eps: tl.float64,
+    HAS_BENEFICIAL: tl.constexpr,
+    ORDER: tl.constexpr,
+    RULE: tl.constexpr,
+    MAXIMIZE: tl.constexpr,
+    TYPE: tl.constexpr,
+    ACC: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    TAILS: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    tensor, layer, begin, end, numel = _chunk(chunks_ptr, chunks, CHUNK)
+    one = tl.full((), 1.0, tl.float64)
+    # Behind the addresses: -lr / (1 - beta1^step) and sqrt(1 - beta2^step) of each tensor, as float64.
+    corrections_ptr = table_ptr + (6 if HAS_BENEFICIAL else 5) * tensors + tensor
+    step_size = tl.load(corrections_ptr).to(tl.float64, bitcast=True).to(ACC)
+    correction = tl.load(corrections_ptr + tensors).to(tl.float64, bitcast=True).to(ACC)
+    decay, lerp, eps = (one * decay).to(ACC), (one * lerp).to(ACC), (one * eps).to(ACC)
+    beta2, rest2 = (one * beta2).to(ACC), (one * rest2).to(ACC)
+
+    grad = _pointer(table_ptr, tensors, 0, tensor, TYPE, ALIGNED)
+    harmful = _pointer(table_ptr, tensors, 1, tensor, TYPE, ALIGNED)
+    beneficial = _pointer(table_ptr, tensors, 2, tensor, TYPE, ALIGNED) if HAS_BENEFICIAL else harmful
+    FIRST: tl.constexpr = 3 if HAS_BENEFICIAL else 2
+    param = _pointer(table_ptr, tensors, FIRST, tensor, TYPE, ALIGNED)
+    exp_avg = _pointer(table_ptr, tensors, FIRST + 1, tensor, TYPE, ALIGNED)
+    exp_avg_sq = _pointer(table_ptr, tensors, FIRST + 2, tensor, TYPE, ALIGNED)
+    strength = _strength(alignment, scale_ptr, ACC)
+    share = _share(sums_ptr, layer, strength, surgery_eps, ORDER, RULE, ACC)
+    for at in range(begin, end, BLOCK):
+        g = _read(grad, at, numel, ACC, TAILS)
+        h = _direction(_read(harmful, at, numel, ACC, TAILS), RULE)
+        if HAS_BENEFICIAL:
+            g += strength * _negative(_read(beneficial, at, numel, ACC, TAILS))
+        g -= share * h
+        if MAXIMIZE:
+            g = -g
+        m = _read(exp_avg, at, numel, ACC, TAILS)
+        v = _read(exp_avg_sq, at, numel, ACC, TAILS)
+        m += lerp * (g - m)
+        v = v * beta2 + rest2 * g * g
+        p = _read(param, at, numel, ACC, TAILS) * decay
+        p += step_size * (m / (tl.sqrt(v) / correction + eps))
+        _write(exp_avg, at, numel, m, TAILS)
+        _write(exp_avg_sq, at, numel, v, TAILS)
+        _write(param, at, numel, p, TAILS)
+
+
+def surgery_adamw_(
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    steps: list[Tensor],
+    harmful: list[Tensor],
+    beneficial: list[Tensor],
+    groups: list[int],
+    sums: Tensor,
+    scale: Tensor | None,
+    alignment: float,
+    surgery_eps: float,
+    order: int,
+    rule: int,
+    part: int,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    weight_decay: float,
+    eps: float,
+    maximize: bool,
+) -> None:
+    torch._foreach_add_(steps, 1)
+    counts = [step.item() for step in steps]
+    corrections = [-lr / (1 - beta1**n) for n in counts] + [(1 - beta2**n) ** 0.5 for n in counts]
+    cut = layers.plan(grads, groups)
+    pointers, aligned = layers.addresses(grads, harmful, beneficial, params, exp_avgs, exp_avg_sqs)
+    constants = {
+        "HAS_BENEFICIAL": bool(beneficial),
+        "RULE": rule,
+        "TYPE": layers.POINTERS[grads[0].dtype],
+        "ACC": tl.float64 if sums.dtype == torch.float64 else tl.float32,
+        "ALIGNED": aligned,
+        "TAILS": cut.tails,
+    }
+    as_integers = torch.tensor(corrections, dtype=torch.float64).view(torch.int64).tolist()
+    with torch.cuda.device_of(sums):
+        table = layers.upload(pointers + as_integers, sums.device)
+        if part != 2:
+            layers.layer_sums(table, cut, len(grads), sums, constants)
+        chunks = cut.chunks.shape[1]
+        if chunks:
+            _step_kernel[(chunks,)](
+                table,
+                cut.chunks,
+                sums,
+                scale,
+                len(grads),
+                chunks,
+                alignment,
+                surgery_eps,
+                1 - lr * weight_decay,
+                1 - beta1,
+                beta2,
+                1 - beta2,
+                eps,
+                **constants,
+                ORDER=order,
+                MAXIMIZE=maximize,
+                CHUNK=layers.CHUNK,
+                num_warps=layers.WARPS,
+            )
