@@ -221,14 +221,16 @@ class CapturedGradients:
     # Layers ----------------------------------------------------------------------------------------------
 
     def _layer(self, param: Tensor) -> str:
-        if param not in self._layers:
+        name = self._layers.get(param)
+        if name is None:
             self._layers = self._name_layers()
-        if param not in self._layers:
+            name = self._layers.get(param)
+        if name is None:
             raise ValueError(
                 'granularity="layer" needs to know the modules: pass model=, or give the optimizer '
                 "model.named_parameters()"
             )
-        return self._layers[param]
+        return name
 
     def _name_layers(self) -> dict[Tensor, str]:
         groups = self.optimizer.param_groups
@@ -265,35 +267,33 @@ class CapturedGradients:
         self.clear()
         if not harmful and not beneficial:
             return None
-        params = [p for p in self.parameters() if p.grad is not None]
-        if self.process_group is None:
-            params = [p for p in params if p in harmful or p in beneficial]
-        for p in params:
-            if p.grad.layout != torch.strided:
-                raise TypeError(f"the gradient of {self._layer(p)} is sparse; surgery needs dense gradients")
         if not self._unscale([*harmful.values(), *beneficial.values()]):
             for p in self.parameters():
                 p.grad = None  # so that the optimizer leaves everything as it is: a skipped step
             return None
-        if not params:
-            return None
 
-        names = [self._layer(p) for p in params]
-        numbers = {name: i for i, name in enumerate(dict.fromkeys(names))}
+        numbers: dict[str, int] = {}
         shards: dict[tuple, Shard] = {}
-        for p, name in zip(params, names):
-            grad, meshes = _place(p.grad, name)
+        for p in self.parameters():
+            grad = p.grad
+            h, b = (captured.get(p) if captured else None for captured in (harmful, beneficial))
+            if grad is None or (h is None and b is None and self.process_group is None):
+                continue
+            layer = self._layer(p)
+            if grad.layout != torch.strided:
+                raise TypeError(f"the gradient of {layer} is sparse; surgery needs dense gradients")
+            grad, meshes = _place(grad, layer)
             shard = shards.setdefault((grad.device, meshes), Shard())
             shard.params.append(p)
             shard.grads.append(grad)
-            shard.groups.append(numbers[name])
-            for captured, tensors in ((harmful, shard.harmful), (beneficial, shard.beneficial)):
-                if captured:
-                    tensors.append(local(captured[p]) if p in captured else torch.zeros_like(grad))
-        for shard in shards.values():
-            if not harmful:
-                shard.harmful = [torch.zeros_like(g) for g in shard.grads]
-            if self.process_group is not None:
+            shard.groups.append(numbers.setdefault(layer, len(numbers)))
+            shard.harmful.append(torch.zeros_like(grad) if h is None else local(h))
+            if beneficial:
+                shard.beneficial.append(torch.zeros_like(grad) if b is None else local(b))
+        if not shards:
+            return None
+        if self.process_group is not None:
+            for shard in shards.values():
                 _average(shard.harmful, self.process_group)
                 _average(shard.beneficial, self.process_group)
         return Work(shards, list(numbers))

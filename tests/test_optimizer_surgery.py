@@ -72,7 +72,8 @@ def make(kind, model, lr=0.05, weight_decay=0.1, **options):
 both = pytest.mark.parametrize("kind", ["OptimizerSurgery", "SurgeryAdamW"])
 
 
-def assert_same(model, other, tolerance=1e-12):
+def assert_same(model, other, tolerance=1e-9):
+    """AdamW divides by the gradient's size: where surgery leaves only rounding, that is what it magnifies."""
     for a, b in zip(model.parameters(), other.parameters()):
         torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
 
