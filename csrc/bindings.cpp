@@ -7,10 +7,13 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <cmath>
 #include <optional>
 #include <utility>
+#include <vector>
 
 #include "project_align.h"
+#include "tensor_list.h"
 
 #ifdef DGS_CUDA
 #include "cuda/kernels.h"
@@ -105,6 +108,103 @@ Tensor project_align_cpu(Tensor grad, Tensor harmful, std::optional<Tensor> bene
                        [](const ProjectAlign& a) { dgs::cpu::project_align(a, torch_parallel_for); });
 }
 
+using Tensors = std::vector<Tensor>;
+
+// A 0-dim tensor of the computing type, on the device of `like`; null if there is none.
+const void* scalar_of(const std::optional<Tensor>& x, DType dtype, const Tensor& like) {
+  STD_TORCH_CHECK(!x || (x->dim() == 0 && x->device() == like.device() &&
+                         x->scalar_type() == (dtype == DType::f64 ? ScalarType::Double : ScalarType::Float)),
+                  "dgs_native: a scale must be 0-dim, on the tensors' device, and float32 (float64 where they are)");
+  return x ? x->const_data_ptr() : nullptr;
+}
+
+void same_layout(const Tensor& x, const Tensor& like) {
+  STD_TORCH_CHECK(x.numel() == like.numel() && x.scalar_type() == like.scalar_type() && x.device() == like.device(),
+                  "dgs_native: tensors of a list must agree in size, dtype and device from list to list");
+}
+
+// The lists that the two operators on lists have in common. `grads` has at least one tensor.
+dgs::TensorList list_of(std::vector<dgs::ListTensor>& tensors, const Tensors& grads, const Tensors& harmful,
+                        const Tensors& beneficial, const std::vector<int64_t>& groups, const Tensor& sums,
+                        const std::optional<Tensor>& scale, double alignment, double eps, int64_t order, int64_t rule,
+                        int64_t part) {
+  const size_t count = grads.size();
+  const DType dtype = dtype_of(grads[0]);
+  STD_TORCH_CHECK(harmful.size() == count && groups.size() == count && (beneficial.empty() || beneficial.size() == count),
+                  "dgs_native: the lists must have the same length");
+  STD_TORCH_CHECK(order >= 0 && order <= 1 && rule >= 0 && rule <= 2 && part >= 0 && part <= 2,
+                  "dgs_native: order must be 0 or 1, rule and part 0, 1 or 2");
+  STD_TORCH_CHECK(sums.dim() == 2 && sums.size(1) == dgs::group_sums && sums.is_contiguous() &&
+                      sums.scalar_type() == (dtype == DType::f64 ? ScalarType::Double : ScalarType::Float),
+                  "dgs_native: sums must be a contiguous [groups, 6] tensor of the computing type");
+  tensors.resize(count);
+  for (size_t i = 0; i < count; ++i) {
+    STD_TORCH_CHECK(groups[i] >= 0 && groups[i] < sums.size(0), "dgs_native: there is no group ", groups[i]);
+    STD_TORCH_CHECK(grads[i].scalar_type() == grads[0].scalar_type(), "dgs_native: a list must have one dtype");
+    same_layout(harmful[i], grads[i]);
+    if (!beneficial.empty()) same_layout(beneficial[i], grads[i]);
+    tensors[i] = {.grad = grads[i].mutable_data_ptr(),
+                  .harmful = harmful[i].const_data_ptr(),
+                  .beneficial = beneficial.empty() ? nullptr : beneficial[i].const_data_ptr(),
+                  .numel = grads[i].numel(),
+                  .group = groups[i]};
+  }
+  return {.dtype = dtype,
+          .order = static_cast<dgs::Order>(order),
+          .rule = static_cast<dgs::Rule>(rule),
+          .part = static_cast<dgs::Part>(part),
+          .tensors = tensors.data(),
+          .num_tensors = int64_t(count),
+          .num_groups = sums.size(0),
+          .sums = sums.mutable_data_ptr(),
+          .scale = scalar_of(scale, dtype, sums),
+          .alignment = alignment,
+          .eps = eps};
+}
+
+void project_align__cpu(Tensors grads, Tensors harmful, Tensors beneficial, std::vector<int64_t> groups, Tensor sums,
+                        std::optional<Tensor> scale, double alignment, double eps, int64_t order, int64_t rule,
+                        int64_t part) {
+  if (grads.empty()) return;
+  std::vector<dgs::ListTensor> tensors;
+  dgs::cpu::project_align_(list_of(tensors, grads, harmful, beneficial, groups, sums, scale, alignment, eps, order,
+                                   rule, part),
+                           torch_parallel_for);
+}
+
+// Counts a step and returns how many there were.
+double next_step(const Tensor& step) {
+  STD_TORCH_CHECK(step.dim() == 0, "dgs_native::surgery_adamw_: steps must be 0-dim tensors");
+  if (step.scalar_type() == ScalarType::Double) return *static_cast<double*>(step.mutable_data_ptr()) += 1;
+  STD_TORCH_CHECK(step.scalar_type() == ScalarType::Float, "dgs_native::surgery_adamw_: steps must be float32 or float64");
+  return *static_cast<float*>(step.mutable_data_ptr()) += 1;
+}
+
+void surgery_adamw__cpu(Tensors params, Tensors grads, Tensors exp_avgs, Tensors exp_avg_sqs, Tensors steps,
+                        Tensors harmful, Tensors beneficial, std::vector<int64_t> groups, Tensor sums,
+                        std::optional<Tensor> scale, double alignment, double surgery_eps, int64_t order, int64_t rule,
+                        int64_t part, double lr, double beta1, double beta2, double weight_decay, double eps,
+                        bool maximize) {
+  const size_t count = grads.size();
+  if (!count) return;
+  STD_TORCH_CHECK(params.size() == count && exp_avgs.size() == count && exp_avg_sqs.size() == count &&
+                      steps.size() == count && part != 1,
+                  "dgs_native::surgery_adamw_: the lists must have the same length, and part must be 0 or 2");
+  std::vector<dgs::ListTensor> tensors;
+  const dgs::TensorList list = list_of(tensors, grads, harmful, beneficial, groups, sums, scale, alignment, surgery_eps,
+                                       order, rule, part);
+  for (size_t i = 0; i < count; ++i) {
+    for (const Tensor* x : {&params[i], &exp_avgs[i], &exp_avg_sqs[i]}) same_layout(*x, grads[i]);
+    tensors[i].param = params[i].mutable_data_ptr();
+    tensors[i].exp_avg = exp_avgs[i].mutable_data_ptr();
+    tensors[i].exp_avg_sq = exp_avg_sqs[i].mutable_data_ptr();
+    const double step = next_step(steps[i]);
+    tensors[i].step_size = lr / (1 - std::pow(beta1, step));
+    tensors[i].correction_root = std::sqrt(1 - std::pow(beta2, step));
+  }
+  dgs::cpu::surgery_adamw_(list, {lr, beta1, beta2, weight_decay, eps, maximize}, torch_parallel_for);
+}
+
 #ifdef DGS_CUDA
 // Runs launch(stream) on the tensor's device and torch's current stream there.
 template <typename Launch>
@@ -130,9 +230,21 @@ STABLE_TORCH_LIBRARY(dgs_native, m) {
   m.def(
       "project_align(Tensor grad, Tensor harmful, Tensor? beneficial, Tensor? scale, float alignment, float eps, "
       "int order, int rule) -> Tensor");
+  m.def(
+      "project_align_(Tensor(a!)[] grads, Tensor[] harmful, Tensor[] beneficial, int[] groups, Tensor(b!) sums, "
+      "Tensor? scale, float alignment, float eps, int order, int rule, int part) -> ()");
+  m.def(
+      "surgery_adamw_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
+      "Tensor(d!)[] steps, Tensor[] harmful, Tensor[] beneficial, int[] groups, Tensor(e!) sums, Tensor? scale, "
+      "float alignment, float surgery_eps, int order, int rule, int part, float lr, float beta1, float beta2, "
+      "float weight_decay, float eps, bool maximize) -> ()");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(dgs_native, CPU, m) { m.impl("project_align", TORCH_BOX(&project_align_cpu)); }
+STABLE_TORCH_LIBRARY_IMPL(dgs_native, CPU, m) {
+  m.impl("project_align", TORCH_BOX(&project_align_cpu));
+  m.impl("project_align_", TORCH_BOX(&project_align__cpu));
+  m.impl("surgery_adamw_", TORCH_BOX(&surgery_adamw__cpu));
+}
 
 #ifdef DGS_CUDA
 STABLE_TORCH_LIBRARY_IMPL(dgs_native, CUDA, m) { m.impl("project_align", TORCH_BOX(&project_align_cuda)); }

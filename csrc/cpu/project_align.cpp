@@ -7,6 +7,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "parallel.h"
 #include "simd.h"
 
 namespace dgs::cpu {
@@ -179,16 +180,6 @@ class Rows {
   }
 };
 
-template <typename Body>
-void parallel(ParallelFor parallel_for, int64_t count, int64_t grain, Body body) {
-  parallel_for(
-      count, grain,
-      [](int64_t begin, int64_t end, void* context) {
-        for (int64_t i = begin; i < end; ++i) (*static_cast<Body*>(context))(i);
-      },
-      &body);
-}
-
 template <typename T>
 void project_align(const ProjectAlign& a, ParallelFor parallel_for) {
   const Rows<T> rows(a);
@@ -222,16 +213,7 @@ void project_align(const ProjectAlign& a, ParallelFor parallel_for) {
 }  // namespace
 
 void project_align(const ProjectAlign& a, ParallelFor parallel_for) {
-  switch (a.dtype) {
-    case DType::f32:
-      return project_align<float>(a, parallel_for);
-    case DType::f64:
-      return project_align<double>(a, parallel_for);
-    case DType::bf16:
-      return project_align<bf16>(a, parallel_for);
-    case DType::f16:
-      return project_align<f16>(a, parallel_for);
-  }
+  dispatch(a.dtype, [&](auto zero) { project_align<decltype(zero)>(a, parallel_for); });
 }
 
 }  // namespace dgs::cpu

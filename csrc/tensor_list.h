@@ -1,0 +1,59 @@
+// What the kernels on lists of tensors are given: project_align_ and surgery_adamw_, on the CPU.
+#pragma once
+
+#include "project_align.h"
+
+namespace dgs {
+
+constexpr int group_sums = 6;  // <g, h>, <h, h>, <g, g>, <b, h>, <b, b>, <g, b> with b = min(beneficial, 0)
+
+// Make a group's sums and apply them, or one of the two: sharded training adds up its sums in between.
+enum class Part { all, sums, apply };
+
+// One tensor of a list: numel numbers in a row behind each pointer. project_align_ has no use for the second half.
+struct ListTensor {
+  void* grad;
+  const void *harmful, *beneficial;  // beneficial null: nothing to align with
+  int64_t numel, group;
+  void *param, *exp_avg, *exp_avg_sq;
+  double step_size, correction_root;  // lr / (1 - beta1^step), sqrt(1 - beta2^step)
+};
+
+struct TensorList {
+  DType dtype;
+  Order order;
+  Rule rule;
+  Part part;
+  const ListTensor* tensors;
+  int64_t num_tensors, num_groups;
+  void* sums;         // [num_groups, group_sums] of the computing type (f64 for f64, else f32)
+  const void* scale;  // null, or one number of the computing type
+  double alignment;   // times *scale
+  double eps;
+};
+
+// torch.optim.AdamW's arguments, as far as they are the same for all tensors and steps.
+struct AdamW {
+  double lr, beta1, beta2, weight_decay, eps;
+  bool maximize;
+};
+
+namespace cpu {
+
+void project_align_(const TensorList&, ParallelFor);
+void surgery_adamw_(const TensorList&, const AdamW&, ParallelFor);
+
+// At most list_block elements of one tensor, and what its group's surgery does: g <- g + alignment b - k h.
+constexpr int64_t list_block = 4096;
+struct ListBlock {
+  const ListTensor& tensor;
+  int64_t begin, size;
+  double alignment, k;
+};
+
+// Makes the sums and calls apply(block, context) for every block, as list.part says.
+void surgery_on_list(const TensorList&, ParallelFor, void (*apply)(const ListBlock&, const void* context),
+                     const void* context);
+
+}  // namespace cpu
+}  // namespace dgs

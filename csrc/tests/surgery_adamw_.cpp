@@ -1,0 +1,76 @@
+// surgery_adamw_ on the CPU against plain loops in long double.
+#include "tensor_list.h"
+
+#include "lists.h"
+
+namespace {
+
+using check::expect;
+using dgs::DType;
+using dgs::Order;
+using dgs::Rule;
+
+constexpr double alignment = 0.375, eps = 1e-6;
+constexpr dgs::AdamW adamw{.lr = 0.03, .beta1 = 0.8, .beta2 = 0.95, .weight_decay = 0.1, .eps = 0.25, .maximize = false};
+constexpr int64_t groups = 3, step = 5;
+const std::vector<int64_t> sizes{41, 1, 0, 70000, 1023, 6}, layer_of{0, 1, 1, 2, 0, 2};
+
+void compare(DType dtype, Order order, Rule rule, bool aligned, bool maximize) {
+  check::Random random;
+  check::Lists l(dtype, sizes, layer_of, 6, random);
+  for (size_t t = 0; t < sizes.size(); ++t)  // second moments are not negative
+    for (int64_t i = 0; i < sizes[t]; ++i) check::set(l.at(5, t), i, dtype, std::fabs(double(l.value(5, t, i))));
+  const check::Lists before = l;
+  const auto want = check::plain_surgery(l, groups, aligned, order, rule, alignment, eps);
+  const double step_size = adamw.lr / (1 - std::pow(adamw.beta1, step));
+  const double correction_root = std::sqrt(1 - std::pow(adamw.beta2, step));
+  std::vector<dgs::ListTensor> tensors;
+  for (size_t t = 0; t < sizes.size(); ++t)
+    tensors.push_back({l.at(0, t), l.at(1, t), aligned ? l.at(2, t) : nullptr, sizes[t], layer_of[t], l.at(3, t),
+                       l.at(4, t), l.at(5, t), step_size, correction_root});
+  std::vector<double> sums(groups * 6);
+  dgs::AdamW options = adamw;
+  options.maximize = maximize;
+  dgs::cpu::surgery_adamw_({.dtype = dtype,
+                            .order = order,
+                            .rule = rule,
+                            .part = dgs::Part::all,
+                            .tensors = tensors.data(),
+                            .num_tensors = int64_t(tensors.size()),
+                            .num_groups = groups,
+                            .sums = sums.data(),
+                            .scale = nullptr,
+                            .alignment = alignment,
+                            .eps = eps},
+                           options, check::parallel_for);
+  l.expect_ends_untouched("surgery_adamw_");
+  for (size_t n = 0; n < 3 * sizes.size(); ++n)
+    expect(l.memory[n] == before.memory[n], "array %ld, which is only read, was written", long(n));
+
+  for (size_t t = 0; t < sizes.size(); ++t)
+    for (int64_t i = 0; i < sizes[t]; ++i) {
+      const long double g = (maximize ? -1 : 1) * want.grads[t][i], m0 = before.value(4, t, i);
+      const long double m = m0 + (1 - adamw.beta1) * (g - m0);
+      const long double v = adamw.beta2 * before.value(5, t, i) + (1 - adamw.beta2) * g * g;
+      const long double x = (1 - adamw.lr * adamw.weight_decay) * before.value(3, t, i) -
+                            step_size * m / (std::sqrt(v) / correction_root + adamw.eps);
+      const long double exact[] = {x, m, v};
+      for (int s = 0; s < 3; ++s) {
+        const double got = double(l.value(3 + s, t, i)), wanted = double(exact[s]);
+        const double computing = dtype == DType::f64 ? 0x1p-53 : 0x1p-24;
+        expect(std::fabs(got - wanted) <= 128 * computing + 1.01 * check::unit_roundoff(dtype) * std::fabs(wanted),
+               "dtype %d order %d rule %d aligned %d: array %d of tensor %ld[%ld] = %.9g, not %.9g", int(dtype),
+               int(order), int(rule), aligned, 3 + s, long(t), long(i), got, wanted);
+      }
+    }
+}
+
+}  // namespace
+
+int main() {
+  for (DType dtype : {DType::f32, DType::f64, DType::bf16, DType::f16})
+    for (Order order : {Order::align_first, Order::project_first})
+      for (Rule rule : {Rule::positive, Rule::full, Rule::conflict})
+        for (bool aligned : {true, false}) compare(dtype, order, rule, aligned, !aligned);
+  return check::result();
+}
