@@ -104,8 +104,8 @@ class SurgeryAdamW(torch.optim.AdamW):
     def register_step_pre_hook(self, hook):
         """Refused: it would see gradients before the surgery, which is inside the step and never written."""
         raise RuntimeError(
-            "SurgeryAdamW operates inside its step, where no hook sees the gradients (clipping before it needs "
-            "none); to hook what the surgery leaves, use OptimizerSurgery on torch.optim.AdamW"
+            "SurgeryAdamW operates inside its step, where no hook sees gradients: clip before step(), or, "
+            "to hook what the surgery leaves, use OptimizerSurgery on torch.optim.AdamW"
         )
 
     def __getstate__(self):

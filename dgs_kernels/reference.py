@@ -22,7 +22,7 @@ ENTROPY_EPS = 1e-12
 
 def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
     """The type that arithmetic on these tensors is done in: their common type, at least float32."""
-    types = (t.dtype for t in tensors if t is not None)
+    types = {t.dtype for t in tensors if t is not None}
     return functools.reduce(torch.promote_types, types, torch.float32)
 
 

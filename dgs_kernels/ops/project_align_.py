@@ -27,6 +27,7 @@ the sums it is given: between the two, sharded training adds up its sums. No hos
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 
 import torch
@@ -37,6 +38,7 @@ from dgs_kernels.reference import ORDERS, RULES, compute_dtype
 
 PARTS = ("all", "sums", "apply")
 SUMS = 6
+_KIND = operator.attrgetter("device", "dtype", "layout")
 
 _library = torch.library.Library("dgs", "FRAGMENT")
 _library.define(
@@ -123,25 +125,24 @@ def check(name, grads, harmful, beneficial, groups, sums, scale, eps, order, rul
     if not eps > 0:
         raise ValueError(f"{name}: eps must be > 0, got {eps}")
     lists = [("grads", grads), ("harmful", harmful)] + ([("beneficial", beneficial)] if beneficial else [])
-    shapes = [g.shape for g in grads]
     for what, tensors in lists:
         if len(tensors) != len(grads):
             raise ValueError(
                 f"{name}: {what} must have {len(grads)} tensors as grads has, got {len(tensors)}"
             )
-        if [t.shape for t in tensors] != shapes:
-            i = next(i for i, t in enumerate(tensors) if t.shape != shapes[i])
+        if not all(map(Tensor.is_same_size, tensors, grads)):
+            i = next(i for i, (t, g) in enumerate(zip(tensors, grads)) if t.shape != g.shape)
             raise ValueError(
-                f"{name}: {what}[{i}] must have shape {tuple(shapes[i])} as grads[{i}], "
+                f"{name}: {what}[{i}] must have shape {tuple(grads[i].shape)} as grads[{i}], "
                 f"got {tuple(tensors[i].shape)}"
             )
-        for device in {t.device for t in tensors} - {sums.device}:
-            raise ValueError(f"{name}: {what} has a tensor on {device}; all must be on {sums.device}")
-        for dtype in {t.dtype for t in tensors}:
+        for device, dtype, layout in set(map(_KIND, tensors)):
+            if device != sums.device:
+                raise ValueError(f"{name}: {what} has a tensor on {device}; all must be on {sums.device}")
             if not dtype.is_floating_point:
                 raise TypeError(f"{name}: {what} must be floating-point tensors, got {dtype}")
-        if {t.layout for t in tensors} - {torch.strided}:
-            raise TypeError(f"{name}: {what} must be dense tensors, not sparse ones")
+            if layout != torch.strided:
+                raise TypeError(f"{name}: {what} must be dense tensors, not sparse ones")
     if len(groups) != len(grads) or (groups and not 0 <= min(groups) <= max(groups) < len(sums)):
         raise ValueError(f"{name}: groups must hold a number in 0..{len(sums) - 1} for each of the tensors")
     if sums.dim() != 2 or sums.shape[1] != SUMS:
@@ -157,7 +158,7 @@ def common_layout(dtype: torch.dtype, tensors: Sequence[Tensor], like: Sequence[
     """`tensors` in one dtype and with the strides of `like`, copied only where they are not."""
     return [
         t
-        if t.dtype == dtype and (t is g or t.stride() == g.stride())
+        if t.dtype == dtype and ((t.is_contiguous() and g.is_contiguous()) or t.stride() == g.stride())
         else torch.empty_like(g, dtype=dtype).copy_(t)
         for t, g in zip(tensors, like)
     ]
