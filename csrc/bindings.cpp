@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "project_align.h"
+#include "spectral_entropy.h"
 #include "tensor_list.h"
 
 #ifdef DGS_CUDA
@@ -205,6 +206,31 @@ void surgery_adamw__cpu(Tensors params, Tensors grads, Tensors exp_avgs, Tensors
   dgs::cpu::surgery_adamw_(list, {lr, beta1, beta2, weight_decay, eps, maximize}, torch_parallel_for);
 }
 
+Tensor spectral_entropy_cpu(Tensor images, int64_t patch_size) {
+  const ScalarType type = images.scalar_type();
+  STD_TORCH_CHECK(images.dim() == 4 && images.size(1) == 3 && patch_size == dgs::entropy_patch &&
+                      (type == ScalarType::Byte || type == ScalarType::Float) &&
+                      (images.stride(3) == 1 || (images.stride(1) == 1 && images.stride(3) == 3)),
+                  "dgs_native::spectral_entropy: expected [B, 3, H, W] images, uint8 or float32, planar or interleaved, "
+                  "and patches of 32 pixels");
+  const int64_t batch = images.size(0), height = images.size(2), width = images.size(3);
+  const std::vector<int64_t> shape{batch, height / patch_size * (width / patch_size)};
+  Tensor out = torch::stable::new_empty(images, shape, ScalarType::Float);
+  if (out.numel() == 0) return out;
+  dgs::cpu::spectral_entropy({.is_uint8 = type == ScalarType::Byte,
+                              .images = images.const_data_ptr(),
+                              .batch = batch,
+                              .height = height,
+                              .width = width,
+                              .batch_stride = images.stride(0),
+                              .channel_stride = images.stride(1),
+                              .row_stride = images.stride(2),
+                              .pixel_stride = images.stride(3),
+                              .entropy = static_cast<float*>(out.mutable_data_ptr())},
+                             torch_parallel_for);
+  return out;
+}
+
 #ifdef DGS_CUDA
 // Runs launch(stream) on the tensor's device and torch's current stream there.
 template <typename Launch>
@@ -238,12 +264,14 @@ STABLE_TORCH_LIBRARY(dgs_native, m) {
       "Tensor(d!)[] steps, Tensor[] harmful, Tensor[] beneficial, int[] groups, Tensor(e!) sums, Tensor? scale, "
       "float alignment, float surgery_eps, int order, int rule, int part, float lr, float beta1, float beta2, "
       "float weight_decay, float eps, bool maximize) -> ()");
+  m.def("spectral_entropy(Tensor images, int patch_size) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(dgs_native, CPU, m) {
   m.impl("project_align", TORCH_BOX(&project_align_cpu));
   m.impl("project_align_", TORCH_BOX(&project_align__cpu));
   m.impl("surgery_adamw_", TORCH_BOX(&surgery_adamw__cpu));
+  m.impl("spectral_entropy", TORCH_BOX(&spectral_entropy_cpu));
 }
 
 #ifdef DGS_CUDA
