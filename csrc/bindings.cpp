@@ -9,11 +9,13 @@
 
 #include <cmath>
 #include <optional>
+#include <tuple>
 #include <utility>
 #include <vector>
 
 #include "project_align.h"
 #include "spectral_entropy.h"
+#include "surgery_head.h"
 #include "tensor_list.h"
 
 #ifdef DGS_CUDA
@@ -231,6 +233,86 @@ Tensor spectral_entropy_cpu(Tensor images, int64_t patch_size) {
   return out;
 }
 
+ScalarType computing_type(DType dtype) { return dtype == DType::f64 ? ScalarType::Double : ScalarType::Float; }
+
+// A contiguous tensor of this many numbers of the computing type; null if there is none.
+const void* numbers_of(const std::optional<Tensor>& x, int64_t count, ScalarType type) {
+  STD_TORCH_CHECK(!x || (x->numel() == count && x->scalar_type() == type && x->is_contiguous()),
+                  "dgs_native::surgery_head: expected contiguous tensors of the computing type and of fitting sizes");
+  return x ? x->const_data_ptr() : nullptr;
+}
+
+using HeadResults = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+
+HeadResults surgery_head_cpu(Tensor features, Tensor teacher_features, std::optional<Tensor> text_features,
+                             Tensor labels, Tensor image_weight, Tensor image_bias, Tensor teacher_weight,
+                             Tensor teacher_bias, std::optional<Tensor> text_weight, std::optional<Tensor> text_bias,
+                             std::optional<int64_t> reference_batch_size) {
+  const DType dtype = dtype_of(features);
+  const ScalarType type = computing_type(dtype);
+  STD_TORCH_CHECK(features.dim() == 2 && text_features.has_value() == text_weight.has_value() &&
+                      text_features.has_value() == text_bias.has_value(),
+                  "dgs_native::surgery_head: expected [B, D] features; text features, weight and bias go together");
+  const int64_t batch = features.size(0), dim = features.size(1);
+  for (const Tensor* x : {&features, &teacher_features, text_features ? &*text_features : &features})
+    STD_TORCH_CHECK(x->dim() == 2 && x->size(0) == batch && x->size(1) == dim && (x->stride(1) == 1 || dim == 1) &&
+                        x->scalar_type() == features.scalar_type(),
+                    "dgs_native::surgery_head: the feature matrices must agree in shape and dtype, with unit stride");
+  const auto made = [&](std::vector<int64_t> shape) { return torch::stable::new_empty(labels, shape, type); };
+  HeadResults results{made({3}), made({3, batch}), made({3, batch}), made({2, dim + 1})};
+  auto& [losses, logits, residuals, head_grads] = results;
+  dgs::cpu::surgery_head({.dtype = dtype,
+                          .features = features.const_data_ptr(),
+                          .teacher_features = teacher_features.const_data_ptr(),
+                          .text_features = text_features ? text_features->const_data_ptr() : nullptr,
+                          .features_stride = features.stride(0),
+                          .teacher_stride = teacher_features.stride(0),
+                          .text_stride = text_features ? text_features->stride(0) : 0,
+                          .labels = numbers_of(labels, batch, type),
+                          .image_weight = numbers_of(image_weight, dim, type),
+                          .teacher_weight = numbers_of(teacher_weight, dim, type),
+                          .text_weight = numbers_of(text_weight, dim, type),
+                          .image_bias = numbers_of(image_bias, 1, type),
+                          .teacher_bias = numbers_of(teacher_bias, 1, type),
+                          .text_bias = numbers_of(text_bias, 1, type),
+                          .batch = batch,
+                          .dim = dim,
+                          .reference_batch_size = double(reference_batch_size.value_or(0)),
+                          .losses = losses.mutable_data_ptr(),
+                          .logits = logits.mutable_data_ptr(),
+                          .residuals = residuals.mutable_data_ptr(),
+                          .head_grads = head_grads.mutable_data_ptr()},
+                         torch_parallel_for);
+  return results;
+}
+
+void surgery_head_backward_cpu(Tensor residuals, Tensor image_weight, Tensor teacher_weight,
+                               std::optional<Tensor> text_weight, Tensor image_scale, Tensor alignment_scale,
+                               Tensor out, double eps, int64_t order, std::optional<int64_t> reference_batch_size) {
+  const ScalarType type = residuals.scalar_type();
+  STD_TORCH_CHECK((type == ScalarType::Float || type == ScalarType::Double) && out.dim() == 2 && out.is_contiguous() &&
+                      order >= 0 && order <= 1,
+                  "dgs_native::surgery_head_backward: expected float32 or float64 residuals, a contiguous [B, D] "
+                  "result, and order 0 or 1");
+  const int64_t batch = out.size(0), dim = out.size(1);
+  if (out.numel() == 0) return;
+  dgs::cpu::surgery_head_backward({.dtype = dtype_of(out),
+                                   .wide = type == ScalarType::Double,
+                                   .order = static_cast<dgs::Order>(order),
+                                   .residuals = numbers_of(residuals, 3 * batch, type),
+                                   .image_weight = numbers_of(image_weight, dim, type),
+                                   .teacher_weight = numbers_of(teacher_weight, dim, type),
+                                   .text_weight = numbers_of(text_weight, dim, type),
+                                   .image_scale = numbers_of(image_scale, 1, type),
+                                   .alignment_scale = numbers_of(alignment_scale, 1, type),
+                                   .batch = batch,
+                                   .dim = dim,
+                                   .reference_batch_size = double(reference_batch_size.value_or(0)),
+                                   .eps = eps,
+                                   .grad_features = out.mutable_data_ptr()},
+                                  torch_parallel_for);
+}
+
 #ifdef DGS_CUDA
 // Runs launch(stream) on the tensor's device and torch's current stream there.
 template <typename Launch>
@@ -264,6 +346,15 @@ STABLE_TORCH_LIBRARY(dgs_native, m) {
       "Tensor(d!)[] steps, Tensor[] harmful, Tensor[] beneficial, int[] groups, Tensor(e!) sums, Tensor? scale, "
       "float alignment, float surgery_eps, int order, int rule, int part, float lr, float beta1, float beta2, "
       "float weight_decay, float eps, bool maximize) -> ()");
+  m.def(
+      "surgery_head(Tensor features, Tensor teacher_features, Tensor? text_features, Tensor labels, "
+      "Tensor image_weight, Tensor image_bias, Tensor teacher_weight, Tensor teacher_bias, Tensor? text_weight, "
+      "Tensor? text_bias, int? reference_batch_size) -> (Tensor losses, Tensor logits, Tensor residuals, "
+      "Tensor head_grads)");
+  m.def(
+      "surgery_head_backward(Tensor residuals, Tensor image_weight, Tensor teacher_weight, Tensor? text_weight, "
+      "Tensor image_scale, Tensor alignment_scale, Tensor(a!) out, float eps, int order, int? reference_batch_size) "
+      "-> ()");
   m.def("spectral_entropy(Tensor images, int patch_size) -> Tensor");
 }
 
@@ -271,6 +362,8 @@ STABLE_TORCH_LIBRARY_IMPL(dgs_native, CPU, m) {
   m.impl("project_align", TORCH_BOX(&project_align_cpu));
   m.impl("project_align_", TORCH_BOX(&project_align__cpu));
   m.impl("surgery_adamw_", TORCH_BOX(&surgery_adamw__cpu));
+  m.impl("surgery_head", TORCH_BOX(&surgery_head_cpu));
+  m.impl("surgery_head_backward", TORCH_BOX(&surgery_head_backward_cpu));
   m.impl("spectral_entropy", TORCH_BOX(&spectral_entropy_cpu));
 }
 

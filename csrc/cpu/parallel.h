@@ -34,7 +34,7 @@ void dispatch(DType dtype, Body body) {
 }
 
 // Up to `capacity` elements of an array of T from `begin` on, as the loops read them: float16 is copied to floats,
-// everything else is there already. Null stays null.
+// everything else is there already. Null stays null. `read` false: only to be written.
 template <typename T, int64_t capacity = 4096>
 class Widened {
   static constexpr bool half = std::is_same_v<T, f16>;
@@ -43,11 +43,11 @@ class Widened {
   using Seen = std::conditional_t<half, float, T>;
   Seen* data = nullptr;
 
-  Widened(const void* array, int64_t begin, int64_t size) : size_(size) {
+  Widened(const void* array, int64_t begin, int64_t size, bool read = true) : size_(size) {
     if (!array) return;
     from_ = static_cast<T*>(const_cast<void*>(array)) + begin;
     if constexpr (half) {
-      widen(from_, copy_, size);
+      if (read) widen(from_, copy_, size);
       data = copy_;
     } else {
       data = from_;
