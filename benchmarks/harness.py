@@ -47,17 +47,20 @@ class Case:
 def per_backend(operation: str, device: str, call: Callable[..., Tensor]) -> dict[str, Callable[..., Tensor]]:
     """`call` once for each backend of ours that can serve the operation here."""
 
-    def through(backend: str) -> Callable[..., Tensor]:
-        def run(*tensors: Tensor) -> Tensor:
-            os.environ[backends.VARIABLE] = backend
-            return call(*tensors)
-
-        return run
-
     served = [b for b in backends.BACKENDS if b != "eager" and not backends.obstacle(b, operation, device)]
     if not served:
         raise SystemExit(f"no backend but eager serves {operation} on {device}; see dgs_kernels.explain()")
-    return {f"dgs_kernels ({backend})": through(backend) for backend in served}
+    return {f"dgs_kernels ({backend})": through(backend, call) for backend in served}
+
+
+def through(backend: str, call: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """`call` with every operation served by this backend."""
+
+    def run(*tensors: Tensor) -> Tensor:
+        os.environ[backends.VARIABLE] = backend
+        return call(*tensors)
+
+    return run
 
 
 def cache_bytes(device: str) -> int:
