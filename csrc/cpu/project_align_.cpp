@@ -13,7 +13,7 @@
 namespace dgs::cpu {
 namespace {
 
-constexpr int64_t small_layer = 65536;  // elements; three float streams of it are 768 KiB
+constexpr int64_t small_layer = 131072;  // elements; three float streams of it are 1.5 MiB
 constexpr int64_t work_per_thread = 16384;
 
 // Vector lanes inside a block, double over blocks in their order: no thread count changes the result.

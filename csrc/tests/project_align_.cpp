@@ -14,7 +14,7 @@ using dgs::Rule;
 constexpr double alignment = 0.375, eps = 1e-6;
 constexpr int64_t groups = 5;
 // A layer of many tensors, one without any, an empty tensor, and one too large for a core's cache.
-const std::vector<int64_t> sizes{41, 1, 0, 5, 70000, 1023, 4097, 6, 7}, layer_of{0, 1, 1, 2, 4, 2, 0, 4, 1};
+const std::vector<int64_t> sizes{41, 1, 0, 5, 140000, 1023, 4097, 6, 7}, layer_of{0, 1, 1, 2, 4, 2, 0, 4, 1};
 
 void* no_sums(DType dtype, std::vector<double>& memory) {
   memory.assign(groups * 6, NAN);
@@ -85,7 +85,7 @@ void compare(DType dtype, Order order, Rule rule, bool aligned, bool parts) {
 // A NaN or an infinity shows in all of its layer, and nowhere else.
 void visible(float poison, int stream, Rule rule) {
   check::Random random;
-  check::Lists l(DType::f32, {9, 70000, 3, 5}, {0, 1, 1, 2}, 3, random);
+  check::Lists l(DType::f32, {9, 140000, 3, 5}, {0, 1, 1, 2}, 3, random);
   static_cast<float*>(l.at(stream, 2))[1] = poison;
   const auto tensors = tensors_of(l, true);
   std::vector<double> memory;

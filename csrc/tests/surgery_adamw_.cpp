@@ -13,7 +13,7 @@ using dgs::Rule;
 constexpr double alignment = 0.375, eps = 1e-6;
 constexpr dgs::AdamW adamw{.lr = 0.03, .beta1 = 0.8, .beta2 = 0.95, .weight_decay = 0.1, .eps = 0.25, .maximize = false};
 constexpr int64_t groups = 3, step = 5;
-const std::vector<int64_t> sizes{41, 1, 0, 70000, 1023, 6}, layer_of{0, 1, 1, 2, 0, 2};
+const std::vector<int64_t> sizes{41, 1, 0, 140000, 1023, 6}, layer_of{0, 1, 1, 2, 0, 2};
 
 void compare(DType dtype, Order order, Rule rule, bool aligned, bool maximize) {
   check::Random random;
