@@ -66,7 +66,9 @@ def assert_equal(ours, theirs, tolerance=1e-12):
     for name, want in theirs.items():
         assert ours[name].shape == want.shape, name
         difference = (ours[name] - want).norm()
-        assert difference <= tolerance * want.norm(), f"{name}: {difference / want.norm():.1e}"
+        # PyTorch's cross-entropy of a saturated logit is log(1 + e^-|z|), where the kernels take log1p.
+        slack = torch.finfo(want.dtype).eps if name.endswith("_loss") else 0.0
+        assert difference <= tolerance * want.norm() + slack, f"{name}: {difference / want.norm():.1e}"
 
 
 def test_opcheck_of_the_backward():
