@@ -12,6 +12,7 @@ import math
 import multiprocessing
 import os
 import shutil
+import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -141,7 +142,7 @@ def compare(data: Path, config: Config, folder: Path, seeds: Sequence[int] = SEE
     print(f"training {len(jobs)} models, {processes} at a time ...", flush=True)
     runs = []
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(processes, context, _print_to, (folder,)) as pool:
+    with ProcessPoolExecutor(processes, context, _start_worker, (folder,)) as pool:
         waiting = [pool.submit(_train_one, data, config, folder, *job) for job in jobs]
         try:
             for future in as_completed(waiting):
@@ -159,12 +160,18 @@ def compare(data: Path, config: Config, folder: Path, seeds: Sequence[int] = SEE
     return sorted(runs, key=lambda run: (METHODS.index(run.method), run.seed))
 
 
-def _print_to(folder: Path) -> None:
-    """Send what this process prints to a log: the lines of several trainings at once would be unreadable."""
+def _start_worker(folder: Path) -> None:
+    """Print to a log, for the lines of several trainings would mix; end when the demo is killed."""
     folder.mkdir(parents=True, exist_ok=True)
     log = os.open(folder / f"process-{os.getpid()}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for stream in (1, 2):
         os.dup2(log, stream)
+
+    def follow() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
 
 
 def _train_one(data: Path, config: Config, folder: Path, method: str, seed: int) -> Run:
