@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 
-.PHONY: demo test install lint format clean
+.PHONY: demo test gpu wheel install lint format clean
 
 demo: install
 	$(BIN)/python -m dgsnet demo --out runs/demo
@@ -12,6 +12,13 @@ test: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m pytest
+
+# On a machine with a CUDA device; takes the packages of $(PYTHON), installs nothing, leaves everything in OUT.
+gpu:
+	PYTHON=$(PYTHON) OUT=$(or $(OUT),runs/gpu) benchmarks/gpu.sh
+
+wheel: install
+	$(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
 
 # The stamp is newer than every file that decides what is installed or built.
 install: $(VENV)/.installed

@@ -208,7 +208,8 @@ void surgery_adamw__cpu(Tensors params, Tensors grads, Tensors exp_avgs, Tensors
   dgs::cpu::surgery_adamw_(list, {lr, beta1, beta2, weight_decay, eps, maximize}, torch_parallel_for);
 }
 
-Tensor spectral_entropy_cpu(Tensor images, int64_t patch_size) {
+template <typename Launch>
+Tensor spectral_entropy(const Tensor& images, int64_t patch_size, Launch launch) {
   const ScalarType type = images.scalar_type();
   STD_TORCH_CHECK(images.dim() == 4 && images.size(1) == 3 && patch_size == dgs::entropy_patch &&
                       (type == ScalarType::Byte || type == ScalarType::Float) &&
@@ -219,7 +220,7 @@ Tensor spectral_entropy_cpu(Tensor images, int64_t patch_size) {
   const std::vector<int64_t> shape{batch, height / patch_size * (width / patch_size)};
   Tensor out = torch::stable::new_empty(images, shape, ScalarType::Float);
   if (out.numel() == 0) return out;
-  dgs::cpu::spectral_entropy({.is_uint8 = type == ScalarType::Byte,
+  launch(dgs::SpectralEntropy{.is_uint8 = type == ScalarType::Byte,
                               .images = images.const_data_ptr(),
                               .batch = batch,
                               .height = height,
@@ -228,9 +229,13 @@ Tensor spectral_entropy_cpu(Tensor images, int64_t patch_size) {
                               .channel_stride = images.stride(1),
                               .row_stride = images.stride(2),
                               .pixel_stride = images.stride(3),
-                              .entropy = static_cast<float*>(out.mutable_data_ptr())},
-                             torch_parallel_for);
+                              .entropy = static_cast<float*>(out.mutable_data_ptr())});
   return out;
+}
+
+Tensor spectral_entropy_cpu(Tensor images, int64_t patch_size) {
+  return spectral_entropy(images, patch_size,
+                          [](const dgs::SpectralEntropy& a) { dgs::cpu::spectral_entropy(a, torch_parallel_for); });
 }
 
 ScalarType computing_type(DType dtype) { return dtype == DType::f64 ? ScalarType::Double : ScalarType::Float; }
@@ -244,10 +249,12 @@ const void* numbers_of(const std::optional<Tensor>& x, int64_t count, ScalarType
 
 using HeadResults = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
-HeadResults surgery_head_cpu(Tensor features, Tensor teacher_features, std::optional<Tensor> text_features,
-                             Tensor labels, Tensor image_weight, Tensor image_bias, Tensor teacher_weight,
-                             Tensor teacher_bias, std::optional<Tensor> text_weight, std::optional<Tensor> text_bias,
-                             std::optional<int64_t> reference_batch_size) {
+template <typename Launch>
+HeadResults surgery_head(const Tensor& features, const Tensor& teacher_features,
+                         const std::optional<Tensor>& text_features, const Tensor& labels, const Tensor& image_weight,
+                         const Tensor& image_bias, const Tensor& teacher_weight, const Tensor& teacher_bias,
+                         const std::optional<Tensor>& text_weight, const std::optional<Tensor>& text_bias,
+                         std::optional<int64_t> reference_batch_size, Launch launch) {
   const DType dtype = dtype_of(features);
   const ScalarType type = computing_type(dtype);
   STD_TORCH_CHECK(features.dim() == 2 && text_features.has_value() == text_weight.has_value() &&
@@ -261,7 +268,7 @@ HeadResults surgery_head_cpu(Tensor features, Tensor teacher_features, std::opti
   const auto made = [&](std::vector<int64_t> shape) { return torch::stable::new_empty(labels, shape, type); };
   HeadResults results{made({3}), made({3, batch}), made({3, batch}), made({2, dim + 1})};
   auto& [losses, logits, residuals, head_grads] = results;
-  dgs::cpu::surgery_head({.dtype = dtype,
+  launch(dgs::SurgeryHead{.dtype = dtype,
                           .features = features.const_data_ptr(),
                           .teacher_features = teacher_features.const_data_ptr(),
                           .text_features = text_features ? text_features->const_data_ptr() : nullptr,
@@ -281,14 +288,25 @@ HeadResults surgery_head_cpu(Tensor features, Tensor teacher_features, std::opti
                           .losses = losses.mutable_data_ptr(),
                           .logits = logits.mutable_data_ptr(),
                           .residuals = residuals.mutable_data_ptr(),
-                          .head_grads = head_grads.mutable_data_ptr()},
-                         torch_parallel_for);
+                          .head_grads = head_grads.mutable_data_ptr(),
+                          .workspace = nullptr});
   return results;
 }
 
-void surgery_head_backward_cpu(Tensor residuals, Tensor image_weight, Tensor teacher_weight,
-                               std::optional<Tensor> text_weight, Tensor image_scale, Tensor alignment_scale,
-                               Tensor out, double eps, int64_t order, std::optional<int64_t> reference_batch_size) {
+HeadResults surgery_head_cpu(Tensor features, Tensor teacher_features, std::optional<Tensor> text_features,
+                             Tensor labels, Tensor image_weight, Tensor image_bias, Tensor teacher_weight,
+                             Tensor teacher_bias, std::optional<Tensor> text_weight, std::optional<Tensor> text_bias,
+                             std::optional<int64_t> reference_batch_size) {
+  return surgery_head(features, teacher_features, text_features, labels, image_weight, image_bias, teacher_weight,
+                      teacher_bias, text_weight, text_bias, reference_batch_size,
+                      [](const dgs::SurgeryHead& a) { dgs::cpu::surgery_head(a, torch_parallel_for); });
+}
+
+template <typename Launch>
+void surgery_head_backward(const Tensor& residuals, const Tensor& image_weight, const Tensor& teacher_weight,
+                           const std::optional<Tensor>& text_weight, const Tensor& image_scale,
+                           const Tensor& alignment_scale, const Tensor& out, double eps, int64_t order,
+                           std::optional<int64_t> reference_batch_size, Launch launch) {
   const ScalarType type = residuals.scalar_type();
   STD_TORCH_CHECK((type == ScalarType::Float || type == ScalarType::Double) && out.dim() == 2 && out.is_contiguous() &&
                       order >= 0 && order <= 1,
@@ -296,8 +314,7 @@ void surgery_head_backward_cpu(Tensor residuals, Tensor image_weight, Tensor tea
                   "result, and order 0 or 1");
   const int64_t batch = out.size(0), dim = out.size(1);
   if (out.numel() == 0) return;
-  dgs::cpu::surgery_head_backward({.dtype = dtype_of(out),
-                                   .wide = type == ScalarType::Double,
+  launch(dgs::SurgeryHeadBackward{.dtype = dtype_of(out),
                                    .order = static_cast<dgs::Order>(order),
                                    .residuals = numbers_of(residuals, 3 * batch, type),
                                    .image_weight = numbers_of(image_weight, dim, type),
@@ -309,8 +326,17 @@ void surgery_head_backward_cpu(Tensor residuals, Tensor image_weight, Tensor tea
                                    .dim = dim,
                                    .reference_batch_size = double(reference_batch_size.value_or(0)),
                                    .eps = eps,
-                                   .grad_features = out.mutable_data_ptr()},
-                                  torch_parallel_for);
+                                   .grad_features = out.mutable_data_ptr(),
+                                  .wide = type == ScalarType::Double});
+}
+
+void surgery_head_backward_cpu(Tensor residuals, Tensor image_weight, Tensor teacher_weight,
+                               std::optional<Tensor> text_weight, Tensor image_scale, Tensor alignment_scale,
+                               Tensor out, double eps, int64_t order, std::optional<int64_t> reference_batch_size) {
+  surgery_head_backward(
+      residuals, image_weight, teacher_weight, text_weight, image_scale, alignment_scale, out, eps, order,
+      reference_batch_size,
+      [](const dgs::SurgeryHeadBackward& a) { dgs::cpu::surgery_head_backward(a, torch_parallel_for); });
 }
 
 #ifdef DGS_CUDA
@@ -329,6 +355,39 @@ Tensor project_align_cuda(Tensor grad, Tensor harmful, std::optional<Tensor> ben
   return project_align(grad, harmful, beneficial, scale, alignment, eps, order, rule, [&](const ProjectAlign& a) {
     on_stream_of(grad, [&](void* stream) { return dgs::cuda::project_align(a, stream); });
   });
+}
+
+Tensor spectral_entropy_cuda(Tensor images, int64_t patch_size) {
+  return spectral_entropy(images, patch_size, [&](const dgs::SpectralEntropy& a) {
+    on_stream_of(images, [&](void* stream) { return dgs::cuda::spectral_entropy(a, stream); });
+  });
+}
+
+HeadResults surgery_head_cuda(Tensor features, Tensor teacher_features, std::optional<Tensor> text_features,
+                              Tensor labels, Tensor image_weight, Tensor image_bias, Tensor teacher_weight,
+                              Tensor teacher_bias, std::optional<Tensor> text_weight, std::optional<Tensor> text_bias,
+                              std::optional<int64_t> reference_batch_size) {
+  return surgery_head(features, teacher_features, text_features, labels, image_weight, image_bias, teacher_weight,
+                      teacher_bias, text_weight, text_bias, reference_batch_size, [&](dgs::SurgeryHead a) {
+                        const std::vector<int64_t> size{dgs::cuda::surgery_head_workspace(a.batch, a.dim)};
+                        const Tensor workspace = torch::stable::new_empty(labels, size, computing_type(a.dtype));
+                        a.workspace = workspace.mutable_data_ptr();
+                        on_stream_of(features, [&](void* stream) { return dgs::cuda::surgery_head(a, stream); });
+                      });
+}
+
+void surgery_head_backward_cuda(Tensor residuals, Tensor image_weight, Tensor teacher_weight,
+                                std::optional<Tensor> text_weight, Tensor image_scale, Tensor alignment_scale,
+                                Tensor out, double eps, int64_t order, std::optional<int64_t> reference_batch_size) {
+  // The kernel computes in the type that goes with what it writes.
+  const ScalarType type = residuals.scalar_type();
+  const bool direct = computing_type(dtype_of(out)) == type;
+  const Tensor result = direct ? out : torch::stable::new_empty(out, out.sizes(), type);
+  surgery_head_backward(residuals, image_weight, teacher_weight, text_weight, image_scale, alignment_scale, result, eps,
+                        order, reference_batch_size, [&](const dgs::SurgeryHeadBackward& a) {
+                          on_stream_of(out, [&](void* stream) { return dgs::cuda::surgery_head_backward(a, stream); });
+                        });
+  if (!direct) torch::stable::copy_(out, result);
 }
 #endif
 
@@ -368,5 +427,10 @@ STABLE_TORCH_LIBRARY_IMPL(dgs_native, CPU, m) {
 }
 
 #ifdef DGS_CUDA
-STABLE_TORCH_LIBRARY_IMPL(dgs_native, CUDA, m) { m.impl("project_align", TORCH_BOX(&project_align_cuda)); }
+STABLE_TORCH_LIBRARY_IMPL(dgs_native, CUDA, m) {
+  m.impl("project_align", TORCH_BOX(&project_align_cuda));
+  m.impl("surgery_head", TORCH_BOX(&surgery_head_cuda));
+  m.impl("surgery_head_backward", TORCH_BOX(&surgery_head_backward_cuda));
+  m.impl("spectral_entropy", TORCH_BOX(&spectral_entropy_cuda));
+}
 #endif

@@ -1,4 +1,4 @@
-// What the surgery_head kernels on the CPU are given: shapes as in dgs_kernels/ops/surgery_head.py.
+// What the surgery_head kernels are given: shapes as in dgs_kernels/ops/surgery_head.py.
 #pragma once
 
 #include "project_align.h"
@@ -16,11 +16,11 @@ struct SurgeryHead {
   int64_t batch, dim;
   double reference_batch_size;                               // 0: the batch's own
   void *losses, *logits, *residuals, *head_grads;            // [3], [3, batch], [3, batch], [2, dim + 1]
+  void* workspace;                                           // CUDA: surgery_head_workspace(batch, dim) numbers
 };
 
 struct SurgeryHeadBackward {
   DType dtype;                                               // of grad_features
-  bool wide;                                                 // whether everything else is f64
   Order order;
   const void* residuals;                                     // [3, batch]
   const void *image_weight, *teacher_weight, *text_weight;   // [dim]; text_weight may be null
@@ -28,6 +28,7 @@ struct SurgeryHeadBackward {
   int64_t batch, dim;
   double reference_batch_size, eps;
   void* grad_features;                                       // [batch, dim], contiguous
+  int32_t wide;                                              // CPU: whether everything else is f64; CUDA: as dtype has it
 };
 
 namespace cpu {

@@ -190,6 +190,7 @@ SurgeryHeadBackward = struct("""
     i64: batch dim
     f64: reference_batch_size eps
     ptr: grad_features
+    i32: wide
 """)
 
 
@@ -236,6 +237,7 @@ def surgery_head_case(
     arguments = SurgeryHeadBackward(
         DTYPES.index(dtype), ORDERS.index(order), pointer(residuals), *map(pointer, weights), pointer(scales),
         pointer(scales[1:]), batch, dim, reference_batch_size or 0, 1e-6, pointer(out),
+        wide == torch.float64,
     )  # fmt: skip
     before = launches()
     call("surgery_head_backward", arguments)

@@ -7,33 +7,10 @@
 #include <cstdint>
 
 #include "../project_align.h"
+#include "../spectral_entropy.h"
+#include "../surgery_head.h"
 
 namespace dgs::cuda {
-
-// Shapes as in reference.surgery_head; all but the three feature matrices are contiguous and of the compute type.
-struct SurgeryHead {
-  DType dtype;
-  const void *features, *teacher_features, *text_features;  // [batch, dim]; text_features may be null
-  int64_t features_stride, teacher_stride, text_stride;
-  const void* labels;                                        // [batch]
-  const void *image_weight, *teacher_weight, *text_weight;   // [dim]
-  const void *image_bias, *teacher_bias, *text_bias;         // [1]
-  int64_t batch, dim;
-  double reference_batch_size;                               // 0: the batch's own
-  void *losses, *logits, *residuals, *head_grads;            // [3], [3, batch], [3, batch], [2, dim + 1]
-  void* workspace;                                           // surgery_head_workspace(batch, dim) numbers
-};
-
-struct SurgeryHeadBackward {
-  DType dtype;                                              // of grad_features
-  Order order;
-  const void* residuals;                                    // [3, batch]
-  const void *image_weight, *teacher_weight, *text_weight;  // [dim]; text_weight may be null
-  const void *image_scale, *alignment_scale;                // one number each
-  int64_t batch, dim;
-  double reference_batch_size, eps;
-  void* grad_features;                                      // [batch, dim], contiguous
-};
 
 // One tensor of a list; lives in device memory. What an operation does not use is null.
 struct TensorEntry {
@@ -77,15 +54,6 @@ struct TensorList {
 struct AdamW {
   double lr, beta1, beta2, weight_decay, eps;
   int32_t maximize;
-};
-
-// Strides in elements. Pixels of a row next to each other (pixel_stride 1) are read 16 bytes at a time.
-struct SpectralEntropy {
-  int32_t is_uint8;    // in 0..255, else float32 in 0..1
-  const void* images;  // [batch, 3, height, width]
-  int64_t batch, height, width;
-  int64_t batch_stride, channel_stride, row_stride, pixel_stride;
-  float* entropy;      // [batch, height / 32 * (width / 32)]
 };
 
 const char* project_align(const ProjectAlign&, void* stream);

@@ -99,7 +99,6 @@ void compare(DType dtype, int64_t batch, int64_t dim, bool text, Order order, in
 
   std::vector<char> out(batch * dim * check::size_of(dtype), char(0xff));  // all ones is NaN
   dgs::cpu::surgery_head_backward({.dtype = dtype,
-                                   .wide = wide == DType::f64,
                                    .order = order,
                                    .residuals = residuals.data(),
                                    .image_weight = w.memory.data(),
@@ -111,7 +110,8 @@ void compare(DType dtype, int64_t batch, int64_t dim, bool text, Order order, in
                                    .dim = dim,
                                    .reference_batch_size = double(asked),
                                    .eps = eps,
-                                   .grad_features = out.data()},
+                                   .grad_features = out.data(),
+                                   .wide = wide == DType::f64},
                                   check::parallel_for);
   // Row by row what project_align does to the image loss's gradient.
   for (int64_t n = 0; n < batch; ++n) {

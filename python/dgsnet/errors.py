@@ -1,4 +1,4 @@
-"""Errors a user can make: one line that names the file or value and the remedy; the command line exits with 2."""
+"""The error for wrong input: one line that names the file or value and the remedy, and exit code 2."""
 
 
 class UserError(Exception):

@@ -1,0 +1,103 @@
+"""`python -m benchmarks.plots FOLDER --results FILE...`: a table of all results, a plot for each device.
+
+The plot shows the share of `torch.clone`'s bandwidth at equal bytes that every variant reached.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+from benchmarks.harness import CLONE, COPY
+
+# Okabe and Ito's colours, distinct also to colour-blind eyes; ours come first.
+COLOURS = ("#0072B2", "#56B4E9", "#009E73", "#999999", "#E69F00", "#D55E00", "#CC79A7", "#F0E442")
+
+
+def label(result: dict) -> str:
+    threads = f", {result['threads']} threads" if result["device"] == "cpu" else ""
+    return f"{result['operation']} {result['rows']} x {result['dim']} {result['dtype']}{threads}"
+
+
+def table(results: list[dict]) -> str:
+    """A Markdown table: every case and variant with its time, bandwidth and ratios."""
+    lines = [
+        "| case | variant | median ms | p10 to p90 | GB/s | share of clone | x eager |",
+        "|---" * 7 + "|",
+    ]
+    for result in results:
+        for name, v in result["variants"].items():
+            cells = (
+                label(result),
+                name,
+                f"{v['median_ms']:.3f}",
+                f"{v['p10_ms']:.3f} to {v['p90_ms']:.3f}",
+                f"{v['gb_per_s']:.1f}",
+                f"{v['bandwidth_over_clone']:.2f}",
+                f"{v['speed_over_eager']:.1f}",
+            )
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def plot(results: list[dict], title: str, path: Path) -> None:
+    shown = [[n for n in r["variants"] if n not in (CLONE, COPY)] for r in results]
+    names = list(dict.fromkeys(n for variants in shown for n in variants))
+    colours = dict(zip(names, itertools.cycle(COLOURS)))
+    bars = sum(len(variants) + 1 for variants in shown)
+    figure, axes = plt.subplots(figsize=(9, 1.2 + 0.18 * bars), layout="constrained")
+    place, ticks = 0, []
+    for result, variants in zip(results, shown):
+        ticks.append(place + (len(variants) - 1) / 2)
+        for name in variants:
+            v = result["variants"][name]
+            drawn = axes.barh(place, v["bandwidth_over_clone"], 0.9, color=colours[name])
+            axes.bar_label(drawn, [f"{v['median_ms']:.3g} ms"], padding=3, fontsize=7)
+            place += 1
+        place += 1
+    axes.axvline(1, color="black", linewidth=0.8, linestyle="--")
+    axes.set_yticks(ticks, [label(r) for r in results], fontsize=8)
+    axes.set_ylim(place - 1.5, -1)
+    axes.set_xlabel("bandwidth, as a share of torch.clone at equal bytes")
+    axes.set_title(title, fontsize=10, loc="left")
+    figure.legend(
+        [plt.Rectangle((0, 0), 1, 1, color=colours[n]) for n in names],
+        names,
+        loc="outside lower center",
+        ncols=3,
+        fontsize=8,
+    )
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.plots", description=__doc__)
+    parser.add_argument("folder", type=Path, help="where the plots go")
+    parser.add_argument(
+        "--results", type=Path, nargs="+", required=True, help="files of python -m benchmarks"
+    )
+    arguments = parser.parse_args()
+    arguments.folder.mkdir(parents=True, exist_ok=True)
+    by_device: dict[str, list[dict]] = {}
+    for file in arguments.results:
+        content = json.loads(file.read_text())
+        machine = content["machine"]
+        device = f"{machine.get('gpu') or machine['cpu']}, torch {machine['torch']}"
+        by_device.setdefault(device, []).extend(content["results"])
+    for device, results in by_device.items():
+        kind = results[0]["device"]
+        plot(results, device, arguments.folder / f"{kind}.png")
+        print(f"{device}\n\n{table(results)}\n")
+
+
+if __name__ == "__main__":
+    main()
