@@ -35,7 +35,7 @@ class Command:
 COMMANDS = {
     "train": Command("train a detector", "dgsnet.cli", "train_command"),
     "evaluate": Command("measure a detector on labelled images", "dgsnet.evaluation", "evaluate_command"),
-    "predict": Command("score images", "dgsnet.detector", "predict_command"),
+    "predict": Command("score images", "dgsnet.scoring", "predict_command"),
     "demo": Command("train and compare detectors on the built-in data", "dgsnet.demo", "demo_command"),
 }
 

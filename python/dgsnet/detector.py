@@ -1,11 +1,8 @@
-"""Scoring images with a trained model: `Detector` in Python, `dgsnet predict` on the command line."""
+"""`Detector`: a trained model that scores images, in Python; scoring.py has the command `dgsnet predict`."""
 
 from __future__ import annotations
 
-import csv
-import glob
 import os
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -162,94 +159,3 @@ class _Prepared:
             # What the preprocessing refuses does not know its file.
             named = not isinstance(image, (str, os.PathLike)) or os.fspath(image) in str(error)
             return None, str(error) if named else f"{os.fspath(image)}: {error}"
-
-
-def find_images(paths: Sequence[str | Path]) -> tuple[list[str], dict[str, str]]:
-    """The image files that files, folders (searched recursively) and glob patterns stand for.
-
-    Returns:
-        The files, in the order given and sorted within a folder or pattern, each once; and for every
-        path that stands for none, why. A file named outright is taken whatever its extension; in folders,
-        names that begin with a dot are left out and links to folders not followed.
-    """
-    from dgsnet.images import EXTENSIONS
-
-    def is_image(path: str) -> bool:
-        return Path(path).suffix.lower() in EXTENSIONS and os.path.isfile(path)
-
-    def inside(folder: str) -> list[str]:
-        found = []
-        for parent, folders, names in os.walk(folder):
-            folders[:] = [name for name in folders if not name.startswith(".")]
-            found += [os.path.join(parent, name) for name in names if not name.startswith(".")]
-        return sorted(filter(is_image, found))
-
-    files: dict[str, None] = {}
-    missing: dict[str, str] = {}
-    for path in map(str, paths):
-        if os.path.isdir(path):
-            found, why = inside(path), "no image in this folder"
-        elif os.path.exists(path):
-            found, why = [path], ""
-        elif glob.has_magic(path):
-            matches = sorted(glob.glob(path, recursive=True))
-            found = [
-                f for m in matches for f in (inside(m) if os.path.isdir(m) else [m] if is_image(m) else [])
-            ]
-            why = "no image matches this pattern"
-        else:
-            found, why = [], "no such file or folder"
-        files.update(dict.fromkeys(found))
-        if not found:
-            missing[path] = why
-    return list(files), missing
-
-
-def predict_command(
-    paths: list[str],
-    model: str,
-    out: str = "scores.csv",
-    device: str | None = None,
-    workers: int | None = None,
-) -> None:
-    """Score images into a CSV with columns path, probability, decision, error.
-
-    Args:
-        paths: image files, folders (searched recursively) and glob patterns.
-        model: a model folder, or the folder of a training run.
-        out: the CSV to write; it appears under this name when complete.
-        device: torch device; the GPU where there is one if not given.
-        workers: processes that read and prepare images; chosen if not given.
-    """
-    from tqdm import tqdm
-
-    files, missing = find_images(paths)
-    if not files:
-        path, why = next(iter(missing.items()), ("PATHS", "no path given"))
-        raise UserError(f"{path}: {why}; give image files, folders or quoted glob patterns")
-    detector = Detector.load(model, device)
-    target = Path(out)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(target.name + ".partial")
-    counts = {"real": 0, "generated": 0, "": 0}
-    # surrogateescape writes file names that are not UTF-8 as the bytes they are.
-    with open(partial, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
-        writer = csv.writer(file)
-        writer.writerow(["path", "probability", "decision", "error"])
-        for path, why in missing.items():
-            writer.writerow([path, "", "", why])
-        scores = detector.stream(files, workers=workers)
-        for path, (probability, error) in zip(files, tqdm(scores, total=len(files), unit="image")):
-            # Rounded before the decision, so that the row agrees with itself.
-            probability = round(probability, 6)
-            decision = "" if error else "generated" if probability > THRESHOLD else "real"
-            counts[decision] += 1
-            writer.writerow([path, "" if error else f"{probability:.6f}", decision, error])
-            file.flush()
-    os.replace(partial, target)
-    unreadable = counts[""] + len(missing)
-    print(f"{target}: {counts['generated']} generated, {counts['real']} real, {unreadable} could not be read")
-    if unreadable == len(files) + len(missing):
-        raise UserError(f"none of the images could be read; {target} says why for each")
-    if unreadable:
-        print(f"the column error of {target} says why", file=sys.stderr)
