@@ -2,7 +2,8 @@
 
 A model folder holds what training changed and nothing of the backbone: `adapters.safetensors` (the adapters
 and the three heads, with the backbone's fingerprint in its header) and `config.json` (the configuration, with
-preprocessing). A run folder, as `dgsnet train --out` writes it, holds two model folders, `best` and `last`.
+preprocessing); after `dgsnet calibrate` also `calibration.json`. A run folder, as `dgsnet train --out` writes
+it, holds two model folders, `best` and `last`.
 """
 
 from __future__ import annotations
@@ -19,11 +20,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_safetensors
 
+from .calibration import Calibration
 from .config import CONFIG_FILE, Config
 from .errors import UserError
 from .model import DGSNet
 
 WEIGHTS_FILE = "adapters.safetensors"
+CALIBRATION_FILE = "calibration.json"
 FORMAT = "dgsnet-1"  # changes when an older program could not read the file rightly
 
 
@@ -155,6 +158,33 @@ def load_model(
 def read_extra(folder: str | Path) -> dict[str, Any]:
     """What save_model was given as `extra`, of a model folder or of a run folder's best model."""
     return json.loads(_read_weights(model_folder(folder) / WEIGHTS_FILE)[0]["extra"])
+
+
+def save_calibration(folder: str | Path, calibration: Calibration) -> Path:
+    """Store a calibration in a model folder, or in a run folder's best model; returns the file.
+
+    A model that is trained or saved again has none: the folder is replaced as a whole.
+    """
+    path = model_folder(folder) / CALIBRATION_FILE
+    write_file(path, calibration.to_json().encode())
+    return path
+
+
+def load_calibration(folder: str | Path) -> Calibration | None:
+    """The calibration of a model folder, or of a run folder's best model; None where there is none.
+
+    Raises:
+        UserError: no model there, or a damaged calibration.
+    """
+    path = model_folder(folder) / CALIBRATION_FILE
+    try:
+        return Calibration.from_json(path.read_text())
+    except FileNotFoundError:
+        return None
+    except ValueError as error:  # JSON's and Unicode's errors are ValueErrors too
+        raise UserError(
+            f"{path} is damaged ({one_line(error)}): remove it, or run dgsnet calibrate again"
+        ) from None
 
 
 def model_folder(path: str | Path) -> Path:

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from dgsnet.calibration import THRESHOLD as THRESHOLD
+from dgsnet.calibration import Calibration, decide
 from dgsnet.errors import UserError
 
 # torch, open_clip and the rest are imported where they are used: `from dgsnet import Detector` stays quick.
@@ -18,8 +20,8 @@ if TYPE_CHECKING:
 
     from dgsnet.config import Config
     from dgsnet.model import DGSNet
+    from dgsnet.preprocess import Preprocessor
 
-THRESHOLD = 0.5
 # More processes than this wait for the model, not for the images.
 MAX_WORKERS = 8
 # Starting processes takes about as long as preparing this many images.
@@ -33,9 +35,18 @@ class Detector:
     image goes through the network by itself, because floating-point sums depend on the shape of the batch.
     Between machines, versions or numbers of threads the last digits may differ.
 
+    With `views=k` it is the mean logit of k views: the plain one and k - 1 made as in training (another
+    shuffle or crop, maybe mirrored), seeded from the image's content too.
+
+    Args:
+        model: the network.
+        config: the configuration it was trained with, preprocessing included.
+        calibration: what turns scores into decisions; None decides at 0.5.
+        views: views averaged per image; None is what the calibration was made with, else 1.
+
     Attributes:
         model: the network, in evaluation mode.
-        config: the configuration it was trained with, preprocessing included.
+        config, calibration, views: as given.
         errors: index to message of the images that the last `predict` could not read.
 
     >>> detector = Detector.load("runs/demo/model")  # doctest: +SKIP
@@ -45,28 +56,47 @@ class Detector:
     {1: 'broken.png: cannot identify image file'}
     """
 
-    def __init__(self, model: DGSNet, config: Config):
+    def __init__(
+        self,
+        model: DGSNet,
+        config: Config,
+        calibration: Calibration | None = None,
+        views: int | None = None,
+    ):
         from dgsnet.preprocess import Preprocessor
 
+        if views is None:
+            views = calibration.views if calibration else 1
+        if views < 1:
+            raise UserError(f"views is {views}; it must be 1 or more")
+        if calibration and views != calibration.views:
+            raise UserError(
+                f"the model is calibrated for views={calibration.views}, and its threshold does not hold for "
+                f"views={views}: leave views out, or run dgsnet calibrate --views {views}"
+            )
         self.model = model.eval()
         self.config = config
+        self.calibration = calibration
+        self.views = views
         self.preprocess = Preprocessor(config.preprocess)
         self.errors: dict[int, str] = {}
 
     @classmethod
-    def load(cls, run: str | Path, device: str | None = None) -> Detector:
-        """Load a model folder, or the best model of a training run's folder.
+    def load(cls, run: str | Path, device: str | None = None, views: int | None = None) -> Detector:
+        """Load a model folder with its calibration, or the best model of a training run's folder.
 
         Args:
-            run: folder written by `dgsnet train` or `dgsnet demo`.
+            run: folder written by `dgsnet train`, `dgsnet convert` or `dgsnet demo`.
             device: torch device, such as "cpu" or "cuda:1"; None takes the GPU where there is one.
+            views: views averaged per image; None is what the calibration was made with, else 1.
 
         Raises:
-            UserError: the folder holds no model, its backbone cannot be loaded, or there is no such device.
+            UserError: the folder holds no model, its backbone cannot be loaded, it was calibrated for another
+                number of views, or there is no such device.
         """
         import torch
 
-        from dgsnet.checkpoint import load_model
+        from dgsnet.checkpoint import load_calibration, load_model
 
         if device is None:
             device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -74,10 +104,10 @@ class Detector:
             torch.empty(0, device=device)
         except (RuntimeError, AssertionError) as error:
             raise UserError(f"device {device} cannot be used here ({error}); try cpu") from None
-        return cls(*load_model(Path(run), device=device))
+        return cls(*load_model(Path(run), device=device), load_calibration(run), views)
 
     def predict(self, images: Any, *, workers: int | None = None) -> np.ndarray:
-        """Probability that each image was generated, float32 [N].
+        """Probability that each image was generated, float32 [N]; calibrated where the model is.
 
         Args:
             images: one image or a sequence of N; an image is a path, a PIL image or a uint8 array
@@ -101,7 +131,6 @@ class Detector:
         self, images: Sequence[str | Path | Image | np.ndarray], *, workers: int | None = None
     ) -> Iterator[tuple[float, str]]:
         """`predict` one (probability, error message) at a time, in order; the message is "" for a score."""
-        import torch
         from torch.utils.data import DataLoader
 
         if workers is None:
@@ -111,12 +140,12 @@ class Detector:
             raise UserError(f"workers is {workers}; it must be 0 or more")
         # batch_size=None hands the prepared images over one by one.
         for pixels, error in DataLoader(
-            _Prepared(images, self.preprocess), batch_size=None, num_workers=workers
+            _Prepared(images, self.preprocess, self.views), batch_size=None, num_workers=workers
         ):
             if error:
                 yield float("nan"), error
             else:
-                yield torch.sigmoid(self.logits(pixels[None])).item(), ""
+                yield self.probabilities(self.logits(pixels).mean()).item(), ""
 
     def logits(self, pixels: Tensor) -> Tensor:
         """Logits, float32 [N] on the model's device; generated is positive.
@@ -139,12 +168,24 @@ class Detector:
             )
             return torch.cat(rows).float()
 
+    def probabilities(self, logits: Tensor) -> Tensor:
+        """sigmoid(logit / temperature), of the shape of `logits`; the temperature is 1 if uncalibrated."""
+        temperature = self.calibration.temperature if self.calibration else 1.0
+        return (logits / temperature).sigmoid()
+
+    def decide(self, probabilities: Any) -> list[str]:
+        """Names "generated", "real" or "unsure" for N probabilities as `predict` gives them; "" for NaN.
+
+        Without a calibration, "generated" above 0.5 and else "real".
+        """
+        return decide(probabilities, self.calibration)
+
 
 class _Prepared:
-    """Map-style dataset of (pixels, "") or (None, error message)."""
+    """Map-style dataset of (views [k, 3, S, S], "") or (None, error message)."""
 
-    def __init__(self, images: Sequence[Any], preprocess: Any):
-        self.images, self.preprocess = images, preprocess
+    def __init__(self, images: Sequence[Any], preprocess: Preprocessor, views: int):
+        self.images, self.preprocess, self.views = images, preprocess, views
 
     def __len__(self) -> int:
         return len(self.images)
@@ -154,8 +195,22 @@ class _Prepared:
 
         image = self.images[index]
         try:
-            return self.preprocess(read_image(image)), ""
+            return prepare_views(self.preprocess, read_image(image), self.views), ""
         except ImageError as error:
             # What the preprocessing refuses does not know its file.
             named = not isinstance(image, (str, os.PathLike)) or os.fspath(image) in str(error)
             return None, str(error) if named else f"{os.fspath(image)}: {error}"
+
+
+def prepare_views(preprocess: Preprocessor, image: np.ndarray, views: int) -> Tensor:
+    """Prepared views [k, 3, S, S] of one image, uint8 [H, W, 3]: a function of the image alone.
+
+    The first is the plain one; the others are drawn as in training, from the image's content.
+    """
+    import torch
+
+    from dgsnet.preprocess import content_seed
+
+    seed = content_seed(image) if views > 1 else 0
+    others = (np.random.default_rng([seed, view]) for view in range(1, views))
+    return torch.stack([preprocess(image), *(preprocess(image, rng=rng) for rng in others)])
