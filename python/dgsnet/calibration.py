@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from dgsnet.errors import UserError
+
 # Without a calibration: the published rule, and no abstaining.
 THRESHOLD = 0.5
 # Scores are written, calibrated and compared at this many decimals, so that a written row agrees with itself.
@@ -27,7 +29,7 @@ class Calibration:
 
     Attributes:
         threshold: above it an image is called generated.
-        low: at or below it an image is called real; between the two it is unsure. low <= threshold.
+        low: at or below it an image is called real, between the two it is unsure; negative: none is real.
         temperature: what logits are divided by; 1 where no generated images were given.
         fpr: the rate asked for: how many of all real images may be called generated.
         fpr_upper: upper confidence bound of that rate at `threshold`; at most `fpr`.
@@ -60,10 +62,8 @@ class Calibration:
     views: int = 1
 
     def __post_init__(self) -> None:
-        if not 0 <= self.low <= self.threshold <= 1:
-            raise ValueError(
-                f"low={self.low} and threshold={self.threshold} must be 0 <= low <= threshold <= 1"
-            )
+        if not (self.low <= self.threshold and 0 <= self.threshold <= 1):
+            raise ValueError(f"threshold={self.threshold} must be in 0..1 and low={self.low} not above it")
         if not (0 < self.temperature < math.inf):
             raise ValueError(f"temperature={self.temperature} must be positive and finite")
         if self.views < 1:
@@ -95,6 +95,148 @@ class Calibration:
         return cls(**values)
 
 
+def calibrate(
+    reals: Any,
+    generated: Any = None,
+    *,
+    fpr: float = 0.01,
+    miss_rate: float | None = None,
+    confidence: float = CONFIDENCE,
+    views: int = 1,
+) -> Calibration:
+    """Find threshold, temperature and band from scores of images whose class is known.
+
+    The threshold is an order statistic of the real images' scores: as many of them lie above it as the
+    Clopper-Pearson upper bound allows. If real images to come are like these, at most `fpr` of them are
+    called generated, with the given confidence over the choice of the calibration images, whatever the
+    distribution of scores (Wilks 1941, tolerance limits). docs/decisions.md has the rules.
+
+    Args:
+        reals: logits of real images, [N] floats.
+        generated: logits of generated images, [M] floats; without them the temperature is 1, and nothing is
+            known of misses.
+        fpr: how many of all real images may be called generated.
+        miss_rate: how many of all generated images may be called real; None is `fpr`.
+        confidence: with which both hold.
+        views: what the logits were averaged over; recorded.
+
+    Raises:
+        UserError: too few images for the rates, or scores that tell nothing.
+
+    >>> rng = np.random.default_rng(0)
+    >>> result = calibrate(rng.normal(-2, 1, 1000), rng.normal(2, 1, 1000), fpr=0.05)
+    >>> result.fpr_upper <= 0.05, 0 < result.low < result.threshold < 1
+    (True, True)
+    """
+    reals, generated = (np.asarray([] if x is None else x, dtype=np.float64) for x in (reals, generated))
+    miss_rate = (fpr if miss_rate is None else miss_rate) if len(generated) else None
+    for name, rate in {"fpr": fpr, "miss_rate": miss_rate, "confidence": confidence}.items():
+        if rate is not None and not 0 < rate < 1:
+            raise UserError(f"{name} is {rate}; it must lie between 0 and 1")
+    temperature = fit_temperature(reals, generated) if len(generated) else 1.0
+    real_scores, generated_scores = (_scores(x, temperature) for x in (reals, generated))
+
+    above = _allowed(len(reals), fpr, confidence, "real", "fpr")
+    threshold = real_scores[::-1][above]
+    if len(generated):
+        below = _allowed(len(generated), miss_rate, confidence, "generated", "miss_rate")
+        low = round(generated_scores[below] - 10**-DECIMALS, DECIMALS)
+    else:
+        low = _lower_limit(real_scores, fpr, confidence)
+    low = min(low, threshold)
+
+    def share(condition: np.ndarray) -> float | None:
+        return float(condition.mean()) if len(condition) else None
+
+    return Calibration(
+        threshold=float(threshold),
+        low=float(low),
+        temperature=temperature,
+        fpr=fpr,
+        fpr_upper=_upper_bound(above, len(reals), confidence),
+        fpr_observed=share(real_scores > threshold),
+        miss_rate=miss_rate,
+        miss_upper=_upper_bound(below, len(generated), confidence) if len(generated) else None,
+        unsure_reals=share((real_scores > low) & (real_scores <= threshold)),
+        unsure_generated=share((generated_scores > low) & (generated_scores <= threshold)),
+        tpr_observed=share(generated_scores > threshold),
+        confidence=confidence,
+        n_reals=len(reals),
+        n_generated=len(generated),
+        views=views,
+    )
+
+
+def fit_temperature(reals: np.ndarray, generated: np.ndarray) -> float:
+    """The T that minimises the log loss of sigmoid(logit / T), both classes weighing the same.
+
+    Guo et al. 2017, with Platt's (1999) smoothed labels, so that classes which the sample happens to separate
+    do not make the scores certain.
+
+    Args:
+        reals, generated: logits [N] and [M].
+
+    Raises:
+        UserError: generated images score no higher than real ones.
+    """
+    from scipy.optimize import minimize_scalar
+
+    if not generated.mean() > reals.mean():
+        raise UserError(
+            "the generated images score no higher than the real ones (mean logits "
+            f"{generated.mean():.3g} and {reals.mean():.3g}): check that --reals and --generated are not "
+            "swapped; if not, this model cannot tell them apart"
+        )
+
+    def loss(log_temperature: float) -> float:
+        total = 0.0
+        for logits, sign in ((reals, -1), (generated, 1)):
+            z = sign * logits / math.exp(log_temperature)
+            wrong = 1 / (len(logits) + 2)
+            total += float(np.mean((1 - wrong) * np.logaddexp(0, -z) + wrong * np.logaddexp(0, z)))
+        return total
+
+    # The loss is convex in 1 / T, so it has one minimum in log T as well.
+    return float(math.exp(minimize_scalar(loss, bounds=(-7, 7), method="bounded").x))
+
+
+def _scores(logits: np.ndarray, temperature: float) -> np.ndarray:
+    """The probabilities that decisions compare, ascending."""
+    from scipy.special import expit
+
+    return np.sort(np.round(expit(logits / temperature), DECIMALS))
+
+
+def _allowed(n: int, rate: float, confidence: float, kind: str, option: str) -> int:
+    """How many of n images may be wrong for the upper confidence bound to stay at or below `rate`."""
+    from scipy.stats import binom
+
+    # The bound of k is at most the rate exactly where P(Binomial(n, rate) <= k) <= 1 - confidence.
+    allowed = int(binom.ppf(1 - confidence, n, rate)) - 1
+    if n == 0 or allowed < 0:
+        needed = math.floor(math.log(1 - confidence) / math.log1p(-rate)) + 1
+        raise UserError(
+            f"{n} {kind} images are too few for {option}={rate:g} with {confidence:.0%} confidence: at least "
+            f"{needed} are needed; give more, or a larger {option}"
+        )
+    return allowed
+
+
+def _upper_bound(wrong: int, n: int, confidence: float) -> float:
+    """Clopper and Pearson's one-sided upper bound of a rate observed as wrong / n, with wrong < n."""
+    from scipy.stats import beta
+
+    return float(beta.ppf(confidence, wrong + 1, n - wrong))
+
+
+def _lower_limit(scores: np.ndarray, rate: float, confidence: float) -> float:
+    """The largest of the ascending scores with more than `rate` of all above it, with this confidence."""
+    from scipy.stats import binom
+
+    above = int(binom.ppf(confidence, len(scores), rate))
+    return scores[::-1][above] if above < len(scores) else -(10**-DECIMALS)
+
+
 def decide(probabilities: Any, calibration: Calibration | None = None) -> list[str]:
     """Names "generated", "real" or "unsure" for each probability; "" for NaN.
 
@@ -111,3 +253,80 @@ def decide(probabilities: Any, calibration: Calibration | None = None) -> list[s
         "" if math.isnan(p) else "generated" if p > high else "real" if p <= low else "unsure"
         for p in rounded
     ]
+
+
+def calibrate_command(
+    model: str,
+    reals: list[str],
+    generated: list[str] | None = None,
+    fpr: float = 0.01,
+    miss_rate: float | None = None,
+    views: int = 1,
+    device: str | None = None,
+    workers: int | None = None,
+) -> None:
+    """Set a model's threshold for a false-positive rate, from images whose class is known.
+
+    Writes calibration.json into the model's folder; `dgsnet predict` then says generated, real or unsure.
+
+    Args:
+        model: a model folder, or the folder of a training run.
+        reals: real images like those to be decided on: files, folders (searched recursively), glob patterns.
+        generated: generated images; needed for calibrated probabilities and a bound on misses.
+        fpr: how many of all real images may be called generated.
+        miss_rate: how many of all generated images may be called real; as fpr if not given.
+        views: mosaics averaged per image, then and whenever the model is used.
+        device: torch device; the GPU where there is one if not given.
+        workers: processes that read and prepare images; chosen if not given.
+    """
+    from dgsnet.checkpoint import save_calibration
+    from dgsnet.detector import Detector
+
+    # An older calibration must not decide how these scores are made.
+    detector = Detector.load(model, device, views=views, calibrated=False)
+    logits = [_logits(detector, paths, workers) for paths in (reals, generated) if paths]
+    result = calibrate(*logits, fpr=fpr, miss_rate=miss_rate, views=views)
+    print(summary(result))
+    print(f"written to {save_calibration(model, result)}")
+
+
+def _logits(detector: Any, paths: list[str], workers: int | None) -> np.ndarray:
+    """Logits of the images that can be read; one that is there twice counts once, as its score tells."""
+    from tqdm import tqdm
+
+    from dgsnet.sources import find_images
+
+    files, missing = find_images(paths)
+    for path, why in missing.items():
+        raise UserError(f"{path}: {why}; give image files, folders or quoted glob patterns")
+    scores = list(tqdm(detector.stream_logits(files, workers=workers), total=len(files), unit="image"))
+    for _, error in scores:
+        if error:
+            print(f"left out: {error}")
+    return np.unique([logit for logit, error in scores if not error])
+
+
+def summary(calibration: Calibration) -> str:
+    """A calibration in words, a line per rule."""
+    c = calibration
+    sure = f"with {c.confidence:.0%} confidence"
+    lines = [
+        f"above {c.threshold:.6f}: generated. Of all real images at most {c.fpr_upper:.2%} {sure} "
+        f"({c.fpr_observed:.2%} of the {c.n_reals} here)"
+    ]
+    if c.n_generated:
+        lines += [
+            f"at or below {c.low:.6f}: real. Of all generated images at most {c.miss_upper:.2%} {sure} "
+            f"({c.n_generated} here)",
+            f"between: unsure. {c.unsure_reals:.1%} of the real images here, {c.unsure_generated:.1%} of the "
+            "generated",
+            f"{c.tpr_observed:.1%} of the generated images here are found; temperature {c.temperature:.3f}",
+        ]
+    else:
+        lines += [
+            f"at or below {c.low:.6f}: real; between: unsure, {c.unsure_reals:.1%} of the real images here",
+            "no generated images given: probabilities are not calibrated, and nothing is known of misses",
+        ]
+    if c.threshold == 1:
+        lines.append("no score can lie above 1: nothing will be called generated")
+    return "\n".join(lines)

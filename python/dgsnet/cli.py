@@ -30,14 +30,19 @@ class Command:
         return getattr(importlib.import_module(self.module), self.function)
 
 
-# A command is a function whose parameters become options by their types and docstring. `paths` is positional,
-# and a list of strings takes one or more words. `train` alone has a configuration file.
+# A command is a function whose parameters become options by their types and docstring. Those in POSITIONAL
+# stand without a name; a list of strings takes one or more words. `train` alone has a configuration file.
 COMMANDS = {
     "train": Command("train a detector", "dgsnet.cli", "train_command"),
     "evaluate": Command("measure a detector on labelled images", "dgsnet.evaluation", "evaluate_command"),
     "predict": Command("score images", "dgsnet.scoring", "predict_command"),
+    "calibrate": Command(
+        "set the threshold for a false-positive rate", "dgsnet.calibration", "calibrate_command"
+    ),
     "demo": Command("train and compare detectors on the built-in data", "dgsnet.demo", "demo_command"),
 }
+POSITIONAL = ("paths", "checkpoint")
+LISTS = (list[str], list[str] | None)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -50,6 +55,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         >>> main(["train", "--data.train", "photos", "--out", "runs/mine"])  # doctest: +SKIP
     """
     argv = list(sys.argv[1:] if argv is None else argv)
+    argv = [re.sub(r"^--surgery(?==|$)", "--surgery.mode", word) for word in argv]  # its short spelling
     warnings.formatwarning = lambda message, *_, **__: f"dgsnet: warning: {message}\n"  # without code
     try:
         _run(argv)
@@ -104,16 +110,18 @@ def _arguments(name: str, command: Command) -> ArgumentParser:
         parser.add_argument("--out", required=True, help=_parameter_help(function, "out"))
         parser.add_argument("--resume", action="store_true", help=_parameter_help(function, "resume"))
         return parser
-    lists = [
+    own = [
         parameter
         for parameter in inspect.signature(function, eval_str=True).parameters.values()
-        if parameter.annotation == list[str]
+        if parameter.name in POSITIONAL or parameter.annotation in LISTS
     ]
-    for parameter in lists:
-        flag = parameter.name if parameter.name == "paths" else f"--{parameter.name}"
-        required = {} if flag == "paths" else {"required": parameter.default is inspect.Parameter.empty}
-        parser.add_argument(flag, nargs="+", help=_parameter_help(function, parameter.name), **required)
-    parser.add_function_arguments(function, skip={parameter.name for parameter in lists})
+    for parameter in own:
+        options = {"nargs": "+"} if parameter.annotation in LISTS else {}
+        if parameter.name not in POSITIONAL:
+            options["required"] = parameter.default is inspect.Parameter.empty
+        flag = parameter.name if parameter.name in POSITIONAL else f"--{parameter.name}"
+        parser.add_argument(flag, help=_parameter_help(function, parameter.name), **options)
+    parser.add_function_arguments(function, skip={parameter.name for parameter in own})
     return parser
 
 
@@ -148,7 +156,7 @@ def _to_config(arguments: Namespace) -> Config:
 def _plain(message: str, argv: list[str]) -> str:
     """jsonargparse's message in the words of the command line, with where to look."""
     message = re.sub(r"<class '(\w+)'>|typing\.(\w+)", r"\1\2", message)
-    message = re.sub(r"\b(train|evaluate|predict|demo)\.", "--", message).replace("Parser key", "setting")
+    message = re.sub(rf"\b({'|'.join(COMMANDS)})\.", "--", message).replace("Parser key", "setting")
     if message.startswith("Problems parsing config"):
         files = re.findall(r"--config[= ](\S+)", " ".join(argv))
         message = message.replace("config", " or ".join(files), 1)

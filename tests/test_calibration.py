@@ -1,0 +1,272 @@
+"""Thresholds keep the rates they promise, temperatures are the right ones, and a calibrated model decides."""
+
+import csv
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from dgsnet.calibration import Calibration, calibrate, decide, fit_temperature
+from dgsnet.checkpoint import build_model, load_calibration, save_calibration, save_model
+from dgsnet.cli import main
+from dgsnet.config import Config, ModelConfig, PreprocessConfig
+from dgsnet.detector import Detector
+from dgsnet.errors import UserError
+from PIL import Image
+from scipy import stats
+
+REPEATS = 600
+
+
+def plausible(count, repeats, expected):
+    return stats.binomtest(count, repeats, expected).pvalue > 1e-4
+
+
+@pytest.mark.parametrize(("n", "fpr", "confidence"), [(299, 0.01, 0.95), (500, 0.05, 0.95), (90, 0.1, 0.8)])
+def test_the_asked_rate_is_exceeded_as_rarely_as_promised(n, fpr, confidence):
+    # Logits of the standard logistic distribution have uniform probabilities: the true rate above t is 1 - t.
+    rng = np.random.default_rng(0)
+    drawn = [calibrate(rng.logistic(size=n), fpr=fpr, confidence=confidence) for _ in range(REPEATS)]
+    assert all(c.fpr_upper <= fpr and c.fpr_observed <= fpr for c in drawn)
+    exceeded = sum(1 - c.threshold > fpr for c in drawn)
+    above = round(drawn[0].fpr_observed * n)
+    expected = stats.beta.sf(fpr, above + 1, n - above)  # exact for an order statistic
+    assert expected <= 1 - confidence
+    assert plausible(exceeded, REPEATS, expected)
+    # One real image more above it, and the promise would not hold.
+    assert stats.beta.sf(fpr, above + 2, n - above - 1) > 1 - confidence
+    # The lower end of the band, without generated images: as rarely is the true rate below the one asked for.
+    assert sum(1 - c.low < fpr for c in drawn) <= stats.binom.ppf(0.9999, REPEATS, 1 - confidence)
+
+
+def test_as_rarely_are_generated_images_called_real():
+    rng = np.random.default_rng(1)
+    # The count allowed is the largest whose Clopper-Pearson bound fits.
+    k = next(k for k in range(200) if stats.beta.ppf(0.95, k + 2, 200 - k - 1) > 0.1)
+    missed = 0
+    for _ in range(REPEATS):
+        # One high real image puts the threshold above the band.
+        reals = np.append(rng.logistic(-5, size=60), 4.0)
+        c = calibrate(reals, rng.logistic(size=200), fpr=0.05, miss_rate=0.1)
+        assert c.miss_upper == pytest.approx(stats.beta.ppf(0.95, k + 1, 200 - k)) and c.miss_upper <= 0.1
+        assert 0 < c.low < c.threshold
+        missed += stats.logistic.cdf(c.temperature * math.log(c.low / (1 - c.low))) > 0.1
+    assert plausible(missed, REPEATS, stats.beta.sf(0.1, k + 1, 200 - k))
+
+
+def test_the_band_lies_between_the_two_errors():
+    rng = np.random.default_rng(2)
+    reals, generated = rng.normal(-1, 1, 2000), rng.normal(1, 1, 2000)
+    c = calibrate(reals, generated, fpr=0.02, miss_rate=0.05)
+    calls = [decide(1 / (1 + np.exp(-x / c.temperature)), c) for x in (reals, generated)]
+    assert calls[0].count("generated") / 2000 == c.fpr_observed <= 0.02
+    assert calls[1].count("real") / 2000 <= 0.05
+    assert calls[0].count("unsure") / 2000 == c.unsure_reals > 0.1
+    assert calls[1].count("unsure") / 2000 == c.unsure_generated > 0.1
+    assert calls[1].count("generated") / 2000 == c.tpr_observed
+    # Classes far apart leave nothing to be unsure of.
+    apart = calibrate(reals - 20, generated + 20, fpr=0.02, miss_rate=0.05)
+    assert apart.low == apart.threshold and apart.unsure_reals == 0
+
+
+def test_ties_never_raise_the_rate():
+    scores = np.repeat([0.0, 1.0, 2.0], 200)
+    c = calibrate(scores, fpr=0.05)
+    assert c.fpr_observed == 0 and c.threshold == round(1 / (1 + math.exp(-2)), 6)
+    saturated = calibrate(np.full(100, 60.0), fpr=0.05)
+    assert saturated.threshold == 1 and decide([1.0], saturated) == ["real"]
+
+
+@pytest.mark.parametrize(("fpr", "needed"), [(0.05, 59), (0.01, 299), (0.001, 2995)])
+def test_too_few_images_are_told_with_how_many_are_needed(fpr, needed):
+    scores = np.random.default_rng(0).normal(size=needed)
+    with pytest.raises(UserError, match=f"^{needed - 1} real .* at least {needed} are needed"):
+        calibrate(scores[1:], fpr=fpr)
+    assert calibrate(scores, fpr=fpr).fpr_observed == 0
+    with pytest.raises(UserError, match=f"^3 generated .* at least {needed} are needed.*miss_rate"):
+        calibrate(scores, [5.0, 6.0, 7.0], fpr=fpr)
+    with pytest.raises(UserError, match="0 real images are too few"):
+        calibrate([], fpr=fpr)
+
+
+def test_impossible_requests_are_one_line():
+    scores = np.random.default_rng(0).normal(size=500)
+    for wrong in ({"fpr": 0}, {"fpr": 1.5}, {"fpr": math.nan}, {"confidence": 1}):
+        with pytest.raises(UserError, match="must lie between 0 and 1"):
+            calibrate(scores, **wrong)
+    with pytest.raises(UserError, match="swapped"):
+        calibrate(scores + 1, scores)
+
+
+def test_the_temperature_is_the_one_the_labels_were_drawn_with():
+    rng = np.random.default_rng(3)
+    logits = rng.normal(0, 4, 40000)
+    generated = rng.random(40000) < 1 / (1 + np.exp(-logits / 2.5))
+    assert fit_temperature(logits[~generated], logits[generated]) == pytest.approx(2.5, rel=0.04)
+    # Fewer images of one class weigh as much as the others.
+    assert fit_temperature(logits[~generated], logits[generated][::10]) == pytest.approx(2.5, rel=0.1)
+
+
+def test_the_temperature_minimises_the_log_loss():
+    rng = np.random.default_rng(4)
+    reals, generated = rng.normal(-3, 5, 300), rng.normal(2, 5, 200)
+
+    def loss(t):
+        smooth = [1 / 302, 1 / 202]
+        return sum(
+            np.mean((1 - e) * np.logaddexp(0, s * z / t) + e * np.logaddexp(0, -s * z / t))
+            for z, s, e in ((reals, 1, smooth[0]), (generated, -1, smooth[1]))
+        )
+
+    fitted = fit_temperature(reals, generated)
+    grid = np.exp(np.linspace(-3, 4, 2000))
+    assert loss(fitted) <= min(map(loss, grid)) + 1e-9
+    # Separated classes do not make the scores certain.
+    assert 0.05 < fit_temperature(np.full(50, -1.0), np.full(50, 1.0)) < 1
+
+
+def test_decide():
+    c = calibrate(np.random.default_rng(0).normal(-2, 1, 400), fpr=0.05)
+    low, high = c.low, c.high
+    assert 0 < low < high < 1
+    assert decide([0, low, low + 2e-6, high, high + 2e-6, 1, math.nan], c) == [
+        "real",
+        "real",
+        "unsure",
+        "unsure",
+        "generated",
+        "generated",
+        "",
+    ]
+    # What is written with six decimals decides as what was computed.
+    assert decide([high + 4e-7], c) == decide([high], c)
+    assert decide(np.float32([0.5, 0.500001, np.nan])) == ["real", "generated", ""]
+    assert decide(0.7) == ["generated"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Smooth images and the same kind with a checkerboard, and a model whose head tells them apart."""
+    root = tmp_path_factory.mktemp("calibration")
+    rng = np.random.default_rng(0)
+    for kind, strength in (("real", 0), ("fake", 14)):
+        (root / kind).mkdir()
+        for i in range(110):
+            coarse = rng.integers(40, 216, (6, 6, 3), dtype=np.uint8)
+            picture = np.asarray(Image.fromarray(coarse).resize((48, 48), Image.Resampling.BICUBIC)).astype(
+                int
+            )
+            picture = picture + rng.normal(0, 6, picture.shape)
+            picture[::2, ::2] += strength
+            Image.fromarray(picture.clip(0, 255).astype(np.uint8)).save(root / kind / f"{i:03}.png")
+    config = Config(
+        model=ModelConfig(name="dgsnet-tiny", pretrained="builtin", lora_rank=0),
+        preprocess=PreprocessConfig(mode="patches", image_size=32, patch_size=8, num_patches=16),
+    )
+    model = build_model(config, with_text=False).eval()
+    detector = Detector(model, config)
+    from dgsnet.images import read_image
+    from sklearn.linear_model import LogisticRegression
+
+    files = [*sorted((root / "real").iterdir())[:40], *sorted((root / "fake").iterdir())[:40]]
+    with torch.no_grad():
+        features = torch.cat(
+            [model.student_features(detector.preprocess(read_image(f))[None]) for f in files]
+        )
+        head = LogisticRegression(C=100, max_iter=1000).fit(features.numpy(), [0] * 40 + [1] * 40)
+        model.head.image_head.weight.copy_(torch.from_numpy(head.coef_))
+        model.head.image_head.bias.copy_(torch.from_numpy(head.intercept_) + 5)  # a threshold that is wrong
+    save_model(root / "run" / "best", model, config)
+    return root
+
+
+def rows(path):
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_from_images_to_decisions(folder, tmp_path, capsys):
+    (folder / "real" / "broken.png").write_bytes(b"no picture")
+    (folder / "real" / "twin.png").write_bytes((folder / "real" / "000.png").read_bytes())
+    command = ["calibrate", "--model", str(folder / "run"), "--reals", str(folder / "real")]
+    main([*command, "--generated", str(folder / "fake"), "--fpr", "0.05", "--views", "2"])
+    printed = capsys.readouterr().out
+    assert "broken.png" in printed and "above" in printed and "temperature" in printed
+
+    detector = Detector.load(folder / "run", device="cpu")
+    c = detector.calibration
+    assert (c.n_reals, c.n_generated, c.views, detector.views) == (110, 110, 2, 2)
+    assert c.fpr_upper <= 0.05 and c.tpr_observed > 0.5
+
+    (folder / "real" / "broken.png").unlink()
+    reals = detector.predict(sorted((folder / "real").iterdir()))
+    fakes = detector.predict(sorted((folder / "fake").iterdir()))
+    calls = detector.decide(reals)
+    assert calls.count("generated") == round(c.fpr_observed * 110) <= 1
+    assert detector.decide(fakes).count("generated") == round(c.tpr_observed * 110)
+    # At 0.5 the same model calls far more real images generated.
+    plain = Detector.load(folder / "run", device="cpu", calibrated=False)
+    assert plain.decide(plain.predict(sorted((folder / "real").iterdir()))).count("generated") > 10
+
+    with pytest.raises(UserError, match=r"calibrated for views=2.*views=3"):
+        Detector.load(folder / "run", device="cpu", views=3)
+    # Calibrating again starts from the model, not from the calibration.
+    main([*command, "--generated", str(folder / "fake"), "--fpr", "0.05", "--views", "2"])
+    assert load_calibration(folder / "run") == c
+
+
+def test_reals_alone_suffice_for_a_threshold(folder, capsys):
+    main(["calibrate", "--model", str(folder / "run"), "--reals", str(folder / "real"), "--fpr", "0.1"])
+    printed = capsys.readouterr().out
+    assert "not calibrated" in printed
+    c = load_calibration(folder / "run" / "best")
+    assert c.temperature == 1 and c.n_generated == 0 and c.miss_rate is None
+    assert c.low <= c.threshold
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--fpr", "0.01"], "are too few for fpr=0.01 with 95% confidence: at least 299"),
+        (["--reals", "nowhere"], "nowhere: no such file or folder"),
+        (["--views", "0"], "views is 0"),
+    ],
+)
+def test_what_cannot_be_calibrated_is_one_line(folder, capsys, options, message):
+    command = ["calibrate", "--model", str(folder / "run"), "--reals", str(folder / "real"), "--fpr", "0.1"]
+    with pytest.raises(SystemExit) as stop:
+        main([*command, *options])
+    error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("dgsnet:")]
+    assert stop.value.code == 2 and len(error) == 1 and message in error[0]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda text: text[:-10], "damaged"),
+        (lambda text: "[]", "not a JSON object"),
+        (lambda text: text.replace('"low"', '"lower"'), "field low"),
+        (lambda text: json.dumps(json.loads(text) | {"temperature": 0}), "temperature=0"),
+        (lambda text: json.dumps(json.loads(text) | {"low": 0.99, "threshold": 0.5}), "threshold=0.5"),
+        (lambda text: json.dumps(json.loads(text) | {"threshold": "high"}), "'high' is no number"),
+        (lambda text: json.dumps(json.loads(text) | {"threshold": None}), "None is no number"),
+    ],
+)
+def test_a_damaged_calibration_is_refused(folder, tmp_path, change, message):
+    result = calibrate(np.random.default_rng(0).normal(size=400), fpr=0.05)
+    path = save_calibration(folder / "run", result)
+    assert load_calibration(folder / "run") == result == Calibration.from_json(result.to_json())
+    path.write_text(change(path.read_text()))
+    with pytest.raises(UserError, match=message) as error:
+        Detector.load(folder / "run", device="cpu")
+    assert "\n" not in str(error.value) and "calibrate again" in str(error.value)
+
+
+def test_a_model_saved_again_is_not_calibrated(folder, tmp_path):
+    detector = Detector.load(folder / "run", device="cpu", calibrated=False)
+    save_model(tmp_path / "m", detector.model, detector.config)
+    save_calibration(tmp_path / "m", calibrate(np.random.default_rng(0).normal(size=400), fpr=0.05))
+    assert Detector.load(tmp_path / "m", device="cpu").calibration
+    save_model(tmp_path / "m", detector.model, detector.config)
+    assert Detector.load(tmp_path / "m", device="cpu").calibration is None
