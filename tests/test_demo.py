@@ -68,12 +68,13 @@ def test_methods_differ_in_nothing_but_the_method():
             for name, value in values.items()
             if value != config.to_dict()[section][name]
         }
-        for method in demo.METHODS
+        for method in made
     }
     assert changes == {
         demo.PROBE: {"model.lora_rank", "surgery.mode"},
         demo.LORA: {"surgery.mode"},
         demo.DGSNET: set(),
+        demo.LAYERWISE: {"surgery.mode"},
     }
     assert {c.seed for c in made.values()} == {1}
 

@@ -15,9 +15,18 @@ import numpy as np
 import pytest
 import torch
 from dgsnet import checkpoint, cli
-from dgsnet.config import Config, DataConfig, ModelConfig, OptimConfig, PreprocessConfig
+from dgsnet.config import Config, DataConfig, ModelConfig, OptimConfig, PreprocessConfig, SurgeryConfig
 from dgsnet.errors import UserError
-from dgsnet.training import METRICS_FILE, STATE_FILE, StepPlan, train
+from dgsnet.training import (
+    BRANCHES,
+    METRICS_FILE,
+    STATE_FILE,
+    Step,
+    StepPlan,
+    layer_surgery,
+    named_parameters,
+    train,
+)
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -199,13 +208,15 @@ def _train_as(rank, world, port, arguments):
     cli.main(arguments)
 
 
-def test_two_processes_train_as_one(dataset, tmp_path):
+@pytest.mark.parametrize("mode", ["feature", "layer"])
+def test_two_processes_train_as_one(dataset, tmp_path, mode):
     """To rounding, when the surgery's strength does not depend on the split of a batch."""
     results = []
     for world in (1, 2):
         config = settings(
             dataset,
             model_lora_dropout=0.0,
+            surgery_mode=mode,
             surgery_reference_batch_size=8,
             optim_batch_size=8 // world,
             optim_epochs=1,
@@ -291,6 +302,7 @@ def test_surgery_changes_what_is_learned(dataset, tmp_path):
     updates = {}
     for name, changes in {
         "feature": {},
+        "layer": {"surgery_mode": "layer"},
         "none": {"surgery_mode": "none"},
         "no captions": {"data_captions": "none"},
         "other order": {"surgery_order": "project_first"},
@@ -301,6 +313,88 @@ def test_surgery_changes_what_is_learned(dataset, tmp_path):
     for name in updates:
         for other in updates:
             assert torch.equal(updates[name], updates[other]) == (name == other), (name, other)
+
+
+def _naive_layer_step(model, pixels, labels, captions, alignment, reference, eps):
+    """Gradients of one layer-wise step by the book: explicit reference gradients, one layer after the other."""
+    head, layers = model.head, {}
+    for name, parameter in model.visual.named_parameters():
+        if "lora_" in name:
+            layers.setdefault(name.split(".lora_")[0], []).append(parameter)
+    features = model.student_features(pixels)
+    teacher = model.teacher_features(pixels).requires_grad_()
+    text = model.text_features(captions).requires_grad_()
+
+    def loss(branch, x):
+        logits = getattr(head, f"{branch}_head")(x).squeeze(1)
+        return torch.nn.functional.binary_cross_entropy_with_logits(logits, labels)
+
+    (g_text,) = torch.autograd.grad(loss("text", text), text)
+    (g_img,) = torch.autograd.grad(loss("teacher", teacher), teacher)
+    beneficial = (g_img * len(labels) / reference).clamp(max=0)
+    task = loss("image", features) + alignment * (features * beneficial).sum(1).mean()
+    gradients = {}
+    for tensors in layers.values():
+        harmful = torch.autograd.grad(features, tensors, g_text.clamp(min=0), retain_graph=True)
+        harmful = torch.cat([h.flatten() for h in harmful])
+        direction = harmful / (harmful.norm() + eps)
+        grads = torch.autograd.grad(task, tensors, retain_graph=True)
+        whole = torch.cat([g.flatten() for g in grads])
+        whole = whole - (whole @ direction) * direction
+        gradients |= zip(tensors, whole.split([t.numel() for t in tensors]))
+    for branch, x in (("image", features), ("text", text)):
+        own = list(getattr(head, f"{branch}_head").parameters())
+        gradients |= zip(own, torch.autograd.grad(loss(branch, x), own, retain_graph=True))
+    return gradients
+
+
+@pytest.mark.parametrize("scaler", [None, torch.amp.GradScaler("cpu", init_scale=2.0**10)])
+@pytest.mark.parametrize("parts", [[8], [5, 3]])
+def test_a_layer_wise_step_equals_the_naive_computation(parts, scaler):
+    torch.manual_seed(0)
+    model = checkpoint.DGSNet(ModelConfig(name="dgsnet-tiny", pretrained="", lora_dropout=0.0)).double()
+    for name, tensor in model.adapter_state().items():
+        if "lora_B" in name:  # at zero A has no gradient
+            tensor.normal_(std=0.05)
+    surgery = SurgeryConfig(mode="layer", reference_batch_size=4, eps=1e-3)
+    step = Step(model, BRANCHES, surgery)
+    optimizer = torch.optim.SGD(named_parameters(model), lr=1e-3)
+    operator = layer_surgery(optimizer, surgery, scaler)
+    pixels, labels = torch.randn(8, 3, 32, 32).double(), (torch.arange(8) % 2).double()
+    captions = [f"photo {'of grass ' * i}" for i in range(8)]
+    expected = _naive_layer_step(model, pixels, labels, captions, 0.2, 4, 1e-3)
+
+    scale = scaler.scale if scaler else lambda loss: loss
+    start = 0
+    for size in parts:
+        end = start + size
+        loss, _, harmful = step(pixels[start:end], labels[start:end], captions[start:end])
+        scale(loss * size / 8).backward(retain_graph=True)
+        with operator.harmful():
+            scale(harmful * size / 8).backward()
+        start = end
+    if scaler:
+        scaler.step(optimizer)
+        scaler.update()
+    else:
+        optimizer.step()
+    assert set(expected) == set(model.trainable_parameters())
+    for parameter, gradient in expected.items():
+        assert (parameter.grad.flatten() - gradient.flatten()).norm() <= 1e-10 * gradient.norm() + 1e-15
+    metrics = operator.metrics()
+    assert len(metrics.layers) == 3 * 4 and all(name.endswith("_proj") for name in metrics.layers)
+    assert metrics.removed.max() > 1e-3  # there was something to remove
+
+
+def test_layer_wise_surgery_has_a_short_spelling(dataset, tmp_path):
+    config = settings(dataset, data_val=[], optim_max_steps=1)
+    (tmp_path / "run.yaml").write_text(json.dumps(config.to_dict()))
+    for words in (["--surgery", "layer"], ["--surgery=layer"]):
+        run = tmp_path / str(len(words))
+        cli.main(["train", "--config", str(tmp_path / "run.yaml"), "--out", str(run), *words])
+        assert Config.load(run / "config.json") == dataclasses.replace(
+            config, surgery=SurgeryConfig(mode="layer")
+        )
 
 
 def test_the_stages_train_their_own_parts(dataset, tmp_path):
@@ -332,7 +426,8 @@ def test_max_steps_ends_the_second_stage(dataset, tmp_path):
     assert [int(row["step"]) for row in val(run)] == [4, 8, 9]  # stage 1 has 4 steps
 
 
-def test_accumulation_equals_a_large_batch(dataset, tmp_path):
+@pytest.mark.parametrize("mode", ["feature", "layer"])
+def test_accumulation_equals_a_large_batch(dataset, tmp_path, mode):
     """With reference_batch_size; the official formula weakens the surgery as the batch grows."""
     errors = {}
     for reference in (8, None):
@@ -343,6 +438,7 @@ def test_accumulation_equals_a_large_batch(dataset, tmp_path):
                 model_lora_dropout=0.0,
                 data_val=[],
                 optim_max_steps=3,
+                surgery_mode=mode,
                 surgery_reference_batch_size=reference,
                 optim_batch_size=batch_size,
                 optim_accumulation=accumulation,
@@ -453,6 +549,8 @@ def _fails(arguments, capsys):
         (["--out", "{new}", "--optim.lr", "fast"], 'setting "optim.lr"'),
         (["--out", "{new}", "--optim.lr", "1e9"], "training diverged"),
         (["--out", "{new}", "--surgery.mode", "magic"], 'setting "surgery.mode"'),
+        (["--out", "{new}", "--surgery", "magic"], 'setting "surgery.mode"'),
+        (["--out", "{new}", "--surgery", "layer", "--surgery.order", "project_first"], "feature only"),
         (["--out", "{new}", "--config", "/no.yaml"], "/no.yaml"),
         (["--out", "{new}", "--config", "{broken}"], "broken.yaml"),
         (["--out", "{new}", "--config", "{unknown}"], "optim.speed"),

@@ -128,15 +128,16 @@ class SurgeryConfig:
     """Gradient surgery.
 
     Args:
-        mode: "feature" is the paper's method; "none" is plain LoRA fine-tuning.
+        mode: "feature" is the paper's method; "layer" edits the gradient of every adapter instead of the
+            features' one; "none" is plain LoRA fine-tuning.
         alignment: weight lambda of the alignment loss.
-        order: "align_first" (official code) or "project_first" (the paper's formula).
+        order: "align_first" (official code) or "project_first" (the paper's formula, "feature" only).
         eps: added to the harmful direction's norm.
         reference_batch_size: batch the two reference gradients are scaled for, which makes the strength of
             surgery independent of batch, ranks and accumulation; null is the official formula.
     """
 
-    mode: Literal["feature", "none"] = "feature"
+    mode: Literal["feature", "layer", "none"] = "feature"
     alignment: float = 0.2
     order: Literal["align_first", "project_first"] = "align_first"
     eps: float = 1e-6
@@ -145,6 +146,8 @@ class SurgeryConfig:
     def __post_init__(self) -> None:
         if self.reference_batch_size is not None:
             _at_least(1, reference_batch_size=self.reference_batch_size)
+        if self.mode == "layer" and self.order != "align_first":
+            raise ValueError(f"surgery.order={self.order} goes with surgery.mode=feature only")
 
 
 @dataclass

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 SEEDS = (0, 1, 2)
 PROBE, LORA, DGSNET = METHODS = ("linear probe", "LoRA", "DGS-Net")
+LAYERWISE = "DGS-Net by layer"  # not in the demo itself; see docs/builtin.md
 # What the demo is judged by: key in Evaluation.mean() and column title.
 MEASURES = {"auc": "AUC", "ap": "AP", "accuracy": "accuracy"}
 # Enough points to see clusters, few enough for t-SNE in seconds.
@@ -44,7 +45,7 @@ class Run:
     """One trained and measured model.
 
     Args:
-        method: one of METHODS.
+        method: one of METHODS, or LAYERWISE.
         seed: decides everything random in it.
         folder: the run's folder.
         curves: columns of metrics.csv in the main stage, with "step" counted from its start; NaN where empty.
@@ -102,6 +103,7 @@ def configurations(config: Config, seed: int) -> dict[str, Config]:
         PROBE: replace(config, model=replace(config.model, lora_rank=0), surgery=plain),
         LORA: replace(config, surgery=plain),
         DGSNET: replace(config, surgery=replace(config.surgery, mode="feature")),
+        LAYERWISE: replace(config, surgery=replace(config.surgery, mode="layer")),
     }
 
 
@@ -120,7 +122,13 @@ def _prepare(out: Path) -> Path:
     return out
 
 
-def compare(data: Path, config: Config, folder: Path, seeds: Sequence[int] = SEEDS) -> list[Run]:
+def compare(
+    data: Path,
+    config: Config,
+    folder: Path,
+    seeds: Sequence[int] = SEEDS,
+    methods: Sequence[str] = METHODS,
+) -> list[Run]:
     """Train every method with every seed and measure it on the test split.
 
     One thread each, as many at a time as there are cores: a model this small gains little from a second
@@ -131,13 +139,14 @@ def compare(data: Path, config: Config, folder: Path, seeds: Sequence[int] = SEE
         config: what the methods share; see `configurations`.
         folder: for the runs' folders.
         seeds: one run of every method for each.
+        methods: names of `configurations`.
 
     Returns:
         The runs, ordered by method and seed.
     """
     started = time.monotonic()
     # The slowest method first, so that no core is left with a long one at the end.
-    jobs = [(method, seed) for method in reversed(METHODS) for seed in seeds]
+    jobs = [(method, seed) for method in reversed(methods) for seed in seeds]
     processes = min(len(jobs), os.cpu_count() or 1)
     print(f"training {len(jobs)} models, {processes} at a time ...", flush=True)
     runs = []
@@ -157,7 +166,7 @@ def compare(data: Path, config: Config, folder: Path, seeds: Sequence[int] = SEE
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
-    return sorted(runs, key=lambda run: (METHODS.index(run.method), run.seed))
+    return sorted(runs, key=lambda run: (methods.index(run.method), run.seed))
 
 
 def _start_worker(folder: Path) -> None:
@@ -223,7 +232,7 @@ def mean_and_spread(values: list[float]) -> tuple[float, float]:
 def table(runs: list[Run]) -> str:
     """Mean and spread over the seeds per method, in percent, as lines of text."""
     rows = [["mean over test decoders", *MEASURES.values()]]
-    for method in METHODS:
+    for method in dict.fromkeys(run.method for run in runs):
         cells = [mean_and_spread(by_seed(runs, method, key)) for key in MEASURES]
         rows.append([method, *(f"{percent(mean)} ± {percent(spread)}" for mean, spread in cells)])
     return text_table(rows)

@@ -13,6 +13,7 @@ import hashlib
 import io
 import math
 import os
+import re
 import sys
 import time
 from collections.abc import Iterator
@@ -22,6 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
@@ -29,6 +31,8 @@ from accelerate.utils import ProjectConfiguration, gather_object, set_seed
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
+
+from dgs_kernels import OptimizerSurgery
 
 from .checkpoint import (
     build_model,
@@ -197,35 +201,89 @@ class Step(nn.Module):
             stage == BRANCHES and surgery is not None and model.text is not None
         )
 
-    def forward(self, pixels: Tensor, labels: Tensor, captions: list[str]) -> tuple[Tensor, Tensor]:
-        """The loss to differentiate, and TRAIN_COLUMNS as one detached tensor [5]; means over the batch.
+    def forward(
+        self, pixels: Tensor, labels: Tensor, captions: list[str]
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The loss to differentiate, TRAIN_COLUMNS as one detached tensor [5], and for layer-wise surgery the
+        harmful reference loss; means over the batch.
 
         An empty batch (all its images damaged) has a zero loss that reaches every parameter.
         """
         if not len(labels):
             zero = sum((p.sum() * 0 for p in self.model.trainable_parameters()), labels.new_zeros(()))
-            return zero, zero.detach().expand(len(TRAIN_COLUMNS))
+            return zero, zero.detach().expand(len(TRAIN_COLUMNS)), None
         if self.stage == HEAD or self.surgery is None:
             return self._one_branch(pixels, labels)
         student, teacher = self.model.student_features(pixels), self.model.teacher_features(pixels)
         text = None if self.model.text is None else self.model.text_features(captions)
         options = {k: getattr(self.surgery, k) for k in ("order", "eps", "reference_batch_size")}
+        harmful = None
         with torch.autocast(pixels.device.type, enabled=False):  # heads and losses stay in fp32
-            out = self.model.head(
-                student.float(), teacher.float(), None if text is None else text.float(), labels, **options
-            )
+            student, teacher, text = (x if x is None else _wide(x) for x in (student, teacher, text))
+            if self.surgery.mode == "layer":
+                # Without text features nothing is projected here; the alignment stays.
+                out = self.model.head(student, teacher, None, labels, **options)
+                if text is not None:
+                    text_loss, harmful = self._harmful(student, text, labels)
+                    out = out._replace(text_loss=text_loss)
+            else:
+                out = self.model.head(student, teacher, text, labels, **options)
             loss = out.image_loss + out.text_loss + self.surgery.alignment * out.alignment_loss
         losses = (loss, out.image_loss, out.text_loss, out.alignment_loss)
-        return loss, _values(losses, out.image_logits, labels)
+        return loss, _values(losses, out.image_logits, labels), harmful
 
-    def _one_branch(self, pixels: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    def _harmful(self, student: Tensor, text: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """The text loss, and <student, h> with the paper's harmful directions h = relu(dL_text/dt), constants.
+
+        The gradient of the latter is every layer's harmful reference: the vector-Jacobian product of the
+        features with h. The beneficial one is that of the alignment loss, and needs no pass of its own.
+        """
+        head = self.model.head.text_head
+        logits = head(text).squeeze(-1)
+        with torch.no_grad():
+            residuals = (torch.sigmoid(logits) - labels) / len(labels)
+            directions = torch.relu(residuals[:, None] * head.weight)
+        return F.binary_cross_entropy_with_logits(logits, labels), (student * directions).sum()
+
+    def _one_branch(self, pixels: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, None]:
         teaching = self.stage == HEAD
         features = (self.model.teacher_features if teaching else self.model.student_features)(pixels)
         head = self.model.head.teacher_head if teaching else self.model.head.image_head
         with torch.autocast(pixels.device.type, enabled=False):
-            logits = head(features.float()).squeeze(-1)
+            logits = head(_wide(features)).squeeze(-1)
             loss = F.binary_cross_entropy_with_logits(logits, labels)
-        return loss, _values((loss, *loss.new_zeros(3)), logits, labels)
+        return loss, _values((loss, *loss.new_zeros(3)), logits, labels), None
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def named_parameters(model: DGSNet) -> list[tuple[str, nn.Parameter]]:
+    """What is trained, with A and B of an adapter named as tensors of the module they adapt: one layer."""
+    named = ((name, p) for name, p in model.named_parameters() if p.requires_grad)
+    return [(re.sub(r"\.(lora_[AB])\.default\.weight$", r".\1", name), p) for name, p in named]
+
+
+def layer_surgery(
+    optimizer: torch.optim.Optimizer,
+    surgery: SurgeryConfig,
+    scaler: torch.amp.GradScaler | None = None,
+    process_group: dist.ProcessGroup | None = None,
+) -> OptimizerSurgery:
+    """Project every adapter's harmful reference out of its gradient before each step.
+
+    Positive parts are taken where signs mean something, at the features, hence the "full" rule here: the
+    signs of an adapter's A and B are arbitrary.
+    """
+    return OptimizerSurgery(
+        optimizer,
+        eps=surgery.eps,
+        rule="full",
+        granularity="layer",
+        scaler=scaler,
+        process_group=process_group,
+    )
 
 
 def _values(losses: tuple[Tensor, ...], logits: Tensor, labels: Tensor) -> Tensor:
@@ -365,8 +423,12 @@ class _Run:
         step = Step(self.model, stage, self.config.surgery if _uses_surgery(self.config) else None)
         # Without weight decay AdamW is Adam.
         optimizer = torch.optim.AdamW(
-            self.model.trainable_parameters(), lr=optim.lr, betas=optim.betas, weight_decay=optim.weight_decay
+            named_parameters(self.model), lr=optim.lr, betas=optim.betas, weight_decay=optim.weight_decay
         )
+        self.surgery = None
+        if stage == BRANCHES and step.surgery and step.surgery.mode == "layer":
+            group = dist.group.WORLD if self.world > 1 else None
+            self.surgery = layer_surgery(optimizer, step.surgery, self.accelerator.scaler, group)
         self.step_module, self.optimizer = self.accelerator.prepare(step, optimizer)
         if state and state["optimizer"]:
             self.optimizer.load_state_dict(state["optimizer"])
@@ -426,12 +488,16 @@ class _Run:
             self.readable |= len(batch["labels"]) > 0
             last = number == len(micro_batches)
             with contextlib.nullcontext() if last else self.accelerator.no_sync(self.step_module):
-                loss, values = self.step_module(
+                loss, values, harmful = self.step_module(
                     batch["pixels"].to(device, non_blocking=True),
                     batch["labels"].to(device, non_blocking=True),
                     batch["captions"],
                 )
-                self.accelerator.backward(loss * micro.weight)
+                # The task's backward comes first: data parallelism reduces no other.
+                self.accelerator.backward(loss * micro.weight, retain_graph=harmful is not None)
+                if harmful is not None:
+                    with self.surgery.harmful():
+                        self.accelerator.backward(harmful * micro.weight)
             weight = micro.weight * (len(batch["labels"]) > 0)
             self.sums += weight * torch.cat([values, values.new_ones(1)])
         self.optimizer.step()
@@ -451,7 +517,10 @@ class _Run:
                 f"training diverged: the loss is {row['loss']} at step {self.position.step}; lower optim.lr"
                 + (", or use optim.precision bf16" if self.config.optim.precision == "fp16" else "")
             )
-        self.log.write(self.position, row, images_per_second=speed)
+        operated = self.surgery and self.surgery.metrics()
+        self.log.write(
+            self.position, row, images_per_second=speed, **(operated.scalars() if operated else {})
+        )
         return row["loss"]
 
     def _end_epoch(self, epochs: int) -> None:
