@@ -316,7 +316,7 @@ def test_surgery_changes_what_is_learned(dataset, tmp_path):
 
 
 def _naive_layer_step(model, pixels, labels, captions, alignment, reference, eps):
-    """Gradients of one layer-wise step by the book: explicit reference gradients, one layer after the other."""
+    """Gradients of one layer-wise step by the book: explicit reference gradients, layer after layer."""
     head, layers = model.head, {}
     for name, parameter in model.visual.named_parameters():
         if "lora_" in name:

@@ -233,7 +233,7 @@ class Step(nn.Module):
         return loss, _values(losses, out.image_logits, labels), harmful
 
     def _harmful(self, student: Tensor, text: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """The text loss, and <student, h> with the paper's harmful directions h = relu(dL_text/dt), constants.
+        """The text loss, and <student, h> with the constant harmful directions h = relu(dL_text/dt).
 
         The gradient of the latter is every layer's harmful reference: the vector-Jacobian product of the
         features with h. The beneficial one is that of the alignment loss, and needs no pass of its own.
