@@ -10,7 +10,8 @@ from dgsnet.images import ImageError
 from dgsnet.preprocess import NORMALIZATIONS, Preprocessor, content_seed
 from PIL import Image
 
-from dgs_kernels.ops.select_patches import enlarged_size, permutations, select_patches, splitmix64
+from dgs_kernels import backends
+from dgs_kernels.ops.select_patches import enlarged_size, mosaics, permutations, select_patches, splitmix64
 from dgs_kernels.ops.spectral_entropy import spectral_entropy
 
 
@@ -268,3 +269,77 @@ def test_a_line_of_pixels_too_long_to_enlarge_is_an_image_error():
     line = np.zeros((1, 2**18, 3), np.uint8)
     with pytest.raises(ImageError, match="more than 134,217,728 pixels"):
         Preprocessor(PreprocessConfig(mode="crop"))(line)
+
+
+# Selection for a whole batch, as a GPU does it
+
+
+SIZES = [(300, 400), (64, 64), (224, 224), (512, 333), (40, 900)]
+
+
+@pytest.mark.parametrize("train", [True, False])
+@pytest.mark.parametrize("config", [CONFIGS[0], CONFIGS[2]])
+def test_selection_for_a_batch_gives_the_same_bits(config, train):
+    preprocess = Preprocessor(config)
+    images = [picture(*size, seed) for seed, size in enumerate(SIZES)]
+
+    def rng(i):
+        return np.random.default_rng(i) if train else None
+
+    one_by_one = torch.stack([preprocess(image, rng=rng(i)) for i, image in enumerate(images)])
+    patches, seeds, flips = zip(*(preprocess.cut(image, rng=rng(i)) for i, image in enumerate(images)))
+    counts = torch.tensor([len(cut) for cut in patches])
+    assert any(flips) == train
+    together = preprocess.select(torch.cat(patches), counts, torch.tensor(seeds), torch.tensor(flips))
+    assert torch.equal(together, one_by_one)
+
+
+def test_equal_patches_of_different_images_stay_with_their_images():
+    cut = [torch.full((count, 32, 32, 3), shade, dtype=torch.uint8) for shade, count in enumerate((5, 4, 9))]
+    found = mosaics(torch.cat(cut), torch.tensor([5, 4, 9]), 4, seeds=torch.arange(3))
+    assert found.shape == (3, 3, 64, 64)
+    assert (found == torch.arange(3)[:, None, None, None]).all()
+    none = mosaics(cut[0][:0], torch.tensor([], dtype=torch.int64), 4, seeds=torch.arange(0))
+    assert none.shape == (0, 3, 64, 64)
+
+
+@pytest.mark.gpu
+def test_selection_on_the_gpu_agrees_where_entropies_leave_no_doubt():
+    preprocess = Preprocessor(PreprocessConfig())
+    patches, seeds, flips = zip(*(preprocess.cut(picture(*size, i)) for i, size in enumerate(SIZES)))
+    batch = (torch.cat(patches), torch.tensor([len(c) for c in patches]), *map(torch.tensor, (seeds, flips)))
+    with torch.cuda.device(0):
+        found = preprocess.select(*(tensor.cuda() for tensor in batch)).cpu()
+    # One patch at the edge of the selection may be ranked otherwise and move the others of its image.
+    same = (found == preprocess.select(*batch)).flatten(1).all(1)
+    assert same.float().mean() >= 0.6
+
+
+def test_selection_is_at_least_eight_times_as_fast_per_core_as_the_loop():
+    """The whole selection, as it is usually written in NumPy: entropies, ranking, shuffle and mosaic."""
+    image = picture(512, 512)
+
+    def loop(image):
+        patches, order = patches_of(image), np.argsort(entropy_loop(image), kind="stable")
+        chosen = np.concatenate([order[:24], order[-25:]])
+        np.random.default_rng(0).shuffle(chosen)
+        rows = [np.concatenate(patches[chosen[i : i + 7]], axis=1) for i in range(0, 49, 7)]
+        return np.concatenate(rows)
+
+    def ours(image):
+        return select_patches(channels_first(image), seed=0)
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        best = {loop: np.inf, ours: np.inf}
+        for _ in range(20):
+            for function in best:
+                start = time.process_time()
+                function(image)
+                best[function] = min(best[function], time.process_time() - start)
+    finally:
+        torch.set_num_threads(threads)
+    # Eager PyTorch, which serves where nothing could be compiled, is about five times as fast.
+    compiled = not backends.obstacle("cpu", "spectral_entropy", "cpu")
+    assert best[loop] >= (8 if compiled else 3) * best[ours], best

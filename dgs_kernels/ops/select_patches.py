@@ -29,7 +29,7 @@ def select_patches(
         seed: 64-bit seed of the shuffle, one for all images or one per image ([B]).
 
     Returns:
-        [B, 3, S, S] of the images' dtype, S = patch_size * sqrt(num_patches).
+        [B, 3, S, S] of the images' dtype, S = patch_size * sqrt(num_patches); channels last in memory.
 
     Raises:
         ValueError: the shape is wrong, an image is empty, num_patches is no square, or there are neither
@@ -64,12 +64,89 @@ def select_patches(
     chosen = chosen.sort(dim=1).values
     chosen = chosen.gather(1, permutations(seeds, num_patches).expand(batch, -1))
 
-    cut = images[:, :, : rows * patch_size, : columns * patch_size]
-    patches = cut.reshape(batch, 3, rows, patch_size, columns, patch_size).permute(0, 2, 4, 1, 3, 5)
+    cut = images[:, :, : rows * patch_size, : columns * patch_size].permute(0, 2, 3, 1)
     item = torch.arange(batch, device=images.device)[:, None]
-    mosaic = patches[item, chosen // columns, chosen % columns]
-    mosaic = mosaic.reshape(batch, side, side, 3, patch_size, patch_size).permute(0, 3, 1, 4, 2, 5)
-    return mosaic.reshape(batch, 3, side * patch_size, side * patch_size)
+    first = (item * rows + chosen // columns) * patch_size * columns + chosen % columns
+    return _tile(cut.reshape(-1, patch_size * 3), first, columns)
+
+
+def cut_patches(image: Tensor, patch_size: int = 32, num_patches: int = 49) -> Tensor:
+    """The patches of one image in row-major order, as `mosaics` takes them.
+
+    Args:
+        image: [H, W, 3] RGB; enlarged first if it holds fewer patches than num_patches (see enlarged_size).
+        patch_size: side of a patch in pixels.
+        num_patches: patches that a mosaic will need.
+
+    Returns:
+        [rows * columns, patch_size, patch_size, 3] of the image's dtype.
+    """
+    height, width = enlarged_size(*image.shape[:2], patch_size, num_patches)
+    if (height, width) != tuple(image.shape[:2]):
+        image = resize_bicubic(image.permute(2, 0, 1)[None], height, width)[0].permute(1, 2, 0)
+    rows, columns = height // patch_size, width // patch_size
+    grid = image[: rows * patch_size, : columns * patch_size]
+    grid = grid.reshape(rows, patch_size, columns, patch_size, 3).transpose(1, 2)
+    return grid.reshape(rows * columns, patch_size, patch_size, 3)
+
+
+def mosaics(patches: Tensor, counts: Tensor, num_patches: int = 49, *, seeds: Tensor) -> Tensor:
+    """select_patches for images of any sizes in one batch, given as their patches, without a host sync.
+
+    The patches of all images are ranked by one kernel and one sort, so a batch on a GPU costs the same few
+    launches whatever its sizes. The mosaics are those of select_patches, unless rounding on another device
+    ranks two patches otherwise at the edge of the selection.
+
+    Args:
+        patches: [N, p, p, 3] RGB, uint8 in 0..255 or floating point in 0..1: those of the first image in
+            row-major order, then the next one's (`cut_patches`).
+        counts: [B] integers that sum to N, how many patches each image has; at least num_patches each.
+        num_patches: patches kept of each image, a square number.
+        seeds: [B] int64, each image's 64-bit seed of the shuffle.
+
+    Returns:
+        [B, 3, S, S] of the patches' dtype, S = p * sqrt(num_patches); channels last in memory.
+
+    Example:
+        >>> import torch
+        >>> from dgs_kernels.ops.select_patches import cut_patches, mosaics
+        >>> images = [torch.zeros(size, dtype=torch.uint8) for size in ((300, 400, 3), (64, 64, 3))]
+        >>> cut = [cut_patches(image) for image in images]
+        >>> counts = torch.tensor([len(patches) for patches in cut])
+        >>> mosaics(torch.cat(cut), counts, seeds=torch.tensor([0, 1])).shape
+        torch.Size([2, 3, 224, 224])
+    """
+    device = patches.device
+    image = torch.arange(len(counts), device=device).repeat_interleave(counts, output_size=len(patches))
+    entropy = spectral_entropy(patches.permute(0, 3, 1, 2), patches.shape[1])[:, 0]
+    order = entropy.argsort(stable=True)
+    order = order[image[order].argsort(stable=True)]  # by image, then by entropy, then by place
+    ends = counts.cumsum(0)[:, None]
+    low, kept = 24 * num_patches // 49, torch.arange(num_patches, device=device)
+    place = torch.where(kept < low, ends - counts[:, None], ends - num_patches) + kept
+    chosen = order[place].sort(dim=1).values.gather(1, permutations(seeds, num_patches))
+    size = patches.shape[1]
+    return _tile(patches.reshape(-1, size * 3), chosen * size, 1)
+
+
+def _tile(pixels: Tensor, first: Tensor, step: int) -> Tensor:
+    """The mosaics of patches, each given by its rows of pixels.
+
+    Args:
+        pixels: [R, p * 3], rows of patches.
+        first: [B, n], the first row of every patch, n a square number.
+        step: from one row of a patch to its next.
+
+    Returns:
+        [B, 3, S, S], with a pixel's channels next to each other in memory.
+    """
+    batch, count = first.shape
+    side, size = math.isqrt(count), pixels.shape[1] // 3
+    rows = torch.arange(size, device=pixels.device)[:, None] * step
+    # In the order in which the mosaic has them, so that one gather is all.
+    order = first.reshape(batch, side, 1, side) + rows
+    mosaic = pixels.index_select(0, order.flatten())
+    return mosaic.reshape(batch, side * size, side * size, 3).permute(0, 3, 1, 2)
 
 
 def enlarged_size(height: int, width: int, patch_size: int, num_patches: int) -> tuple[int, int]:

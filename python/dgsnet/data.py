@@ -7,22 +7,26 @@ import dataclasses
 import json
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from dgsnet import shards
 from dgsnet.errors import UserError
 from dgsnet.images import EXTENSIONS, ImageError, read_image
+from dgsnet.preprocess import Preprocessor
 
 CLASS_FOLDERS = {"0_real": 0, "1_fake": 1, "nature": 0, "ai": 1}
 SPLIT_FOLDERS = ("train", "val", "test")
 LABELS = {"0": 0, "1": 1, "real": 0, "fake": 1, "generated": 1}
 CAPTIONS_FILE = "captions.json"
+SHARDS_MIXED = 16  # shards read at a time
 
 
 @dataclass(frozen=True)
@@ -30,7 +34,7 @@ class Sample:
     """One labelled image.
 
     Args:
-        path: the image file.
+        path: the image file, or a Member of an archive, which as a string names it.
         label: 0 real, 1 generated.
         generator: the group it is reported under.
         caption: text of the image; None while none is attached.
@@ -43,18 +47,20 @@ class Sample:
 
 
 def find_samples(source: str | Path, split: str | None = None) -> list[Sample]:
-    """List the labelled images of a folder, or of a JSON or CSV list; docs/data.md describes the layouts.
+    """List the labelled images of a folder, a JSON or CSV list, or WebDataset shards (layouts: docs/data.md).
 
     Args:
         source: folder with `[<generator>/][<class>/]{0_real,1_fake}/*` or
-            `<generator>/{train,val}/{nature,ai}/*` in it, or a list of path and label.
-        split: "train", "val" or "test": folders of the other two names are left out. Lists have no splits.
+            `<generator>/{train,val}/{nature,ai}/*` in it, a list of path and label, or tar archives such as
+            "shards-{000..099}.tar" or "shards-*.tar".
+        split: "train", "val" or "test": folders of the other two names are left out. Lists and shards have no
+            splits.
 
     Returns:
-        The samples, sorted by path (a list: in its order).
+        The samples, sorted by path (lists and shards: in their order).
 
     Raises:
-        UserError: nothing there or nothing recognised, several splits and none chosen, or a bad list.
+        UserError: nothing there or nothing recognised, several splits and none chosen, a bad list or shard.
 
     Example:
         >>> import pathlib, tempfile
@@ -71,11 +77,17 @@ def find_samples(source: str | Path, split: str | None = None) -> list[Sample]:
         raise UserError(f"split {split!r} is unknown; choose one of {', '.join(SPLIT_FOLDERS)}")
     if source.is_dir():
         return _samples_in_folder(source, split)
+    if source.suffix.lower() == ".tar":
+        return _samples_in_shards(str(source))
     if not source.exists():
-        raise UserError(f"{source}: no such file or folder; expected a dataset folder or a JSON or CSV list")
+        raise UserError(
+            f"{source}: no such file or folder; expected a dataset folder, a JSON or CSV list, or .tar shards"
+        )
     readers = {".json": _json_rows, ".csv": _csv_rows}
     if source.suffix.lower() not in readers:
-        raise UserError(f"{source}: expected a dataset folder or a list that ends in .json or .csv")
+        raise UserError(
+            f"{source}: expected a dataset folder or a list that ends in .json or .csv, or .tar shards"
+        )
     rows = readers[source.suffix.lower()](source)
     samples = [_sample_of_row(row, where, source) for where, row in rows]
     if not samples:
@@ -143,6 +155,53 @@ def _walk(
             yield entry.path, below
 
 
+def _samples_in_shards(source: str) -> list[Sample]:
+    samples = []
+    for archive in shards.expand(source):
+        known = set()
+        for record in shards.records(archive):
+            if record.images:
+                samples.append(_sample_of_record(record, archive))
+            elif record.texts:
+                raise UserError(
+                    f"{archive}: {record.key} has no image; the members of a key must be neighbours"
+                )
+            if record.key in known:
+                raise UserError(f"{archive}: {record.key} comes twice; a key must be unique in its shard")
+            known.add(record.key)
+    if not samples:
+        raise UserError(f"{source}: holds no images; looked for members {' '.join(sorted(EXTENSIONS))}")
+    return samples
+
+
+def _sample_of_record(record: shards.Record, archive: str) -> Sample:
+    where = f"{archive}, {record.key}"
+    if len(record.images) > 1:
+        raise UserError(f"{where}: {len(record.images)} images under one key; expected one")
+    row = _parse_json(record.texts["json"], f"{where}.json") if "json" in record.texts else {}
+    if not isinstance(row, dict):
+        raise UserError(f'{where}.json: expected an object such as {{"label": 0, "caption": "a cat"}}')
+    folders = tuple(record.key.split("/")[:-1])
+    label = record.texts.get("cls", row.get("label", _label(folders)))
+    if str(label).strip().lower() not in LABELS:
+        raise UserError(
+            f"{where}: label {label!r} is unknown; give 0 or real, 1, fake or generated as .cls or as "
+            '"label" in .json, or put the key below 0_real or 1_fake'
+        )
+    caption = record.texts.get("txt", row.get("caption")) or None
+    if caption is not None and not isinstance(caption, str):
+        raise UserError(f"{where}.json: caption is not text")
+    outer = [name for name in folders if name.lower() not in CLASS_FOLDERS and name not in SPLIT_FOLDERS]
+    generator = row.get("generator") or (outer[0] if outer else _shard_series(archive))
+    return Sample(record.images[0], LABELS[str(label).strip().lower()], str(generator), caption)
+
+
+def _shard_series(archive: str) -> str:
+    """The name that shards have in common: progan-000.tar is of "progan"."""
+    stem = Path(archive).stem
+    return stem.rstrip("0123456789").rstrip("-_.") or stem
+
+
 def _json_rows(path: Path) -> Iterator[tuple[str, dict]]:
     rows = _read_json(path)
     if isinstance(rows, dict):
@@ -185,9 +244,17 @@ def _sample_of_row(row: dict, where: str, source: Path) -> Sample:
 
 def _read_json(path: Path) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8-sig"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not readable as JSON: {error}") from None
+    return _parse_json(text, path)
+
+
+def _parse_json(text: str, where: str | Path) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{where}: not readable as JSON: {error}") from None
 
 
 def attach_captions(samples: list[Sample], captions: str | Path, root: str | Path) -> list[Sample]:
@@ -255,13 +322,24 @@ class ImageDataset(Dataset):
         preprocess: a preprocess.Preprocessor.
         train: augment.
         seed: decides the augmentation, at least 0.
+        selection: "workers": items hold the finished input; "device": in mode "patches" they hold all
+            patches of the image, and `pixels_on` selects on the device, for the batch at once.
     """
 
-    def __init__(self, samples: list[Sample], preprocess: Callable, *, train: bool, seed: int = 0) -> None:
+    def __init__(
+        self,
+        samples: list[Sample],
+        preprocess: Preprocessor,
+        *,
+        train: bool,
+        seed: int = 0,
+        selection: Literal["workers", "device"] = "workers",
+    ) -> None:
         self.samples = samples
         self.preprocess = preprocess
         self.train = train
         self.seed = seed
+        self.cut_only = selection == "device" and preprocess.config.mode == "patches"
         # Shared memory, because persistent workers hold their own copy of this object.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
 
@@ -273,15 +351,22 @@ class ImageDataset(Dataset):
         return len(self.samples)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """dict(pixels float32 [3, S, S], label, caption, index), or dict(error, index)."""
+        """dict(pixels float32 [3, S, S], label, caption, index), or dict(error, index).
+
+        Where the device selects, `patches`, `seed` and `flip` of `Preprocessor.cut` in place of `pixels`.
+        """
         sample = self.samples[index]
         rng = np.random.default_rng((self.seed, int(self._epoch), index)) if self.train else None
         try:
-            pixels = self.preprocess(read_image(sample.path), rng=rng)
+            image = read_image(sample.path)
+            if self.cut_only:
+                content = dict(zip(("patches", "seed", "flip"), self.preprocess.cut(image, rng=rng)))
+            else:
+                content = {"pixels": self.preprocess(image, rng=rng)}
         except ImageError as error:
             text = str(error)
             return {"error": text if sample.path in text else f"{sample.path}: {text}", "index": index}
-        return {"pixels": pixels, "label": sample.label, "caption": sample.caption or "", "index": index}
+        return content | {"label": sample.label, "caption": sample.caption or "", "index": index}
 
 
 def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
@@ -290,15 +375,59 @@ def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
     Returns:
         dict(pixels float32 [n, 3, S, S], labels float32 [n], captions list[str], index int64 [n],
         errors list of (index, message)). n may be 0, and pixels then is [0, 3, 0, 0]: skip such a batch.
+        Where the device selects, the arguments of `Preprocessor.select` in place of `pixels`.
     """
     good = [item for item in items if "error" not in item]
-    return {
-        "pixels": torch.stack([item["pixels"] for item in good]) if good else torch.empty(0, 3, 0, 0),
+    if good and "patches" in good[0]:
+        content = {
+            "patches": torch.cat([item["patches"] for item in good]),
+            "counts": torch.tensor([len(item["patches"]) for item in good]),
+            "seeds": torch.tensor([item["seed"] for item in good]),
+            "flips": torch.tensor([item["flip"] for item in good]),
+        }
+    else:
+        content = {
+            "pixels": torch.stack([item["pixels"] for item in good]) if good else torch.empty(0, 3, 0, 0)
+        }
+    return content | {
         "labels": torch.tensor([item["label"] for item in good], dtype=torch.float32),
         "captions": [item["caption"] for item in good],
         "index": torch.tensor([item["index"] for item in good], dtype=torch.int64),
         "errors": [(item["index"], item["error"]) for item in items if "error" in item],
     }
+
+
+def pixels_on(device: torch.device, batch: dict[str, Any], preprocess: Preprocessor) -> Tensor:
+    """The pixels of a batch of `collate` on the device, selected there if its workers have not.
+
+    Returns:
+        float32 [n, 3, S, S].
+    """
+    if "pixels" in batch:
+        return batch["pixels"].to(device, non_blocking=True)
+    names = ("patches", "counts", "seeds", "flips")
+    return preprocess.select(*(batch[name].to(device, non_blocking=True) for name in names))
+
+
+def epoch_order(samples: list[Sample], rng: np.random.Generator) -> np.ndarray:
+    """A random order of the samples that reads shards a few at a time.
+
+    Images in files of their own come in any order. Shards come in a random order, SHARDS_MIXED at a time,
+    and the images of these, with an equal part of the images in files, in any order.
+    """
+    archives = np.array([getattr(sample.path, "archive", "") for sample in samples])
+    if not archives.any():
+        return rng.permutation(len(samples))
+    names, shard = np.unique(archives, return_inverse=True)
+    of_shard = np.split(np.argsort(shard, kind="stable"), np.cumsum(np.bincount(shard))[:-1])
+    alone = rng.permutation(of_shard.pop(0)) if names[0] == "" else np.empty(0, np.int64)
+    windows = max(1, -(-len(of_shard) // SHARDS_MIXED))
+    parts = zip(
+        np.array_split(rng.permutation(len(of_shard)), windows), np.array_split(alone, windows), strict=True
+    )
+    return np.concatenate(
+        [rng.permutation(np.concatenate([files, *(of_shard[i] for i in few)])) for few, files in parts]
+    )
 
 
 class EpochSampler(Sampler[int]):
@@ -328,7 +457,7 @@ class EpochSampler(Sampler[int]):
     def __iter__(self) -> Iterator[int]:
         order = np.arange(len(self.dataset))
         if self.shuffle:
-            np.random.default_rng((self.seed, self.epoch)).shuffle(order)
+            order = epoch_order(self.dataset.samples, np.random.default_rng((self.seed, self.epoch)))
         return iter(order[self.skip :].tolist())
 
 

@@ -8,7 +8,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dgs_kernels.ops.select_patches import enlarged_size, resize_bicubic, select_patches
+from dgs_kernels.ops.select_patches import (
+    cut_patches,
+    enlarged_size,
+    mosaics,
+    resize_bicubic,
+    select_patches,
+)
 from dgsnet.config import PreprocessConfig
 from dgsnet.images import MAX_PIXELS, ImageError
 
@@ -61,10 +67,46 @@ class Preprocessor:
             pixels = pixels.flip(2)
         return torch.addcmul(self._shift, pixels, self._scale)
 
+    def cut(self, image: np.ndarray, *, rng: np.random.Generator | None = None) -> tuple[Tensor, int, bool]:
+        """The part of preprocessing in mode "patches" that comes before the selection.
+
+        `select` makes of it what calling the preprocessor makes, with the same numbers drawn from rng.
+
+        Args:
+            image, rng: as in calling the preprocessor.
+
+        Returns:
+            All patches of the image, uint8 [n, p, p, 3]; the seed of the shuffle; whether to mirror.
+
+        Raises:
+            ImageError: as in calling the preprocessor.
+        """
+        self._check_enlarged(*image.shape[:2])
+        seed = _draw_seed(rng) if rng else content_seed(image)
+        flip = bool(rng and self.config.flip and rng.random() < 0.5)
+        patches = cut_patches(torch.from_numpy(image), self.config.patch_size, self.config.num_patches)
+        return patches, seed, flip
+
+    def select(self, patches: Tensor, counts: Tensor, seeds: Tensor, flips: Tensor) -> Tensor:
+        """The rest of preprocessing, for a batch of images of any sizes, on the tensors' device.
+
+        Args:
+            patches: uint8 [N, p, p, 3], what `cut` gave for the images, one after the other.
+            counts, seeds, flips: int64, int64 and bool [B], an image's number of patches, seed and mirroring.
+
+        Returns:
+            float32 [B, 3, S, S], normalised.
+        """
+        pixels = mosaics(patches, counts, self.config.num_patches, seeds=seeds)
+        pixels = torch.where(flips[:, None, None, None], pixels.flip(3), pixels)
+        return torch.addcmul(self._shift.to(pixels.device), pixels, self._scale.to(pixels.device))
+
     def _mosaic(self, pixels: Tensor, seed: int) -> Tensor:
-        patch_size, num_patches = self.config.patch_size, self.config.num_patches
-        _check_size(*enlarged_size(*pixels.shape[1:], patch_size, num_patches))
-        return select_patches(pixels[None], patch_size, num_patches, seed=seed)[0]
+        self._check_enlarged(*pixels.shape[1:])
+        return select_patches(pixels[None], self.config.patch_size, self.config.num_patches, seed=seed)[0]
+
+    def _check_enlarged(self, height: int, width: int) -> None:
+        _check_size(*enlarged_size(height, width, self.config.patch_size, self.config.num_patches))
 
     def _crop(self, pixels: Tensor, rng: np.random.Generator | None) -> Tensor:
         size = self.config.image_size
