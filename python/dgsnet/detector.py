@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sized
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +12,7 @@ import numpy as np
 from dgsnet.calibration import THRESHOLD as THRESHOLD
 from dgsnet.calibration import Calibration, decide
 from dgsnet.errors import UserError
+from dgsnet.sources import Item
 
 # torch, open_clip and the rest are imported where they are used: `from dgsnet import Detector` stays quick.
 if TYPE_CHECKING:
@@ -82,13 +83,21 @@ class Detector:
         self.errors: dict[int, str] = {}
 
     @classmethod
-    def load(cls, run: str | Path, device: str | None = None, views: int | None = None) -> Detector:
+    def load(
+        cls,
+        run: str | Path,
+        device: str | None = None,
+        *,
+        views: int | None = None,
+        calibrated: bool = True,
+    ) -> Detector:
         """Load a model folder with its calibration, or the best model of a training run's folder.
 
         Args:
             run: folder written by `dgsnet train`, `dgsnet convert` or `dgsnet demo`.
             device: torch device, such as "cpu" or "cuda:1"; None takes the GPU where there is one.
             views: views averaged per image; None is what the calibration was made with, else 1.
+            calibrated: False leaves the folder's calibration aside.
 
         Raises:
             UserError: the folder holds no model, its backbone cannot be loaded, it was calibrated for another
@@ -104,7 +113,8 @@ class Detector:
             torch.empty(0, device=device)
         except (RuntimeError, AssertionError) as error:
             raise UserError(f"device {device} cannot be used here ({error}); try cpu") from None
-        return cls(*load_model(Path(run), device=device), load_calibration(run), views)
+        calibration = load_calibration(run) if calibrated else None
+        return cls(*load_model(Path(run), device=device), calibration, views)
 
     def predict(self, images: Any, *, workers: int | None = None) -> np.ndarray:
         """Probability that each image was generated, float32 [N]; calibrated where the model is.
@@ -128,24 +138,34 @@ class Detector:
         return probabilities
 
     def stream(
-        self, images: Sequence[str | Path | Image | np.ndarray], *, workers: int | None = None
+        self, images: Iterable[str | Path | Image | np.ndarray | Item], *, workers: int | None = None
     ) -> Iterator[tuple[float, str]]:
-        """`predict` one (probability, error message) at a time, in order; the message is "" for a score."""
+        """`predict` one (probability, error message) at a time, in order; the message is "" for a score.
+
+        `images` may be any iterable, of any length: it is read as the scores are taken.
+        """
+        import torch
+
+        for logit, error in self.stream_logits(images, workers=workers):
+            yield logit if error else self.probabilities(torch.tensor(logit)).item(), error
+
+    def stream_logits(
+        self, images: Iterable[str | Path | Image | np.ndarray | Item], *, workers: int | None = None
+    ) -> Iterator[tuple[float, str]]:
+        """As `stream`, with the logit averaged over the views, before any temperature; NaN with an error."""
         from torch.utils.data import DataLoader
 
         if workers is None:
-            few = len(images) < MIN_IMAGES_FOR_WORKERS
+            few = isinstance(images, Sized) and len(images) < MIN_IMAGES_FOR_WORKERS
             workers = 0 if few else min(MAX_WORKERS, os.cpu_count() or 1)
         elif workers < 0:
             raise UserError(f"workers is {workers}; it must be 0 or more")
-        # batch_size=None hands the prepared images over one by one.
+        # batch_size=None hands the prepared images over one by one. The images themselves are the indices
+        # sent to the workers: no more of them are taken from `images` than are being prepared.
         for pixels, error in DataLoader(
-            _Prepared(images, self.preprocess, self.views), batch_size=None, num_workers=workers
+            _Prepared(self.preprocess, self.views), sampler=images, batch_size=None, num_workers=workers
         ):
-            if error:
-                yield float("nan"), error
-            else:
-                yield self.probabilities(self.logits(pixels).mean()).item(), ""
+            yield float("nan") if error else self.logits(pixels).mean().item(), error
 
     def logits(self, pixels: Tensor) -> Tensor:
         """Logits, float32 [N] on the model's device; generated is positive.
@@ -169,9 +189,9 @@ class Detector:
             return torch.cat(rows).float()
 
     def probabilities(self, logits: Tensor) -> Tensor:
-        """sigmoid(logit / temperature), of the shape of `logits`; the temperature is 1 if uncalibrated."""
+        """sigmoid(logit / temperature), float64 of the shape of `logits`; temperature 1 if uncalibrated."""
         temperature = self.calibration.temperature if self.calibration else 1.0
-        return (logits / temperature).sigmoid()
+        return (logits.double() / temperature).sigmoid()
 
     def decide(self, probabilities: Any) -> list[str]:
         """Names "generated", "real" or "unsure" for N probabilities as `predict` gives them; "" for NaN.
@@ -182,24 +202,21 @@ class Detector:
 
 
 class _Prepared:
-    """Map-style dataset of (views [k, 3, S, S], "") or (None, error message)."""
+    """Map-style dataset from an image to (views [k, 3, S, S], "") or (None, error message)."""
 
-    def __init__(self, images: Sequence[Any], preprocess: Preprocessor, views: int):
-        self.images, self.preprocess, self.views = images, preprocess, views
+    def __init__(self, preprocess: Preprocessor, views: int):
+        self.preprocess, self.views = preprocess, views
 
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> tuple[Tensor | None, str]:
+    def __getitem__(self, image: Any) -> tuple[Tensor | None, str]:
         from dgsnet.images import ImageError, read_image
 
-        image = self.images[index]
         try:
-            return prepare_views(self.preprocess, read_image(image), self.views), ""
+            pixels = image.read() if isinstance(image, Item) else read_image(image)
+            return prepare_views(self.preprocess, pixels, self.views), ""
         except ImageError as error:
             # What the preprocessing refuses does not know its file.
-            named = not isinstance(image, (str, os.PathLike)) or os.fspath(image) in str(error)
-            return None, str(error) if named else f"{os.fspath(image)}: {error}"
+            name = str(image) if isinstance(image, (str, os.PathLike, Item)) else ""
+            return None, str(error) if name in str(error) else f"{name}: {error}"
 
 
 def prepare_views(preprocess: Preprocessor, image: np.ndarray, views: int) -> Tensor:
