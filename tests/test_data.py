@@ -338,7 +338,7 @@ def test_batch_of_damaged_images_only(folder):
 
 def test_image_that_preprocessing_refuses_is_reported_by_name(tmp_path):
     path = tmp_path / "line.png"
-    Image.new("L", (2**18, 1)).save(path)
+    Image.new("L", (2**16, 1)).save(path)
     dataset = ImageDataset(
         [Sample(str(path), 0, "x")], Preprocessor(PreprocessConfig(mode="crop")), train=False
     )

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from dgsnet import shards
 from dgsnet.errors import UserError
-from dgsnet.images import EXTENSIONS, ImageError, read_image
+from dgsnet.images import EXTENSIONS, ImageError, read_file, read_image
 from dgsnet.preprocess import Preprocessor
 
 CLASS_FOLDERS = {"0_real": 0, "1_fake": 1, "nature": 0, "ai": 1}
@@ -34,16 +34,30 @@ class Sample:
     """One labelled image.
 
     Args:
-        path: the image file, or a Member of an archive, which as a string names it.
+        path: the image file; of an image in an archive `<archive>/<name>`.
         label: 0 real, 1 generated.
         generator: the group it is reported under.
         caption: text of the image; None while none is attached.
+        archive, offset, size: the tar archive that holds it, and which of its bytes; "": a file of its own.
     """
 
     path: str
     label: int
     generator: str
     caption: str | None = None
+    archive: str = ""
+    offset: int = 0
+    size: int | None = None
+
+    def read(self) -> np.ndarray:
+        """Decode it to uint8 [H, W, 3]; ImageError with its path if it cannot be."""
+        if not self.archive:
+            return read_image(self.path)
+        try:
+            return read_image(read_file(self.archive, offset=self.offset, size=self.size), name=self.path)
+        except ImageError as error:
+            text = str(error)
+            raise ImageError(text if text.startswith(self.path) else f"{self.path}: {text}") from None
 
 
 def find_samples(source: str | Path, split: str | None = None) -> list[Sample]:
@@ -193,7 +207,9 @@ def _sample_of_record(record: shards.Record, archive: str) -> Sample:
         raise UserError(f"{where}.json: caption is not text")
     outer = [name for name in folders if name.lower() not in CLASS_FOLDERS and name not in SPLIT_FOLDERS]
     generator = row.get("generator") or (outer[0] if outer else _shard_series(archive))
-    return Sample(record.images[0], LABELS[str(label).strip().lower()], str(generator), caption)
+    name, offset, size = record.images[0]
+    value = LABELS[str(label).strip().lower()]
+    return Sample(f"{archive}/{name}", value, str(generator), caption, archive, offset, size)
 
 
 def _shard_series(archive: str) -> str:
@@ -358,7 +374,7 @@ class ImageDataset(Dataset):
         sample = self.samples[index]
         rng = np.random.default_rng((self.seed, int(self._epoch), index)) if self.train else None
         try:
-            image = read_image(sample.path)
+            image = sample.read()
             if self.cut_only:
                 content = dict(zip(("patches", "seed", "flip"), self.preprocess.cut(image, rng=rng)))
             else:
@@ -415,7 +431,7 @@ def epoch_order(samples: list[Sample], rng: np.random.Generator) -> np.ndarray:
     Images in files of their own come in any order. Shards come in a random order, SHARDS_MIXED at a time,
     and the images of these, with an equal part of the images in files, in any order.
     """
-    archives = np.array([getattr(sample.path, "archive", "") for sample in samples])
+    archives = np.array([sample.archive for sample in samples])
     if not archives.any():
         return rng.permutation(len(samples))
     names, shard = np.unique(archives, return_inverse=True)

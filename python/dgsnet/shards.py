@@ -13,13 +13,22 @@ import re
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from dgsnet.errors import UserError
-from dgsnet.images import EXTENSIONS, Member
+from dgsnet.images import EXTENSIONS
 
 TEXTS = ("cls", "txt", "json")
 # What stands before the first dot of a file's name is its key, as WebDataset has it.
 _KEY = re.compile(r"^((?:.*/|)[^./]+)\.([^/]*)$")
+
+
+class Place(NamedTuple):
+    """A member's name in its archive, its first byte there, and its size in bytes."""
+
+    name: str
+    offset: int
+    size: int
 
 
 @dataclass
@@ -28,12 +37,12 @@ class Record:
 
     Args:
         key: the members' common name, folders included.
-        images: the members that are images.
+        images: where its images lie.
         texts: the contents of the members .cls, .txt and .json, by extension.
     """
 
     key: str
-    images: list[Member] = field(default_factory=list)
+    images: list[Place] = field(default_factory=list)
     texts: dict[str, str] = field(default_factory=dict)
 
 
@@ -82,7 +91,7 @@ def records(archive: str) -> Iterator[Record]:
                 if extension in TEXTS:
                     record.texts[extension] = tar.extractfile(member).read().decode("utf-8-sig").strip()
                 elif f".{extension.rpartition('.')[2]}" in EXTENSIONS:
-                    record.images.append(Member(archive, member.name, member.offset_data, member.size))
+                    record.images.append(Place(member.name, member.offset_data, member.size))
     except (tarfile.TarError, OSError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(
