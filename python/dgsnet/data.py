@@ -6,6 +6,7 @@ import csv
 import dataclasses
 import json
 import os
+import time
 import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -482,6 +483,7 @@ def make_loader(
     *,
     batch_size: int,
     workers: int = 0,
+    prefetch: int = 2,
     shuffle: bool = False,
     seed: int = 0,
 ) -> DataLoader:
@@ -494,6 +496,7 @@ def make_loader(
         dataset: what to load.
         batch_size: samples per batch, before damaged ones are dropped.
         workers: decoding processes, kept alive over epochs; 0 decodes in this process.
+        prefetch: batches that every worker makes ahead.
         shuffle: draw a new order each epoch.
         seed: decides the order, at least 0.
     """
@@ -501,11 +504,83 @@ def make_loader(
         dataset,
         batch_size=batch_size,
         sampler=EpochSampler(dataset, shuffle=shuffle, seed=seed),
-        num_workers=workers,
-        collate_fn=collate,
-        pin_memory=torch.cuda.is_available(),
-        persistent_workers=workers > 0,
+        **loader_options(workers, prefetch),
     )
+
+
+def loader_options(workers: int, prefetch: int = 2) -> dict[str, Any]:
+    """What every DataLoader of an ImageDataset has in common."""
+    return {
+        "num_workers": workers,
+        "collate_fn": collate,
+        "pin_memory": torch.cuda.is_available(),
+        "persistent_workers": workers > 0,
+        "prefetch_factor": prefetch if workers else None,
+    }
+
+
+class LoaderWatch:
+    """Warns once, with figures, when training waits for its images rather than they for it.
+
+    A wait counts where the device had nothing left to do when it ended. Shares are taken over at least
+    `STEPS` steps and `SECONDS` seconds, after the first `WARM_UP` steps of an epoch, in which workers start.
+
+    Args:
+        workers: data-loading processes of this process.
+        device: where training computes.
+    """
+
+    WARM_UP, STEPS, SECONDS = 5, 20, 5.0
+    SHARE = 0.2  # of the time spent waiting; below it there is little to gain
+
+    def __init__(self, workers: int, device: torch.device) -> None:
+        self.workers = workers
+        self.done = torch.cuda.Event() if device.type == "cuda" else None
+        self.told = False
+        self.start()
+
+    def start(self) -> None:
+        """Begin an epoch."""
+        self._open(-self.WARM_UP)
+
+    def next(self, batches: Iterator[dict[str, Any]]) -> dict[str, Any]:
+        """The next batch, and a note of how long it took to come."""
+        before = time.perf_counter()
+        batch = next(batches)
+        if self.done is None or self.done.query():
+            self.waited += time.perf_counter() - before
+        return batch
+
+    def step(self, images: int) -> None:
+        """An optimiser step over so many images of this process has been handed to the device."""
+        if self.done is not None:
+            self.done.record()
+        self.steps += 1
+        self.images += images
+        elapsed = time.perf_counter() - self.opened
+        if self.steps == 0:
+            self._open(0)
+        elif self.steps >= self.STEPS and elapsed >= self.SECONDS:
+            if self.waited > self.SHARE * elapsed and not self.told:
+                warnings.warn(self._message(elapsed), stacklevel=2)
+                self.told = True
+            self._open(0)
+
+    def _open(self, steps: int) -> None:
+        self.steps, self.images, self.waited, self.opened = steps, 0, 0.0, time.perf_counter()
+
+    def _message(self, elapsed: float) -> str:
+        cores = os.cpu_count() or 1
+        more = (
+            f"raise data.workers ({self.workers} now, the machine has {cores} cores)"
+            if self.workers < cores
+            else f"all {cores} cores are busy: scale the images down beforehand, or use more cores per GPU"
+        )
+        return (
+            f"training waits for its images {self.waited / elapsed:.0%} of the time: they come at "
+            f"{self.images / elapsed:.0f} images/s, the step could take "
+            f"{self.images / (elapsed - self.waited):.0f} images/s; {more} (docs/data.md, Speed)"
+        )
 
 
 class DamageReport:
