@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import io
 import re
 from collections.abc import Mapping, Sequence
@@ -45,24 +46,37 @@ STYLE = {
     "figure.facecolor": "none",
     "figure.constrained_layout.use": True,
     "svg.fonttype": "none",
+    "text.parse_math": False,  # a folder's name may hold a dollar sign
 }
 
 
 def generators(
-    by_generator: Mapping[str, Mapping[str, float]], mean: Mapping[str, float], threshold: float
+    by_generator: Mapping[str, Mapping[str, float]],
+    mean: Mapping[str, float],
+    threshold: float,
+    intervals: Mapping[str, Mapping[str, tuple[float, float]]] | None = None,
 ) -> Figure:
-    """Accuracy on real and on generated images, and AP, best generator first and the mean last."""
+    """Accuracy on real and on generated images, and AP, best generator first and the mean last.
+
+    Args:
+        by_generator, mean: `metrics` as fractions.
+        threshold: of the accuracies.
+        intervals: generator to measure to its interval, drawn as a whisker.
+    """
     order = sorted(by_generator, key=lambda name: -np.nan_to_num(by_generator[name]["accuracy"], nan=-1.0))
     rows = [*((name, by_generator[name]) for name in order), ("mean", mean)]
     y = np.arange(len(rows))
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(7.5, 1.4 + 0.42 * len(rows)))
+        figure = Figure(figsize=(WIDTH, 1.2 + 0.4 * len(rows)))
         axes = figure.subplots()
         for offset, key, label, color in (
             (-0.19, "real_accuracy", "accuracy on real", REAL),
             (0.19, "generated_accuracy", "accuracy on generated", GENERATED),
         ):
             axes.barh(y + offset, [100 * row[key] for _, row in rows], 0.34, color=color, label=label)
+            for i, name in enumerate(order if intervals else ()):
+                bounds = 100 * np.array(intervals[name][key])
+                axes.plot(bounds, [i + offset] * 2, color=INK, linewidth=1.2, alpha=0.7)
         axes.plot(
             [100 * row["ap"] for _, row in rows],
             y,
@@ -75,11 +89,119 @@ def generators(
         )
         axes.axhline(len(rows) - 1.5, color=INK, linewidth=0.8)
         axes.set_yticks(y, [name or "(unnamed)" for name, _ in rows])
-        axes.invert_yaxis()
+        axes.set_ylim(len(rows) - 0.4, -0.6)
         axes.set_xlim(0, 100)
         axes.grid(visible=False, axis="y")
         axes.set_xlabel(f"percent, at threshold {threshold:g}")
         figure.legend(loc="outside upper center", ncols=3)
+    return figure
+
+
+def roc_curves(curves: Mapping[str, tuple[np.ndarray, np.ndarray]], auc: Mapping[str, float]) -> Figure:
+    """ROC curves, false positives on a logarithmic axis; the worst generators are named, the others faint.
+
+    Args:
+        curves: generator to false-positive and true-positive rates, from (0, 0) to (1, 1).
+        auc: generator to the area under its curve.
+    """
+    order = sorted(curves, key=lambda name: auc[name])
+    named = order[: len(SERIES)]
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(WIDTH, 4.2))
+        axes = figure.subplots()
+        for name in reversed(order):
+            false, found = curves[name]
+            style = {"color": INK, "linewidth": 1, "alpha": 0.25}
+            if name in named:
+                style = {"color": SERIES[named.index(name)], "linewidth": 2}
+                style["label"] = f"{name}  {100 * auc[name]:.1f}"
+            axes.step(100 * false, 100 * found, where="post", **style)
+        chance = np.geomspace(0.1, 100, 100)
+        axes.plot(chance, chance, color=INK, linewidth=0.8, linestyle="--", alpha=0.6)
+        for rate in (1, 5):
+            axes.axvline(rate, color=INK, linewidth=0.8, linestyle=":", alpha=0.6)
+        axes.set_xscale("log")
+        axes.set_xlim(0.1, 100)
+        axes.set_ylim(0, 101)
+        axes.set_xticks([0.1, 1, 5, 10, 100], ["0.1", "1", "5", "10", "100"])
+        axes.set_xticks([], minor=True)
+        axes.set_xlabel("real images called generated, percent")
+        axes.set_ylabel("generated images found, percent")
+        few = len(order) <= len(SERIES)
+        figure.legend(
+            loc="outside right upper", title="AUC" if few else "lowest AUC", alignment="left", reverse=True
+        )
+    return figure
+
+
+def calibration(
+    labels: np.ndarray,
+    probabilities: np.ndarray,
+    bins: Mapping[str, np.ndarray],
+    thresholds: Mapping[str, float],
+) -> Figure:
+    """Left: how scores are distributed in each class. Right: how many images of a score are generated.
+
+    Args:
+        labels: [N], 0 real, 1 generated.
+        probabilities: [N].
+        bins: `dgsnet.metrics.reliability` of them.
+        thresholds: name to threshold, drawn as lines.
+    """
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(WIDTH, 3.8))
+        left, right = figure.subplots(1, 2, width_ratios=(3, 2))
+        edges = np.linspace(0, 1, 51)
+        for label, name, color in ((0, "real", REAL), (1, "generated", GENERATED)):
+            chosen = probabilities[labels == label]
+            if len(chosen):
+                weights = np.full(len(chosen), 100 / len(chosen))
+                left.hist(chosen, edges, weights=weights, color=color, alpha=0.6, label=name)
+        for (name, at), line in zip(thresholds.items(), ("--", "-.")):
+            left.axvline(at, color=INK, linewidth=1, linestyle=line, label=f"threshold {name}")
+        left.set_yscale("log")
+        left.yaxis.set_major_formatter("{x:g}")
+        left.yaxis.set_minor_formatter("")
+        left.set_xlim(0, 1)
+        left.set_title("distribution of scores")
+        left.set_xlabel("score")
+        left.set_ylabel("percent of the class")
+        left.legend()
+        right.plot([0, 1], [0, 1], color=INK, linewidth=0.8, linestyle="--", alpha=0.6)
+        sizes = 12 + 200 * np.sqrt(bins["count"] / max(bins["count"].max(), 1))
+        right.plot(bins["probability"], bins["generated"], color=SERIES[2], linewidth=1, alpha=0.6)
+        right.scatter(
+            bins["probability"], bins["generated"], s=sizes, color=SERIES[2], alpha=0.85, linewidths=0
+        )
+        right.set_xlim(0, 1)
+        right.set_ylim(-0.02, 1.02)
+        right.set_title("reliability")
+        right.set_xlabel("mean score")
+        right.set_ylabel("share of generated images")
+    return figure
+
+
+def robustness(panels: Mapping[str, Mapping[str, tuple[float, float, float]]]) -> Figure:
+    """One panel per measure, one row per distortion, a dot with its interval; dashed: undistorted.
+
+    Args:
+        panels: title to distortion to (value, low, high) as fractions; the first distortion is none at all.
+    """
+    names = list(next(iter(panels.values())))
+    y = np.arange(len(names))
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(WIDTH, 1.1 + 0.32 * len(names)))
+        for axes, color, (title, rows) in zip(
+            np.atleast_1d(figure.subplots(1, len(panels), sharey=True)), SERIES[2:], panels.items()
+        ):
+            values, low, high = 100 * np.array(list(rows.values())).T
+            axes.axvline(values[0], color=INK, linewidth=0.8, linestyle="--", alpha=0.6)
+            axes.hlines(y, low, high, color=color, linewidth=2.5, alpha=0.45)
+            axes.plot(values, y, "o", color=color, markersize=6)
+            axes.set_title(title)
+            axes.set_xlabel("percent")
+            axes.set_yticks(y, names)
+        axes.invert_yaxis()
     return figure
 
 
@@ -178,7 +300,8 @@ def svg(figure: Figure, description: str) -> str:
     box = re.search(r'viewBox="[^"]*"', text.getvalue())[0]
     body = text.getvalue().partition("<svg")[2].partition(">")[2]
     body = (
-        f'<svg xmlns:xlink="http://www.w3.org/1999/xlink" {box} role="img" aria-label="{description}">{body}'
+        f'<svg xmlns:xlink="http://www.w3.org/1999/xlink" {box} role="img" '
+        f'aria-label="{html.escape(description)}">{body}'
     )
     return body.replace(INK, "currentColor")
 

@@ -10,12 +10,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import numpy as np
 import torch
 from markupsafe import Markup
 
-from dgsnet import plots
+from dgsnet import page, plots
 from dgsnet.config import Config
 from dgsnet.data import Sample
 from dgsnet.demo import DGSNET, LORA, MEASURES, METHODS, Run, by_seed, first, mean_and_spread
@@ -24,7 +23,6 @@ from dgsnet.evaluation import percent
 EXAMPLES_PER_DECODER = 2
 # Mean AUC below which no order of the methods is worth a word.
 NEAR_CHANCE = 0.55
-TEMPLATE = Path(__file__).with_name("report.html")
 COLORS = dict(zip(METHODS, plots.SERIES))
 
 
@@ -66,10 +64,8 @@ def write(
         "curves": plots.svg(plots.curves(curves, panels), "training curves by method"),
         "maps": plots.svg(plots.feature_maps(maps, map_labels), "t-SNE of the test images' features"),
     }
-    page = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(
-        TEMPLATE.read_text()
-    )
     text = page.render(
+        "report.html",
         figures={name: Markup(svg) for name, svg in figures.items()},
         methods=METHODS,
         colors=COLORS,
