@@ -2,8 +2,9 @@
 
 A model folder holds what training changed and nothing of the backbone: `adapters.safetensors` (the adapters
 and the three heads, with the backbone's fingerprint in its header) and `config.json` (the configuration, with
-preprocessing); after `dgsnet calibrate` also `calibration.json`. A run folder, as `dgsnet train --out` writes
-it, holds two model folders, `best` and `last`.
+preprocessing); after `dgsnet calibrate` also `calibration.json`. Only a converted one carries its backbone,
+`clip.safetensors`. A run folder, as `dgsnet train --out` writes it, holds two model folders, `best` and
+`last`.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,8 @@ from .model import DGSNet
 
 WEIGHTS_FILE = "adapters.safetensors"
 CALIBRATION_FILE = "calibration.json"
+# As `pretrained` in config.json it means the file of this name in the model folder.
+BACKBONE_FILE = "clip.safetensors"
 FORMAT = "dgsnet-1"  # changes when an older program could not read the file rightly
 
 
@@ -91,13 +95,16 @@ def fingerprint(model: DGSNet) -> str:
     return hashlib.sha256(b"".join(sorted(digests))).hexdigest()[:16]
 
 
-def save_model(folder: str | Path, model: DGSNet, config: Config, **extra: Any) -> Path:
+def save_model(
+    folder: str | Path, model: DGSNet, config: Config, *, backbone: Path | None = None, **extra: Any
+) -> Path:
     """Write a model folder; one that is there stays complete until the new one is.
 
     Args:
         folder: where to; replaced when it exists.
         model: the trained model.
         config: the configuration it was trained with.
+        backbone: weights file of its CLIP that is moved into the folder; None leaves config's.
         extra: anything JSON can hold that belongs to this model (step, validation results, a threshold);
             read_extra returns it.
 
@@ -108,8 +115,14 @@ def save_model(folder: str | Path, model: DGSNet, config: Config, **extra: Any) 
         >>> save_model("runs/mine/best", model, config, step=1000)  # doctest: +SKIP
     """
     header = {"format": FORMAT, "backbone": fingerprint(model), "extra": json.dumps(extra)}
+    if backbone:
+        config = _with_pretrained(config, BACKBONE_FILE)
 
     def fill(new: Path) -> None:
+        if backbone:
+            with open(backbone, "rb+") as file:
+                os.fsync(file.fileno())
+            os.rename(backbone, new / BACKBONE_FILE)
         _write_synced(new / CONFIG_FILE, config.to_json().encode())
         _write_synced(new / WEIGHTS_FILE, to_safetensors(trained_state(model), metadata=header))
 
@@ -127,7 +140,8 @@ def load_model(
         with_text: load the text encoder too.
 
     Returns:
-        The model in evaluation mode and the configuration it was trained with.
+        The model in evaluation mode and the configuration it was trained with; `pretrained` is the path of
+        the folder's own backbone where it has one.
 
     Raises:
         UserError: nothing there, damaged, of an unknown format, or trained on other backbone weights.
@@ -137,6 +151,10 @@ def load_model(
     """
     folder = model_folder(folder)
     config = read_config(folder / CONFIG_FILE)
+    if config.model.pretrained == BACKBONE_FILE:
+        if not (folder / BACKBONE_FILE).is_file():
+            raise UserError(f"{folder / BACKBONE_FILE} is missing: copy the model's folder whole")
+        config = _with_pretrained(config, str(folder / BACKBONE_FILE))
     header, state = _read_weights(folder / WEIGHTS_FILE)
     model = build_model(config, with_text=with_text)
     try:
@@ -153,6 +171,10 @@ def load_model(
             "restore the weights it was trained on, or train again"
         )
     return model.to(device).eval(), config
+
+
+def _with_pretrained(config: Config, pretrained: str) -> Config:
+    return replace(config, model=replace(config.model, pretrained=pretrained))
 
 
 def read_extra(folder: str | Path) -> dict[str, Any]:
