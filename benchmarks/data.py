@@ -1,0 +1,187 @@
+"""data: from an encoded photograph to the model's input, in images per second and core.
+
+Stages and peers run in turn, image after image, on one thread: decoding, the patch selection, the whole
+preprocessing, and what comes out of a loader's one worker. The photographs are scikit-image's, scaled to the
+side. On a GPU also the part of the selection that it takes over, for a batch.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import itertools
+import os
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from dgsnet.config import PreprocessConfig
+from dgsnet.data import ImageDataset, Sample, make_loader
+from dgsnet.images import read_image
+from dgsnet.preprocess import Preprocessor
+from PIL import Image
+
+from benchmarks import harness
+from benchmarks.spectral_entropy import SIZE, numpy_loop
+from dgs_kernels import backends, select_patches
+
+SIDES = (256, 512, 1024)
+KEPT, LOW = 49, 24
+BATCH = 32
+LOOP, OURS = "selection, NumPy loop", "selection, ours"
+
+
+def photographs(side: int) -> list[np.ndarray]:
+    from skimage import data
+
+    found = []
+    for name in ("astronaut", "cat", "chelsea", "coffee", "rocket"):
+        image = Image.fromarray(getattr(data, name)())
+        short = min(image.size)
+        found.append(np.array(image.crop((0, 0, short, short)).resize((side, side))))
+    return found
+
+
+def encoded(image: np.ndarray, kind: str) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(image).save(file, kind, **({"quality": 90} if kind == "jpeg" else {}))
+    return file.getvalue()
+
+
+def loop_selection(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Patch selection as it is usually written: one patch after the other, then a shuffle and a mosaic."""
+    places = itertools.product(range(0, image.shape[0], SIZE), range(0, image.shape[1], SIZE))
+    patches = [image[y : y + SIZE, x : x + SIZE] for y, x in places]
+    entropies = numpy_loop(torch.from_numpy(image).permute(2, 0, 1)[None])[0].numpy()
+    order = np.argsort(entropies, kind="stable")
+    chosen = rng.permutation(np.concatenate([order[:LOW], order[LOW - KEPT :]]))
+    rows = [np.concatenate([patches[i] for i in row], axis=1) for row in chosen.reshape(7, 7)]
+    return np.concatenate(rows)
+
+
+def loop_preprocess(data: bytes, rng: np.random.Generator) -> torch.Tensor:
+    from torchvision.transforms import functional
+
+    image = np.array(Image.open(io.BytesIO(data)).convert("RGB"))
+    pixels = functional.to_tensor(loop_selection(image, rng))
+    if rng.random() < 0.5:
+        pixels = functional.hflip(pixels)
+    return functional.normalize(pixels, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+
+
+def stages(side: int) -> dict[str, Callable[[int], object]]:
+    """Name to a call that does the stage for the i-th image."""
+    images = photographs(side)
+    jpeg, png = ([encoded(image, kind) for image in images] for kind in ("jpeg", "png"))
+    preprocess, rng = Preprocessor(PreprocessConfig()), np.random.default_rng(0)
+
+    def of(items: list, call: Callable) -> Callable[[int], object]:
+        return lambda i: call(items[i % len(items)])
+
+    def ours(image: np.ndarray) -> torch.Tensor:
+        return select_patches(torch.from_numpy(image).permute(2, 0, 1)[None], seed=0)
+
+    return {
+        "decode JPEG": of(jpeg, read_image),
+        "decode PNG": of(png, read_image),
+        LOOP: of(images, lambda image: loop_selection(image, rng)),
+        "selection, eager": of(images, harness.through("eager", ours)),
+        OURS: of(images, harness.through("cpu", ours)),
+        "JPEG to input, NumPy loop": of(jpeg, lambda data: loop_preprocess(data, rng)),
+        "JPEG to input, ours": of(jpeg, lambda data: preprocess(read_image(data), rng=rng)),
+        "JPEG to patches, the device selects": of(
+            jpeg, lambda data: preprocess.cut(read_image(data), rng=rng)
+        ),
+    }
+
+
+def loader_rate(folder: Path, side: int, selection: str, images: int) -> float:
+    """Images per second out of a loader with one worker, of a JPEG folder in memory."""
+    for i, image in enumerate(photographs(side)):
+        (folder / f"{side}-{i}.jpg").write_bytes(encoded(image, "jpeg"))
+    files = sorted(map(str, folder.glob(f"{side}-*.jpg")))
+    samples = [Sample(files[i % len(files)], 0, "") for i in range(images)]
+    dataset = ImageDataset(samples, Preprocessor(PreprocessConfig()), train=True, selection=selection)
+    batches = iter(make_loader(dataset, batch_size=BATCH, workers=1))
+    next(batches)  # while the worker starts
+    started = time.perf_counter()
+    count = sum(len(batch["labels"]) for batch in batches)
+    return count / (time.perf_counter() - started)
+
+
+def on_gpu(side: int, seconds: float) -> dict:
+    """Selection and normalisation of a batch on the GPU, patches already there."""
+    preprocess, images = Preprocessor(PreprocessConfig()), photographs(side)
+    cut = [preprocess.cut(images[i % len(images)], rng=np.random.default_rng(i)) for i in range(BATCH)]
+    patches, seeds, flips = zip(*cut)
+    counts = torch.tensor([len(p) for p in patches]).cuda()
+    batch = (torch.cat(patches).cuda(), counts, torch.tensor(seeds).cuda(), torch.tensor(flips).cuda())
+    name = f"selection of {BATCH}, on the GPU"
+    return measured({name: lambda i: preprocess.select(*batch)}, "cuda", seconds, images=BATCH)
+
+
+def measured(calls: dict[str, Callable[[int], object]], device: str, seconds: float, images: int = 1) -> dict:
+    """Medians and spread of calls made in turn; `images` is what one call does."""
+    samples: dict[str, list[tuple[float, float]]] = {name: [] for name in calls}
+    for call in calls.values():
+        call(0)
+        harness.timed(device, call, (0,))
+    started = time.perf_counter()
+    for i in itertools.count():
+        if i >= harness.MIN_ROUNDS and time.perf_counter() - started > seconds:
+            break
+        for name, call in calls.items():
+            samples[name].append(harness.timed(device, call, (i,)))
+    found = {name: harness.summary(times, 0) for name, times in samples.items()}
+    for result in found.values():
+        result["images_per_s"] = 1e3 * images / result["median_ms"]
+        del result["gb_per_s"]
+    return found
+
+
+def results(arguments: argparse.Namespace) -> list[dict]:
+    """What `python -m benchmarks data` writes: a result for each side; prints it too."""
+    torch.set_num_threads(1)
+    before, found = os.environ.get(backends.VARIABLE), []
+    for side in SIDES:
+        print(f"\ndata side={side} device={arguments.device} threads=1", flush=True)
+        variants = measured(stages(side), "cpu", arguments.seconds)
+        os.environ.pop(backends.VARIABLE, None)
+        if before is not None:
+            os.environ[backends.VARIABLE] = before
+        with tempfile.TemporaryDirectory(dir="/dev/shm" if os.path.isdir("/dev/shm") else None) as folder:
+            # In turn as well, each long enough for the queue's start not to matter.
+            count = BATCH * max(4, round(2 * arguments.seconds / BATCH * 1e5 / side**1.5))
+            rates: dict[str, list[float]] = {"workers": [], "device": []}
+            for _ in range(3):
+                for selection, rate in rates.items():
+                    rate.append(loader_rate(Path(folder), side, selection, count))
+        if arguments.device == "cuda":
+            variants |= on_gpu(side, arguments.seconds)
+        result = {
+            "operation": "data",
+            "side": side,
+            "device": arguments.device,
+            "threads": 1,
+            "variants": variants,
+            "loader_images_per_s": {f"selection {name}": sorted(r)[1] for name, r in rates.items()},
+            "selection_over_loop": variants[LOOP]["median_ms"] / variants[OURS]["median_ms"],
+        }
+        print(table(result), flush=True)
+        found.append(result)
+    return found
+
+
+def table(result: dict) -> str:
+    lines = [f"{'':38}{'median ms':>10}{'p10':>9}{'p90':>9}{'images/s':>10}"]
+    for name, v in result["variants"].items():
+        lines.append(
+            f"{name:38}{v['median_ms']:10.3f}{v['p10_ms']:9.3f}{v['p90_ms']:9.3f}{v['images_per_s']:10.0f}"
+        )
+    for name, rate in result["loader_images_per_s"].items():
+        lines.append(f"{'a loader of one worker, ' + name:66}{rate:10.0f}")
+    lines.append(f"the selection is {result['selection_over_loop']:.1f} times as fast as the NumPy loop")
+    return "\n".join(lines)
