@@ -77,18 +77,27 @@ class DataConfig:
         val: the same for validation; empty: no validation, the last checkpoint is the best.
         captions: JSON object of image path to caption, "none" to train without captions, or "auto" to read
             captions.json of each root.
-        workers: data-loading processes.
+        workers: data-loading processes of each training process.
+        prefetch: batches that every worker makes ahead.
+        selection: where patches are selected from decoded images: in the "workers", or on the "device" for
+            the whole batch.
+        cache: folder where text features are kept, computed once per caption and text encoder; empty:
+            $XDG_CACHE_HOME/dgsnet, or ~/.cache/dgsnet.
     """
 
     train: list[str] | str = field(default_factory=list)
     val: list[str] | str = field(default_factory=list)
     captions: str = "auto"
     workers: int = 4
+    prefetch: int = 2
+    selection: Literal["workers", "device"] = "workers"
+    cache: str = ""
 
     def __post_init__(self) -> None:
         self.train = [self.train] if isinstance(self.train, str) else list(self.train)
         self.val = [self.val] if isinstance(self.val, str) else list(self.val)
         _at_least(0, workers=self.workers)
+        _at_least(1, prefetch=self.prefetch)
 
 
 @dataclass
@@ -99,26 +108,35 @@ class OptimConfig:
         lr: Adam's learning rate.
         betas: Adam's decay rates.
         weight_decay: decoupled weight decay (0 is Adam, as officially).
-        batch_size: images per optimiser step and process, before accumulation.
+        batch_size: images per optimiser step and process, before accumulation; "auto" finds the largest
+            that the GPU's memory holds.
         accumulation: micro-batches accumulated into one optimiser step.
         head_epochs: stage 1, the teacher's linear head on the frozen encoder (only with gradient surgery).
         epochs: stage 2, the three branches.
         max_steps: end stage 2 after this many optimiser steps; 0: no limit.
-        precision: "fp32", or autocast to "bf16" or "fp16".
+        precision: "fp32"; "bf16" keeps the frozen backbone in it; "fp16" is autocast with a loss scale.
+            Adapters, heads, losses and surgery are in fp32 always.
+        compile: let torch.compile fuse each vision block, in its "default" mode or, with CUDA graphs, in
+            "reduce-overhead".
+        checkpointing: keep one activation per vision block and recompute the rest: less memory, more time.
     """
 
     lr: float = 1e-4
     betas: tuple[float, float] = (0.9, 0.999)
     weight_decay: float = 0.0
-    batch_size: int = 32
+    batch_size: int | Literal["auto"] = 32
     accumulation: int = 1
     head_epochs: int = 3
     epochs: int = 1
     max_steps: int = 0
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    compile: Literal["no", "default", "reduce-overhead"] = "no"
+    checkpointing: bool = False
 
     def __post_init__(self) -> None:
-        _at_least(1, batch_size=self.batch_size, accumulation=self.accumulation, epochs=self.epochs)
+        if self.batch_size != "auto":
+            _at_least(1, batch_size=self.batch_size)
+        _at_least(1, accumulation=self.accumulation, epochs=self.epochs)
         _at_least(0, lr=self.lr, weight_decay=self.weight_decay, max_steps=self.max_steps)
         _at_least(0, head_epochs=self.head_epochs)
 

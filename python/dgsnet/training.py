@@ -17,7 +17,7 @@ import re
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +27,14 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import ProjectConfiguration, gather_object, set_seed
+from accelerate.utils import ProjectConfiguration, find_executable_batch_size, gather_object, set_seed
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from dgs_kernels import OptimizerSurgery
 
+from .captions_cache import CaptionFeatures
 from .checkpoint import (
     build_model,
     fingerprint,
@@ -45,16 +46,18 @@ from .checkpoint import (
     trained_state,
     write_file,
 )
-from .config import CONFIG_FILE, Config, SurgeryConfig
+from .config import CONFIG_FILE, Config, OptimConfig, SurgeryConfig
 from .data import (
     DamageReport,
     EpochSampler,
     ImageDataset,
+    LoaderWatch,
     Sample,
     attach_captions,
-    collate,
     find_samples,
+    loader_options,
     make_loader,
+    pixels_on,
 )
 from .errors import UserError
 from .evaluation import metrics
@@ -68,7 +71,9 @@ VAL_COLUMNS = ("val_loss", "val_accuracy", "val_ap", "val_auc")
 COLUMNS = ("step", "stage", "epoch", *TRAIN_COLUMNS, *VAL_COLUMNS)
 HEAD, BRANCHES = 1, 2  # the stages
 # Settings that a resumed run may change, because they do not decide its weights.
-FREE_SETTINGS = ("data.workers", "checkpoint_every", "log_every")
+FREE_SETTINGS = ("data.workers", "data.prefetch", "data.cache", "checkpoint_every", "log_every")
+# Where the search for the largest batch starts, going down by tenths.
+LARGEST_BATCH = 4096
 
 
 def train(config: Config, out: str | Path, *, resume: bool = False) -> Path:
@@ -100,6 +105,7 @@ def train(config: Config, out: str | Path, *, resume: bool = False) -> Path:
     val_samples = _samples(config, config.data.val, "val") if config.data.val else []
     with _accelerator(config, out) as accelerator:
         try:
+            config = _with_batch_size(config, out, accelerator)
             _Run(config, out, accelerator, samples, val_samples).train()
         except torch.OutOfMemoryError:
             raise UserError(
@@ -119,7 +125,8 @@ def _check_folder(config: Config, out: Path, resume: bool) -> None:
     if resume and saved.is_file():
         before, now = read_config(saved).flat(), config.flat()
         for name, value in now.items():
-            if value != before[name] and name not in FREE_SETTINGS:
+            found = name == "optim.batch_size" and value == "auto"  # and is kept
+            if value != before[name] and name not in FREE_SETTINGS and not found:
                 raise UserError(
                     f"cannot resume {out} with {name}={value}, it was started with {before[name]}: leave "
                     "the setting out, or start a new run"
@@ -127,6 +134,51 @@ def _check_folder(config: Config, out: Path, resume: bool) -> None:
     if not config.data.train:
         nothing = f" ({out} holds no run to resume)" if resume else ""
         raise UserError(f"no training images: name a dataset with --data.train{nothing}")
+
+
+def _with_batch_size(config: Config, out: Path, accelerator: Accelerator) -> Config:
+    """The configuration with a number for batch_size "auto": that of the run in `out`, or the largest."""
+    if config.optim.batch_size != "auto":
+        return config
+    if (out / CONFIG_FILE).is_file():
+        size = read_config(out / CONFIG_FILE).optim.batch_size
+    elif accelerator.device.type != "cuda":
+        raise UserError("optim.batch_size=auto fills a GPU's memory and there is no GPU: give a number")
+    else:
+        size = min(gather_object([largest_batch(config, accelerator.device)]))
+        accelerator.print(f"optim.batch_size auto: {size}")
+    return replace(config, optim=replace(config.optim, batch_size=size))
+
+
+def largest_batch(config: Config, device: torch.device, start: int = LARGEST_BATCH) -> int:
+    """The largest batch, of those nine tenths of the one before, whose forward and backward fit in memory."""
+    model = speed_up(build_model(config, with_text=False).to(device), config.optim)
+    surgery = config.surgery if _uses_surgery(config) else None
+    step = Step(model, BRANCHES, surgery, captioned=_uses_text(config))
+
+    @find_executable_batch_size(starting_batch_size=start)
+    def attempt(batch_size: int) -> int:
+        pixels = torch.zeros(batch_size, 3, model.image_size, model.image_size, device=device)
+        text = torch.zeros(batch_size, model.dim, device=device) if step.captioned else None
+        with torch.autocast(device.type, torch.float16, enabled=config.optim.precision == "fp16"):
+            loss, _, harmful = step(pixels, torch.zeros(batch_size, device=device), text)
+        loss.backward(retain_graph=harmful is not None)
+        if harmful is not None:
+            harmful.backward()
+        model.zero_grad()
+        return batch_size
+
+    return attempt()
+
+
+def speed_up(model: DGSNet, optim: OptimConfig) -> DGSNet:
+    """Make the model as the settings of precision, memory and compilation say."""
+    if optim.precision == "bf16":
+        model.set_base_dtype(torch.bfloat16)
+    model.set_grad_checkpointing(optim.checkpointing)
+    if optim.compile != "no":
+        model.compile_blocks(optim.compile)
+    return model
 
 
 def _samples(config: Config, roots: list[str], split: str) -> list[Sample]:
@@ -144,6 +196,10 @@ def _samples(config: Config, roots: list[str], split: str) -> list[Sample]:
     return [sample for samples in found.values() for sample in samples]
 
 
+def _watched() -> bool:
+    return sys.stderr.isatty()
+
+
 def _uses_surgery(config: Config) -> bool:
     """Without adapters no gradient enters the encoder, so there is nothing to edit."""
     return config.surgery.mode != "none" and config.model.lora_rank > 0
@@ -155,7 +211,8 @@ def _uses_text(config: Config) -> bool:
 
 @contextlib.contextmanager
 def _accelerator(config: Config, out: Path) -> Iterator[Accelerator]:
-    precision = {"fp32": "no"}.get(config.optim.precision, config.optim.precision)
+    # bf16 needs no autocast: the backbone is kept in it, and all else widens what it takes.
+    precision = "fp16" if config.optim.precision == "fp16" else "no"
     project = ProjectConfiguration(project_dir=str(out), logging_dir=str(out))
     deterministic = torch.are_deterministic_algorithms_enabled()
     try:
@@ -187,39 +244,47 @@ class Step(nn.Module):
         model: the model; which parameters require a gradient is set here.
         stage: HEAD or BRANCHES.
         surgery: settings of the three branches; None trains the student alone, plain LoRA or a linear probe.
+        captioned: whether there are text features.
     """
 
-    def __init__(self, model: DGSNet, stage: int, surgery: SurgeryConfig | None) -> None:
+    def __init__(
+        self, model: DGSNet, stage: int, surgery: SurgeryConfig | None, captioned: bool = True
+    ) -> None:
         super().__init__()
-        self.model, self.stage, self.surgery = model, stage, surgery
+        self.model, self.stage, self.surgery, self.captioned = model, stage, surgery, captioned
         for name, parameter in model.named_parameters():
             if "lora_" in name or "image_head" in name:
                 parameter.requires_grad_(stage == BRANCHES)
         model.head.teacher_head.requires_grad_(stage == HEAD)
         # Without captions the text head has no gradient, and data parallelism must not wait for one.
-        model.head.text_head.requires_grad_(
-            stage == BRANCHES and surgery is not None and model.text is not None
-        )
+        model.head.text_head.requires_grad_(stage == BRANCHES and surgery is not None and captioned)
 
     def forward(
-        self, pixels: Tensor, labels: Tensor, captions: list[str]
+        self, pixels: Tensor, labels: Tensor, text: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """The loss to differentiate, TRAIN_COLUMNS as one detached tensor [5], and for layer-wise surgery the
         harmful reference loss; means over the batch.
 
-        An empty batch (all its images damaged) has a zero loss that reaches every parameter.
+        An empty batch (all its images damaged, or none for this process in an epoch's last step) counts as a
+        black image of no weight, so that this process takes part in what the processes exchange.
         """
-        if not len(labels):
-            zero = sum((p.sum() * 0 for p in self.model.trainable_parameters()), labels.new_zeros(()))
-            return zero, zero.detach().expand(len(TRAIN_COLUMNS)), None
+        if len(labels):
+            return self._losses(pixels, labels, text)
+        black = pixels.new_zeros(1, 3, self.model.image_size, self.model.image_size)
+        text = pixels.new_zeros(1, self.model.dim) if self.captioned else None
+        found = self._losses(black, labels.new_zeros(1), text)
+        return tuple(None if value is None else value * 0 for value in found)
+
+    def _losses(
+        self, pixels: Tensor, labels: Tensor, text: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         if self.stage == HEAD or self.surgery is None:
             return self._one_branch(pixels, labels)
-        student, teacher = self.model.student_features(pixels), self.model.teacher_features(pixels)
-        text = None if self.model.text is None else self.model.text_features(captions)
+        student, teacher = self.model.both_features(pixels)
         options = {k: getattr(self.surgery, k) for k in ("order", "eps", "reference_batch_size")}
         harmful = None
         with torch.autocast(pixels.device.type, enabled=False):  # heads and losses stay in fp32
-            student, teacher, text = (x if x is None else _wide(x) for x in (student, teacher, text))
+            student, teacher = _wide(student), _wide(teacher)
             if self.surgery.mode == "layer":
                 # Without text features nothing is projected here; the alignment stays.
                 out = self.model.head(student, teacher, None, labels, **options)
@@ -321,26 +386,28 @@ class MicroBatch:
 class StepPlan:
     """Cuts an order of images into optimiser steps, and those into even micro-batches; a batch sampler.
 
-    Every process gets its share of every step and no image comes twice. The weights make an optimiser step
-    the mean over its images, however they are split; in the last, smaller step too.
+    Every process gets its share of every step, no image comes twice and none is left out. The weights make an
+    optimiser step the mean over its images, however they are split; in the last, smaller step too.
+
+    Args:
+        images: images of an optimiser step, over all processes.
+        batch_size: images of a micro-batch, at most.
+        rank, world: number of this process, and of all processes.
     """
 
-    def __init__(self, batch_size: int, accumulation: int, rank: int, world: int) -> None:
-        self.per_micro_step, self.accumulation = batch_size * world, accumulation
+    def __init__(self, images: int, batch_size: int, rank: int, world: int) -> None:
+        self.images, self.batch_size = images, batch_size
         self.rank, self.world = rank, world
         self.steps: list[
             tuple[int, list[MicroBatch]]
         ] = []  # images over all processes, micro-batches of this one
 
     def set(self, order: list[int], limit: int | None = None) -> None:
-        """Plan at most `limit` steps over `order`; a rest of fewer images than processes is left over."""
-        group = self.per_micro_step * self.accumulation
+        """Plan at most `limit` steps over `order`; a process may get empty batches of the last one."""
         self.steps = []
-        for start in range(0, len(order), group)[:limit]:
-            images = np.asarray(order[start : start + group])
-            if len(images) < self.world:
-                break
-            micro_steps = math.ceil(len(images) / self.per_micro_step)
+        for start in range(0, len(order), self.images)[:limit]:
+            images = np.asarray(order[start : start + self.images])
+            micro_steps = math.ceil(len(images) / (self.batch_size * self.world))
             parts = np.array_split(images, micro_steps * self.world)[self.rank :: self.world]
             # Data parallelism averages over processes, hence the factor.
             micro = [MicroBatch(part.tolist(), self.world * len(part) / len(images)) for part in parts]
@@ -361,26 +428,26 @@ class _Run:
     ) -> None:
         self.config, self.out, self.accelerator = config, out, accelerator
         rank, self.world = accelerator.process_index, accelerator.num_processes
-        if len(samples) < self.world:
-            raise UserError(f"{len(samples)} training images are too few for {self.world} processes")
         self.data_hash = _hash(samples)
-        preprocess = Preprocessor(config.preprocess)
-        optim, workers = config.optim, config.data.workers
-        dataset = ImageDataset(samples, preprocess, train=True, seed=config.seed)
-        self.order = EpochSampler(dataset, shuffle=True, seed=config.seed)
-        self.plan = StepPlan(optim.batch_size, optim.accumulation, rank, self.world)
-        self.loader = DataLoader(
-            dataset,
-            batch_sampler=self.plan,
-            num_workers=workers,
-            collate_fn=collate,
-            pin_memory=accelerator.device.type == "cuda",
-            persistent_workers=workers > 0,
+        self.preprocess = Preprocessor(config.preprocess)
+        optim, data = config.optim, config.data
+        dataset = ImageDataset(
+            samples, self.preprocess, train=True, seed=config.seed, selection=data.selection
         )
+        self.order = EpochSampler(dataset, shuffle=True, seed=config.seed)
+        images = optim.batch_size * optim.accumulation * self.world
+        self.plan = StepPlan(images, optim.batch_size, rank, self.world)
+        options = loader_options(data.workers, data.prefetch)
+        self.loader = DataLoader(dataset, batch_sampler=self.plan, **options)
+        self.watch = LoaderWatch(data.workers, accelerator.device)
         self.val_loader = None
         if val:
-            val_dataset = ImageDataset(val[rank :: self.world], preprocess, train=False)
-            self.val_loader = make_loader(val_dataset, batch_size=optim.batch_size, workers=workers)
+            val_dataset = ImageDataset(
+                val[rank :: self.world], self.preprocess, train=False, selection=data.selection
+            )
+            self.val_loader = make_loader(
+                val_dataset, batch_size=optim.batch_size, workers=data.workers, prefetch=data.prefetch
+            )
         self.damage, self.val_damage = DamageReport(len(samples)), DamageReport(len(val))
 
         self.model = build_model(config, with_text=_uses_text(config))
@@ -391,6 +458,13 @@ class _Run:
             )
         self.backbone = fingerprint(self.model)
         self.model.to(accelerator.device)
+        self.text = None
+        if self.model.text is not None:
+            with accelerator.main_process_first():  # which encodes, so that the others find all done
+                captions = (sample.caption for sample in samples)
+                self.text = CaptionFeatures(self.model, captions, config.data.cache, progress=_watched())
+            self.model.text = None
+        speed_up(self.model, optim)
         self.position = Position(HEAD if _uses_surgery(config) else BRANCHES)
         self.best: list[float] | None = None
         # Sums of the logged values, weighted, and of the weights, since the last logged step.
@@ -420,15 +494,21 @@ class _Run:
     def _train_stage(self, state: dict[str, Any] | None) -> None:
         """Train from the position to the end of its stage; `state` is given right after a resumption."""
         stage, optim = self.position.stage, self.config.optim
-        step = Step(self.model, stage, self.config.surgery if _uses_surgery(self.config) else None)
-        # Without weight decay AdamW is Adam.
+        surgery = self.config.surgery if _uses_surgery(self.config) else None
+        step = Step(self.model, stage, surgery, captioned=self.text is not None)
+        layerwise = stage == BRANCHES and surgery is not None and surgery.mode == "layer"
+        # Without weight decay AdamW is Adam. The fused one would operate on gradients still scaled for fp16.
         optimizer = torch.optim.AdamW(
-            named_parameters(self.model), lr=optim.lr, betas=optim.betas, weight_decay=optim.weight_decay
+            named_parameters(self.model),
+            lr=optim.lr,
+            betas=optim.betas,
+            weight_decay=optim.weight_decay,
+            fused=not (layerwise and optim.precision == "fp16"),
         )
         self.surgery = None
-        if stage == BRANCHES and step.surgery and step.surgery.mode == "layer":
+        if layerwise:
             group = dist.group.WORLD if self.world > 1 else None
-            self.surgery = layer_surgery(optimizer, step.surgery, self.accelerator.scaler, group)
+            self.surgery = layer_surgery(optimizer, surgery, self.accelerator.scaler, group)
         self.step_module, self.optimizer = self.accelerator.prepare(step, optimizer)
         if state and state["optimizer"]:
             self.optimizer.load_state_dict(state["optimizer"])
@@ -453,15 +533,17 @@ class _Run:
         self.plan.set(list(self.order), optim.max_steps - position.stage_step if limited else None)
         self.model.train()
         batches = iter(self.loader) if self.plan.steps else iter(())
+        self.watch.start()
         bar = tqdm(
             self.plan.steps,
             desc=f"stage {position.stage} epoch {position.epoch + 1}/{epochs}",
             unit="step",
-            disable=not (sys.stderr.isatty() and self.accelerator.is_main_process),
+            disable=not (_watched() and self.accelerator.is_main_process),
         )
         started, images = time.monotonic(), 0
         for number, (size, micro_batches) in enumerate(bar, 1):
             self._optimiser_step(batches, micro_batches)
+            self.watch.step(sum(len(micro.indices) for micro in micro_batches))
             position.step += 1
             position.stage_step += 1
             position.seen += size
@@ -482,16 +564,17 @@ class _Run:
         key = (self.config.seed, self.position.step, self.accelerator.process_index)
         set_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
         device = self.accelerator.device
+        texts = self.text if self.position.stage == BRANCHES else None
         for number, micro in enumerate(micro_batches, 1):
-            batch = next(batches)
+            batch = self.watch.next(batches)
             self.damage.add(batch["errors"])
             self.readable |= len(batch["labels"]) > 0
             last = number == len(micro_batches)
+            pixels, labels = pixels_on(device, batch, self.preprocess), batch["labels"]
             with contextlib.nullcontext() if last else self.accelerator.no_sync(self.step_module):
+                text = texts(batch["captions"]) if texts and batch["captions"] else None
                 loss, values, harmful = self.step_module(
-                    batch["pixels"].to(device, non_blocking=True),
-                    batch["labels"].to(device, non_blocking=True),
-                    batch["captions"],
+                    *(x if x is None else x.to(device, non_blocking=True) for x in (pixels, labels, text))
                 )
                 # The task's backward comes first: data parallelism reduces no other.
                 self.accelerator.backward(loss * micro.weight, retain_graph=harmful is not None)
@@ -552,7 +635,7 @@ class _Run:
             self.val_damage.add((index * world + rank, message) for index, message in batch["errors"])
             if len(batch["labels"]):
                 with self.accelerator.autocast():
-                    logits = head(batch["pixels"].to(self.accelerator.device, non_blocking=True))
+                    logits = head(pixels_on(self.accelerator.device, batch, self.preprocess))
                 scored += zip(logits.float().tolist(), batch["labels"].tolist())
         scored = gather_object(scored)
         if not scored:
@@ -582,6 +665,7 @@ class _Run:
                 "optimizer": self.optimizer.state_dict() if self.optimizer else None,
                 "scaler": scaler.state_dict() if scaler else None,
                 "sums": sums,
+                "images_per_step": self.plan.images,
                 "best": self.best,
                 "metrics_bytes": self.log.sync(),
                 "data": self.data_hash,
@@ -608,6 +692,8 @@ class _Run:
         self.position = Position(**state["position"])
         self.best = state["best"]
         self.sums.copy_(state["sums"])
+        # On another number of processes a step keeps its images, in more or fewer micro-batches.
+        self.plan.images = state["images_per_step"]
         return state
 
 
