@@ -163,7 +163,7 @@ class Detector:
         # batch_size=None hands the prepared images over one by one. The images themselves are the indices
         # sent to the workers: no more of them are taken from `images` than are being prepared.
         for pixels, error in DataLoader(
-            _Prepared(self.preprocess, self.views), sampler=images, batch_size=None, num_workers=workers
+            Prepared(self.preprocess, self.views), sampler=images, batch_size=None, num_workers=workers
         ):
             yield float("nan") if error else self.logits(pixels).mean().item(), error
 
@@ -201,7 +201,7 @@ class Detector:
         return decide(probabilities, self.calibration)
 
 
-class _Prepared:
+class Prepared:
     """Map-style dataset from an image to (views [k, 3, S, S], "") or (None, error message)."""
 
     def __init__(self, preprocess: Preprocessor, views: int):

@@ -1,15 +1,132 @@
-"""`dgsnet predict`: images in, a table of scores out."""
+"""`dgsnet predict`: images in, a table of one row each out; what was killed goes on where it stopped."""
 
 from __future__ import annotations
 
 import csv
+import hashlib
+import itertools
+import json
+import math
 import os
+import signal
 import sys
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import IO, Any, Literal, NamedTuple
 
-from dgsnet.detector import THRESHOLD, Detector
+from dgsnet.detector import MIN_IMAGES_FOR_WORKERS, Detector
 from dgsnet.errors import UserError
-from dgsnet.sources import find_images
+from dgsnet.sources import Item, find_items, import_pyarrow
+
+# Rows of a Parquet table that are in memory at a time and become one row group.
+ROW_GROUP = 2**16
+
+
+class Score(NamedTuple):
+    """An image's row.
+
+    Attributes:
+        path: the item's name.
+        probability: that it was generated, rounded to six decimals; None if it could not be read.
+        decision: "generated", "real" or "unsure"; "" if it could not be read.
+        error: why it could not be read, else "".
+    """
+
+    path: str
+    probability: float | None
+    decision: str
+    error: str
+
+    @classmethod
+    def of(cls, detector: Detector, item: Item, probability: float, error: str) -> Score:
+        """The row of one of the detector's answers."""
+        if error:
+            return cls(item.name, None, "", error)
+        # Rounded before the decision, so that the row agrees with itself.
+        probability = round(probability, 6)
+        return cls(item.name, probability, detector.decide([probability])[0], "")
+
+
+def score(
+    detector: Detector,
+    items: Iterable[Item],
+    *,
+    workers: int | None = None,
+    on_score: Callable[[Item, Score], None] | None = None,
+) -> Iterator[Score]:
+    """Score images one after the other, whatever becomes of the processes that read them.
+
+    Args:
+        detector: the model.
+        items: what to score, of any length; not read much further than it is scored.
+        workers: processes that read and prepare images; None chooses, 0 works in this process.
+        on_score: called with every image that could be scored, and its row.
+
+    Yields:
+        One row for each item, in their order. An image at which a reading process dies (a decoder that
+        crashes, the system's memory killer) is tried once more by itself, and then has that as its error.
+
+    Example:
+        >>> for row in score(Detector.load("runs/demo/model"), find_items(["photos"])):  # doctest: +SKIP
+        ...     print(row.path, row.decision)
+    """
+    items = iter(items)
+    first = list(itertools.islice(items, MIN_IMAGES_FOR_WORKERS))
+    if workers is None and len(first) < MIN_IMAGES_FOR_WORKERS:
+        workers = 0
+    items = itertools.chain(first, items)
+    waiting: deque[Item] = deque()
+
+    def answers() -> Iterator[tuple[Item, float, str]]:
+        while True:
+            try:
+                for answer in detector.stream(_noted(items, waiting), workers=workers):
+                    yield waiting.popleft(), *answer
+                return
+            except (RuntimeError, OSError, EOFError) as error:
+                if not _is_death(error):
+                    raise
+            while waiting:
+                yield waiting[0], *_alone(detector, waiting[0])
+                waiting.popleft()
+
+    for item, probability, error in answers():
+        row = Score.of(detector, item, probability, error)
+        if on_score and not error:
+            on_score(item, row)
+        yield row
+
+
+def _noted(items: Iterator[Item], waiting: deque[Item]) -> Iterator[Item]:
+    # torch's handler of this signal raises wherever the program is when a process dies; without it the death
+    # is found when the next answer is due. It was set just before the first item is asked for.
+    if hasattr(signal, "SIGCHLD") and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    for item in items:
+        waiting.append(item)
+        yield item
+
+
+def _alone(detector: Detector, item: Item) -> tuple[float, str]:
+    try:
+        return next(iter(detector.stream([item], workers=1)))
+    except (RuntimeError, OSError, EOFError) as error:
+        if not _is_death(error):
+            raise
+        return math.nan, f"{item.name}: the process that read it died"
+
+
+def _is_death(error: Exception) -> bool:
+    """Whether a DataLoader's process is gone: torch says so, or what it has prepared cannot be fetched."""
+    if isinstance(error, RuntimeError):
+        return str(error).startswith("DataLoader worker (pid")
+    return isinstance(error, (ConnectionError, EOFError, FileNotFoundError))
 
 
 def predict_command(
@@ -17,46 +134,292 @@ def predict_command(
     model: str,
     out: str = "scores.csv",
     device: str | None = None,
+    views: int | None = None,
     workers: int | None = None,
+    resume: bool = False,
+    engine: Literal["local", "ray"] = "local",
 ) -> None:
-    """Score images into a CSV with columns path, probability, decision, error.
+    """Score images into a table with columns path, probability, decision, error.
 
     Args:
-        paths: image files, folders (searched recursively) and glob patterns.
+        paths: image files, folders (searched recursively), quoted glob and brace patterns, lists (.txt or
+            .csv; - for standard input), tar shards and Parquet files.
         model: a model folder, or the folder of a training run.
-        out: the CSV to write; it appears under this name when complete.
+        out: the .csv, .jsonl or .parquet to write; it appears under this name when complete.
         device: torch device; the GPU where there is one if not given.
-        workers: processes that read and prepare images; chosen if not given.
+        views: mosaics averaged per image; if not given, what the model was calibrated with, else 1.
+        workers: processes that read and prepare images, or with ray that score them; chosen if not given.
+        resume: go on where a run with the same words was stopped or killed.
+        engine: local scores on this machine's device, ray on all of a Ray cluster's.
     """
+    target = Path(out)
+    write = WRITERS.get(target.suffix)
+    if not write:
+        raise UserError(f"{out}: the table's name must end in one of {', '.join(WRITERS)}")
+    if write is _write_parquet:
+        import_pyarrow()
+    _check_found(paths)
+    detector = Detector.load(model, device, views=views)
+    table = Partial(target, _settings(detector, paths), resume=resume)
+    if engine == "ray":
+        from dgsnet.ray_engine import score_on_ray
+
+        load = partial(Detector.load, model, device, views=views)
+        rows = score_on_ray(detector, load, table.todo(paths), workers=workers)
+    else:
+        rows = score(detector, table.todo(paths), workers=workers)
+    with table:
+        rate = _fill(table, rows)
+        counts: Counter[str] = Counter()
+        write(target, _counted(table.rows(), counts))
+        table.remove()
+    read = ", ".join(
+        f"{counts[d]} {d}" for d in ("generated", "real", "unsure") if counts[d] or d != "unsure"
+    )
+    print(f"{target}: {read}, {counts['']} could not be read{rate}")
+    if counts[""] == counts.total():
+        raise UserError(f"none of the images could be read; {target} says why for each")
+    if counts[""]:
+        print(f"the column error of {target} says why", file=sys.stderr)
+
+
+def _check_found(paths: Sequence[str]) -> None:
+    """One line where there is nothing to score at all. Standard input can be read but once: not looked at."""
+    if "-" in paths:
+        return
+    item = Item("PATHS", error="no path given")
+    for item in find_items(paths):
+        if not item.missing:
+            return
+    raise UserError(f"{item.name}: {item.error}; give image files, folders, lists, shards or quoted patterns")
+
+
+def _settings(detector: Detector, paths: Sequence[str]) -> dict[str, Any]:
+    """What the rows depend on, each as a word to compare."""
+    from dgsnet.checkpoint import fingerprint, trained_state
+
+    model = hashlib.sha256(repr((fingerprint(detector.model), detector.config.preprocess)).encode())
+    for name, tensor in sorted(trained_state(detector.model).items()):
+        model.update(name.encode() + tensor.float().numpy().tobytes())
+    return {
+        "model": model.hexdigest()[:16],
+        "calibration": repr(detector.calibration),
+        "views": detector.views,
+        "paths": list(paths),
+    }
+
+
+@dataclass(frozen=True)
+class Todo:
+    """The images that have no row yet; can be gone through in another process.
+
+    Attributes:
+        paths: as find_items takes them.
+        table: a partial table.
+        end: its length in bytes when it was opened: later rows are of images gone through already.
+    """
+
+    paths: list[str]
+    table: Path
+    end: int
+
+    def __iter__(self) -> Iterator[Item]:
+        rows = _read_rows(self.table, self.end)
+        # Rows and items usually come in the same order, and then no more than one row is ever held.
+        unmatched: Counter[str] = Counter()
+        for item in find_items(self.paths):
+            while not unmatched[item.name] and (row := next(rows, None)):
+                unmatched[row.path] += 1
+            unmatched[item.name] -= 1
+            if unmatched[item.name] < 0:
+                yield item
+            if unmatched[item.name] <= 0:
+                del unmatched[item.name]
+
+
+class Partial:
+    """A table that grows row by row, and the truth about what is done: JSON Lines, the settings first.
+
+    After a kill the last line may be cut off: it is cut away.
+
+    Raises:
+        UserError: it exists and `resume` is not given, was made with other settings, is being written by
+            another process, or is damaged.
+    """
+
+    def __init__(self, target: Path, settings: dict[str, Any], *, resume: bool):
+        self.path = target.with_name(target.name + ".partial")
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.file = open(self.path, "a+b", buffering=0)  # noqa: SIM115 - held until __exit__
+        try:
+            self._lock()
+            self.done = self._repair(settings, resume)
+        except UserError:
+            self.file.close()
+            raise
+        self.end = self.file.seek(0, os.SEEK_END)
+
+    def __enter__(self) -> Partial:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.file.close()
+
+    def todo(self, paths: Sequence[str]) -> Todo:
+        """What is left to score of `paths`."""
+        return Todo(list(paths), self.path, self.end)
+
+    def add(self, row: Score) -> None:
+        """Append a row; it survives the process when this returns."""
+        self._write(row._asdict())
+        self.done += 1
+
+    def rows(self) -> Iterator[Score]:
+        """All rows, from the file."""
+        return _read_rows(self.path, None)
+
+    def remove(self) -> None:
+        self.path.unlink()
+
+    def _write(self, line: dict[str, Any]) -> None:
+        # One write: a kill can cut the last line, but not mix two.
+        self.file.write(json.dumps(line).encode() + b"\n")
+
+    def _lock(self) -> None:
+        try:
+            import fcntl
+        except ImportError:  # Windows
+            return
+        try:
+            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{self.path} is being written by another process; give another --out") from None
+        # Processes that read images must not keep the lock when this one is killed.
+        os.register_at_fork(after_in_child=self.file.close)
+
+    def _repair(self, settings: dict[str, Any], resume: bool) -> int:
+        """Cut away half a last line, write or compare the settings; returns the number of rows."""
+        end = lines = 0
+        with open(self.path, "rb") as file:
+            first = file.readline()
+            for line in itertools.chain([first], file):
+                if line.endswith(b"\n"):
+                    end += len(line)
+                    lines += 1
+        self.file.truncate(end)
+        if lines < 2:  # nothing to lose
+            self.file.truncate(0)
+            self._write(settings)
+            return 0
+        if not resume:
+            raise UserError(
+                f"{self.path} holds {lines - 1} rows of a stopped run: go on with --resume, or delete it"
+            )
+        found = _parse(self.path, 1, first)
+        if found.keys() != settings.keys():
+            raise UserError(f"{self.path} is no partial table of this version of dgsnet: delete it")
+        if other := [key for key in settings if found[key] != settings[key]]:
+            raise UserError(
+                f"{self.path} was begun with other settings ({', '.join(other)}): give the same, or delete it"
+            )
+        return lines - 1
+
+
+def _read_rows(path: Path, end: int | None) -> Iterator[Score]:
+    with open(path, "rb") as file:
+        place = len(file.readline())
+        for number, line in enumerate(file, 2):
+            place += len(line)
+            if end is not None and place > end:
+                return
+            try:
+                yield Score(**_parse(path, number, line))
+            except TypeError:
+                raise UserError(f"{path}: line {number} is damaged: delete it and go on") from None
+
+
+def _parse(path: Path, number: int, line: bytes) -> dict[str, Any]:
+    try:
+        value = json.loads(line)
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: line {number} is damaged: delete it and go on")
+    return value
+
+
+def _fill(table: Partial, rows: Iterator[Score]) -> str:
+    """Take down every row; returns how fast, in words."""
     from tqdm import tqdm
 
-    files, missing = find_images(paths)
-    if not files:
-        path, why = next(iter(missing.items()), ("PATHS", "no path given"))
-        raise UserError(f"{path}: {why}; give image files, folders or quoted glob patterns")
-    detector = Detector.load(model, device)
-    target = Path(out)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(target.name + ".partial")
-    counts = {"real": 0, "generated": 0, "": 0}
+    before, seconds = table.done, 0.0
+    with tqdm(initial=before, unit="image") as progress:
+        begin = time.monotonic()
+        for row in rows:
+            table.add(row)
+            progress.update()
+        seconds = time.monotonic() - begin
+    new = table.done - before
+    return f"; {new / seconds:.1f} images per second" if new else ""
+
+
+def _counted(rows: Iterator[Score], counts: Counter[str]) -> Iterator[Score]:
+    for row in rows:
+        counts[row.decision] += 1
+        yield row
+
+
+def _write_csv(target: Path, rows: Iterator[Score]) -> None:
     # surrogateescape writes file names that are not UTF-8 as the bytes they are.
-    with open(partial, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+    with _replacing(target, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
         writer = csv.writer(file)
-        writer.writerow(["path", "probability", "decision", "error"])
-        for path, why in missing.items():
-            writer.writerow([path, "", "", why])
-        scores = detector.stream(files, workers=workers)
-        for path, (probability, error) in zip(files, tqdm(scores, total=len(files), unit="image")):
-            # Rounded before the decision, so that the row agrees with itself.
-            probability = round(probability, 6)
-            decision = "" if error else "generated" if probability > THRESHOLD else "real"
-            counts[decision] += 1
-            writer.writerow([path, "" if error else f"{probability:.6f}", decision, error])
-            file.flush()
-    os.replace(partial, target)
-    unreadable = counts[""] + len(missing)
-    print(f"{target}: {counts['generated']} generated, {counts['real']} real, {unreadable} could not be read")
-    if unreadable == len(files) + len(missing):
-        raise UserError(f"none of the images could be read; {target} says why for each")
-    if unreadable:
-        print(f"the column error of {target} says why", file=sys.stderr)
+        writer.writerow(Score._fields)
+        for row in rows:
+            shown = "" if row.probability is None else f"{row.probability:.6f}"
+            writer.writerow(row._replace(probability=shown))
+
+
+def _write_jsonl(target: Path, rows: Iterator[Score]) -> None:
+    with _replacing(target, "w", encoding="ascii") as file:
+        for row in rows:
+            file.write(json.dumps(_with_nulls(row)) + "\n")
+
+
+def _write_parquet(target: Path, rows: Iterator[Score]) -> None:
+    pa = import_pyarrow()
+    words = pa.dictionary(pa.int8(), pa.string())
+    schema = pa.schema(
+        [("path", pa.string()), ("probability", pa.float64()), ("decision", words), ("error", pa.string())]
+    )
+    with (
+        _replacing(target, "wb") as file,
+        pa.parquet.ParquetWriter(file, schema) as writer,
+    ):
+        while group := list(itertools.islice(rows, ROW_GROUP)):
+            writer.write_table(pa.Table.from_pylist([_utf8(_with_nulls(row)) for row in group], schema))
+
+
+def _with_nulls(row: Score) -> dict[str, Any]:
+    return row._asdict() | {"decision": row.decision or None, "error": row.error or None}
+
+
+def _utf8(row: dict[str, Any]) -> dict[str, Any]:
+    """Bytes of a file name that are no UTF-8 as \\xNN: Parquet holds no others."""
+    return {
+        key: os.fsencode(value).decode(errors="backslashreplace") if isinstance(value, str) else value
+        for key, value in row.items()
+    }
+
+
+@contextmanager
+def _replacing(target: Path, mode: str, **options: Any) -> Iterator[IO]:
+    """A new file that takes the place of `target` when it is complete and on the disk."""
+    new = target.with_name(f".{target.name}.new")
+    with open(new, mode, **options) as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(new, target)
+
+
+WRITERS = {".csv": _write_csv, ".jsonl": _write_jsonl, ".parquet": _write_parquet}

@@ -210,7 +210,8 @@ def _names(folder: str) -> tuple[list[str], str]:
 
 
 def _inside(path: str, folder: str) -> bool:
-    return os.path.realpath(path).startswith(os.path.join(os.path.realpath(folder), ""))
+    path, folder = (os.path.join(os.path.realpath(p), "") for p in (path, folder))
+    return path.startswith(folder)
 
 
 def _text_list(path: str) -> Iterator[Item]:
@@ -307,10 +308,10 @@ def _parquet(path: str) -> Iterator[Item]:
     """The images of a Parquet file, as bytes: its rows cannot be reached one by one."""
     from dgsnet.images import ImageError, check_regular
 
-    pa, parquet = _pyarrow()
+    pa = import_pyarrow()
     try:
         check_regular(path)
-        with parquet.ParquetFile(path, pre_buffer=False, buffer_size=2**20) as file:
+        with pa.parquet.ParquetFile(path, pre_buffer=False, buffer_size=2**20) as file:
             column = _image_column(file.schema_arrow, pa)
             row = 0
             for batch in file.iter_batches(PARQUET_ROWS, columns=[column]):
@@ -322,13 +323,13 @@ def _parquet(path: str) -> Iterator[Item]:
         yield Item(path, error=f"not readable as Parquet: {reason}")
 
 
-def _pyarrow() -> tuple[Any, Any]:
+def import_pyarrow() -> Any:
+    """pyarrow with its Parquet part; UserError where it is not installed."""
     try:
-        import pyarrow
         import pyarrow.parquet
     except ImportError:
         raise UserError("Parquet needs pyarrow: pip install 'dgs-kernels[scale]'") from None
-    return pyarrow, pyarrow.parquet
+    return pyarrow
 
 
 def _image_column(schema: Any, pa: Any) -> str:
