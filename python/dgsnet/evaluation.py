@@ -298,7 +298,7 @@ def evaluate_command(
     """
     from dgsnet import evaluation_report
 
-    distortions = _distortions(robustness)
+    distortions = _distortions(robustness or ())
     suites = find_suites(data, split)
     detector = Detector.load(model, device, views=views)
     result = evaluate(
@@ -323,14 +323,11 @@ def evaluate_command(
     print(f"{unread} of {total} images could not be read; results in {out}")
 
 
-def _distortions(words: list[str] | None) -> list[Distortion]:
-    """What --robustness asks for; alone, or with the word "default", the default sweep."""
-    if words is None:
-        return []
-    expanded = [
-        w for word in words or ["default"] for w in (robustness.DEFAULT if word == "default" else [word])
-    ]
-    return robustness.parse(expanded)
+def _distortions(words: Sequence[str]) -> list[Distortion]:
+    """What --robustness asks for; "default" is the default sweep."""
+    return robustness.parse(
+        [w for word in words for w in (robustness.DEFAULT if word == "default" else (word,))]
+    )
 
 
 def find_suites(sources: Sequence[str], split: str | None = None) -> dict[str, list[Sample]]:

@@ -50,19 +50,21 @@ class Journal:
         self.file.close()
 
     def _write(self, row: dict[str, Any]) -> None:
-        self.file.write(json.dumps(row) + "\n")
+        self.file.write(_line(row))
         self.file.flush()
 
     def _read(self, settings: dict[str, Any]) -> int:
         """Take in the file; returns the length of its sound part in bytes."""
         end = 0
         with open(self.path, "rb") as file:
-            for number, line in enumerate(file):
+            for line in file:
                 try:
                     row = json.loads(line) if line.endswith(b"\n") else None
                 except ValueError:
                     row = None
-                if number == 0 and row is not None:
+                if end == 0:
+                    if row is None and _line(settings).encode().startswith(line):  # killed within it
+                        break
                     self._check(row, settings)
                 elif not self._take(row):
                     break
@@ -88,6 +90,10 @@ class Journal:
                 f"{self.path} holds scores made with other settings ({', '.join(other)}): give --out a new "
                 "folder, or delete that file to begin anew"
             )
+
+
+def _line(row: dict[str, Any]) -> str:
+    return json.dumps(row) + "\n"
 
 
 def _settings(detector: Detector, listed: Sequence[tuple[str, Sample]]) -> dict[str, Any]:

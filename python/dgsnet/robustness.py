@@ -17,7 +17,7 @@ from PIL import Image
 from dgsnet.errors import UserError
 from dgsnet.images import MAX_PIXELS, ImageError
 
-# The sweep of `--robustness` without a word behind it.
+# The sweep of `--robustness default`.
 DEFAULT = (
     "jpeg:90,70,50",
     "webp:80",
@@ -50,7 +50,7 @@ def resize(image: np.ndarray, factor: float) -> np.ndarray:
     height, width = (max(1, round(side * factor)) for side in image.shape[:2])
     if height * width > MAX_PIXELS:
         raise ImageError(f"resize:{factor:g} makes it {width} x {height}, more than {MAX_PIXELS:,} pixels")
-    return np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC))
+    return np.array(Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC))
 
 
 def crop(image: np.ndarray, share: float) -> np.ndarray:
@@ -159,7 +159,7 @@ def _encoded(image: np.ndarray, kind: str, **options: Any) -> np.ndarray:
     try:
         Image.fromarray(image).save(buffer, kind, **options)
         with Image.open(buffer, formats=[kind]) as decoded:
-            return np.asarray(decoded.convert("RGB"))
+            return np.array(decoded.convert("RGB"))
     # Sides beyond what the format can hold, or a Pillow without it.
     except (OSError, ValueError, KeyError) as error:
         raise ImageError(f"cannot be written as {kind}: {error}") from None
