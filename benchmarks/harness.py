@@ -34,6 +34,8 @@ class Case:
 
     What a call writes into its inputs belongs to the result: `edited` says which inputs, and the call's own
     result is not looked at. They are restored before the check only: a later round edits them further.
+    The error of `others` is reported, not judged: how another library rounds is its own affair, as long as a
+    thousandth of the largest number is right.
     """
 
     operation: str
@@ -42,6 +44,7 @@ class Case:
     variants: dict[str, Callable[..., Tensor]]
     exact: Callable[..., Tensor]
     edited: tuple[int, ...] = ()  # places in inputs()
+    others: tuple[str, ...] = ()
 
 
 def per_backend(operation: str, device: str, call: Callable[..., Tensor]) -> dict[str, Callable[..., Tensor]]:
@@ -161,7 +164,8 @@ def verify(case: Case, tensors: tuple[Tensor, ...]) -> dict[str, float]:
     errors = {name: (out.double() - exact).abs().max().item() for name, out in outputs.items()}
     rounding = torch.finfo(outputs[EAGER].dtype).eps * exact.abs().max().item()
     for name, error in errors.items():
-        if not error <= 2 * errors[EAGER] + rounding:
+        allowed = exact.abs().max().item() / 1e3 if name in case.others else 2 * errors[EAGER] + rounding
+        if not error <= allowed:
             raise SystemExit(f"{case.operation}: {name} is wrong by {error:.3g} (eager: {errors[EAGER]:.3g})")
     return errors
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import dgs_kernels
@@ -35,6 +36,57 @@ def upcast(surgery_head):
     return run
 
 
+class ClosedForm(torch.autograd.Function):
+    """`reference.surgery_head` and its backward, so that the compiler sees both."""
+
+    @staticmethod
+    def forward(ctx, features, teacher, text, labels, *heads):
+        losses, _, residuals, head_grads = reference.surgery_head(features, teacher, text, labels, *heads)
+        ctx.dtype = features.dtype
+        ctx.save_for_backward(*heads[::2], residuals, head_grads)
+        return losses
+
+    @staticmethod
+    def backward(ctx, grad):
+        *weights, residuals, head_grads = ctx.saved_tensors
+        features = reference.surgery_head_backward(residuals, *weights, grad[0], grad[2], ctx.dtype)
+        image, text = (head_grads * grad[:2, None]).unbind()
+        none = (None, None, None)
+        return features, *none, image[None, :-1], image[-1:], None, None, text[None, :-1], text[-1:]
+
+
+class Hook(torch.autograd.Function):
+    """The published graph's hook and alignment loss, so that the compiler sees their backward."""
+
+    @staticmethod
+    def forward(ctx, features, harmful, beneficial):
+        ctx.save_for_backward(harmful, beneficial)
+        return features.view_as(features), reference.alignment_loss(features, beneficial)
+
+    @staticmethod
+    def backward(ctx, grad, grad_loss):
+        harmful, beneficial = ctx.saved_tensors
+        weight = grad_loss / len(harmful)
+        return reference.project_align(grad, harmful, beneficial, alignment=weight), None, None
+
+
+def published(features, teacher, text, labels, *heads):
+    """`reference.official_graph` in words that `torch.compile` can take whole.
+
+    Compiled as it stands, that graph is cut in pieces at `autograd.grad`, and torch 2.15 leaves the hook on
+    the features out: the result is wrong.
+    """
+
+    def loss(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return F.binary_cross_entropy_with_logits(F.linear(x, weight, bias).squeeze(1), labels)
+
+    with torch.no_grad():
+        harmful = torch.func.grad(loss)(text, *heads[4:])
+        beneficial = torch.func.grad(loss)(teacher, *heads[2:4])
+    seen, alignment = Hook.apply(features, harmful, beneficial)
+    return loss(seen, *heads[:2]), loss(text, *heads[4:]), alignment
+
+
 def case(rows: int, dim: int, dtype: torch.dtype, device: str) -> harness.Case:
     wide = torch.promote_types(dtype, torch.float32)
 
@@ -48,6 +100,10 @@ def case(rows: int, dim: int, dtype: torch.dtype, device: str) -> harness.Case:
 
     torch._dynamo.reset()
     official = upcast(reference.official_graph)
+
+    def compiled(surgery_head):
+        return step(torch.compile(surgery_head, fullgraph=True, dynamic=False))
+
     return harness.Case(
         operation="surgery_head",
         inputs=inputs,
@@ -55,7 +111,9 @@ def case(rows: int, dim: int, dtype: torch.dtype, device: str) -> harness.Case:
         variants={
             **harness.per_backend("surgery_head", device, step(dgs_kernels.surgery_head)),
             harness.EAGER: step(official),
+            harness.COMPILED: compiled(upcast(published)),
             "closed form, eager": harness.through("eager", step(dgs_kernels.surgery_head)),
+            "closed form, torch.compile": compiled(ClosedForm.apply),
         },
         exact=step(official),
     )
