@@ -1,8 +1,8 @@
-"""PCGrad on `rows` pairs of gradients of `dim` numbers: where two conflict, each is projected. Then their sum.
+"""PCGrad on `rows` pairs of gradients of `dim` numbers: those that conflict are projected, then added.
 
 One row of millions of numbers is a model's gradients. Many short rows are gradients of features, sample by
-sample, which TorchJD takes pair after pair. TorchJD and the compiler need 5 streams, as both projections share
-one inner product; our two calls and a sum need 9, which counts where gradients do not fit a cache.
+sample, which TorchJD takes pair after pair. TorchJD and the compiler need 5 streams, as both projections
+share one inner product; our two calls and a sum need 9, which counts where gradients do not fit a cache.
 """
 
 from __future__ import annotations
