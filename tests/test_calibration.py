@@ -189,7 +189,7 @@ def rows(path):
 def test_from_images_to_decisions(folder, tmp_path, capsys):
     (folder / "real" / "broken.png").write_bytes(b"no picture")
     (folder / "real" / "twin.png").write_bytes((folder / "real" / "000.png").read_bytes())
-    command = ["calibrate", "--model", str(folder / "run"), "--reals", str(folder / "real")]
+    command = ["calibrate", "--model", str(folder / "run"), "--reals", str(folder / "real"), "--workers", "0"]
     main([*command, "--generated", str(folder / "fake"), "--fpr", "0.05", "--views", "2"])
     printed = capsys.readouterr().out
     assert "broken.png" in printed and "above" in printed and "temperature" in printed
@@ -200,14 +200,14 @@ def test_from_images_to_decisions(folder, tmp_path, capsys):
     assert c.fpr_upper <= 0.05 and c.tpr_observed > 0.5
 
     (folder / "real" / "broken.png").unlink()
-    reals = detector.predict(sorted((folder / "real").iterdir()))
-    fakes = detector.predict(sorted((folder / "fake").iterdir()))
+    reals = detector.predict(sorted((folder / "real").iterdir()), workers=0)
+    fakes = detector.predict(sorted((folder / "fake").iterdir()), workers=0)
     calls = detector.decide(reals)
     assert calls.count("generated") == round(c.fpr_observed * 110) <= 1
     assert detector.decide(fakes).count("generated") == round(c.tpr_observed * 110)
     # At 0.5 the same model calls far more real images generated.
     plain = Detector.load(folder / "run", device="cpu", calibrated=False)
-    assert plain.decide(plain.predict(sorted((folder / "real").iterdir()))).count("generated") > 10
+    assert plain.decide(plain.predict(sorted((folder / "real").iterdir()), workers=0)).count("generated") > 10
 
     with pytest.raises(UserError, match=r"calibrated for views=2.*views=3"):
         Detector.load(folder / "run", device="cpu", views=3)
@@ -217,7 +217,19 @@ def test_from_images_to_decisions(folder, tmp_path, capsys):
 
 
 def test_reals_alone_suffice_for_a_threshold(folder, capsys):
-    main(["calibrate", "--model", str(folder / "run"), "--reals", str(folder / "real"), "--fpr", "0.1"])
+    main(
+        [
+            "calibrate",
+            "--model",
+            str(folder / "run"),
+            "--reals",
+            str(folder / "real"),
+            "--fpr",
+            "0.1",
+            "--workers",
+            "0",
+        ]
+    )
     printed = capsys.readouterr().out
     assert "not calibrated" in printed
     c = load_calibration(folder / "run" / "best")

@@ -40,6 +40,7 @@ COMMANDS = {
         "set the threshold for a false-positive rate", "dgsnet.calibration", "calibrate_command"
     ),
     "convert": Command("import the authors' published weights", "dgsnet.convert", "convert_command"),
+    "export": Command("write a detector for other programs", "dgsnet.export", "export_command"),
     "demo": Command("train and compare detectors on the built-in data", "dgsnet.demo", "demo_command"),
 }
 POSITIONAL = ("paths", "checkpoint")
