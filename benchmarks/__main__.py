@@ -6,15 +6,15 @@ import argparse
 import importlib
 import itertools
 import json
+import sys
 from pathlib import Path
 
 import torch
 
 from benchmarks import harness
 
-OPERATIONS = sorted(
-    file.stem for file in Path(__file__).parent.glob("[a-z]*.py") if file.stem not in ("harness", "plots")
-)
+APART = ("data", "harness", "plots", "train_step")  # no operations
+OPERATIONS = sorted(file.stem for file in Path(__file__).parent.glob("[a-z]*.py") if file.stem not in APART)
 
 
 def parse() -> argparse.Namespace:
@@ -39,6 +39,8 @@ def parse() -> argparse.Namespace:
 
 
 def main() -> None:
+    if sys.argv[1:2] == ["train_step"]:  # a whole step, with arguments of its own
+        return importlib.import_module("benchmarks.train_step").main(sys.argv[2:])
     a = parse()
     results = []
     for operation in a.operations or OPERATIONS:
