@@ -26,6 +26,7 @@ from .calibration import Calibration
 from .config import CONFIG_FILE, Config
 from .errors import UserError
 from .model import DGSNet
+from .parallel import whole
 
 WEIGHTS_FILE = "adapters.safetensors"
 CALIBRATION_FILE = "calibration.json"
@@ -50,9 +51,13 @@ def build_model(config: Config, *, with_text: bool = True) -> DGSNet:
 
 
 def trained_state(model: DGSNet) -> dict[str, torch.Tensor]:
-    """Adapters and heads by name, on the CPU: all that a run changes in a model."""
+    """Adapters and heads by name, whole and on the CPU: all that a run changes in a model.
+
+    Of a sharded model every process has to ask for it.
+    """
     heads = {f"head.{name}": tensor for name, tensor in model.head.state_dict().items()}
-    return {name: t.detach().cpu().contiguous() for name, t in (model.adapter_state() | heads).items()}
+    trained = (model.adapter_state() | heads).items()
+    return {name: whole(tensor.detach()).cpu().contiguous() for name, tensor in trained}
 
 
 def load_trained_state(model: DGSNet, state: dict[str, torch.Tensor]) -> None:
@@ -114,7 +119,20 @@ def save_model(
     Example:
         >>> save_model("runs/mine/best", model, config, step=1000)  # doctest: +SKIP
     """
-    header = {"format": FORMAT, "backbone": fingerprint(model), "extra": json.dumps(extra)}
+    return write_model(folder, trained_state(model), fingerprint(model), config, backbone=backbone, **extra)
+
+
+def write_model(
+    folder: str | Path,
+    state: dict[str, torch.Tensor],
+    backbone_fingerprint: str,
+    config: Config,
+    *,
+    backbone: Path | None = None,
+    **extra: Any,
+) -> Path:
+    """save_model for a model that is not at hand whole: given its trained_state and fingerprint."""
+    header = {"format": FORMAT, "backbone": backbone_fingerprint, "extra": json.dumps(extra)}
     if backbone:
         config = _with_pretrained(config, BACKBONE_FILE)
 
@@ -124,7 +142,7 @@ def save_model(
                 os.fsync(file.fileno())
             os.rename(backbone, new / BACKBONE_FILE)
         _write_synced(new / CONFIG_FILE, config.to_json().encode())
-        _write_synced(new / WEIGHTS_FILE, to_safetensors(trained_state(model), metadata=header))
+        _write_synced(new / WEIGHTS_FILE, to_safetensors(state, metadata=header))
 
     return replace_folder(Path(folder), fill)
 

@@ -119,6 +119,8 @@ class OptimConfig:
         compile: let torch.compile fuse each vision block, in its "default" mode or, with CUDA graphs, in
             "reduce-overhead".
         checkpointing: keep one activation per vision block and recompute the rest: less memory, more time.
+        parallel: on several processes, "ddp": each holds all weights; "fsdp": each holds a share of them and
+            gathers a vision block when it is needed.
     """
 
     lr: float = 1e-4
@@ -132,6 +134,7 @@ class OptimConfig:
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     compile: Literal["no", "default", "reduce-overhead"] = "no"
     checkpointing: bool = False
+    parallel: Literal["ddp", "fsdp"] = "ddp"
 
     def __post_init__(self) -> None:
         if self.batch_size != "auto":

@@ -11,6 +11,7 @@ import contextlib
 import csv
 import hashlib
 import io
+import itertools
 import math
 import os
 import re
@@ -34,6 +35,7 @@ from tqdm import tqdm
 
 from dgs_kernels import OptimizerSurgery
 
+from . import parallel
 from .captions_cache import CaptionFeatures
 from .checkpoint import (
     build_model,
@@ -41,10 +43,10 @@ from .checkpoint import (
     load_state,
     load_trained_state,
     read_config,
-    save_model,
     save_state,
     trained_state,
     write_file,
+    write_model,
 )
 from .config import CONFIG_FILE, Config, OptimConfig, SurgeryConfig
 from .data import (
@@ -54,6 +56,7 @@ from .data import (
     LoaderWatch,
     Sample,
     attach_captions,
+    collate,
     find_samples,
     loader_options,
     make_loader,
@@ -71,7 +74,14 @@ VAL_COLUMNS = ("val_loss", "val_accuracy", "val_ap", "val_auc")
 COLUMNS = ("step", "stage", "epoch", *TRAIN_COLUMNS, *VAL_COLUMNS)
 HEAD, BRANCHES = 1, 2  # the stages
 # Settings that a resumed run may change, because they do not decide its weights.
-FREE_SETTINGS = ("data.workers", "data.prefetch", "data.cache", "checkpoint_every", "log_every")
+FREE_SETTINGS = (
+    "data.workers",
+    "data.prefetch",
+    "data.cache",
+    "optim.parallel",
+    "checkpoint_every",
+    "log_every",
+)
 # Where the search for the largest batch starts, going down by tenths.
 LARGEST_BATCH = 4096
 
@@ -219,7 +229,12 @@ def _accelerator(config: Config, out: Path) -> Iterator[Accelerator]:
         accelerator = Accelerator(mixed_precision=precision, log_with="tensorboard", project_config=project)
         kind = accelerator.distributed_type.value
         if kind not in ("NO", "MULTI_GPU", "MULTI_CPU"):
-            raise UserError(f"training under {kind} is not supported: launch it with plain data parallelism")
+            raise UserError(
+                f"training under accelerate's {kind} is not supported: launch plain data parallelism, and "
+                "set optim.parallel=fsdp to shard the weights"
+            )
+        if config.optim.parallel == "fsdp" and precision == "fp16":
+            raise UserError("optim.precision=fp16 goes with optim.parallel=ddp only: use bf16")
         if (
             precision == "fp16" and accelerator.device.type == "cpu"
         ):  # accelerate would train in fp32 and not say so
@@ -251,28 +266,39 @@ class Step(nn.Module):
         self, model: DGSNet, stage: int, surgery: SurgeryConfig | None, captioned: bool = True
     ) -> None:
         super().__init__()
-        self.model, self.stage, self.surgery, self.captioned = model, stage, surgery, captioned
-        for name, parameter in model.named_parameters():
+        self.model, self.surgery, self.captioned = model, surgery, captioned
+        self.enter(stage)
+
+    def enter(self, stage: int) -> None:
+        """Go to a stage: what requires a gradient is what it trains."""
+        self.stage = stage
+        for name, parameter in self.model.named_parameters():
             if "lora_" in name or "image_head" in name:
                 parameter.requires_grad_(stage == BRANCHES)
-        model.head.teacher_head.requires_grad_(stage == HEAD)
+        self.model.head.teacher_head.requires_grad_(stage == HEAD)
         # Without captions the text head has no gradient, and data parallelism must not wait for one.
-        model.head.text_head.requires_grad_(stage == BRANCHES and surgery is not None and captioned)
+        self.model.head.text_head.requires_grad_(
+            stage == BRANCHES and self.surgery is not None and self.captioned
+        )
 
     def forward(
-        self, pixels: Tensor, labels: Tensor, text: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        self, pixels: Tensor, labels: Tensor | None = None, text: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor | None] | Tensor:
         """The loss to differentiate, TRAIN_COLUMNS as one detached tensor [5], and for layer-wise surgery the
-        harmful reference loss; means over the batch.
+        harmful reference loss; means over the batch. Without labels, the logits of the head in training.
 
         An empty batch (all its images damaged, or none for this process in an epoch's last step) counts as a
         black image of no weight, so that this process takes part in what the processes exchange.
         """
-        if len(labels):
+        empty = not len(pixels)
+        if empty:
+            pixels = pixels.new_zeros(1, 3, self.model.image_size, self.model.image_size)
+        if labels is None:
+            return (self.model.teacher_logits if self.stage == HEAD else self.model.logits)(pixels)
+        if not empty:
             return self._losses(pixels, labels, text)
-        black = pixels.new_zeros(1, 3, self.model.image_size, self.model.image_size)
         text = pixels.new_zeros(1, self.model.dim) if self.captioned else None
-        found = self._losses(black, labels.new_zeros(1), text)
+        found = self._losses(pixels, labels.new_zeros(1), text)
         return tuple(None if value is None else value * 0 for value in found)
 
     def _losses(
@@ -448,6 +474,8 @@ class _Run:
             self.val_loader = make_loader(
                 val_dataset, batch_size=optim.batch_size, workers=data.workers, prefetch=data.prefetch
             )
+            # As many on every process, since a sharded model is gathered from all of them for each.
+            self.val_batches = math.ceil(math.ceil(len(val) / self.world) / optim.batch_size)
         self.damage, self.val_damage = DamageReport(len(samples)), DamageReport(len(val))
 
         self.model = build_model(config, with_text=_uses_text(config))
@@ -467,6 +495,7 @@ class _Run:
         speed_up(self.model, optim)
         self.position = Position(HEAD if _uses_surgery(config) else BRANCHES)
         self.best: list[float] | None = None
+        self.sharded: Step | None = None  # sharded once, for both stages
         # Sums of the logged values, weighted, and of the weights, since the last logged step.
         self.sums = torch.zeros(len(TRAIN_COLUMNS) + 1, device=accelerator.device)
 
@@ -495,7 +524,14 @@ class _Run:
         """Train from the position to the end of its stage; `state` is given right after a resumption."""
         stage, optim = self.position.stage, self.config.optim
         surgery = self.config.surgery if _uses_surgery(self.config) else None
-        step = Step(self.model, stage, surgery, captioned=self.text is not None)
+        if self.sharded is None:
+            step = Step(self.model, stage, surgery, captioned=self.text is not None)
+        else:
+            step = self.sharded
+            step.enter(stage)
+        if self.config.optim.parallel == "fsdp" and self.sharded is None and self.world > 1:
+            parallel.shard(step, list(self.model.visual.transformer.resblocks), self.accelerator.device)
+            self.sharded = step
         layerwise = stage == BRANCHES and surgery is not None and surgery.mode == "layer"
         # Without weight decay AdamW is Adam. The fused one would operate on gradients still scaled for fp16.
         optimizer = torch.optim.AdamW(
@@ -507,11 +543,14 @@ class _Run:
         )
         self.surgery = None
         if layerwise:
-            group = dist.group.WORLD if self.world > 1 else None
+            group = dist.group.WORLD if self.world > 1 and self.sharded is None else None
             self.surgery = layer_surgery(optimizer, surgery, self.accelerator.scaler, group)
-        self.step_module, self.optimizer = self.accelerator.prepare(step, optimizer)
         if state and state["optimizer"]:
-            self.optimizer.load_state_dict(state["optimizer"])
+            parallel.load_optimizer_state(optimizer, state["optimizer"])
+        if self.sharded is None:
+            self.step_module, self.optimizer = self.accelerator.prepare(step, optimizer)
+        else:
+            self.step_module, self.optimizer = step, optimizer
         if state and state["scaler"]:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         epochs = optim.head_epochs if stage == HEAD else optim.epochs
@@ -571,7 +610,8 @@ class _Run:
             self.readable |= len(batch["labels"]) > 0
             last = number == len(micro_batches)
             pixels, labels = pixels_on(device, batch, self.preprocess), batch["labels"]
-            with contextlib.nullcontext() if last else self.accelerator.no_sync(self.step_module):
+            unsynced = parallel.no_sync if self.sharded else self.accelerator.no_sync
+            with contextlib.nullcontext() if last else unsynced(self.step_module):
                 text = texts(batch["captions"]) if texts and batch["captions"] else None
                 loss, values, harmful = self.step_module(
                     *(x if x is None else x.to(device, non_blocking=True) for x in (pixels, labels, text))
@@ -628,15 +668,13 @@ class _Run:
     def _validate(self) -> dict[str, float]:
         """VAL_COLUMNS over all validation images, of the head that this stage trains."""
         self.model.eval()
-        head = self.model.teacher_logits if self.position.stage == HEAD else self.model.logits
         scored: list[tuple[float, float]] = []
-        for batch in self.val_loader:
+        batches = itertools.chain(self.val_loader, itertools.repeat(collate([])))
+        for batch in itertools.islice(batches, self.val_batches):
             rank, world = self.accelerator.process_index, self.world
             self.val_damage.add((index * world + rank, message) for index, message in batch["errors"])
-            if len(batch["labels"]):
-                with self.accelerator.autocast():
-                    logits = head(pixels_on(self.accelerator.device, batch, self.preprocess))
-                scored += zip(logits.float().tolist(), batch["labels"].tolist())
+            logits = self.step_module(pixels_on(self.accelerator.device, batch, self.preprocess))
+            scored += zip(logits.float().tolist(), batch["labels"].tolist())  # none of an empty batch
         scored = gather_object(scored)
         if not scored:
             raise UserError(
@@ -648,21 +686,26 @@ class _Run:
         return {"val_loss": loss} | {name: result[name.removeprefix("val_")] for name in VAL_COLUMNS[1:]}
 
     def _save_model(self, name: str, result: dict[str, float]) -> None:
+        trained = trained_state(self.model)  # of a sharded model from all processes
         if self.accelerator.is_main_process:
             finite = {key: value for key, value in result.items() if math.isfinite(value)}
-            save_model(self.out / name, self.model, self.config, step=self.position.step, **finite)
+            write_model(
+                self.out / name, trained, self.backbone, self.config, step=self.position.step, **finite
+            )
 
     def _checkpoint(self, result: dict[str, float] | None = None) -> None:
         """Write the last model, then the state to resume from, which counts on all else being there."""
         sums = self.accelerator.reduce(self.sums, "mean")
+        if self.position.stage == BRANCHES and self.position.stage_step:
+            self._save_model("last", result or {})
+        trained = trained_state(self.model)
+        optimizer = parallel.optimizer_state(self.optimizer) if self.optimizer else None
         if self.accelerator.is_main_process:
-            if self.position.stage == BRANCHES and self.position.stage_step:
-                self._save_model("last", result or {})
             scaler = self.accelerator.scaler
             state = {
                 "position": asdict(self.position),
-                "model": trained_state(self.model),
-                "optimizer": self.optimizer.state_dict() if self.optimizer else None,
+                "model": trained,
+                "optimizer": optimizer,
                 "scaler": scaler.state_dict() if scaler else None,
                 "sums": sums,
                 "images_per_step": self.plan.images,
