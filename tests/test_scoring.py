@@ -16,12 +16,12 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import webdataset
-from dgsnet import scoring
 from dgsnet.checkpoint import build_model, save_model
 from dgsnet.config import Config, ModelConfig, PreprocessConfig
 from dgsnet.detector import Detector
 from dgsnet.errors import UserError
-from dgsnet.scoring import Partial, predict_command, score
+from dgsnet.partial import Partial
+from dgsnet.scoring import Score, predict_command, score, settings
 from dgsnet.sources import Item, find_items
 from PIL import Image
 
@@ -461,8 +461,7 @@ def test_what_changed_since_the_kill(run, images, tmp_path, monkeypatch):
     listed.write_text("images/b.png\n" * 3)
     arguments = ([str(folder), str(listed)], run, str(tmp_path / "s.csv"))
 
-    done = iter(range(5))
-    add = Partial.add
+    done, add = iter(range(5)), Partial.add
 
     def interrupted(self, row):
         if next(done) == 4:
@@ -485,11 +484,12 @@ def test_a_partial_table_that_does_not_fit_is_refused(run, images, tmp_path):
     out, part = tmp_path / "s.csv", tmp_path / "s.csv.partial"
     detector = Detector.load(run, device="cpu")
 
-    def begun(settings=None):
-        settings = settings or scoring._settings(detector, [str(images)])
+    ours = settings(detector, [str(images)])
+
+    def begun(by=ours):
         part.unlink(missing_ok=True)
-        with Partial(out, settings, resume=False) as table:
-            table.add(scoring.Score("a.png", 0.5, "real", ""))
+        with Partial(out, by, resume=False) as table:
+            table.add(Score("a.png", 0.5, "real", "")._asdict())
 
     def refused(match, paths=(str(images),), model=run, **options):
         before = part.read_bytes()
@@ -511,7 +511,7 @@ def test_a_partial_table_that_does_not_fit_is_refused(run, images, tmp_path):
     part.write_bytes(b"noise\n" + lines[1])
     refused("line 1 is damaged")
     begun()
-    with Partial(out, scoring._settings(detector, [str(images)]), resume=True):
+    with Partial(out, ours, resume=True):
         refused("is being written by another process")
 
 
@@ -559,7 +559,7 @@ def test_endless_sources_are_not_read_ahead(run, images):
 
 @pytest.mark.slow
 def test_ray_gives_the_same_table(run, images, table, tmp_path, monkeypatch, capfd):
-    """On a Ray of this machine that is started for it, small, and stopped and quiet afterwards."""
+    """On a small Ray that is started for it on this machine, stays quiet and is stopped."""
     ray = pytest.importorskip("ray")
     data = [(images / name).read_bytes() for name in sorted(table)]
     pq.write_table(pa.table({"image": data}), tmp_path / "t.parquet")
@@ -567,13 +567,23 @@ def test_ray_gives_the_same_table(run, images, table, tmp_path, monkeypatch, cap
     monkeypatch.chdir(tmp_path)
     paths = [os.path.relpath(images, tmp_path), "t.parquet", "broken.png", "nowhere.png"]
     predict_command(paths, run, "local.csv", device="cpu")
+    expected = rows("local.csv")
 
-    ray.init(num_cpus=2, object_store_memory=100 * 2**20, include_dashboard=False, log_to_driver=False)
-    try:
-        predict_command(paths, run, "ray.csv", device="cpu", engine="ray")
-        assert ray.is_initialized()
-    finally:
-        ray.shutdown()
-    assert rows("ray.csv") == rows("local.csv")
+    with Partial(tmp_path / "ray.csv", settings(Detector.load(run), paths), resume=False) as part:
+        for row in expected[10:20]:
+            score = float(row["probability"])
+            part.add(Score(row["path"], score, row["decision"], row["error"])._asdict())
+    monkeypatch.setenv("RAY_DEFAULT_OBJECT_STORE_MEMORY_PROPORTION", "0.01")
+    capfd.readouterr()
+    predict_command(paths, run, "ray.csv", device="cpu", engine="ray", workers=1, resume=True)
+    assert not ray.is_initialized()
+    found = rows("ray.csv")
+    assert found == expected[10:20] + expected[:10] + expected[20:]
+
+    printed, progress = capfd.readouterr()
+    assert printed.startswith("ray.csv: ") and printed.count("\n") == 1
+    lines = [line for line in progress.replace("\r", "\n").splitlines() if line and "image [" not in line]
+    assert lines == ["the column error of ray.csv says why"]
+
     with pytest.raises(UserError, match="engine ray cannot read a list from standard input"):
         predict_command(["-"], run, "ray.csv", engine="ray")

@@ -38,7 +38,7 @@ def score_on_ray(
         load: makes the same detector where it scores.
         todo: what to score. Its paths and its table are looked up on the machine of this process; the files
             must be on all machines under the same path.
-        workers: processes that score; None takes one per GPU, without a GPU one per two CPUs.
+        workers: processes that score, at most; None takes one per GPU, on CPUs as many as threads fill.
 
     Raises:
         UserError: Ray is not installed, there is no such cluster, a list comes from standard input, or
@@ -52,7 +52,9 @@ def score_on_ray(
         raise UserError("engine ray needs Ray: pip install 'dgs-kernels[scale]'") from None
     with _cluster(ray):
         try:
-            rows = _dataset(ray, detector, load, todo, workers)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of what later versions of Ray will do
+                rows = _dataset(ray, detector, load, todo, workers)
             for table in rows.iter_batches(batch_size=None, batch_format="pyarrow"):
                 yield from (pickle.loads(row.as_py()) for row in table["row"])
         except ray.exceptions.RayError as error:
@@ -90,28 +92,35 @@ def _dataset(
     context.execution_options.preserve_order = True
     logging.getLogger("ray.data").setLevel(logging.ERROR)
 
-    cpus, gpus = (int(ray.cluster_resources().get(kind, 0)) for kind in ("CPU", "GPU"))
     on_gpu = next(detector.model.parameters()).is_cuda
-    workers = workers or (max(1, gpus) if on_gpu else max(1, cpus // 2))
-    # Where they ask for different resources, Ray does not make one task of two steps. A scoring actor that
-    # took the only CPU would wait for ever for what is to be prepared on it.
-    scoring = {"num_gpus": 1, "num_cpus": 0} if on_gpu else {"num_cpus": 1 if cpus > workers else 0}
+    threads, folder = torch.get_num_threads(), os.getcwd()
     prepare = Prepared(detector.preprocess, detector.views)
+    if workers is None:
+        resources = ray.cluster_resources()
+        workers = int(resources.get("GPU", 0) if on_gpu else resources.get("CPU", 0) // threads) or 1
+
+    # No restarts of actors: what they were made from may be gone, as Ray would say on the terminal for each.
+    old = tuple(map(int, ray.__version__.split(".")[:2])) < (2, 64)  # later ones take no such argument
+    restarts = {"max_restarts": 0, "max_task_retries": 0} if old else {}
+    # Steps that ask for different resources do not become one task. Scoring asks for no CPU, because it would
+    # keep it for good, and preparing might have none left.
     return (
         ray.data.read_datasource(_listing(ray, todo), override_num_blocks=1, num_cpus=0)
         .map_batches(
             _prepare,
-            fn_args=(prepare, torch.get_num_threads(), os.getcwd()),
+            fn_args=(prepare, threads, folder),
             batch_size=BATCH,
             batch_format="pyarrow",
         )
         .map_batches(
             _Scorer,
-            fn_constructor_args=(load, torch.get_num_threads(), os.getcwd()),
+            fn_constructor_args=(load, threads, folder),
             batch_size=None,
             batch_format="pyarrow",
-            concurrency=workers,
-            **scoring,
+            concurrency=(1, workers),
+            num_cpus=0,
+            num_gpus=1 if on_gpu else 0,
+            **restarts,
         )
     )
 

@@ -14,14 +14,14 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import IO, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from dgsnet.detector import MIN_IMAGES_FOR_WORKERS, Detector
 from dgsnet.errors import UserError
+from dgsnet.partial import Partial, read_rows, replacing
 from dgsnet.sources import Item, find_items, import_pyarrow
 
 # Rows of a Parquet table that are in memory at a time and become one row group.
@@ -138,6 +138,7 @@ def predict_command(
     workers: int | None = None,
     resume: bool = False,
     engine: Literal["local", "ray"] = "local",
+    heatmaps: str | None = None,
 ) -> None:
     """Score images into a table with columns path, probability, decision, error.
 
@@ -151,7 +152,10 @@ def predict_command(
         workers: processes that read and prepare images, or with ray that score them; chosen if not given.
         resume: go on where a run with the same words was stopped or killed.
         engine: local scores on this machine's device, ray on all of a Ray cluster's.
+        heatmaps: folder for a picture and a .json per image of what made its score; 50 times the work.
     """
+    if heatmaps and engine != "local":
+        raise UserError(f"--heatmaps goes with --engine local, not {engine}")
     target = Path(out)
     write = WRITERS.get(target.suffix)
     if not write:
@@ -160,18 +164,20 @@ def predict_command(
         import_pyarrow()
     _check_found(paths)
     detector = Detector.load(model, device, views=views)
-    table = Partial(target, _settings(detector, paths), resume=resume)
+    table = Partial(target, settings(detector, paths), resume=resume)
+    todo = Todo(paths, table.path, table.end)
     if engine == "ray":
         from dgsnet.ray_engine import score_on_ray
 
         load = partial(Detector.load, model, device, views=views)
-        rows = score_on_ray(detector, load, table.todo(paths), workers=workers)
+        rows = score_on_ray(detector, load, todo, workers=workers)
     else:
-        rows = score(detector, table.todo(paths), workers=workers)
+        on_score = partial(_save_heatmap, detector, heatmaps) if heatmaps else None
+        rows = score(detector, todo, workers=workers, on_score=on_score)
     with table:
         rate = _fill(table, rows)
         counts: Counter[str] = Counter()
-        write(target, _counted(table.rows(), counts))
+        write(target, _counted((Score(**row) for row in read_rows(table.path, Score._fields)), counts))
         table.remove()
     read = ", ".join(
         f"{counts[d]} {d}" for d in ("generated", "real", "unsure") if counts[d] or d != "unsure"
@@ -181,6 +187,12 @@ def predict_command(
         raise UserError(f"none of the images could be read; {target} says why for each")
     if counts[""]:
         print(f"the column error of {target} says why", file=sys.stderr)
+
+
+def _save_heatmap(detector: Detector, folder: str, item: Item, row: Score) -> None:
+    from dgsnet.heatmaps import save
+
+    save(detector, item.name, item.read(), folder)
 
 
 def _check_found(paths: Sequence[str]) -> None:
@@ -194,7 +206,7 @@ def _check_found(paths: Sequence[str]) -> None:
     raise UserError(f"{item.name}: {item.error}; give image files, folders, lists, shards or quoted patterns")
 
 
-def _settings(detector: Detector, paths: Sequence[str]) -> dict[str, Any]:
+def settings(detector: Detector, paths: Sequence[str]) -> dict[str, Any]:
     """What the rows depend on, each as a word to compare."""
     from dgsnet.checkpoint import fingerprint, trained_state
 
@@ -224,128 +236,17 @@ class Todo:
     end: int
 
     def __iter__(self) -> Iterator[Item]:
-        rows = _read_rows(self.table, self.end)
+        rows = read_rows(self.table, Score._fields, self.end)
         # Rows and items usually come in the same order, and then no more than one row is ever held.
         unmatched: Counter[str] = Counter()
         for item in find_items(self.paths):
             while not unmatched[item.name] and (row := next(rows, None)):
-                unmatched[row.path] += 1
+                unmatched[row["path"]] += 1
             unmatched[item.name] -= 1
             if unmatched[item.name] < 0:
                 yield item
             if unmatched[item.name] <= 0:
                 del unmatched[item.name]
-
-
-class Partial:
-    """A table that grows row by row, and the truth about what is done: JSON Lines, the settings first.
-
-    After a kill the last line may be cut off: it is cut away.
-
-    Raises:
-        UserError: it exists and `resume` is not given, was made with other settings, is being written by
-            another process, or is damaged.
-    """
-
-    def __init__(self, target: Path, settings: dict[str, Any], *, resume: bool):
-        self.path = target.with_name(target.name + ".partial")
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.file = open(self.path, "a+b", buffering=0)  # noqa: SIM115 - held until __exit__
-        try:
-            self._lock()
-            self.done = self._repair(settings, resume)
-        except UserError:
-            self.file.close()
-            raise
-        self.end = self.file.seek(0, os.SEEK_END)
-
-    def __enter__(self) -> Partial:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.file.close()
-
-    def todo(self, paths: Sequence[str]) -> Todo:
-        """What is left to score of `paths`."""
-        return Todo(list(paths), self.path, self.end)
-
-    def add(self, row: Score) -> None:
-        """Append a row; it survives the process when this returns."""
-        self._write(row._asdict())
-        self.done += 1
-
-    def rows(self) -> Iterator[Score]:
-        """All rows, from the file."""
-        return _read_rows(self.path, None)
-
-    def remove(self) -> None:
-        self.path.unlink()
-
-    def _write(self, line: dict[str, Any]) -> None:
-        # One write: a kill can cut the last line, but not mix two.
-        self.file.write(json.dumps(line).encode() + b"\n")
-
-    def _lock(self) -> None:
-        try:
-            import fcntl
-        except ImportError:  # Windows
-            return
-        try:
-            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"{self.path} is being written by another process; give another --out") from None
-        # Processes that read images must not keep the lock when this one is killed.
-        os.register_at_fork(after_in_child=self.file.close)
-
-    def _repair(self, settings: dict[str, Any], resume: bool) -> int:
-        """Cut away half a last line, write or compare the settings; returns the number of rows."""
-        end = lines = 0
-        with open(self.path, "rb") as file:
-            first = file.readline()
-            for line in itertools.chain([first], file):
-                if line.endswith(b"\n"):
-                    end += len(line)
-                    lines += 1
-        self.file.truncate(end)
-        if lines < 2:  # nothing to lose
-            self.file.truncate(0)
-            self._write(settings)
-            return 0
-        if not resume:
-            raise UserError(
-                f"{self.path} holds {lines - 1} rows of a stopped run: go on with --resume, or delete it"
-            )
-        found = _parse(self.path, 1, first)
-        if found.keys() != settings.keys():
-            raise UserError(f"{self.path} is no partial table of this version of dgsnet: delete it")
-        if other := [key for key in settings if found[key] != settings[key]]:
-            raise UserError(
-                f"{self.path} was begun with other settings ({', '.join(other)}): give the same, or delete it"
-            )
-        return lines - 1
-
-
-def _read_rows(path: Path, end: int | None) -> Iterator[Score]:
-    with open(path, "rb") as file:
-        place = len(file.readline())
-        for number, line in enumerate(file, 2):
-            place += len(line)
-            if end is not None and place > end:
-                return
-            try:
-                yield Score(**_parse(path, number, line))
-            except TypeError:
-                raise UserError(f"{path}: line {number} is damaged: delete it and go on") from None
-
-
-def _parse(path: Path, number: int, line: bytes) -> dict[str, Any]:
-    try:
-        value = json.loads(line)
-    except ValueError:
-        value = None
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: line {number} is damaged: delete it and go on")
-    return value
 
 
 def _fill(table: Partial, rows: Iterator[Score]) -> str:
@@ -356,7 +257,7 @@ def _fill(table: Partial, rows: Iterator[Score]) -> str:
     with tqdm(initial=before, unit="image") as progress:
         begin = time.monotonic()
         for row in rows:
-            table.add(row)
+            table.add(row._asdict())
             progress.update()
         seconds = time.monotonic() - begin
     new = table.done - before
@@ -371,7 +272,7 @@ def _counted(rows: Iterator[Score], counts: Counter[str]) -> Iterator[Score]:
 
 def _write_csv(target: Path, rows: Iterator[Score]) -> None:
     # surrogateescape writes file names that are not UTF-8 as the bytes they are.
-    with _replacing(target, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+    with replacing(target, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
         writer = csv.writer(file)
         writer.writerow(Score._fields)
         for row in rows:
@@ -380,7 +281,7 @@ def _write_csv(target: Path, rows: Iterator[Score]) -> None:
 
 
 def _write_jsonl(target: Path, rows: Iterator[Score]) -> None:
-    with _replacing(target, "w", encoding="ascii") as file:
+    with replacing(target, "w", encoding="ascii") as file:
         for row in rows:
             file.write(json.dumps(_with_nulls(row)) + "\n")
 
@@ -392,7 +293,7 @@ def _write_parquet(target: Path, rows: Iterator[Score]) -> None:
         [("path", pa.string()), ("probability", pa.float64()), ("decision", words), ("error", pa.string())]
     )
     with (
-        _replacing(target, "wb") as file,
+        replacing(target, "wb") as file,
         pa.parquet.ParquetWriter(file, schema) as writer,
     ):
         while group := list(itertools.islice(rows, ROW_GROUP)):
@@ -409,17 +310,6 @@ def _utf8(row: dict[str, Any]) -> dict[str, Any]:
         key: os.fsencode(value).decode(errors="backslashreplace") if isinstance(value, str) else value
         for key, value in row.items()
     }
-
-
-@contextmanager
-def _replacing(target: Path, mode: str, **options: Any) -> Iterator[IO]:
-    """A new file that takes the place of `target` when it is complete and on the disk."""
-    new = target.with_name(f".{target.name}.new")
-    with open(new, mode, **options) as file:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(new, target)
 
 
 WRITERS = {".csv": _write_csv, ".jsonl": _write_jsonl, ".parquet": _write_parquet}
