@@ -3,7 +3,9 @@
 import io
 import itertools
 import json
+import re
 import tarfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -186,6 +188,27 @@ def test_batches_do_not_depend_on_workers(numbered):
     for a, b in zip(*batches, strict=True):
         assert torch.equal(a["pixels"], b["pixels"]) and a["captions"] == b["captions"]
         assert not a["errors"] and not b["errors"]
+
+
+def test_the_example_of_the_documentation(tmp_path, monkeypatch):
+    captions = {}
+    for i in range(6):
+        name = f"sd14/{('0_real', '1_fake')[i % 2]}/{i}.png"
+        path = tmp_path / "photos" / "train" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(png(i))
+        captions[f"train/{name}"] = f"picture {i}"
+    (tmp_path / "photos" / "captions.json").write_text(json.dumps(captions))
+    page = (Path(__file__).parents[1] / "docs" / "data.md").read_text()
+    (example,) = re.findall(r"```python\n(.*?)```", page, flags=re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    exec(example, {})
+    samples = sorted(find_samples("photos-*.tar"), key=lambda sample: sample.caption)
+    assert [(s.label, s.generator, s.caption) for s in samples] == [
+        (i % 2, "sd14", f"picture {i}") for i in range(6)
+    ]
+    for i, sample in enumerate(samples):
+        np.testing.assert_array_equal(sample.read(), picture(i))
 
 
 # The order of an epoch
