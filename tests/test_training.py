@@ -23,6 +23,7 @@ from dgsnet.training import (
     STATE_FILE,
     Step,
     StepPlan,
+    largest_batch,
     layer_surgery,
     named_parameters,
     train,
@@ -587,6 +588,61 @@ def test_wrong_input_ends_in_one_line(extra, message, finished, dataset, tmp_pat
     assert message in line
     if message != "training diverged":
         assert not (tmp_path / "new").exists()  # so that the corrected command runs
+
+
+def test_activation_checkpointing_trains_the_same_weights(dataset, tmp_path, finished):
+    run = train(settings(dataset, optim_checkpointing=True), tmp_path / "run")
+    assert equal(weights(run), weights(finished))
+
+
+@pytest.mark.slow
+def test_compiled_blocks_train_the_same_model(dataset, tmp_path):
+    updates = []
+    for compiled in ("no", "default"):
+        config = settings(
+            dataset, model_lora_dropout=0.0, optim_compile=compiled, optim_max_steps=4, data_val=[]
+        )
+        updates.append(_update(train(config, tmp_path / compiled), dataset, config))
+    assert (updates[0] - updates[1]).norm() < 1e-3 * updates[0].norm()
+
+
+def test_no_text_encoder_runs_in_a_step(dataset, tmp_path, monkeypatch):
+    """Nor at all in a second run on the same captions."""
+    calls = []
+    original = checkpoint.DGSNet.text_features
+    monkeypatch.setattr(
+        checkpoint.DGSNet, "text_features", lambda *a: calls.append(len(a[1])) or original(*a)
+    )
+    cache = str(tmp_path / "cache")
+    for run in ("a", "b"):
+        train(settings(dataset, data_val=[], data_cache=cache), tmp_path / run)
+    assert calls == [3]  # the data has three different captions
+    assert equal(weights(tmp_path / "a"), weights(tmp_path / "b"))
+
+
+def test_the_largest_batch_is_searched_downwards(dataset, monkeypatch):
+    device = torch.device("cpu")
+    assert largest_batch(settings(dataset), device, start=16) == 16
+    forward = Step.forward
+
+    def with_little_memory(self, pixels, labels, text):
+        if len(pixels) > 12:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+        return forward(self, pixels, labels, text)
+
+    monkeypatch.setattr(Step, "forward", with_little_memory)
+    for mode in ("feature", "layer", "none"):
+        assert largest_batch(settings(dataset, surgery_mode=mode), device, start=16) == 12
+
+
+def test_batch_size_auto_needs_a_gpu_and_is_kept_by_a_resumed_run(dataset, tmp_path, finished, capsys):
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    config = settings(dataset, optim_batch_size="auto")
+    with pytest.raises(UserError, match=r"batch_size=auto .* no GPU"):
+        train(config, tmp_path / "run")
+    assert train(config, finished, resume=True) == finished
+    assert Config.load(finished / "config.json").optim.batch_size == 8
 
 
 def test_fp16_without_a_gpu_is_refused(dataset, tmp_path):
