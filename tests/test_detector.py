@@ -2,13 +2,15 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from dgsnet.calibration import calibrate
 from dgsnet.checkpoint import build_model, load_model, save_model
 from dgsnet.config import Config, ModelConfig, PreprocessConfig
-from dgsnet.detector import Detector
+from dgsnet.detector import Detector, prepare_views
 from dgsnet.errors import UserError
 from dgsnet.images import read_image
 from PIL import Image
@@ -101,9 +103,58 @@ def test_unreadable_images_are_nan_and_told(run, images, tmp_path):
     assert detector.predict([]).shape == (0,)
 
 
+def test_views_are_a_function_of_the_image(run, images):
+    paths = sorted(images.glob("*.png"))[:6]
+    detector = Detector.load(run, device="cpu", views=4)
+    logits = [logit for logit, _ in detector.stream_logits(paths)]
+    again = Detector.load(run, device="cpu", views=4)
+    assert [logit for logit, _ in again.stream_logits(paths[::-1], workers=1)] == logits[::-1]
+
+    for path, logit in zip(paths, logits):
+        views = prepare_views(detector.preprocess, read_image(path), 4)
+        assert views.shape == (4, 3, 32, 32)
+        assert torch.equal(views[0], detector.preprocess(read_image(path)))  # the plain one comes first
+        assert len({view.numpy().tobytes() for view in views}) == 4
+        torch.testing.assert_close(logit, detector.logits(views).mean().item())
+        # More views begin with the fewer ones.
+        assert torch.equal(prepare_views(detector.preprocess, read_image(path), 6)[:4], views)
+    np.testing.assert_allclose(detector.predict(paths), 1 / (1 + np.exp(-np.array(logits))), rtol=1e-5)
+
+
+def test_averaging_views_reduces_the_variance(run, images):
+    # Independent views: the mean of four varies a quarter as much as one.
+    detector = Detector.load(run, device="cpu")
+    spread = []
+    for path in sorted(images.glob("*.png"))[:24]:
+        logits = detector.logits(prepare_views(detector.preprocess, read_image(path), 33)[1:])
+        spread.append([logits.var(), logits.view(8, 4).mean(1).var()])
+    one, four = np.mean(spread, axis=0)
+    assert 2.5 < one / four < 6
+
+
+def test_a_calibration_decides(run, images):
+    paths = sorted(images.glob("*.png"))
+    plain = Detector.load(run, device="cpu")
+    logits = torch.tensor([logit for logit, _ in plain.stream_logits(paths, workers=0)])
+    assert set(plain.decide(plain.predict(paths, workers=0))) == {"real", "generated"}
+    calibration = replace(calibrate(logits, fpr=0.2), temperature=2.0, low=0.4, threshold=0.6)
+    detector = Detector(plain.model, plain.config, calibration)
+    scores = detector.predict(paths, workers=0)
+    np.testing.assert_allclose(scores, torch.sigmoid(logits / 2), rtol=1e-5)
+    assert detector.decide(scores) == [
+        "generated" if p > 0.6 else "real" if p <= 0.4 else "unsure" for p in scores
+    ]
+    assert set(detector.decide(scores)) == {"real", "unsure", "generated"}
+    assert detector.decide([np.nan]) == [""]
+    with pytest.raises(UserError, match=r"calibrated for views=1.*views=2"):
+        Detector(plain.model, plain.config, calibration, views=2)
+
+
 def test_impossible_settings_are_one_line(run, images):
     with pytest.raises(UserError, match="device nonsense cannot be used"):
         Detector.load(run, device="nonsense")
+    with pytest.raises(UserError, match="views is 0"):
+        Detector.load(run, device="cpu", views=0)
     with pytest.raises(UserError, match="workers is -1"):
         Detector.load(run, device="cpu").predict(sorted(images.glob("*.png")), workers=-1)
 

@@ -106,7 +106,8 @@ def test_onnx_runtime_gives_the_same_probabilities(run, pixels, tmp_path, capsys
 
 @pytest.mark.parametrize("format", ["torchscript", "safetensors", "hf"])
 @pytest.mark.parametrize("rank", [0, 3])
-def test_the_card_shows_how_to_get_the_same_scores(pixels, tmp_path, format, rank):
+def test_the_card_shows_how_to_get_the_same_scores(pixels, tmp_path, monkeypatch, format, rank):
+    monkeypatch.chdir(tmp_path)
     run = make(tmp_path / "run", rank=rank)
     card = export(run, tmp_path / "exported", format)
     logits, _ = original(run, pixels)
@@ -116,7 +117,8 @@ def test_the_card_shows_how_to_get_the_same_scores(pixels, tmp_path, format, ran
         torch.testing.assert_close(scope["logits"], logits[:n], atol=1e-5, rtol=1e-5)
 
 
-def test_the_card_shows_how_to_run_onnx(run, pixels, tmp_path):
+def test_the_card_shows_how_to_run_onnx(run, pixels, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     card = export(run, tmp_path / "model.onnx", "onnx")
     scope = {"pixels": pixels}
     exec(code_of(card), scope)
@@ -174,6 +176,7 @@ def test_the_contract_suffices_to_score_an_image(run, tmp_path, format):
         "temperature": c.temperature,
         "generated_above": c.threshold,
         "real_at_or_below": c.low,
+        "decimals_before_comparing": 6,
         "calibrated": True,
     }
     # From the contract's numbers alone to the detector's input.

@@ -96,7 +96,7 @@ def export(model: str | Path, out: str | Path, format: Format) -> Path:
 
 def contract(detector: Detector) -> dict[str, Any]:
     """What a program must know to use the exported model: input, preprocessing, outputs, decisions."""
-    from dgsnet.calibration import THRESHOLD
+    from dgsnet.calibration import DECIMALS, THRESHOLD
     from dgsnet.preprocess import NORMALIZATIONS
 
     preprocess, size = detector.config.preprocess, detector.model.image_size
@@ -123,6 +123,7 @@ def contract(detector: Detector) -> dict[str, Any]:
             "temperature": c.temperature if c else 1.0,
             "generated_above": c.threshold if c else THRESHOLD,
             "real_at_or_below": c.low if c else THRESHOLD,
+            "decimals_before_comparing": DECIMALS,
             "calibrated": c is not None,
         },
     }
@@ -203,10 +204,10 @@ def _write_safetensors(detector: Detector, path: Path) -> Callable[[Tensor], Any
             state[f"visual.{key}"] = tensor.contiguous()
     save_file(state, path, {"format": "pt", CONTRACT: json.dumps(contract(detector))})
 
+    config = open_clip.get_model_config(detector.config.model.name.replace("/", "-"))
+    config.pop("custom_text", None)
     with torch.device("meta"):
-        visual = open_clip.create_model(
-            detector.config.model.name, device="meta", load_weights=False
-        ).visual.eval()
+        visual = open_clip.CLIP(**config).visual.eval()
     written = load_file(path)
     tower = {key.removeprefix("visual."): t for key, t in written.items() if key.startswith("visual.")}
     visual.load_state_dict(tower, assign=True)

@@ -23,7 +23,7 @@ def model_card(
         detector: the model, with its calibration if any.
         extra: what is stored with it (`dgsnet.checkpoint.read_extra`).
         contract: `dgsnet.export.contract`.
-        out: where the export will lie.
+        out: where the export will lie; its last part is named in the example.
         format: of the export.
     """
     from dgsnet.checkpoint import fingerprint
@@ -53,7 +53,7 @@ def model_card(
         results=_results(extra),
         calibration=calibration,
         contract=json.dumps(contract, indent=2),
-        code=code.format(out=out, name=config.model.name),
+        code=code.format(out=out.name, name=config.model.name),
         versions=f"dgs-kernels {version('dgs-kernels')}, torch {version('torch')}",
     )
 
@@ -74,7 +74,7 @@ def _training(config: Config, extra: dict[str, Any]) -> str:
         f"gradient surgery ({config.surgery.mode}), alignment {config.surgery.alignment:g}",
     )
     return (
-        f"Data: {sources}. Method: {surgery}; {config.optim.epochs} epochs"
+        f"Data: {sources}. Method: {surgery}; epochs: {config.optim.epochs}"
         + (f", at most {config.optim.max_steps} steps" if config.optim.max_steps else "")
         + f", batches of {config.optim.batch_size * config.optim.accumulation}, learning rate "
         f"{config.optim.lr:g}, seed {config.seed}."
