@@ -13,7 +13,7 @@ import torch
 
 from benchmarks import harness
 
-APART = ("data", "harness", "plots", "train_step")  # no operations
+APART = ("harness", "plots", "train_step")  # no operations
 OPERATIONS = sorted(file.stem for file in Path(__file__).parent.glob("[a-z]*.py") if file.stem not in APART)
 
 
@@ -42,11 +42,12 @@ def main() -> None:
     if sys.argv[1:2] == ["train_step"]:  # a whole step, with arguments of its own
         return importlib.import_module("benchmarks.train_step").main(sys.argv[2:])
     a = parse()
-    results = []
+    results: list[dict] = []
     for operation in a.operations or OPERATIONS:
         module = importlib.import_module(f"benchmarks.{operation}")
         if hasattr(module, "results"):  # no operation on rows: it has cases of its own
             results += module.results(a)
+            write(a, results)
             continue
         for threads, dtype, rows, dim in itertools.product(a.threads, a.dtype, a.rows, a.dim):
             torch.set_num_threads(threads)
@@ -56,9 +57,15 @@ def main() -> None:
             result = size | harness.measure(case, a.device, a.seconds)
             print(harness.table(result), flush=True)
             results.append(result)
-    a.out.parent.mkdir(parents=True, exist_ok=True)
-    a.out.write_text(json.dumps({"machine": harness.machine(a.device), "results": results}, indent=1) + "\n")
+            write(a, results)
     print(f"\nwritten: {a.out}")
+
+
+def write(arguments: argparse.Namespace, results: list[dict]) -> None:
+    """After every case, so that a run that is stopped leaves what it has measured."""
+    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+    content = {"machine": harness.machine(arguments.device), "results": results}
+    arguments.out.write_text(json.dumps(content, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
-"""`python -m benchmarks.plots FOLDER --results FILE...`: a table of all results, a plot for each device.
+"""`python -m benchmarks.plots FOLDER --results FILE...`: a table of all results, and plots for each device.
 
-The plot shows the share of `torch.clone`'s bandwidth at equal bytes that every variant reached.
+One shows the share of `torch.clone`'s bandwidth at equal bytes that every variant reached, another the time
+against the number of rows, for operations measured at three sizes or more. Results that are not of operations
+on tensors (a training step, the data path) have tables of their own and are left out.
 """
 
 from __future__ import annotations
@@ -79,6 +81,39 @@ def plot(results: list[dict], title: str, path: Path) -> None:
     plt.close(figure)
 
 
+def by_size(results: list[dict]) -> dict[str, list[dict]]:
+    """Results that differ in the number of rows alone, three or more, by what they have in common."""
+    families: dict[str, dict[int, dict]] = {}
+    for result in results:
+        families.setdefault(label(result | {"rows": "rows"}), {})[result["rows"]] = result
+    return {name: [f[rows] for rows in sorted(f)] for name, f in families.items() if len(f) >= 3}
+
+
+def plot_sizes(families: dict[str, list[dict]], title: str, path: Path) -> None:
+    names = list(dict.fromkeys(n for f in families.values() for r in f for n in r["variants"] if n != COPY))
+    colours = dict(zip(names, itertools.cycle(COLOURS)))
+    figure, grid = plt.subplots(
+        1, len(families), figsize=(4.6 * len(families), 4.4), layout="constrained", squeeze=False
+    )
+    for axes, (name, family) in zip(grid[0], families.items()):
+        for variant in names:
+            points = [(r["rows"], r["variants"][variant]) for r in family if variant in r["variants"]]
+            if points:
+                rows, times = [p[0] for p in points], [p[1]["median_ms"] for p in points]
+                line = (
+                    {"linestyle": "--", "color": "black"} if variant == CLONE else {"color": colours[variant]}
+                )
+                axes.plot(rows, times, marker="o", markersize=3, label=variant, **line)
+        axes.set(xscale="log", yscale="log", xlabel="rows", ylabel="median ms")
+        axes.set_title(name, fontsize=9, loc="left")
+        axes.spines[["top", "right"]].set_visible(False)
+    lines = {line.get_label(): line for axes in grid[0] for line in axes.get_lines()}
+    figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=3, fontsize=8)
+    figure.suptitle(title, fontsize=10)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.plots", description=__doc__)
     parser.add_argument("folder", type=Path, help="where the plots go")
@@ -92,10 +127,17 @@ def main() -> None:
         content = json.loads(file.read_text())
         machine = content["machine"]
         device = f"{machine.get('gpu') or machine['cpu']}, torch {machine['torch']}"
-        by_device.setdefault(device, []).extend(content["results"])
+        of_operations = [result for result in content["results"] if "bytes_moved" in result]
+        by_device.setdefault(device, []).extend(of_operations)
     for device, results in by_device.items():
+        if not results:
+            continue
         kind = results[0]["device"]
-        plot(results, device, arguments.folder / f"{kind}.png")
+        families = by_size(results)
+        if families:
+            plot_sizes(families, device, arguments.folder / f"{kind}_sizes.png")
+        in_families = [r for family in families.values() for r in family if r is not family[-1]]
+        plot([r for r in results if r not in in_families], device, arguments.folder / f"{kind}.png")
         print(f"{device}\n\n{table(results)}\n")
 
 
