@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dgsnet.calibration import THRESHOLD as THRESHOLD
 from dgsnet.calibration import Calibration, decide
 from dgsnet.errors import UserError
 from dgsnet.sources import Item
@@ -226,8 +225,11 @@ def prepare_views(preprocess: Preprocessor, image: np.ndarray, views: int) -> Te
     """
     import torch
 
+    return torch.stack([preprocess(image, rng=view_generator(image, view)) for view in range(views)])
+
+
+def view_generator(image: np.ndarray, view: int) -> np.random.Generator | None:
+    """What the view of this number is drawn from: nothing for the first, for others the image's content."""
     from dgsnet.preprocess import content_seed
 
-    seed = content_seed(image) if views > 1 else 0
-    others = (np.random.default_rng([seed, view]) for view in range(1, views))
-    return torch.stack([preprocess(image), *(preprocess(image, rng=rng) for rng in others)])
+    return np.random.default_rng([content_seed(image), view]) if view else None
