@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import torch
 import webdataset
-from dgsnet.config import PreprocessConfig
+from dgsnet.checkpoint import build_model, save_model
+from dgsnet.config import Config, ModelConfig, PreprocessConfig
 from dgsnet.data import (
     SHARDS_MIXED,
     ImageDataset,
@@ -21,7 +22,9 @@ from dgsnet.data import (
     find_samples,
     make_loader,
 )
+from dgsnet.detector import Detector
 from dgsnet.errors import UserError
+from dgsnet.evaluation import evaluate
 from dgsnet.images import ImageError
 from dgsnet.preprocess import Preprocessor
 from PIL import Image
@@ -66,7 +69,7 @@ def test_every_sample_with_its_label_caption_and_pixels(numbered):
     assert {s.generator for s in samples} == {"photos"}
     assert samples[5].path == str(numbered / "photos-01.tar" / "0005.png")
     for i, sample in enumerate(samples):
-        np.testing.assert_array_equal(sample.read(), picture(i))
+        np.testing.assert_array_equal(sample.item.read(), picture(i))
     assert attach_captions(samples, "auto", str(numbered / "photos-{00..02}.tar")) == samples
 
 
@@ -76,7 +79,7 @@ def test_the_library_reads_the_same(numbered):
         [str(numbered / f"photos-{i:02d}.tar") for i in range(3)], shardshuffle=False
     ).decode("rgb8")
     for sample, other in zip(ours, theirs, strict=True):
-        np.testing.assert_array_equal(sample.read(), other["png"])
+        np.testing.assert_array_equal(sample.item.read(), other["png"])
         assert (sample.label, sample.caption) == (other["cls"], other["txt"])
 
 
@@ -128,7 +131,7 @@ def test_captions_from_a_json_beside_the_shards(tmp_path):
     (tmp_path / "captions.json").write_text(json.dumps({"x-0.tar/a.png": "one", "x-0.tar/b.png": "two"}))
     captioned = attach_captions(samples, "auto", tmp_path / "x-0.tar")
     assert [s.caption for s in captioned] == ["one", "two"]
-    np.testing.assert_array_equal(captioned[1].read(), picture(1))
+    np.testing.assert_array_equal(captioned[1].item.read(), picture(1))
 
 
 @pytest.mark.parametrize(
@@ -177,7 +180,7 @@ def test_a_shard_that_changes_later_damages_only_images(numbered):
     samples = find_samples(numbered / "photos-02.tar")
     (numbered / "photos-02.tar").write_bytes(b"short")
     with pytest.raises(ImageError, match=r"photos-02\.tar/0008\.png: "):
-        samples[0].read()
+        samples[0].item.read()
     (numbered / "photos-02.tar").unlink()
     assert "0009.png: no such file" in ImageDataset(samples, PREPROCESS, train=False)[1]["error"]
 
@@ -188,6 +191,18 @@ def test_batches_do_not_depend_on_workers(numbered):
     for a, b in zip(*batches, strict=True):
         assert torch.equal(a["pixels"], b["pixels"]) and a["captions"] == b["captions"]
         assert not a["errors"] and not b["errors"]
+
+
+def test_evaluation_scores_images_in_shards(numbered, tmp_path_factory):
+    model = ModelConfig(name="dgsnet-tiny", pretrained="", lora_rank=0)
+    config = Config(model=model, preprocess=PreprocessConfig(mode="crop", image_size=32))
+    folder = tmp_path_factory.mktemp("model") / "model"
+    detector = Detector.load(save_model(folder, build_model(config, with_text=False), config))
+    samples = find_samples(numbered / "photos-*.tar")
+    scores = evaluate(detector, samples, workers=0, progress=False).scores
+    expected = detector.predict([picture(i) for i in range(12)])
+    assert [score.probability for score in scores] == pytest.approx(expected, abs=1e-5)
+    assert [(score.path, score.label) for score in scores] == [(s.path, s.label) for s in samples]
 
 
 def test_the_example_of_the_documentation(tmp_path, monkeypatch):
@@ -208,7 +223,7 @@ def test_the_example_of_the_documentation(tmp_path, monkeypatch):
         (i % 2, "sd14", f"picture {i}") for i in range(6)
     ]
     for i, sample in enumerate(samples):
-        np.testing.assert_array_equal(sample.read(), picture(i))
+        np.testing.assert_array_equal(sample.item.read(), picture(i))
 
 
 # The order of an epoch

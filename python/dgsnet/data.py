@@ -20,8 +20,9 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from dgsnet import shards
 from dgsnet.errors import UserError
-from dgsnet.images import EXTENSIONS, ImageError, read_file, read_image
+from dgsnet.images import EXTENSIONS, ImageError
 from dgsnet.preprocess import Preprocessor
+from dgsnet.sources import Item
 
 CLASS_FOLDERS = {"0_real": 0, "1_fake": 1, "nature": 0, "ai": 1}
 SPLIT_FOLDERS = ("train", "val", "test")
@@ -50,15 +51,10 @@ class Sample:
     offset: int = 0
     size: int | None = None
 
-    def read(self) -> np.ndarray:
-        """Decode it to uint8 [H, W, 3]; ImageError with its path if it cannot be."""
-        if not self.archive:
-            return read_image(self.path)
-        try:
-            return read_image(read_file(self.archive, offset=self.offset, size=self.size), name=self.path)
-        except ImageError as error:
-            text = str(error)
-            raise ImageError(text if text.startswith(self.path) else f"{self.path}: {text}") from None
+    @property
+    def item(self) -> Item:
+        """Where it lies, to be read or scored."""
+        return Item(self.path, path=self.archive or self.path, offset=self.offset, size=self.size)
 
 
 def find_samples(source: str | Path, split: str | None = None) -> list[Sample]:
@@ -375,7 +371,7 @@ class ImageDataset(Dataset):
         sample = self.samples[index]
         rng = np.random.default_rng((self.seed, int(self._epoch), index)) if self.train else None
         try:
-            image = sample.read()
+            image = sample.item.read()
             if self.cut_only:
                 content = dict(zip(("patches", "seed", "flip"), self.preprocess.cut(image, rng=rng)))
             else:

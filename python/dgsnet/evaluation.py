@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -234,9 +234,10 @@ def evaluate(
         for name, scorer in variants:
             done = dict(kept.rows.get(name, {})) if kept else {}
             bar.update(len(done))
-            bar.initial += len(done)  # not part of the speed shown
+            if progress:
+                bar.initial += len(done)  # not part of the speed shown
             missing = [i for i in range(len(listed)) if i not in done]
-            stream = scorer.stream_logits([listed[i][1].path for i in missing], workers=workers)
+            stream = scorer.stream_logits([listed[i][1].item for i in missing], workers=workers)
             for index, (logit, error) in zip(missing, stream):
                 done[index] = logit, error
                 if kept:
@@ -255,7 +256,7 @@ def evaluate(
 
 def _distorting(detector: Detector, distortion: Distortion) -> Detector:
     """The same detector, which distorts every image before its preprocessing."""
-    result = copy.copy(detector)
+    result: Any = copy.copy(detector)  # Distorted stands in for a Preprocessor
     result.preprocess = robustness.Distorted(distortion, detector.preprocess)
     return result
 
