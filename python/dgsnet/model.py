@@ -196,7 +196,8 @@ class DGSNet(nn.Module):
     def both_features(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         """Those of student and teacher; what comes before the first block is the same and computed once."""
         tokens = self._embed(pixels)
-        return self._encode(tokens), self._teach(tokens)
+        teacher = self._teach(tokens)  # first, while no activations are kept for the student's backward
+        return self._encode(tokens), teacher
 
     @torch.no_grad()
     def _embed(self, pixels: Tensor) -> Tensor:
