@@ -42,6 +42,51 @@ def select_patches(
         >>> select_patches(images, seed=0).shape
         torch.Size([2, 3, 224, 224])
     """
+    images, chosen = _select(images, patch_size, num_patches, seed)
+    rows, columns = (side // patch_size for side in images.shape[2:])
+    cut = images[:, :, : rows * patch_size, : columns * patch_size].permute(0, 2, 3, 1)
+    item = torch.arange(len(images), device=images.device)[:, None]
+    first = (item * rows + chosen // columns) * patch_size * columns + chosen % columns
+    return _tile(cut.reshape(-1, patch_size * 3), first, columns)
+
+
+def selected_boxes(
+    images: Tensor, patch_size: int = 32, num_patches: int = 49, *, seed: int | Sequence[int] | Tensor
+) -> Tensor:
+    """Where in the images the cells of `select_patches`' mosaics come from.
+
+    Args:
+        images, patch_size, num_patches, seed: as in select_patches.
+
+    Returns:
+        float64 [B, n, 4], cell by cell in row-major order: left, top, right, bottom in pixels of the images as
+        given, with fractions where they had to be enlarged.
+
+    Raises:
+        ValueError: as select_patches.
+
+    Example:
+        >>> import torch
+        >>> from dgs_kernels.ops.select_patches import selected_boxes
+        >>> selected_boxes(torch.zeros(1, 3, 224, 224), seed=0).shape
+        torch.Size([1, 49, 4])
+    """
+    enlarged, chosen = _select(images, patch_size, num_patches, seed)
+    columns = enlarged.shape[3] // patch_size
+    corners = torch.stack([chosen % columns, chosen // columns], dim=-1).double() * patch_size
+    # Pixels of the image as given to one pixel of the enlarged one: across and down.
+    scale = torch.tensor(
+        [given / large for given, large in zip(images.shape[:1:-1], enlarged.shape[:1:-1])],
+        dtype=torch.float64,
+        device=images.device,
+    )
+    return torch.cat([corners * scale, (corners + patch_size) * scale], dim=-1)
+
+
+def _select(
+    images: Tensor, patch_size: int, num_patches: int, seed: int | Sequence[int] | Tensor
+) -> tuple[Tensor, Tensor]:
+    """The images, enlarged where they must be, and [B, n] which of their patches a mosaic's cells hold."""
     side = math.isqrt(max(num_patches, 0))
     if num_patches < 1 or side * side != num_patches:
         raise ValueError(f"num_patches must be a square number, got {num_patches}")
@@ -55,19 +100,13 @@ def select_patches(
     height, width = enlarged_size(*images.shape[2:], patch_size, num_patches)
     if (height, width) != tuple(images.shape[2:]):
         images = resize_bicubic(images, height, width)
-    rows, columns = height // patch_size, width // patch_size
     order = spectral_entropy(images, patch_size).argsort(dim=1, stable=True)
     low = 24 * num_patches // 49
     chosen = torch.cat([order[:, :low], order[:, order.shape[1] - (num_patches - low) :]], dim=1)
     # In row-major order before the shuffle, so that the mosaic depends on which patches are chosen and not
     # on how rounding ranks two of them.
     chosen = chosen.sort(dim=1).values
-    chosen = chosen.gather(1, permutations(seeds, num_patches).expand(batch, -1))
-
-    cut = images[:, :, : rows * patch_size, : columns * patch_size].permute(0, 2, 3, 1)
-    item = torch.arange(batch, device=images.device)[:, None]
-    first = (item * rows + chosen // columns) * patch_size * columns + chosen % columns
-    return _tile(cut.reshape(-1, patch_size * 3), first, columns)
+    return images, chosen.gather(1, permutations(seeds, num_patches).expand(batch, -1))
 
 
 def cut_patches(image: Tensor, patch_size: int = 32, num_patches: int = 49) -> Tensor:

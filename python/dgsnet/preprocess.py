@@ -14,6 +14,7 @@ from dgs_kernels.ops.select_patches import (
     mosaics,
     resize_bicubic,
     select_patches,
+    selected_boxes,
 )
 from dgsnet.config import PreprocessConfig
 from dgsnet.images import MAX_PIXELS, ImageError
@@ -67,6 +68,39 @@ class Preprocessor:
             pixels = pixels.flip(2)
         return torch.addcmul(self._shift, pixels, self._scale)
 
+    def boxes(self, image: np.ndarray, *, rng: np.random.Generator | None = None) -> tuple[Tensor, Tensor]:
+        """Which part of an image every cell of its model input shows.
+
+        Cells are squares of patch_size: the mosaic's patches, or in mode "crop" a grid over the crop, whose
+        last row and column may be narrower.
+
+        Args:
+            image, rng: as in calling the preprocessor; the same numbers are drawn from rng.
+
+        Returns:
+            Two tensors [cells, 4] of left, top, right, bottom: int64 in pixels of the input and
+            float64 in pixels of the image. Mirrored cells are where mirroring puts them.
+
+        Raises:
+            ImageError: as in calling the preprocessor.
+        """
+        pixels = torch.from_numpy(image).permute(2, 0, 1)
+        size, cell = self.config.image_size, self.config.patch_size
+        low = torch.arange(0, size, cell)
+        top, left = (x.flatten() for x in torch.meshgrid(low, low, indexing="ij"))
+        cells = torch.stack([left, top, (left + cell).clamp(max=size), (top + cell).clamp(max=size)], dim=1)
+        if self.config.mode == "patches":
+            self._check_enlarged(*pixels.shape[1:])
+            seed = _draw_seed(rng) if rng else content_seed(image)
+            boxes = selected_boxes(pixels[None], cell, self.config.num_patches, seed=seed)[0]
+        else:
+            height, width, top, left = self._place(*pixels.shape[1:], rng)
+            scale = torch.tensor([pixels.shape[2] / width, pixels.shape[1] / height], dtype=torch.float64)
+            boxes = (cells + torch.tensor([left, top]).repeat(2)) * scale.repeat(2)
+        if rng and self.config.flip and rng.random() < 0.5:
+            cells = torch.stack([size - cells[:, 2], cells[:, 1], size - cells[:, 0], cells[:, 3]], dim=1)
+        return cells, boxes
+
     def cut(self, image: np.ndarray, *, rng: np.random.Generator | None = None) -> tuple[Tensor, int, bool]:
         """The part of preprocessing in mode "patches" that comes before the selection.
 
@@ -110,16 +144,21 @@ class Preprocessor:
 
     def _crop(self, pixels: Tensor, rng: np.random.Generator | None) -> Tensor:
         size = self.config.image_size
-        height, width = pixels.shape[1:]
+        height, width, top, left = self._place(*pixels.shape[1:], rng)
+        if (height, width) != tuple(pixels.shape[1:]):
+            pixels = resize_bicubic(pixels[None], height, width)[0]
+        return pixels[:, top : top + size, left : left + size]
+
+    def _place(self, height: int, width: int, rng: np.random.Generator | None) -> tuple[int, int, int, int]:
+        """Height and width that an image is enlarged to, and the top left corner of its crop."""
+        size = self.config.image_size
         if min(height, width) < size:
             scale = size / min(height, width)
             height, width = round(height * scale), round(width * scale)
             _check_size(height, width)
-            pixels = resize_bicubic(pixels[None], height, width)[0]
-        top, left = (height - size) // 2, (width - size) // 2
         if rng:
-            top, left = int(rng.integers(height - size + 1)), int(rng.integers(width - size + 1))
-        return pixels[:, top : top + size, left : left + size]
+            return height, width, int(rng.integers(height - size + 1)), int(rng.integers(width - size + 1))
+        return height, width, (height - size) // 2, (width - size) // 2
 
 
 def content_seed(image: np.ndarray) -> int:
