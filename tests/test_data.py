@@ -3,6 +3,8 @@
 import csv
 import json
 import os
+import re
+import time
 import warnings
 
 import numpy as np
@@ -12,11 +14,13 @@ from dgsnet.config import PreprocessConfig
 from dgsnet.data import (
     DamageReport,
     ImageDataset,
+    LoaderWatch,
     Sample,
     attach_captions,
     collate,
     find_samples,
     make_loader,
+    pixels_on,
 )
 from dgsnet.errors import UserError
 from dgsnet.preprocess import Preprocessor
@@ -425,3 +429,90 @@ def test_damage_is_told_once_per_file_and_summed_up(folder):
     summary = report.summary()
     assert summary.startswith("4 of 16 images could not be read and were left out: ")
     assert summary.endswith("; and 1 more") and "\n" not in summary
+
+
+# Speed
+
+
+@pytest.mark.parametrize("train", [True, False])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_device_selects_what_workers_would(folder, tmp_path, train, workers):
+    samples = find_samples(folder)
+    for i, size in enumerate([(300, 70), (64, 64), (31, 200), (90, 90)]):  # some must be enlarged
+        path = tmp_path / f"{i}.png"
+        Image.fromarray(np.random.default_rng(i).integers(0, 256, (*size, 3), dtype=np.uint8)).save(path)
+        samples.insert(4 * i, Sample(str(path), i % 2, "x"))
+    preprocess = Preprocessor(PreprocessConfig(image_size=96, num_patches=9))
+    loaders = [
+        make_loader(
+            ImageDataset(samples, preprocess, train=train, seed=5, selection=selection),
+            batch_size=6,
+            workers=workers if selection == "device" else 0,
+            shuffle=train,
+            seed=1,
+        )
+        for selection in ("workers", "device")
+    ]
+    device = torch.device("cpu")
+    for mine, its in zip(epoch_of(loaders[0], 1), epoch_of(loaders[1], 1), strict=True):
+        assert "pixels" not in its and its["patches"].dtype == torch.uint8
+        assert torch.equal(pixels_on(device, its, preprocess), mine["pixels"])
+        assert torch.equal(its["index"], mine["index"]) and torch.equal(its["labels"], mine["labels"])
+        assert [index for index, _ in its["errors"]] == [index for index, _ in mine["errors"]]
+
+
+def test_in_mode_crop_a_device_has_nothing_to_select(folder):
+    dataset = ImageDataset(find_samples(folder), PREPROCESS, train=False, selection="device")
+    assert dataset[0]["pixels"].shape == (3, 16, 16)
+
+
+class QuickWatch(LoaderWatch):
+    WARM_UP, STEPS, SECONDS = 2, 8, 0.05
+
+
+def slowly(seconds):
+    while True:
+        time.sleep(seconds)
+        yield {}
+
+
+def watched(watch, wait, work, steps=30):
+    """So many steps of 4 images, each after so many seconds of waiting and before so many of work."""
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        batches = slowly(wait)
+        watch.start()
+        for _ in range(steps):
+            watch.next(batches)
+            time.sleep(work)
+            watch.step(4)
+    return [str(warning.message) for warning in told]
+
+
+def test_waiting_for_images_is_told_once_with_figures():
+    watch = QuickWatch(workers=0, device=torch.device("cpu"))
+    (message,) = watched(watch, wait=0.02, work=0.005)
+    found = re.fullmatch(
+        r"training waits for its images (\d+)% of the time: they come at (\d+) images/s, the step could take "
+        r"(\d+) images/s; raise data.workers \(0 now, the machine has \d+ cores\) \(docs/data.md, Speed\)",
+        message,
+    )
+    share, rate, could = (int(x) for x in found.groups())
+    # Sleeps may be long on a busy machine, but never short.
+    assert 20 < share < 100 and rate <= 4 / 0.025 and rate < could <= 4 / 0.005
+    assert not watched(watch, wait=0.02, work=0.005)
+
+
+def test_images_that_come_in_time_are_not_told_of():
+    assert not watched(QuickWatch(workers=2, device=torch.device("cpu")), wait=0.0, work=0.005)
+
+
+def test_the_start_of_an_epoch_does_not_count():
+    watch = QuickWatch(workers=2, device=torch.device("cpu"))
+    assert not [told for _ in range(8) for told in watched(watch, wait=0.02, work=0.001, steps=2)]
+
+
+def test_remedies_fit_the_machine():
+    watch = QuickWatch(workers=os.cpu_count(), device=torch.device("cpu"))
+    (message,) = watched(watch, wait=0.02, work=0.001)
+    assert "cores are busy: scale the images down" in message

@@ -1,17 +1,21 @@
 """Training on two gloo processes: the weights of one, sharded or not, resumed on another number of them."""
 
 import csv
+import dataclasses
 import json
 import multiprocessing
 import os
 import shutil
 import socket
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import webdataset
 from dgsnet import checkpoint, cli, training
 from dgsnet.config import Config, DataConfig, ModelConfig, OptimConfig, PreprocessConfig, SurgeryConfig
+from dgsnet.data import attach_captions, find_samples
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -38,16 +42,14 @@ def dataset(tmp_path_factory):
     return root
 
 
-def config_of(dataset, images_per_step, world, **changes):
+def config_of(dataset, images_per_step, world, surgery=None):
     # Dropout differs with the number of processes, as with the seed.
     return Config(
         model=ModelConfig(name="dgsnet-tiny", pretrained="", lora_rank=2, lora_dropout=0.0),
         preprocess=PreprocessConfig(mode="crop", image_size=32),
         data=DataConfig(train=str(dataset), val=str(dataset), workers=0, cache=str(dataset / "cache")),
-        optim=OptimConfig(
-            lr=2e-3, batch_size=images_per_step // world, head_epochs=1, epochs=2, **changes.pop("optim", {})
-        ),
-        surgery=SurgeryConfig(reference_batch_size=8, **changes.pop("surgery", {})),
+        optim=OptimConfig(lr=2e-3, batch_size=images_per_step // world, head_epochs=1, epochs=2),
+        surgery=SurgeryConfig(reference_batch_size=8, **(surgery or {})),
         checkpoint_every=2,
         log_every=3,
     )
@@ -129,6 +131,14 @@ def test_two_processes_train_as_one_to_the_last_image(one, dataset, tmp_path, pa
     assert_same_training(out, *one)
 
 
+def test_layer_wise_surgery_of_sharded_adapters(dataset, tmp_path):
+    outs = [tmp_path / "one", tmp_path / "two"]
+    for world, out in enumerate(outs, 1):
+        config = config_of(dataset, 8, world, surgery={"mode": "layer"})
+        assert run(world, out, config, parallel="fsdp") == 0
+    assert_same_training(*outs, config)
+
+
 @pytest.fixture(scope="module")
 def stopped(dataset, tmp_path_factory):
     """Runs that were stopped within an epoch of the second stage, by number of processes and kind."""
@@ -164,3 +174,41 @@ def test_the_state_does_not_tell_the_number_of_processes(stopped):
             for name, tensor in entry.items():
                 assert type(entries[key][name]) is torch.Tensor
                 torch.testing.assert_close(entries[key][name], tensor, atol=1e-6, rtol=1e-2)
+
+
+def test_selection_on_the_device_trains_the_same_weights(dataset, tmp_path):
+    preprocess = PreprocessConfig(image_size=32, patch_size=8, num_patches=16)
+    weights = []
+    for selection in ("workers", "device"):
+        config = dataclasses.replace(config_of(dataset, 8, 1), preprocess=preprocess)
+        config = dataclasses.replace(config, data=dataclasses.replace(config.data, selection=selection))
+        out = training.train(config, tmp_path / selection)
+        weights.append(load_file(out / "last" / "adapters.safetensors"))
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    assert rows(tmp_path / "workers") == rows(tmp_path / "device")
+
+
+def test_shards_train_the_same_weights_on_two_processes(one, dataset, tmp_path):
+    """The order of shards is another than that of files, so they are compared with themselves."""
+    samples = attach_captions(find_samples(dataset, "train"), "auto", dataset)
+    for shard in range(3):
+        with webdataset.TarWriter(str(tmp_path / f"photos-{shard}.tar")) as writer:
+            for i, sample in list(enumerate(samples))[shard::3]:
+                image = Path(sample.path).read_bytes()
+                writer.write(
+                    {"__key__": f"{i}", "png": image, "cls": str(sample.label), "txt": sample.caption}
+                )
+    outs = []
+    for world in (1, 2):
+        config = config_of(dataset, 8, world)
+        data = dataclasses.replace(config.data, train=[str(tmp_path / "photos-{0..2}.tar")])
+        config = dataclasses.replace(config, data=data)
+        outs.append(tmp_path / f"run-{world}")
+        assert run(world, outs[-1], config) == 0
+    assert_same_training(*outs, config)
+
+
+@pytest.mark.parametrize(("setting", "value"), [("precision", "fp16"), ("compile", "reduce-overhead")])
+def test_what_does_not_go_with_sharded_weights_is_refused(setting, value):
+    with pytest.raises(ValueError, match=f"optim.{setting}={value} goes with optim.parallel=ddp only"):
+        OptimConfig(parallel="fsdp", **{setting: value})

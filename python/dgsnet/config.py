@@ -142,6 +142,10 @@ class OptimConfig:
         _at_least(1, accumulation=self.accumulation, epochs=self.epochs)
         _at_least(0, lr=self.lr, weight_decay=self.weight_decay, max_steps=self.max_steps)
         _at_least(0, head_epochs=self.head_epochs)
+        for name, value in (("precision", "fp16"), ("compile", "reduce-overhead")):
+            # A loss scale, and CUDA graphs, know of no weights that come and go.
+            if self.parallel == "fsdp" and getattr(self, name) == value:
+                raise ValueError(f"optim.{name}={value} goes with optim.parallel=ddp only")
 
 
 @dataclass

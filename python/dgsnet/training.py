@@ -233,8 +233,6 @@ def _accelerator(config: Config, out: Path) -> Iterator[Accelerator]:
                 f"training under accelerate's {kind} is not supported: launch plain data parallelism, and "
                 "set optim.parallel=fsdp to shard the weights"
             )
-        if config.optim.parallel == "fsdp" and precision == "fp16":
-            raise UserError("optim.precision=fp16 goes with optim.parallel=ddp only: use bf16")
         if (
             precision == "fp16" and accelerator.device.type == "cpu"
         ):  # accelerate would train in fp32 and not say so
