@@ -436,9 +436,9 @@ def answer(made: Official | Ours, settings: Settings, order: str, number: int) -
         if settings.workers:  # images come from other processes: not this one's time
             pixels = made.load(batch[0])
             made.load = lambda paths: pixels
-        start = now(settings.device)
+        start, cpu = now(settings.device), time.process_time()
         made.step(*batch)
-        seconds = now(settings.device) - start
+        seconds = now(settings.device) - start, time.process_time() - cpu
         made.__dict__.pop("load", None)
         return seconds
     if order == "parts":
@@ -500,7 +500,7 @@ def measure(settings: Settings, variants: dict[str, Variant], seconds: float) ->
         if said != "ready":
             failed[name] = said
             del connections[name]
-    samples: dict[str, list[float]] = {name: [] for name in connections}
+    samples: dict[str, list[tuple[float, float]]] = {name: [] for name in connections}
     parts: dict[str, list[dict]] = {name: [] for name in connections}
     began = time.perf_counter()
     while min(map(len, samples.values())) < MIN_ROUNDS or time.perf_counter() - began < seconds:
@@ -513,15 +513,17 @@ def measure(settings: Settings, variants: dict[str, Variant], seconds: float) ->
             parts[name].append(ask(name, "parts"))
     for name in connections:
         flop = ask(name, "flop")
-        median = statistics.median(samples[name])
+        wall, cpu = zip(*samples[name])
+        median = statistics.median(wall)
         low = variants[name].options.get("precision", "bf16") == "bf16" and variants[name].kind == "Ours"
         low |= variants[name].options.get("bf16", False)
         results[name] = {
             "images_per_second": settings.batch / median,
             "median_s": median,
-            "min_s": min(samples[name]),
-            "max_s": max(samples[name]),
-            "rounds": len(samples[name]),
+            "min_s": min(wall),
+            "max_s": max(wall),
+            "cpu_median_s": statistics.median(cpu),  # of all threads; other processes lengthen it less
+            "rounds": len(wall),
             "peak_bytes": memory[name],
             "gflop_per_image": flop / 1e9,
             "precision": "bf16" if low else "fp32",
@@ -539,10 +541,10 @@ def measure(settings: Settings, variants: dict[str, Variant], seconds: float) ->
 
 
 def table(result: dict[str, Any]) -> str:
-    """The results as a Markdown table; ratios are to the first variant, parts in milliseconds."""
+    """The results as a Markdown table: ratios to the first variant, processor time of a step, parts in ms."""
     variants = result["variants"]
     first = next(v for v in variants.values() if "error" not in v)
-    head = ["", "images/s", "ratio", "peak GiB", "GFLOP/image", "of ceiling", *PARTS]
+    head = ["", "images/s", "ratio", "CPU s", "peak GiB", "GFLOP/image", "of ceiling", *PARTS]
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for name, v in variants.items():
         if "error" in v:
@@ -552,6 +554,7 @@ def table(result: dict[str, Any]) -> str:
             name,
             f"{v['images_per_second']:.2f}",
             f"{v['images_per_second'] / first['images_per_second']:.2f}",
+            f"{v['cpu_median_s']:.2f}",
             f"{v['peak_bytes'] / 2**30:.2f}",
             f"{v['gflop_per_image']:.1f}",
             f"{v['share_of_ceiling']:.0%}",
