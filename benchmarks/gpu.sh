@@ -49,7 +49,7 @@ stage build 150 env DGS_KERNELS_BUILD=cuda TORCH_CUDA_ARCH_LIST="${capability:-9
 if [ -n "$capability" ]; then
   # By mark.gpu and on_backends tests are marked as needing a GPU; most of their time is Triton's compiler.
   tests=$(importable $(cd tests && grep -lE 'mark\.gpu|on_backends' test_*.py) 2>"$out/left_out.log")
-  summary+=$(cat "$out/left_out.log")${tests:+$'\n'}
+  [ -s "$out/left_out.log" ] && summary+=$(cat "$out/left_out.log")$'\n'
   processes=$("$python" -c 'import os, xdist; print("-n", min(8, os.cpu_count()))' 2>/dev/null)
   stage tests 130 "$python" -m pytest -m gpu -p no:cacheprovider -o addopts=-q $processes $tests
   # The sanitizer sees an allocation's end only where torch does not pool its memory.
