@@ -310,7 +310,8 @@ def _backward(ctx, losses_grad, *_):
         scaled = head_grads * losses_grad[:2, None]
         for head, at in ((0, 4), (1, 8)):
             if needs[at]:
-                grads[at] = scaled[head : head + 1, :-1].to(ctx.types[at - 4])
+                # With the strides that DDP expects of a contiguous [1, D].
+                grads[at] = scaled[head, :-1][None].to(ctx.types[at - 4])
             if needs[at + 1]:
                 grads[at + 1] = scaled[head, -1:].to(ctx.types[at - 3])
     return tuple(grads)
