@@ -199,9 +199,9 @@ def verdict(evaluation: Evaluation) -> list[str]:
         change = f"{-100 * drops[worst]:+.1f}".replace("-", "\N{MINUS SIGN}")
         sentences.append(f"Of the distortions {worst} costs most: {change} points of AUC.")
     if evaluation.damaged:
-        count = len(evaluation.damaged)
+        lost = len(evaluation.damaged)
         which = (
-            "1 image could not be read and is" if count == 1 else f"{count} images could not be read and are"
+            "1 image could not be read and is" if lost == 1 else f"{lost} images could not be read and are"
         )
         sentences.append(f"{which} in no figure.")
     return sentences

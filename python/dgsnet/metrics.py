@@ -73,8 +73,8 @@ def metrics(
     (0.75, 1.0, 0.5)
     """
     scores = _Scores(labels, probabilities)
-    one_of_each = (np.ones((1, len(scores.generated))), np.ones((1, len(scores.real))))
-    result = scores.measures(*one_of_each, threshold, calibrated_threshold)
+    generated, real = np.ones((1, len(scores.generated))), np.ones((1, len(scores.real)))
+    result = scores.measures(generated, real, threshold, calibrated_threshold)
     counts = {"n_real": len(scores.real), "n_generated": len(scores.generated)}
     return {key: float(values[0]) for key, values in result.items()} | counts
 
@@ -105,8 +105,9 @@ def resampled(
     chunks = []
     for start in range(0, resamples, rows):
         size = min(rows, resamples - start)
-        counts = (_draw(rng, len(group), size) for group in (scores.generated, scores.real))
-        chunks.append(scores.measures(*counts, threshold, calibrated_threshold))
+        generated = _draw(rng, len(scores.generated), size)
+        real = _draw(rng, len(scores.real), size)
+        chunks.append(scores.measures(generated, real, threshold, calibrated_threshold))
     return {key: np.concatenate([chunk[key] for chunk in chunks]) for key in chunks[0]}
 
 

@@ -159,8 +159,10 @@ def compare(suite: str, measured: Mapping[str, Mapping[str, float]]) -> Comparis
         None where nothing is published under this name, or for none of these generators.
     """
     published = find(suite)
+    if published is None:
+        return None
     rows = []
-    for name, values in measured.items() if published else ():
+    for name, values in measured.items():
         if figures := published.generator(name):
             rows.append((name, 100 * values["accuracy"], 100 * values["ap"], *figures[:2]))
     if not rows:

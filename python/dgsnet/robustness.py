@@ -122,7 +122,7 @@ def parse(words: Sequence[str]) -> list[Distortion]:
     >>> [distortion.name for distortion in parse(["jpeg:90,50", "blur:1+jpeg:70"])]
     ['jpeg:90', 'jpeg:50', 'blur:1+jpeg:70']
     """
-    distortions = {}
+    distortions: dict[Distortion, None] = {}
     for word in words:
         # Every combination, where several steps of a chain have several values.
         for steps in itertools.product(*(_parse_step(step, word) for step in word.split("+"))):
