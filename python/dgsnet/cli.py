@@ -41,6 +41,8 @@ COMMANDS = {
     ),
     "convert": Command("import the authors' published weights", "dgsnet.convert", "convert_command"),
     "export": Command("write a detector for other programs", "dgsnet.export", "export_command"),
+    "serve": Command("show a page to drop images on", "dgsnet.serve", "serve_command"),
+    "caption": Command("write captions for training", "dgsnet.captions", "caption_command"),
     "demo": Command("train and compare detectors on the built-in data", "dgsnet.demo", "demo_command"),
 }
 POSITIONAL = ("paths", "checkpoint")
