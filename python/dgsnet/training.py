@@ -464,6 +464,7 @@ class _Run:
         options = loader_options(data.workers, data.prefetch)
         self.loader = DataLoader(dataset, batch_sampler=self.plan, **options)
         self.watch = LoaderWatch(data.workers, accelerator.device)
+        self.watch.told = not accelerator.is_main_process  # one process speaks for all
         self.val_loader = None
         if val:
             val_dataset = ImageDataset(
