@@ -438,6 +438,27 @@ def test_on_a_gpu_without_synchronisation(order):
     assert_equal({name: x.cpu() for name, x in ours.items()}, want)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_result_larger_than_caches(dtype, nan_filled):
+    """It is stored past them, 8 MiB and more at once; the same rows one by one are not."""
+    rows, dim = 520, 8192 * 4 // dtype.itemsize
+    wide = torch.promote_types(dtype, torch.float32)
+    generator = torch.Generator().manual_seed(0)
+    residuals = torch.randn(3, rows, generator=generator, dtype=wide)
+    heads = torch.randn(3, 1, dim, generator=generator, dtype=wide).unbind()
+    scale = torch.tensor(0.5, dtype=wide)
+
+    def gradient(chosen):
+        # The reference batch and the scales make a row's result independent of how many there are.
+        scales = (scale * chosen.shape[1], scale * chosen.shape[1])
+        return torch.ops.dgs.surgery_head_backward(chosen, *heads, *scales, dtype, 1e-6, "align_first", 32)
+
+    together = gradient(residuals)
+    assert together.nbytes >= 8 << 20
+    for row in (0, 15, 16, 519):
+        torch.testing.assert_close(together[row], gradient(residuals[:, row : row + 1])[0])
+
+
 def test_refuses_a_second_derivative():
     inputs = problem(3)
     out = surgery_head(*inputs)

@@ -1,12 +1,13 @@
-// spectral_entropy on the CPU: a patch's luma, its two-dimensional real FFT, the entropy of its energies.
+// spectral_entropy on the CPU: a patch's luma, its two-dimensional real Fourier transform, the entropy of its energies.
 //
-// Real numbers go through a complex transform two by two: columns c and c + 16 are one complex column, so the
-// transform along y is 16 complex columns of 32, one vector operation for all columns. Parted again, rows 0..16 of
-// the spectrum are all there is to know; rows 0 and 16 are real and make one complex row, so that the transform
-// along x is 16 complex rows of 32, the same function once more. Everything stays in 16 KiB.
+// A transform of 32 real numbers is a product with a matrix of cosines and one of sines. Folding the numbers
+// (n with 32 - n) makes the matrices a quarter as large, and frequencies k and 16 - k differ in the sign of odd n
+// alone. What is left is little more arithmetic than a fast transform's, all of it on whole vectors: a fast
+// transform would have to turn rows into columns.
 #include "../spectral_entropy.h"
 
 #include <cmath>
+#include <initializer_list>
 
 #include "parallel.h"
 #include "simd.h"
@@ -14,152 +15,177 @@
 namespace dgs::cpu {
 namespace {
 
-constexpr int size = entropy_patch, lanes = size / 2;
+constexpr int size = entropy_patch, half = size / 2;
+constexpr float eps = 1e-12f;
 
-struct Complex {
-  alignas(64) float re[size][lanes], im[size][lanes];
+typedef float Lanes __attribute__((vector_size(half * sizeof(float))));
+typedef int32_t Bits __attribute__((vector_size(half * sizeof(int32_t))));
+
+// 32 numbers f, folded: f(0), f(n) + f(32 - n) for n in 1..15, f(16), f(n) - f(32 - n) for n in 1..15.
+union Row {
+  Lanes lanes[2];
+  float at[size];
 };
 
 struct Tables {
-  float cosine[lanes], sine[lanes];  // of -2 pi n / 32
-  int place[size];                   // where frequency k lies after the transform: its bits reversed
+  Row cosine[half + 1], sine[half + 1];  // of 2 pi k n / 32 at [k].at[n]; k and n go to 16
 
   Tables() {
-    for (int n = 0; n < lanes; ++n) {
-      const double angle = -2 * M_PI * n / size;
-      cosine[n] = float(std::cos(angle)), sine[n] = float(std::sin(angle));
-    }
-    for (int k = 0; k < size; ++k) place[k] = (k & 1) << 4 | (k & 2) << 2 | (k & 4) | (k & 8) >> 2 | k >> 4;
+    for (int k = 0; k <= half; ++k)
+      for (int n = 0; n < size; ++n) {
+        const double angle = 2 * M_PI * (k * n % size) / size;
+        cosine[k].at[n] = float(std::cos(angle)), sine[k].at[n] = float(std::sin(angle));
+      }
   }
 };
 const Tables tables;
 
-// Radix-2 by decimation in frequency, in place, along the first axis.
-DGS_INLINE void transform(Complex& z) {
-  for (int half = size / 2; half; half /= 2)
-    for (int first = 0; first < size; first += 2 * half)
-      for (int n = 0; n < half; ++n) {
-        const float c = tables.cosine[n * (lanes / half)], s = tables.sine[n * (lanes / half)];
-        float *are = z.re[first + n], *aim = z.im[first + n], *bre = are + half * lanes, *bim = aim + half * lanes;
-#pragma omp simd
-        for (int l = 0; l < lanes; ++l) {
-          const float re = are[l] - bre[l], im = aim[l] - bim[l];
-          are[l] += bre[l];
-          aim[l] += bim[l];
-          bre[l] = re * c - im * s;
-          bim[l] = re * s + im * c;
-        }
+// out[k] = sum of table[k].at[n] * in[n] over the n from first to last, which are even; k in 0..16. Sines of k above
+// 8 come with the wrong sign, which no energy shows.
+template <int first, int last>
+DGS_INLINE void transform(const Row* table, const Row* in, Row* out) {
+  constexpr int tile = 3;  // frequencies at a time: each row is loaded once for them
+  for (int k = 0; k <= half / 2; k += tile) {
+    Lanes even[tile][2] = {}, odd[tile][2] = {};
+    for (int n = first; n <= last; n += 2)
+      for (int i = 0; i < tile; ++i)
+        for (int j = 0; j < 2; ++j) even[i][j] += table[k + i].at[n] * in[n].lanes[j];
+    for (int n = 1; n < half; n += 2)
+      for (int i = 0; i < tile; ++i)
+        for (int j = 0; j < 2; ++j) odd[i][j] += table[k + i].at[n] * in[n].lanes[j];
+    for (int i = 0; i < tile; ++i)
+      for (int j = 0; j < 2; ++j) {
+        out[half - k - i].lanes[j] = even[i][j] - odd[i][j];
+        out[k + i].lanes[j] = even[i][j] + odd[i][j];
       }
-}
-
-// log2 of a positive normal number, to an ulp or two: x = 2^e m with m in [sqrt(1/2), sqrt(2)), and
-// log(m) = 2 atanh((m - 1) / (m + 1)) as a series.
-DGS_INLINE float log2_of(float x) {
-  const uint32_t bits = bit_cast<uint32_t>(x) - 0x3f3504f3u;
-  const float exponent = float(int32_t(bits) >> 23);
-  const float m = bit_cast<float>((bits & 0x7fffffu) + 0x3f3504f3u);
-  const float t = (m - 1) / (m + 1), t2 = t * t;
-  const float series = 1 + t2 * (1 / 3.f + t2 * (1 / 5.f + t2 * (1 / 7.f + t2 * (1 / 9.f))));
-  return exponent + t * series * 2.885390081777927f;
-}
-
-// Energies by frequency; those of rows 1..15 stand for two each.
-struct Energies {
-  alignas(64) float twice[size][lanes];  // lane 0 is 0
-  float once[2][size];
-};
-
-DGS_INLINE float entropy_of(const Energies& e) {
-  float twice = 0, once = 0;
-  const float *many = e.twice[0], *few = e.once[0];
-#pragma omp simd reduction(+ : twice)
-  for (int i = 0; i < size * lanes; ++i) twice += many[i];
-#pragma omp simd reduction(+ : once)
-  for (int i = 0; i < 2 * size; ++i) once += few[i];
-  constexpr float eps = 1e-12f;
-  const float scale = 1 / (2 * twice + once + eps);
-  twice = once = 0;
-#pragma omp simd reduction(+ : twice)
-  for (int i = 0; i < size * lanes; ++i) {
-    const float share = many[i] * scale;
-    twice += share * log2_of(share + eps);
   }
-#pragma omp simd reduction(+ : once)
-  for (int i = 0; i < 2 * size; ++i) {
-    const float share = few[i] * scale;
-    once += share * log2_of(share + eps);
-  }
-  return -(2 * twice + once);
 }
 
-// `pixels` is the first channel of the patch's first pixel.
+// The energies of a row of the spectrum from its real and its imaginary part, which are yet to be transformed along
+// the row: lane l has frequencies l and -l, lane 0 has 0 and 16.
+DGS_INLINE void energies_of(const Row& re, const Row& im, Lanes* energies) {
+  Lanes re_even = {}, im_even = {}, re_odd = {}, im_odd = {}, re_sine = {}, im_sine = {};
+  for (int n = 0; n <= half; n += 2) {
+    re_even += re.at[n] * tables.cosine[n].lanes[0];
+    im_even += im.at[n] * tables.cosine[n].lanes[0];
+  }
+  for (int n = 1; n < half; n += 2) {
+    re_odd += re.at[n] * tables.cosine[n].lanes[0];
+    im_odd += im.at[n] * tables.cosine[n].lanes[0];
+  }
+  for (int n = 1; n < half; ++n) {
+    re_sine += re.at[half + n] * tables.sine[n].lanes[0];
+    im_sine += im.at[half + n] * tables.sine[n].lanes[0];
+  }
+  const Lanes sign = {-1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1};
+  const Lanes a = re_even + re_odd - im_sine, b = im_even + im_odd + re_sine;
+  const Lanes c = re_even + sign * re_odd + im_sine, d = im_even + sign * im_odd - re_sine;
+  energies[0] = a * a + b * b;
+  energies[1] = c * c + d * d;
+}
+
+// Adds share * log2(share + eps) for the shares energies * scale, to an ulp or two: share + eps = 2^e (1 + f) with
+// 1 + f in [sqrt(1/2), sqrt(2)), and log2(1 + f) / f as a polynomial fitted for the least relative error.
+DGS_INLINE void add_terms(const Lanes& energies, float scale, Lanes& sums) {
+  constexpr float fitted[] = {0.126148462f,  -0.207421035f, 0.215669855f,  -0.238920346f, 0.287918329f,
+                              -0.360704839f, 0.480910599f,  -0.721347332f, 1.44269502f};
+  const Lanes share = energies * scale, x = share + eps;
+  const Bits bits = (Bits)x - 0x3f3504f3, mantissa = (bits & 0x7fffff) + 0x3f3504f3;
+  const Lanes f = (Lanes)mantissa - 1.f;
+  Lanes series = {};
+  for (const float c : fitted) series = series * f + c;
+  sums += share * (series * f + __builtin_convertvector(bits >> 23, Lanes));
+}
+
+DGS_INLINE float sum_of(const Lanes& x) {
+  float at[half];
+  std::memcpy(at, &x, sizeof x);
+  for (int width = half / 2; width; width /= 2)
+    for (int l = 0; l < width; ++l) at[l] += at[l + width];
+  return at[0];
+}
+
+// Rows 0 and 16 count once, the others twice, for the rows that mirror them.
+DGS_INLINE float entropy_of(const Lanes (&energies)[half + 1][2]) {
+  Lanes even = {}, odd = {};
+  for (int k = 1; k < half; ++k) even += energies[k][0], odd += energies[k][1];
+  even += even, odd += odd;
+  for (int k : {0, half}) even += energies[k][0], odd += energies[k][1];
+  const float scale = 1 / (sum_of(even + odd) + eps);
+  even = odd = Lanes{};
+  for (int k = 1; k < half; ++k) add_terms(energies[k][0], scale, even), add_terms(energies[k][1], scale, odd);
+  even += even, odd += odd;
+  for (int k : {0, half}) add_terms(energies[k][0], scale, even), add_terms(energies[k][1], scale, odd);
+  return -sum_of(even + odd);
+}
+
+// A patch's luma, each row folded; `pixels` is the first channel of its first pixel.
 template <bool interleaved, typename T>
-DGS_INLINE float patch_entropy(const T* pixels, int64_t channel_stride, int64_t row_stride) {
+DGS_INLINE void read_loop(const T* pixels, int64_t channel_stride, int64_t row_stride, Row* rows) {
   constexpr float unit = sizeof(T) == 1 ? 1 / 255.f : 1.f;
   constexpr int step = interleaved ? 3 : 1;
   if (interleaved) channel_stride = 1;
-  Complex columns, rows;
+  float luma[size][size + half];
   for (int y = 0; y < size; ++y) {
     const T *red = pixels + y * row_stride, *green = red + channel_stride, *blue = green + channel_stride;
-    float luma[size];
 #pragma omp simd
     for (int x = 0; x < size; ++x)
-      luma[x] = float(red[x * step]) * (0.299f * unit) + float(green[x * step]) * (0.587f * unit) +
-                float(blue[x * step]) * (0.114f * unit);
+      luma[y][x] = float(red[x * step]) * (0.299f * unit) + float(green[x * step]) * (0.587f * unit) +
+                   float(blue[x * step]) * (0.114f * unit);
+    luma[y][size] = 0;
+  }
+  // In a loop of its own: a processor stalls on reading, otherwise aligned, what it has just written.
+  for (int y = 0; y < size; ++y) {
 #pragma omp simd
-    for (int l = 0; l < lanes; ++l) columns.re[y][l] = luma[l], columns.im[y][l] = luma[lanes + l];
-  }
-  transform(columns);
-
-  // Part columns c and c + 16: with Z their transform, (Z(k) + conj Z(-k)) / 2 and (Z(k) - conj Z(-k)) / 2i.
-  for (int k = 0; k < lanes; ++k) {
-    const int p = tables.place[k], q = tables.place[(size - k) % size];
-    const float *zre = columns.re[p], *zim = columns.im[p], *wre = columns.re[q], *wim = columns.im[q];
-    if (k == 0) {  // rows 0 and 16, which are real, as one
-      const float *ure = columns.re[tables.place[lanes]], *uim = columns.im[tables.place[lanes]];
-      for (int l = 0; l < lanes; ++l) {
-        rows.re[l][0] = zre[l], rows.im[l][0] = ure[l];
-        rows.re[lanes + l][0] = zim[l], rows.im[lanes + l][0] = uim[l];
-      }
-      continue;
+    for (int x = 0; x < half; ++x) {
+      rows[y].at[x] = luma[y][x] + luma[y][size - x];
+      rows[y].at[half + x] = luma[y][x] - luma[y][size - x];
     }
-    for (int l = 0; l < lanes; ++l) {
-      rows.re[l][k] = 0.5f * (zre[l] + wre[l]), rows.im[l][k] = 0.5f * (zim[l] - wim[l]);
-      rows.re[lanes + l][k] = 0.5f * (zim[l] + wim[l]), rows.im[lanes + l][k] = 0.5f * (wre[l] - zre[l]);
-    }
+    rows[y].at[half] = luma[y][half];
   }
-  transform(rows);
-
-  Energies e;
-  for (int k = 0; k < size; ++k) {
-#pragma omp simd
-    for (int l = 0; l < lanes; ++l) e.twice[k][l] = rows.re[k][l] * rows.re[k][l] + rows.im[k][l] * rows.im[k][l];
-    e.twice[k][0] = 0;
-    const int p = tables.place[k], q = tables.place[(size - k) % size];
-    const float are = rows.re[p][0], aim = rows.im[p][0], bre = rows.re[q][0], bim = rows.im[q][0];
-    e.once[0][k] = 0.25f * ((are + bre) * (are + bre) + (aim - bim) * (aim - bim));
-    e.once[1][k] = 0.25f * ((are - bre) * (are - bre) + (aim + bim) * (aim + bim));
-  }
-  return entropy_of(e);
 }
 
-#define DGS_KERNELS(T)                                                                                  \
-  DGS_MULTIVERSION float entropy(const T* pixels, int64_t channels, int64_t rows, bool interleaved) {   \
-    return interleaved ? patch_entropy<true>(pixels, channels, rows) : patch_entropy<false>(pixels, channels, rows); \
+#define DGS_KERNELS(T)                                                                                              \
+  DGS_MULTIVERSION void read(const T* pixels, int64_t channels, int64_t lines, bool interleaved, Row* rows) {       \
+    interleaved ? read_loop<true>(pixels, channels, lines, rows) : read_loop<false>(pixels, channels, lines, rows); \
   }
 DGS_KERNELS(float)
 DGS_KERNELS(uint8_t)
 #undef DGS_KERNELS
 
+// From what `read` leaves; the rows are folded in place.
+DGS_MULTIVERSION float entropy(Row* rows) {
+  // Rows fold like numbers. A difference takes the place of row 32 - n: sines of n and 16 - n differ in sign at most.
+  for (int n = 1; n < half; ++n)
+    for (int j = 0; j < 2; ++j) {
+      const Lanes sum = rows[n].lanes[j] + rows[size - n].lanes[j];
+      rows[size - n].lanes[j] = rows[n].lanes[j] - rows[size - n].lanes[j];
+      rows[n].lanes[j] = sum;
+    }
+  Row re[half + 1], im[half + 1];
+  transform<0, half>(tables.cosine, rows, re);
+  transform<2, half - 2>(tables.sine, rows + half, im);
+  Lanes energies[half + 1][2];
+  for (int k = 0; k <= half; ++k) energies_of(re[k], im[k], energies[k]);
+  return entropy_of(energies);
+}
+
 template <typename T>
 void entropies(const SpectralEntropy& a, ParallelFor parallel_for) {
   const int64_t down = a.height / size, across = a.width / size;
-  // An image's row of patches is read line by line as far as the prefetcher is concerned.
   parallel(parallel_for, a.batch * down, 4, [&](int64_t i) {
     const T* band = static_cast<const T*>(a.images) + i / down * a.batch_stride + i % down * size * a.row_stride;
-    for (int64_t x = 0; x < across; ++x)
-      a.entropy[i * across + x] =
-          entropy(band + x * size * a.pixel_stride, a.channel_stride, a.row_stride, a.pixel_stride == 3);
+    Row rows[size];
+    for (int64_t x = 0; x < across; ++x) {
+      // The next patch is on its way meanwhile: its 32 short pieces are no sequence that a processor sees.
+      for (int64_t y = 0; y < size; ++y)
+        for (int64_t channel = 0; channel < (a.pixel_stride == 3 ? 1 : 3); ++channel) {
+          const T* next = band + (x + 1) * size * a.pixel_stride + y * a.row_stride + channel * a.channel_stride;
+          for (int64_t i = 0; i < size * a.pixel_stride; i += 64 / sizeof(T)) __builtin_prefetch(next + i);
+        }
+      read(band + x * size * a.pixel_stride, a.channel_stride, a.row_stride, a.pixel_stride == 3, rows);
+      a.entropy[i * across + x] = entropy(rows);
+    }
   });
 }
 

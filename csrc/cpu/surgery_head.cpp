@@ -1,50 +1,68 @@
-// surgery_head on the CPU. Forward: a sample's rows are read from memory once; its inner products make its
-// residuals, and while the rows are still in the cache they are added to the head gradients. Backward: a row of
-// the result is a sum of three vectors that stay in the cache, so memory is only written.
+// surgery_head on the CPU. Forward: the features are read from memory once, four samples at a time; their inner
+// products make their residuals, and while the rows are still in the cache they are added to the head gradients.
+// Backward: a row of the result is a sum of three vectors that stay in the cache, so memory is only written.
 #include "../surgery_head.h"
 
 #include <algorithm>
 #include <cmath>
+#include <type_traits>
 #include <vector>
 
 #include "parallel.h"
 #include "simd.h"
 
+#if DGS_X86
+#include <emmintrin.h>
+#endif
+
 namespace dgs::cpu {
 namespace {
 
-constexpr int64_t block = 4096;  // elements that are summed in vector lanes, and in double beyond
+constexpr int64_t block = 1024;  // elements that are summed in vector lanes, and in double beyond
 constexpr int64_t work_per_thread = 16384;
+constexpr int at_once = 4;  // samples: a weight, or a head gradient, is loaded once for all of them
 
-struct Dots {
-  double head = 0, rises = 0, falls = 0;  // <x, w>, and <x, min(v, 0)>, <x, min(-v, 0)>
+struct Four {
+  double of[at_once];
+};
+
+// Samples far apart, so that each is the next of a sequence that the processor sees and reads ahead in.
+struct Group {
+  int64_t first, step;
+  int count;
+
+  int64_t sample(int n) const { return first + n * step; }
+};
+
+template <typename T>
+struct Rows {
+  const T *a, *b, *c, *d;
 };
 
 template <typename T, typename F>
-DGS_INLINE double dot_loop(const T* x, const F* w, int64_t size) {
-  F sum = 0;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t i = 0; i < size; ++i) sum += F(load(x[i])) * w[i];
-  return sum;
-}
-
-template <typename T, typename F>
-DGS_INLINE Dots dots_loop(const T* x, const F* w, const F* v, int64_t size) {
-  F head = 0, rises = 0, falls = 0;
-#pragma omp simd reduction(+ : head, rises, falls)
+DGS_INLINE Four dot_loop(const Rows<T> x, const F* w, int64_t size) {
+  F a = 0, b = 0, c = 0, d = 0;
+#pragma omp simd reduction(+ : a, b, c, d)
   for (int64_t i = 0; i < size; ++i) {
-    const F f = load(x[i]);
-    head += f * w[i];
-    rises += f * negative_part(v[i]);
-    falls += f * negative_part(-v[i]);
+    a += F(load(x.a[i])) * w[i];
+    b += F(load(x.b[i])) * w[i];
+    c += F(load(x.c[i])) * w[i];
+    d += F(load(x.d[i])) * w[i];
   }
-  return {head, rises, falls};
+  return {a, b, c, d};
 }
 
 template <typename T, typename F>
 DGS_INLINE void add_loop(const T* x, F factor, F* sums, int64_t size) {
 #pragma omp simd
   for (int64_t i = 0; i < size; ++i) sums[i] += factor * F(load(x[i]));
+}
+
+template <typename T, typename F>
+DGS_INLINE void add_loop(const Rows<T> x, F a, F b, F c, F d, F* sums, int64_t size) {
+#pragma omp simd
+  for (int64_t i = 0; i < size; ++i)
+    sums[i] += a * F(load(x.a[i])) + b * F(load(x.b[i])) + c * F(load(x.c[i])) + d * F(load(x.d[i]));
 }
 
 // A row of the backward's result: image * w + pull * min(+-v, 0) + push * relu(+-u), the signs of v and u given.
@@ -64,18 +82,20 @@ DGS_INLINE void mix_loop(const Mix<F> m, T* out, int64_t size) {
   }
 }
 
-#define DGS_KERNELS(T, F)                                                                                          \
-  DGS_MULTIVERSION double dot(const T* x, const F* w, int64_t size) { return dot_loop(x, w, size); }               \
-  DGS_MULTIVERSION Dots dots(const T* x, const F* w, const F* v, int64_t size) { return dots_loop(x, w, v, size); } \
-  DGS_MULTIVERSION void add(const T* x, F factor, F* sums, int64_t size) { add_loop(x, factor, sums, size); }
+#define DGS_KERNELS(T, F)                                                                                 \
+  DGS_MULTIVERSION Four dot(const Rows<T>& x, const F* w, int64_t size) { return dot_loop(x, w, size); }  \
+  DGS_MULTIVERSION void add(const Rows<T>& x, int count, const F* factors, F* sums, int64_t size) {       \
+    if (count == at_once) return add_loop(x, factors[0], factors[1], factors[2], factors[3], sums, size); \
+    for (int n = 0; n < count; ++n) add_loop(n == 0 ? x.a : n == 1 ? x.b : x.c, factors[n], sums, size);  \
+  }
 DGS_KERNELS(float, float)
 DGS_KERNELS(double, double)
 DGS_KERNELS(bf16, float)
 #undef DGS_KERNELS
 
-#define DGS_KERNELS(T, F)                                                            \
-  DGS_MULTIVERSION void mix(const Mix<F>& m, T* out, int64_t size) {                 \
-    return m.u ? mix_loop<true>(m, out, size) : mix_loop<false>(m, out, size);       \
+#define DGS_KERNELS(T, F)                                                      \
+  DGS_MULTIVERSION void mix(const Mix<F>& m, T* out, int64_t size) {           \
+    return m.u ? mix_loop<true>(m, out, size) : mix_loop<false>(m, out, size); \
   }
 DGS_KERNELS(float, float)
 DGS_KERNELS(double, float)
@@ -93,10 +113,12 @@ void for_blocks(int64_t dim, Body body) {
 
 template <typename T>
 class Forward {
-  using Row = Widened<T, block>;
-  using F = decltype(load(typename Row::Seen()));
+  static constexpr bool half = std::is_same_v<T, f16>;
+  using Seen = std::conditional_t<half, float, T>;  // what the loops read
+  using F = decltype(load(Seen()));
   const SurgeryHead& a_;
   const double reference_;
+  std::vector<F> rises_, falls_;  // min(v, 0) and min(-v, 0) of the teacher's weight v
 
   // What a run of samples adds to the results. Samples are cut into runs by their number alone: sums inside a
   // run and over the runs are in the same order on any number of threads.
@@ -107,15 +129,23 @@ class Forward {
 
  public:
   explicit Forward(const SurgeryHead& a)
-      : a_(a), reference_(a.reference_batch_size ? a.reference_batch_size : std::max<int64_t>(a.batch, 1)) {}
+      : a_(a),
+        reference_(a.reference_batch_size ? a.reference_batch_size : std::max<int64_t>(a.batch, 1)),
+        rises_(a.dim),
+        falls_(a.dim) {
+    const F* v = vector(a.teacher_weight);
+    for (int64_t i = 0; i < a.dim; ++i) rises_[i] = negative_part(v[i]), falls_[i] = negative_part(-v[i]);
+  }
 
   void run(ParallelFor parallel_for) const {
     const int64_t samples = a_.batch <= 1024 ? 16 : 128, count = (a_.batch + samples - 1) / samples;
     std::vector<Run> runs(count);
     parallel(parallel_for, count, std::max<int64_t>(1, work_per_thread / (samples * a_.dim)), [&](int64_t i) {
       runs[i].grads.assign(2 * a_.dim, F(0));
-      for (int64_t sample = i * samples; sample < std::min(a_.batch, (i + 1) * samples); ++sample)
-        add_sample(sample, runs[i]);
+      const int64_t end = std::min(a_.batch, (i + 1) * samples);
+      const int64_t begin = i * samples, step = (end - begin + at_once - 1) / at_once;
+      for (int64_t first = begin; first < begin + step; ++first)
+        add_samples({first, step, int((end - first + step - 1) / step)}, runs[i]);
     });
     const double mean = 1.0 / std::max<int64_t>(a_.batch, 1);
     Run total;
@@ -127,70 +157,101 @@ class Forward {
     F* grads = static_cast<F*>(a_.head_grads);
     for (int n = 0; n < 2; ++n) grads[n * (a_.dim + 1) + a_.dim] = F(total.biases[n] * mean);
     // One run's gradients after the other, as they lie in memory.
-    parallel(parallel_for, (a_.dim + block - 1) / block * 2, std::max<int64_t>(1, work_per_thread / block / (count + 1)),
-             [&](int64_t i) {
-      const int64_t head = i % 2, begin = i / 2 * block, end = std::min(a_.dim, begin + block);
-      double sums[block] = {};
-      for (const Run& run : runs)
-        for (int64_t d = begin; d < end; ++d) sums[d - begin] += run.grads[head * a_.dim + d];
-      for (int64_t d = begin; d < end; ++d) grads[head * (a_.dim + 1) + d] = F(sums[d - begin] * mean);
-    });
+    parallel(parallel_for, (a_.dim + block - 1) / block * 2,
+             std::max<int64_t>(1, work_per_thread / block / (count + 1)), [&](int64_t i) {
+               const int64_t head = i % 2, begin = i / 2 * block, end = std::min(a_.dim, begin + block);
+               double sums[block] = {};
+               for (const Run& run : runs)
+                 for (int64_t d = begin; d < end; ++d) sums[d - begin] += run.grads[head * a_.dim + d];
+               for (int64_t d = begin; d < end; ++d) grads[head * (a_.dim + 1) + d] = F(sums[d - begin] * mean);
+             });
   }
 
  private:
   static const F* vector(const void* x) { return static_cast<const F*>(x); }
 
-  // Writes a sample's logit and residual and returns (residual, loss).
-  struct Branch {
-    double residual, loss;
+  // A block of some samples' rows, float16 widened. The last sample stands in for those that are missing.
+  class Block {
+   public:
+    Rows<Seen> rows;
+
+    Block(const void* matrix, int64_t stride, const Group& group, int64_t begin, int64_t size) {
+      const Seen* at[at_once];
+      for (int n = 0; n < at_once; ++n) {
+        const T* row = static_cast<const T*>(matrix) + group.sample(std::min(n, group.count - 1)) * stride + begin;
+        if constexpr (half)
+          widen(row, copies_[n], size), at[n] = copies_[n];
+        else
+          at[n] = row;
+      }
+      rows = {at[0], at[1], at[2], at[3]};
+    }
+    Block(const Block&) = delete;
+
+   private:
+    Seen copies_[at_once][half ? block : 1];
   };
-  Branch branch(int which, int64_t sample, double logit) const {
-    const double label = vector(a_.labels)[sample];
-    const F residual = F(1 / (1 + std::exp(-logit)) - label);
-    static_cast<F*>(a_.logits)[which * a_.batch + sample] = F(logit);
-    static_cast<F*>(a_.residuals)[which * a_.batch + sample] = residual;
-    return {double(residual), positive_part(logit) - logit * label + std::log1p(std::exp(-std::fabs(logit)))};
-  }
 
-  double dot_of(const void* rows, int64_t stride, int64_t sample, const void* weight, const void* bias) const {
-    double sum = *vector(bias);
+  // A feature matrix's rows of some samples; the results of `at_once` inner products with each of some vectors.
+  template <int count>
+  void dots(const void* matrix, int64_t stride, const Group& group, const F* const (&vectors)[count],
+            Four (&sums)[count]) const {
     for_blocks(a_.dim, [&](int64_t begin, int64_t size) {
-      const Row row(rows, sample * stride + begin, size);
-      sum += dot(row.data, vector(weight) + begin, size);
-    });
-    return sum;
-  }
-
-  void add_row(const void* rows, int64_t stride, int64_t sample, double residual, F* grads) const {
-    for_blocks(a_.dim, [&](int64_t begin, int64_t size) {
-      const Row row(rows, sample * stride + begin, size);
-      add(row.data, F(residual), grads + begin, size);
+      const Block x(matrix, stride, group, begin, size);
+      for (int k = 0; k < count; ++k) {
+        const Four part = dot(x.rows, vectors[k] + begin, size);
+        for (int n = 0; n < at_once; ++n) sums[k].of[n] += part.of[n];
+      }
     });
   }
 
-  void add_sample(int64_t sample, Run& run) const {
-    Dots total{double(*vector(a_.image_bias)), 0, 0};
+  // Writes the samples' logits and residuals, in the order image, text, teacher; adds up the losses.
+  struct Branch {
+    F residuals[at_once] = {};
+  };
+  Branch branch(int which, const Group& group, const Four& dots, const void* bias, Run& run) const {
+    Branch result;
+    for (int n = 0; n < group.count; ++n) {
+      const double label = vector(a_.labels)[group.sample(n)], logit = dots.of[n] + double(*vector(bias));
+      const double small = std::exp(-std::fabs(logit)), sigmoid = (logit < 0 ? small : 1) / (1 + small);
+      const F residual = result.residuals[n] = F(sigmoid - label);
+      static_cast<F*>(a_.logits)[which * a_.batch + group.sample(n)] = F(logit);
+      static_cast<F*>(a_.residuals)[which * a_.batch + group.sample(n)] = residual;
+      if (which == 2) continue;
+      run.losses[which] += positive_part(logit) - logit * label + std::log1p(small);
+      run.biases[which] += residual;
+    }
+    return result;
+  }
+
+  void add_rows(const void* matrix, int64_t stride, const Group& group, const Branch& of, F* grads) const {
     for_blocks(a_.dim, [&](int64_t begin, int64_t size) {
-      const Row row(a_.features, sample * a_.features_stride + begin, size);
-      const Dots part = dots(row.data, vector(a_.image_weight) + begin, vector(a_.teacher_weight) + begin, size);
-      total.head += part.head, total.rises += part.rises, total.falls += part.falls;
+      const Block x(matrix, stride, group, begin, size);
+      add(x.rows, group.count, of.residuals, grads + begin, size);
     });
-    const Branch image = branch(0, sample, total.head);
-    run.losses[0] += image.loss, run.biases[0] += image.residual;
-    add_row(a_.features, a_.features_stride, sample, image.residual, run.grads.data());
+  }
+
+  void add_samples(const Group& group, Run& run) const {
+    Four image[3] = {}, text[1] = {}, teacher[1] = {};
+    dots(a_.features, a_.features_stride, group, {vector(a_.image_weight), rises_.data(), falls_.data()}, image);
+    add_rows(a_.features, a_.features_stride, group, branch(0, group, image[0], a_.image_bias, run), run.grads.data());
 
     if (a_.text_features) {
-      const Branch text =
-          branch(1, sample, dot_of(a_.text_features, a_.text_stride, sample, a_.text_weight, a_.text_bias));
-      run.losses[1] += text.loss, run.biases[1] += text.residual;
-      add_row(a_.text_features, a_.text_stride, sample, text.residual, run.grads.data() + a_.dim);
+      dots(a_.text_features, a_.text_stride, group, {vector(a_.text_weight)}, text);
+      add_rows(a_.text_features, a_.text_stride, group, branch(1, group, text[0], a_.text_bias, run),
+               run.grads.data() + a_.dim);
     } else {
-      static_cast<F*>(a_.logits)[a_.batch + sample] = static_cast<F*>(a_.residuals)[a_.batch + sample] = 0;
+      for (int n = 0; n < group.count; ++n)
+        static_cast<F*>(a_.logits)[a_.batch + group.sample(n)] =
+            static_cast<F*>(a_.residuals)[a_.batch + group.sample(n)] = 0;
     }
 
-    const Branch teacher =
-        branch(2, sample, dot_of(a_.teacher_features, a_.teacher_stride, sample, a_.teacher_weight, a_.teacher_bias));
-    run.losses[2] += std::fabs(teacher.residual) / reference_ * (teacher.residual > 0 ? total.rises : total.falls);
+    dots(a_.teacher_features, a_.teacher_stride, group, {vector(a_.teacher_weight)}, teacher);
+    const Branch of = branch(2, group, teacher[0], a_.teacher_bias, run);
+    for (int n = 0; n < group.count; ++n) {
+      const double residual = of.residuals[n];
+      run.losses[2] += std::fabs(residual) / reference_ * image[residual > 0 ? 1 : 2].of[n];
+    }
   }
 };
 
@@ -198,6 +259,30 @@ class Forward {
 struct Products {
   double image = 0, rises = 0, falls = 0, square = 0;
 };
+
+// A result larger than caches goes past them: a line that is written as a whole need not be read first, which
+// would be as much traffic again.
+constexpr int64_t beyond_cache = 8 << 20;
+
+template <typename T>
+bool streamable(const SurgeryHeadBackward& a) {
+  const int64_t row = a.dim * sizeof(T);
+  return DGS_X86 && row % 64 == 0 && reinterpret_cast<uintptr_t>(a.grad_features) % 64 == 0 &&
+         a.batch * row >= beyond_cache;
+}
+
+void stream([[maybe_unused]] const void* from, [[maybe_unused]] void* to, [[maybe_unused]] int64_t bytes) {
+#if DGS_X86
+  for (int64_t i = 0; i < bytes / 16; ++i)
+    _mm_stream_si128(static_cast<__m128i*>(to) + i, static_cast<const __m128i*>(from)[i]);
+#endif
+}
+
+void stream_end() {
+#if DGS_X86
+  _mm_sfence();
+#endif
+}
 
 template <typename T, typename F>
 void backward(const SurgeryHeadBackward& a, ParallelFor parallel_for) {
@@ -216,7 +301,8 @@ void backward(const SurgeryHeadBackward& a, ParallelFor parallel_for) {
       p.falls += negative_part(-double(v[i])) * h;
       p.square += h * h;
     }
-  parallel(parallel_for, a.batch, std::max<int64_t>(1, work_per_thread / a.dim), [&](int64_t sample) {
+  const bool streamed = streamable<T>(a);
+  const auto write_row = [&](int64_t sample) {
     const auto residual = [&](int which) { return double(vector(a.residuals)[which * a.batch + sample]); };
     const double image = residual(0) * image_scale, pull = std::fabs(residual(2)) * pull_scale;
     double push = 0;
@@ -229,12 +315,21 @@ void backward(const SurgeryHeadBackward& a, ParallelFor parallel_for) {
     }
     const F v_sign = residual(2) > 0 ? 1 : -1, u_sign = residual(1) > 0 ? 1 : -1;
     for_blocks(a.dim, [&](int64_t begin, int64_t size) {
-      Widened<T, block> out(a.grad_features, sample * a.dim + begin, size, /*read=*/false);
-      mix(Mix<F>{w + begin, v + begin, u ? u + begin : nullptr, F(image), F(pull), F(push), v_sign, u_sign}, out.data,
-          size);
+      const Mix<F> row{w + begin, v + begin, u ? u + begin : nullptr, F(image), F(pull), F(push), v_sign, u_sign};
+      alignas(64) T cached[block];
+      Widened<T, block> out(streamed ? cached : a.grad_features, streamed ? 0 : sample * a.dim + begin, size,
+                            /*read=*/false);
+      mix(row, out.data, size);
       out.write_back();
+      if (streamed) stream(cached, static_cast<T*>(a.grad_features) + sample * a.dim + begin, size * sizeof(T));
     });
-  });
+  };
+  constexpr int64_t rows = 16;
+  parallel(parallel_for, (a.batch + rows - 1) / rows, std::max<int64_t>(1, work_per_thread / (rows * a.dim)),
+           [&](int64_t i) {
+             for (int64_t sample = i * rows; sample < std::min(a.batch, (i + 1) * rows); ++sample) write_row(sample);
+             if (streamed) stream_end();
+           });
 }
 
 }  // namespace
