@@ -77,7 +77,7 @@ def plain_logits(state, pixels, *, name, student, merged=False):
     config = open_clip.get_model_config(name)
     width, heads = (
         config["vision_cfg"]["width"],
-        config["vision_cfg"]["width"] // config["vision_cfg"]["head_width"],
+        config["vision_cfg"]["width"] // config["vision_cfg"].get("head_width", 64),
     )
     start = "clip_model." if student else "clip_model_frozen."
     if not student and f"{start}{start}logit_scale" in state:
