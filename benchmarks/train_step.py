@@ -381,6 +381,7 @@ CHOICES = {
 # -- running them ----------------------------------------------------------------------------------------
 
 POOL = 8  # batches of different images and captions
+COUNTED = 8  # images of the step whose work is counted; attention by its formula takes memory
 
 
 def sentences(batch: int, number: int) -> list[str]:
@@ -415,6 +416,8 @@ def child(connection, settings: Settings, variant: Variant) -> None:
         if isinstance(made, Ceiling):
             connection.send(made.rates())
             return
+        connection.send("built")
+        connection.recv()
         made.step(*batch_of(settings, 0))
         made.step(*batch_of(settings, 1))
         reset_peak(settings.device)
@@ -436,10 +439,14 @@ def answer(made: Official | Ours, settings: Settings, order: str, number: int) -
         if settings.workers:  # images come from other processes: not this one's time
             pixels = made.load(batch[0])
             made.load = lambda paths: pixels
+        if settings.device == "cuda":  # whose memory the others had meanwhile
+            made.step(*batch)
         start, cpu = now(settings.device), time.process_time()
         made.step(*batch)
         seconds = now(settings.device) - start, time.process_time() - cpu
         made.__dict__.pop("load", None)
+        if settings.device == "cuda":
+            torch.cuda.empty_cache()
         return seconds
     if order == "parts":
         clock = Clock(settings.device)
@@ -452,8 +459,8 @@ def answer(made: Official | Ours, settings: Settings, order: str, number: int) -
             torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH),
             FlopCounter() as counter,
         ):
-            made.step(*batch)
-        return counter.flop / settings.batch
+            made.step(*(x[:COUNTED] for x in batch))
+        return counter.flop / min(COUNTED, settings.batch)
     return peak(settings.device)
 
 
@@ -494,9 +501,15 @@ def measure(settings: Settings, variants: dict[str, Variant], seconds: float) ->
     _, pipe = start(Variant("Ceiling"))
     ceiling = pipe.recv()
     processes, connections, failed = {}, {}, {}
-    for name, variant in variants.items():  # one after the other: building takes memory and time of its own
+    cuda = settings.device == "cuda"
+    for name, variant in variants.items() if cuda else ():  # many cores: all are built at once
         processes[name], connections[name] = start(variant)
+    for name, variant in variants.items():
+        if not cuda:
+            processes[name], connections[name] = start(variant)
         said = connections[name].recv()
+        if said == "built":
+            said = ask(name, "warm up")
         if said != "ready":
             failed[name] = said
             del connections[name]
