@@ -7,7 +7,8 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
-#include <cmath>
+#include <algorithm>
+#include <memory>
 #include <optional>
 #include <tuple>
 #include <utility>
@@ -113,99 +114,160 @@ Tensor project_align_cpu(Tensor grad, Tensor harmful, std::optional<Tensor> bene
 
 using Tensors = std::vector<Tensor>;
 
-// A 0-dim tensor of the computing type, on the device of `like`; null if there is none.
-const void* scalar_of(const std::optional<Tensor>& x, DType dtype, const Tensor& like) {
-  STD_TORCH_CHECK(!x || (x->dim() == 0 && x->device() == like.device() &&
-                         x->scalar_type() == (dtype == DType::f64 ? ScalarType::Double : ScalarType::Float)),
-                  "dgs_native: a scale must be 0-dim, on the tensors' device, and float32 (float64 where they are)");
-  return x ? x->const_data_ptr() : nullptr;
-}
+ScalarType computing_type(DType dtype) { return dtype == DType::f64 ? ScalarType::Double : ScalarType::Float; }
 
-void same_layout(const Tensor& x, const Tensor& like) {
-  STD_TORCH_CHECK(x.numel() == like.numel() && x.scalar_type() == like.scalar_type() && x.device() == like.device(),
-                  "dgs_native: tensors of a list must agree in size, dtype and device from list to list");
-}
+// The operators on lists return whether they served the call. They take lists as they mostly are: contiguous tensors
+// of the right shapes, of one dtype and device. Where anything else comes they do nothing; their caller then finds
+// out what it is, and raises an error or makes lists that fit. So the usual call looks at each tensor once, here.
+struct Likeness {
+  ScalarType type;
+  torch::stable::accelerator::DeviceIndex device;
+  bool on_cpu;
 
-// The lists that the two operators on lists have in common. `grads` has at least one tensor.
-dgs::TensorList list_of(std::vector<dgs::ListTensor>& tensors, const Tensors& grads, const Tensors& harmful,
-                        const Tensors& beneficial, const std::vector<int64_t>& groups, const Tensor& sums,
-                        const std::optional<Tensor>& scale, double alignment, double eps, int64_t order, int64_t rule,
-                        int64_t part) {
-  const size_t count = grads.size();
-  const DType dtype = dtype_of(grads[0]);
-  STD_TORCH_CHECK(harmful.size() == count && groups.size() == count && (beneficial.empty() || beneficial.size() == count),
-                  "dgs_native: the lists must have the same length");
-  STD_TORCH_CHECK(order >= 0 && order <= 1 && rule >= 0 && rule <= 2 && part >= 0 && part <= 2,
-                  "dgs_native: order must be 0 or 1, rule and part 0, 1 or 2");
-  STD_TORCH_CHECK(sums.dim() == 2 && sums.size(1) == dgs::group_sums && sums.is_contiguous() &&
-                      sums.scalar_type() == (dtype == DType::f64 ? ScalarType::Double : ScalarType::Float),
-                  "dgs_native: sums must be a contiguous [groups, 6] tensor of the computing type");
-  tensors.resize(count);
-  for (size_t i = 0; i < count; ++i) {
-    STD_TORCH_CHECK(groups[i] >= 0 && groups[i] < sums.size(0), "dgs_native: there is no group ", groups[i]);
-    STD_TORCH_CHECK(grads[i].scalar_type() == grads[0].scalar_type(), "dgs_native: a list must have one dtype");
-    same_layout(harmful[i], grads[i]);
-    if (!beneficial.empty()) same_layout(beneficial[i], grads[i]);
-    tensors[i] = {.grad = grads[i].mutable_data_ptr(),
-                  .harmful = harmful[i].const_data_ptr(),
-                  .beneficial = beneficial.empty() ? nullptr : beneficial[i].const_data_ptr(),
-                  .numel = grads[i].numel(),
-                  .group = groups[i]};
+  bool fits(const Tensor& x) const {
+    return x.scalar_type() == type && x.is_cpu() == on_cpu && x.get_device_index() == device;
   }
-  return {.dtype = dtype,
-          .order = static_cast<dgs::Order>(order),
-          .rule = static_cast<dgs::Rule>(rule),
-          .part = static_cast<dgs::Part>(part),
-          .tensors = tensors.data(),
-          .num_tensors = int64_t(count),
-          .num_groups = sums.size(0),
-          .sums = sums.mutable_data_ptr(),
-          .scale = scalar_of(scale, dtype, sums),
-          .alignment = alignment,
-          .eps = eps};
+};
+
+bool fits(const Likeness& kind, const Tensors& list, const Tensors& like) {
+  if (list.size() != like.size()) return false;
+  for (size_t i = 0; i < list.size(); ++i) {
+    const auto sizes = list[i].sizes(), wanted = like[i].sizes();
+    if (!kind.fits(list[i]) || !list[i].is_contiguous() || sizes.size() != wanted.size() ||
+        !std::equal(sizes.begin(), sizes.end(), wanted.begin()))
+      return false;
+  }
+  return true;
 }
 
-void project_align__cpu(Tensors grads, Tensors harmful, Tensors beneficial, std::vector<int64_t> groups, Tensor sums,
+// What both operators are given, and what the kernels are told of it. `grads` has at least one tensor.
+struct List {
+  std::vector<dgs::ListTensor> tensors;
+  Likeness kind;
+  dgs::TensorList list;
+
+  // False where it does not fit.
+  bool make(const Tensors& grads, const Tensors& harmful, const Tensors& beneficial, const std::vector<int64_t>& groups,
+            const Tensor& sums, const std::optional<Tensor>& scale, double alignment, double eps, int64_t order,
+            int64_t rule, int64_t part) {
+    const ScalarType type = grads[0].scalar_type();
+    if (type != ScalarType::Float && type != ScalarType::Double && type != ScalarType::BFloat16 &&
+        type != ScalarType::Half)
+      return false;
+    const DType dtype = dtype_of(grads[0]);
+    kind = {type, sums.get_device_index(), sums.is_cpu()};
+    const Likeness computing{computing_type(dtype), kind.device, kind.on_cpu};
+    if (!fits(kind, grads, grads) || !fits(kind, harmful, grads) ||
+        (!beneficial.empty() && !fits(kind, beneficial, grads)) || groups.size() != grads.size() ||
+        !computing.fits(sums) || sums.dim() != 2 || sums.size(1) != dgs::group_sums || !sums.is_contiguous() ||
+        (scale && (!computing.fits(*scale) || scale->dim() != 0)) || order < 0 || order > 1 || rule < 0 || rule > 2 ||
+        part < 0 || part > 2 || !(eps > 0))
+      return false;
+    const int64_t num_groups = sums.size(0);
+    tensors.resize(grads.size());
+    for (size_t i = 0; i < grads.size(); ++i) {
+      if (groups[i] < 0 || groups[i] >= num_groups) return false;
+      tensors[i] = {.grad = grads[i].mutable_data_ptr(),
+                    .harmful = harmful[i].const_data_ptr(),
+                    .beneficial = beneficial.empty() ? nullptr : beneficial[i].const_data_ptr(),
+                    .numel = grads[i].numel(),
+                    .group = groups[i]};
+    }
+    list = {.dtype = dtype,
+            .order = static_cast<dgs::Order>(order),
+            .rule = static_cast<dgs::Rule>(rule),
+            .part = static_cast<dgs::Part>(part),
+            .tensors = tensors.data(),
+            .num_tensors = int64_t(tensors.size()),
+            .num_groups = num_groups,
+            .sums = sums.mutable_data_ptr(),
+            .scale = scale ? scale->const_data_ptr() : nullptr,
+            .alignment = alignment,
+            .eps = eps};
+    return true;
+  }
+};
+
+// `launch(list)` runs the kernels of one device.
+template <typename Launch>
+bool project_align_(const Tensors& grads, const Tensors& harmful, const Tensors& beneficial,
+                    const std::vector<int64_t>& groups, const Tensor& sums, const std::optional<Tensor>& scale,
+                    double alignment, double eps, int64_t order, int64_t rule, int64_t part, Launch launch) {
+  List made;
+  if (grads.empty() || !made.make(grads, harmful, beneficial, groups, sums, scale, alignment, eps, order, rule, part))
+    return false;
+  launch(made.list);
+  return true;
+}
+
+bool project_align__cpu(Tensors grads, Tensors harmful, Tensors beneficial, std::vector<int64_t> groups, Tensor sums,
                         std::optional<Tensor> scale, double alignment, double eps, int64_t order, int64_t rule,
                         int64_t part) {
-  if (grads.empty()) return;
-  std::vector<dgs::ListTensor> tensors;
-  dgs::cpu::project_align_(list_of(tensors, grads, harmful, beneficial, groups, sums, scale, alignment, eps, order,
-                                   rule, part),
-                           torch_parallel_for);
+  return project_align_(grads, harmful, beneficial, groups, sums, scale, alignment, eps, order, rule, part,
+                        [](const dgs::TensorList& list) { dgs::cpu::project_align_(list, torch_parallel_for); });
 }
 
-// Counts a step and returns how many there were.
-double next_step(const Tensor& step) {
-  STD_TORCH_CHECK(step.dim() == 0, "dgs_native::surgery_adamw_: steps must be 0-dim tensors");
-  if (step.scalar_type() == ScalarType::Double) return *static_cast<double*>(step.mutable_data_ptr()) += 1;
-  STD_TORCH_CHECK(step.scalar_type() == ScalarType::Float, "dgs_native::surgery_adamw_: steps must be float32 or float64");
-  return *static_cast<float*>(step.mutable_data_ptr()) += 1;
+// The steps that are about to be taken, counted from 1; nothing where one is not a number on the CPU.
+std::optional<std::vector<double>> next_steps(const Tensors& steps) {
+  std::vector<double> next;
+  next.reserve(steps.size());
+  for (const Tensor& step : steps) {
+    if (!step.is_cpu() || step.dim() != 0) return std::nullopt;
+    const ScalarType type = step.scalar_type();
+    if (type != ScalarType::Float && type != ScalarType::Double) return std::nullopt;
+    next.push_back(1 + (type == ScalarType::Float ? *static_cast<const float*>(step.const_data_ptr())
+                                                  : *static_cast<const double*>(step.const_data_ptr())));
+  }
+  return next;
 }
 
-void surgery_adamw__cpu(Tensors params, Tensors grads, Tensors exp_avgs, Tensors exp_avg_sqs, Tensors steps,
+void count(const Tensor& step, double taken) {
+  if (step.scalar_type() == ScalarType::Float)
+    *static_cast<float*>(step.mutable_data_ptr()) = float(taken);
+  else
+    *static_cast<double*>(step.mutable_data_ptr()) = taken;
+}
+
+// `launch(list, options)` runs the kernels of one device.
+template <typename Launch>
+bool surgery_adamw_(const Tensors& params, const Tensors& grads, const Tensors& exp_avgs, const Tensors& exp_avg_sqs,
+                    const Tensors& steps, const Tensors& harmful, const Tensors& beneficial,
+                    const std::vector<int64_t>& groups, const Tensor& sums, const std::optional<Tensor>& scale,
+                    double alignment, double surgery_eps, int64_t order, int64_t rule, int64_t part, double lr,
+                    double beta1, double beta2, double weight_decay, double eps, bool maximize, Launch launch) {
+  List made;
+  if (grads.empty() || part == 1 ||
+      !made.make(grads, harmful, beneficial, groups, sums, scale, alignment, surgery_eps, order, rule, part) ||
+      !fits(made.kind, params, grads) || !fits(made.kind, exp_avgs, grads) || !fits(made.kind, exp_avg_sqs, grads) ||
+      steps.size() != grads.size())
+    return false;
+  const auto next = next_steps(steps);
+  if (!next) return false;
+  for (size_t i = 0; i < grads.size(); ++i) {
+    made.tensors[i].param = params[i].mutable_data_ptr();
+    made.tensors[i].exp_avg = exp_avgs[i].mutable_data_ptr();
+    made.tensors[i].exp_avg_sq = exp_avg_sqs[i].mutable_data_ptr();
+  }
+  dgs::AdamW options{lr, beta1, beta2, weight_decay, eps, maximize};
+  std::vector<dgs::Rates> rates{options.at_step((*next)[0])};
+  options.all_alike = std::all_of(next->begin(), next->end(), [&](double step) { return step == (*next)[0]; });
+  for (size_t i = 1; i < grads.size() && !options.all_alike; ++i) rates.push_back(options.at_step((*next)[i]));
+  options.rates = rates.data();
+  launch(made.list, options);
+  for (size_t i = 0; i < steps.size(); ++i) count(steps[i], (*next)[i]);
+  return true;
+}
+
+bool surgery_adamw__cpu(Tensors params, Tensors grads, Tensors exp_avgs, Tensors exp_avg_sqs, Tensors steps,
                         Tensors harmful, Tensors beneficial, std::vector<int64_t> groups, Tensor sums,
                         std::optional<Tensor> scale, double alignment, double surgery_eps, int64_t order, int64_t rule,
                         int64_t part, double lr, double beta1, double beta2, double weight_decay, double eps,
                         bool maximize) {
-  const size_t count = grads.size();
-  if (!count) return;
-  STD_TORCH_CHECK(params.size() == count && exp_avgs.size() == count && exp_avg_sqs.size() == count &&
-                      steps.size() == count && part != 1,
-                  "dgs_native::surgery_adamw_: the lists must have the same length, and part must be 0 or 2");
-  std::vector<dgs::ListTensor> tensors;
-  const dgs::TensorList list = list_of(tensors, grads, harmful, beneficial, groups, sums, scale, alignment, surgery_eps,
-                                       order, rule, part);
-  for (size_t i = 0; i < count; ++i) {
-    for (const Tensor* x : {&params[i], &exp_avgs[i], &exp_avg_sqs[i]}) same_layout(*x, grads[i]);
-    tensors[i].param = params[i].mutable_data_ptr();
-    tensors[i].exp_avg = exp_avgs[i].mutable_data_ptr();
-    tensors[i].exp_avg_sq = exp_avg_sqs[i].mutable_data_ptr();
-    const double step = next_step(steps[i]);
-    tensors[i].step_size = lr / (1 - std::pow(beta1, step));
-    tensors[i].correction_root = std::sqrt(1 - std::pow(beta2, step));
-  }
-  dgs::cpu::surgery_adamw_(list, {lr, beta1, beta2, weight_decay, eps, maximize}, torch_parallel_for);
+  return surgery_adamw_(params, grads, exp_avgs, exp_avg_sqs, steps, harmful, beneficial, groups, sums, scale,
+                        alignment, surgery_eps, order, rule, part, lr, beta1, beta2, weight_decay, eps, maximize,
+                        [](const dgs::TensorList& list, const dgs::AdamW& options) {
+                          dgs::cpu::surgery_adamw_(list, options, torch_parallel_for);
+                        });
 }
 
 template <typename Launch>
@@ -237,8 +299,6 @@ Tensor spectral_entropy_cpu(Tensor images, int64_t patch_size) {
   return spectral_entropy(images, patch_size,
                           [](const dgs::SpectralEntropy& a) { dgs::cpu::spectral_entropy(a, torch_parallel_for); });
 }
-
-ScalarType computing_type(DType dtype) { return dtype == DType::f64 ? ScalarType::Double : ScalarType::Float; }
 
 // A contiguous tensor of this many numbers of the computing type; null if there is none.
 const void* numbers_of(const std::optional<Tensor>& x, int64_t count, ScalarType type) {
@@ -363,6 +423,40 @@ Tensor spectral_entropy_cuda(Tensor images, int64_t patch_size) {
   });
 }
 
+// Memory from torch's allocator, which gives it away again in the order of the current stream.
+dgs::cuda::Allocate bytes_beside(const Tensor& x) {
+  return [&x](int64_t bytes) {
+    const std::vector<int64_t> size{bytes};
+    const Tensor memory = torch::stable::new_empty(x, size, ScalarType::Byte);
+    return std::shared_ptr<void>(memory.mutable_data_ptr(), [memory](void*) {});
+  };
+}
+
+bool project_align__cuda(Tensors grads, Tensors harmful, Tensors beneficial, std::vector<int64_t> groups, Tensor sums,
+                         std::optional<Tensor> scale, double alignment, double eps, int64_t order, int64_t rule,
+                         int64_t part) {
+  return project_align_(grads, harmful, beneficial, groups, sums, scale, alignment, eps, order, rule, part,
+                        [&](const dgs::TensorList& list) {
+                          on_stream_of(sums, [&](void* stream) {
+                            return dgs::cuda::project_align_(list, bytes_beside(sums), stream);
+                          });
+                        });
+}
+
+bool surgery_adamw__cuda(Tensors params, Tensors grads, Tensors exp_avgs, Tensors exp_avg_sqs, Tensors steps,
+                         Tensors harmful, Tensors beneficial, std::vector<int64_t> groups, Tensor sums,
+                         std::optional<Tensor> scale, double alignment, double surgery_eps, int64_t order, int64_t rule,
+                         int64_t part, double lr, double beta1, double beta2, double weight_decay, double eps,
+                         bool maximize) {
+  return surgery_adamw_(params, grads, exp_avgs, exp_avg_sqs, steps, harmful, beneficial, groups, sums, scale,
+                        alignment, surgery_eps, order, rule, part, lr, beta1, beta2, weight_decay, eps, maximize,
+                        [&](const dgs::TensorList& list, const dgs::AdamW& options) {
+                          on_stream_of(sums, [&](void* stream) {
+                            return dgs::cuda::surgery_adamw_(list, options, bytes_beside(sums), stream);
+                          });
+                        });
+}
+
 HeadResults surgery_head_cuda(Tensor features, Tensor teacher_features, std::optional<Tensor> text_features,
                               Tensor labels, Tensor image_weight, Tensor image_bias, Tensor teacher_weight,
                               Tensor teacher_bias, std::optional<Tensor> text_weight, std::optional<Tensor> text_bias,
@@ -399,12 +493,12 @@ STABLE_TORCH_LIBRARY(dgs_native, m) {
       "int order, int rule) -> Tensor");
   m.def(
       "project_align_(Tensor(a!)[] grads, Tensor[] harmful, Tensor[] beneficial, int[] groups, Tensor(b!) sums, "
-      "Tensor? scale, float alignment, float eps, int order, int rule, int part) -> ()");
+      "Tensor? scale, float alignment, float eps, int order, int rule, int part) -> bool");
   m.def(
       "surgery_adamw_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
       "Tensor(d!)[] steps, Tensor[] harmful, Tensor[] beneficial, int[] groups, Tensor(e!) sums, Tensor? scale, "
       "float alignment, float surgery_eps, int order, int rule, int part, float lr, float beta1, float beta2, "
-      "float weight_decay, float eps, bool maximize) -> ()");
+      "float weight_decay, float eps, bool maximize) -> bool");
   m.def(
       "surgery_head(Tensor features, Tensor teacher_features, Tensor? text_features, Tensor labels, "
       "Tensor image_weight, Tensor image_bias, Tensor teacher_weight, Tensor teacher_bias, Tensor? text_weight, "
@@ -429,6 +523,8 @@ STABLE_TORCH_LIBRARY_IMPL(dgs_native, CPU, m) {
 #ifdef DGS_CUDA
 STABLE_TORCH_LIBRARY_IMPL(dgs_native, CUDA, m) {
   m.impl("project_align", TORCH_BOX(&project_align_cuda));
+  m.impl("project_align_", TORCH_BOX(&project_align__cuda));
+  m.impl("surgery_adamw_", TORCH_BOX(&surgery_adamw__cuda));
   m.impl("surgery_head", TORCH_BOX(&surgery_head_cuda));
   m.impl("surgery_head_backward", TORCH_BOX(&surgery_head_backward_cuda));
   m.impl("spectral_entropy", TORCH_BOX(&spectral_entropy_cuda));

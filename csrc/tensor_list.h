@@ -1,5 +1,7 @@
-// What the kernels on lists of tensors are given: project_align_ and surgery_adamw_, on the CPU.
+// What the kernels on lists of tensors are given: project_align_ and surgery_adamw_, the same on every device.
 #pragma once
+
+#include <cmath>
 
 #include "project_align.h"
 
@@ -10,13 +12,12 @@ constexpr int group_sums = 6;  // <g, h>, <h, h>, <g, g>, <b, h>, <b, b>, <g, b>
 // Make a group's sums and apply them, or one of the two: sharded training adds up its sums in between.
 enum class Part { all, sums, apply };
 
-// One tensor of a list: numel numbers in a row behind each pointer. project_align_ has no use for the second half.
+// One tensor of a list: numel numbers in a row behind each pointer. project_align_ has no use for the last three.
 struct ListTensor {
   void* grad;
   const void *harmful, *beneficial;  // beneficial null: nothing to align with
   int64_t numel, group;
-  void *param, *exp_avg, *exp_avg_sq;
-  double step_size, correction_root;  // lr / (1 - beta1^step), sqrt(1 - beta2^step)
+  void *param = nullptr, *exp_avg = nullptr, *exp_avg_sq = nullptr;
 };
 
 struct TensorList {
@@ -24,7 +25,7 @@ struct TensorList {
   Order order;
   Rule rule;
   Part part;
-  const ListTensor* tensors;
+  const ListTensor* tensors;  // in the host's memory
   int64_t num_tensors, num_groups;
   void* sums;         // [num_groups, group_sums] of the computing type (f64 for f64, else f32)
   const void* scale;  // null, or one number of the computing type
@@ -32,10 +33,23 @@ struct TensorList {
   double eps;
 };
 
-// torch.optim.AdamW's arguments, as far as they are the same for all tensors and steps.
+// What a tensor's step number makes of the arguments of torch.optim.AdamW. The update
+//   param - lr / (1 - beta1^step) * exp_avg / (sqrt(exp_avg_sq) / sqrt(1 - beta2^step) + eps)
+// is param - size * exp_avg / (sqrt(exp_avg_sq) + eps), with one division instead of two.
+struct Rates {
+  double size, eps;
+};
+
 struct AdamW {
   double lr, beta1, beta2, weight_decay, eps;
   bool maximize;
+  const Rates* rates = nullptr;  // of every tensor, or of all alike; in the host's memory
+  bool all_alike = false;
+
+  Rates at_step(double step) const {
+    const double root = std::sqrt(1 - std::pow(beta2, step));
+    return {lr / (1 - std::pow(beta1, step)) * root, eps * root};
+  }
 };
 
 namespace cpu {

@@ -83,6 +83,18 @@ def obstacle(backend: str, operation: str, device_type: str, case: str | None = 
     return None
 
 
+def serve_as_it_is(implementation: Callable, *arguments) -> bool:
+    """Whether a native operator on lists took these arguments, which nobody has looked at yet.
+
+    It checks them itself, in a fraction of the time that Python takes, and touches nothing where they are not
+    the usual ones: contiguous tensors of one dtype and device, of shapes that fit.
+    """
+    try:
+        return isinstance(implementation, torch._ops.OpOverload) and implementation(*arguments)
+    except NotImplementedError:  # a tensor of a kind that no kernel is for
+        return False
+
+
 def _load(backend: str, operation: str) -> Callable:
     if backend == "eager":
         return getattr(importlib.import_module("dgs_kernels.ops.eager"), operation)

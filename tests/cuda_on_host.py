@@ -7,7 +7,7 @@ a sanitizer's runtime has to be loaded first.
 import ctypes
 import itertools
 import os
-from ctypes import addressof, byref, c_bool, c_char_p, c_double, c_int32, c_int64, c_void_p
+from ctypes import addressof, byref, c_char_p, c_double, c_int32, c_int64, c_void_p
 
 import pytest
 import torch
@@ -30,10 +30,11 @@ def struct(fields):
     return type("Arguments", (ctypes.Structure,), {"_fields_": members})
 
 
-def call(name, *arguments):
+def call(name, *arguments, stream=None):
+    """Structures go by reference; `stream` is a number, for functions that take one."""
     function = getattr(LIBRARY, f"c_{name}")
     function.restype = c_char_p
-    error = function(*(byref(a) for a in arguments))
+    error = function(*(byref(a) for a in arguments), *([] if stream is None else [c_void_p(stream)]))
     assert error is None, error.decode()
 
 
@@ -45,6 +46,9 @@ def launches():
     return LIBRARY.shim_launches()
 
 
+NEW_STREAM = itertools.count(1).__next__  # tables of lists are kept per stream
+
+
 @pytest.fixture(autouse=True, params=["forward", "reversed", "shuffled"])
 def order_of_threads(request):
     """Every case runs with the blocks and threads in several orders: no result may depend on it."""
@@ -52,6 +56,7 @@ def order_of_threads(request):
         pytest.skip("a long case runs in one order")
     LIBRARY.shim_set_order(["forward", "reversed", "shuffled"].index(request.param))
     LIBRARY.shim_set_clusters(True)
+    LIBRARY.shim_set_capturing(False)
 
 
 def compute(dtype):
@@ -284,60 +289,41 @@ def test_surgery_head_options(reference_batch_size, order, with_text):
     surgery_head_case(torch.bfloat16, 6, 64, shift=1, **options)
 
 
-TensorEntry = struct("""
-    ptr: grad harmful beneficial param exp_avg exp_avg_sq
-    f64: step_size correction_root
-    i64: numel aligned
-""")
-Chunk = struct("""
-    i64: offset
-    i32: tensor group
+ListTensor = struct("""
+    ptr: grad harmful beneficial
+    i64: numel group
+    ptr: param exp_avg exp_avg_sq
 """)
 TensorList = struct("""
-    i32: dtype order rule part aligned
-    ptr: tensors chunks group_begin
-    i64: num_chunks num_groups max_group_chunks
-    ptr: partials sums scale
+    i32: dtype order rule part
+    ptr: tensors
+    i64: num_tensors num_groups
+    ptr: sums scale
     f64: alignment eps
 """)
 
 
-def tensor_list(columns, groups, *, alignment, order, rule, part="all", **scalars):
-    """A TensorList and its tables from lists of tensors by name; also its sums, and what it points to."""
+def tensor_list(columns, groups, *, alignment, order, rule, part="all"):
+    """A TensorList from lists of tensors by name; also its sums, and what it points to."""
     grads = columns["grad"]
-    dtype, count, num_groups = grads[0].dtype, len(grads), max(groups) + 1
-
-    def fits(tensors):
-        return all(t is None or t.data_ptr() % 16 == 0 for t in tensors)
-
-    tensors = (TensorEntry * count)(
+    dtype, num_groups = grads[0].dtype, max(groups) + 1
+    tensors = (ListTensor * len(grads))(
         *(
-            TensorEntry(
+            ListTensor(
                 **{name: pointer(column[i]) for name, column in columns.items()},
                 numel=grads[i].numel(),
-                aligned=fits(column[i] for column in columns.values()),
-                **scalars,
+                group=groups[i],
             )
-            for i in range(count)
+            for i in range(len(grads))
         )
     )
-    aligned = all(t.aligned and t.numel * dtype.itemsize % 16 == 0 for t in tensors)
-    numel, group_of = (c_int64 * count)(*(g.numel() for g in grads)), (c_int64 * count)(*groups)
-    group_begin = (c_int64 * (num_groups + 1))()
-    LIBRARY.c_plan_chunks.restype = c_int64
-    plan = [DTYPES.index(dtype), c_bool(aligned), numel, group_of, c_int64(count), c_int64(num_groups)]
-    chunks = (Chunk * max(1, LIBRARY.c_plan_chunks(*plan, None, None)))()
-    num_chunks = LIBRARY.c_plan_chunks(*plan, chunks, group_begin)
-    assert group_begin[num_groups] == num_chunks
-    longest = max(b - a for a, b in itertools.pairwise(group_begin))
-    partials, sums = (nans(n, 6, dtype=compute(dtype)) for n in (num_chunks, num_groups))
+    sums = nans(num_groups, 6, dtype=compute(dtype))
     scale = torch.tensor(0.5, dtype=compute(dtype))
-    addresses = [addressof(table) for table in (tensors, chunks, group_begin)]
     arguments = TensorList(
-        DTYPES.index(dtype), ORDERS.index(order), RULES.index(rule), PARTS.index(part), aligned, *addresses,
-        num_chunks, num_groups, longest, *map(pointer, [partials, sums, scale]), alignment * 2, 1e-6,
+        DTYPES.index(dtype), ORDERS.index(order), RULES.index(rule), PARTS.index(part), addressof(tensors),
+        len(grads), num_groups, pointer(sums), pointer(scale), alignment * 2, 1e-6,
     )  # fmt: skip
-    return arguments, sums, [tensors, chunks, group_begin, partials, scale]
+    return arguments, sums, [tensors, scale]
 
 
 def make_list(sizes, dtype, shift=0):
@@ -359,22 +345,23 @@ def project_align_list_case(
 
     (exact, exact_sums), (plain, _), (_, plain_sums) = map(expected, [torch.float64, dtype, compute(dtype)])
     columns = dict(grad=grads, harmful=harmful, beneficial=beneficial)
-    before = launches()
+    before, stream = launches(), NEW_STREAM()
     if parts == 1:
         arguments, sums, _keep = tensor_list(columns, groups, **options)
-        call("project_align_", arguments)
+        call("project_align_", arguments, stream=stream)
     else:
         first, sums, _keep = tensor_list(columns, groups, part="sums", **options)
-        call("project_align_", first)
+        call("project_align_", first, stream=stream)
         second, given, _keep = tensor_list(columns, groups, part="apply", **options)
         given.copy_(sums)
-        call("project_align_", second)
-    assert launches() - before == launched
+        call("project_align_", second, stream=stream)
+    assert launches() - before == MAKE_TABLES + launched
     check(sums, exact_sums, plain_sums, size=exact_sums.abs().max().item(), what=f"sums {sizes} {dtype}")
     for i, (result, e, p) in enumerate(zip(grads, exact, plain)):
         check(result, e, p, size=4.0, what=f"tensor {i} of {sizes} {dtype}")
 
 
+MAKE_TABLES = 2  # launches: the tensors of a short list, and their chunks
 LAYERS = [0, 0, 1, 2, 1]
 
 
@@ -408,32 +395,123 @@ def test_project_align_list_without_clusters():
     project_align_list_case([768, 16, 4096, 16, 20000], LAYERS, torch.float32, launched=3)
 
 
+@pytest.mark.slow
+def test_project_align_list_of_many_tensors():
+    """A table of several pieces, with layers in any order, and chunks that mix wide and narrow accesses."""
+    sizes = [8 + 5 * (i % 3) for i in range(70)]
+    groups = [(7 * i) % 11 for i in range(70)]
+    grads, harmful, beneficial = make_list(sizes, torch.float32)
+    columns = dict(grad=grads, harmful=harmful, beneficial=beneficial)
+    options = dict(alignment=0.2, order="align_first", rule="positive")
+    exact = reference.project_align_(
+        *([t.double() for t in column] for column in columns.values()), groups, **options
+    )
+    arguments, _sums, _keep = tensor_list(columns, groups, **options)
+    before = launches()
+    call("project_align_", arguments, stream=NEW_STREAM())
+    assert launches() - before == 2 + 1 + 1
+    for result, e in zip(grads, exact):
+        torch.testing.assert_close(result, e.float(), rtol=1e-5, atol=1e-6)
+
+
+class List:
+    """Tensors that are worked on again and again, as those of a training step are."""
+
+    def __init__(self, sizes=(96, 5, 64, 7, 32), groups=LAYERS):
+        self.groups = groups
+        self.grads, self.harmful, self.beneficial = make_list(sizes, torch.float32)
+        self.fresh = [g.clone() for g in self.grads]
+        self.options = dict(alignment=0.2, order="align_first", rule="positive")
+
+    def launches(self, stream, groups=None):
+        """How many launches a call takes whose result is the right one."""
+        columns = dict(grad=self.grads, harmful=self.harmful, beneficial=self.beneficial)
+        groups = groups or self.groups
+        for grad, fresh in zip(self.grads, self.fresh):
+            grad.copy_(fresh)
+        before = launches()
+        arguments, _sums, _keep = tensor_list(columns, groups, **self.options)
+        call("project_align_", arguments, stream=stream)
+        exact = reference.project_align_(self.fresh, self.harmful, self.beneficial, groups, **self.options)
+        for result, e in zip(self.grads, exact):
+            torch.testing.assert_close(result, e)
+        return launches() - before
+
+
+def test_tables_are_kept_while_all_of_the_list_is_the_same():
+    first, second, stream, other = List(), List(), NEW_STREAM(), NEW_STREAM()
+    assert [first.launches(stream) for _ in range(3)] == [MAKE_TABLES + 1, 1, 1]
+    assert [second.launches(stream) for _ in range(2)] == [MAKE_TABLES + 1, 1]
+    assert [first.launches(other) for _ in range(2)] == [MAKE_TABLES + 1, 1]
+    assert first.launches(stream) == second.launches(stream) == 1
+    assert first.launches(stream, groups=[0, 1, 1, 2, 2]) == MAKE_TABLES + 1
+    first.harmful[3] = first.harmful[3].clone()
+    assert [first.launches(stream) for _ in range(2)] == [MAKE_TABLES + 1, 1]
+
+
+def test_tables_are_made_inside_a_captured_graph():
+    """The graph has its own: neither does it depend on those outside, nor are its own kept."""
+    tensors, stream = List(), NEW_STREAM()
+    tensors.launches(stream)
+    held = LIBRARY.c_allocations()
+    LIBRARY.shim_set_capturing(True)
+    assert [tensors.launches(stream) for _ in range(2)] == [MAKE_TABLES + 1] * 2
+    assert LIBRARY.c_allocations() == held
+    LIBRARY.shim_set_capturing(False)
+    assert tensors.launches(stream) == 1
+
+
+@pytest.mark.slow
+def test_tables_long_unused_are_given_up():
+    first, *others = (List([8], [0]) for _ in range(33))
+    stream = NEW_STREAM()
+    for tensors in (first, *others):
+        assert tensors.launches(stream) == MAKE_TABLES + 1
+    assert LIBRARY.c_allocations() == 32
+    assert others[-1].launches(stream) == 1
+    assert first.launches(stream) == MAKE_TABLES + 1
+
+
+Rates = struct("""
+    f64: size eps
+""")
 AdamW = struct("""
     f64: lr beta1 beta2 weight_decay eps
     i32: maximize
+    ptr: rates
+    i32: all_alike
 """)
 
 
-def adamw_case(sizes, groups, dtype, *, launched, maximize=False):
+def adamw_case(sizes, groups, dtype, *, launched, maximize=False, steps=(3,)):
+    """`steps`: of every tensor, or of all alike."""
     surgery = dict(alignment=0.2, order="align_first", rule="positive")
-    lr, betas, eps, weight_decay, step = 1e-2, (0.9, 0.99), 1e-4, 0.1, 3
+    lr, betas, eps, weight_decay = 1e-2, (0.9, 0.99), 1e-4, 0.1
     lists = make_list(sizes, dtype)
     state = [[make(n, dtype=dtype, seed=90 + 10 * i + k) for i, n in enumerate(sizes)] for k in range(3)]
     state[2] = [t.abs() for t in state[2]]
+    each = steps if len(steps) > 1 else steps * len(sizes)
 
     def expected(to):
         grads = reference.project_align_(*([t.to(to) for t in column] for column in lists), groups, **surgery)
-        params, first, second = ([t.to(to) for t in column] for column in state)
+        tensors = zip(*([t.to(to) for t in column] for column in state))
         options = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, maximize=maximize)
-        return [reference.adamw_step(*t, step, **options) for t in zip(params, grads, first, second)]
+        return [
+            reference.adamw_step(p, g, m, v, step, **options)
+            for (p, m, v), g, step in zip(tensors, grads, each)
+        ]
 
     exact, plain = expected(torch.float64), expected(dtype)
     names = ["grad", "harmful", "beneficial", "param", "exp_avg", "exp_avg_sq"]
-    scalars = dict(step_size=lr / (1 - betas[0] ** step), correction_root=(1 - betas[1] ** step) ** 0.5)
-    arguments, _sums, _keep = tensor_list(dict(zip(names, lists + state)), groups, **surgery, **scalars)
+    roots = [(1 - betas[1] ** step) ** 0.5 for step in steps]
+    rates = (Rates * len(steps))(
+        *(Rates(lr / (1 - betas[0] ** step) * root, eps * root) for step, root in zip(steps, roots))
+    )
+    options = AdamW(lr, *betas, weight_decay, eps, maximize, addressof(rates), len(steps) == 1)
+    arguments, _sums, _keep = tensor_list(dict(zip(names, lists + state)), groups, **surgery)
     before = launches()
-    call("surgery_adamw_", arguments, AdamW(lr, *betas, weight_decay, eps, maximize))
-    assert launches() - before == launched
+    call("surgery_adamw_", arguments, options, stream=NEW_STREAM())
+    assert launches() - before == MAKE_TABLES + launched
     for results, es, ps in zip(zip(*state), exact, plain):
         for name, result, e, p in zip(names[3:], results, es, ps):
             check(result, e, p, size=4.0, what=f"{name} {dtype}")
@@ -447,6 +525,10 @@ def test_adamw_in_one_launch(dtype, sizes):
 
 def test_adamw_maximizes():
     adamw_case([96, 5], [0, 0], torch.float32, launched=1, maximize=True)
+
+
+def test_adamw_of_tensors_that_have_taken_different_steps():
+    adamw_case([96, 5, 64, 7, 32], [1, 0, 2, 1, 0], torch.float32, launched=2, steps=(1, 2, 3, 5, 8))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)

@@ -28,11 +28,11 @@ SCALARS = {
     "head_backward": (8, 0),
     "chunk_sums": (8, 6),
     "project_chunks": (20, 6),
-    "adamw_chunks": (20, 6),
+    "adamw_chunks": (24, 6),
     "patch_entropy": (0, 1),
 }
-# Not written for width: small sums, and the twin for rows that no block can hold.
-NOT_WIDE = {"add_chunk_sums", "head_sum_chunks", "head_read_twice"}
+# Not written for width: small sums, tables, and the twin for rows that no block can hold.
+NOT_WIDE = {"add_chunk_sums", "head_sum_chunks", "head_read_twice", "write_piece", "cut_tensors"}
 
 MEMORY = r"\b(?:(?:LDL|STL)(?:\.\w+)*|(?:LDG|STG|LD|ST)(?:\.\w+)+)"
 
@@ -87,7 +87,9 @@ def kernels(cubin):
     names = {*SCALARS, *NOT_WIDE}
     for part in output(find_cuobjdump(), "--dump-sass", str(cubin)).split("Function : ")[1:]:
         mangled = part.split(maxsplit=1)[0]
-        (name,) = (n for n in names if f"{len(n)}{n}I" in mangled)
+        (name,) = (
+            n for n in names if re.search(f"{len(n)}{n}[IE]", mangled)
+        )  # with template arguments or not
         yield name, "Lb1E" in mangled, Counter(re.findall(MEMORY, part))
 
 
@@ -123,4 +125,4 @@ def test_wide_accesses(compiled, source, architecture):
         assert narrow_loads <= loads, f"{name} loads narrowly: {instructions}"
         assert counts["STG", False] <= stores, f"{name} stores narrowly: {instructions}"
         assert counts["LDG", True] + counts["LD", True] >= 6, f"{name} has no wide loads: {instructions}"
-    assert seen >= 2  # one for each storage type
+    assert seen >= 2 or source == "tables.cu"  # one for each storage type

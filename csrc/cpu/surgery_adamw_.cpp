@@ -16,7 +16,7 @@ struct Step {
   const T *grad, *harmful, *beneficial;
   T *param, *exp_avg, *exp_avg_sq;
   int64_t size;
-  F alignment, k, sign, decay, fresh1, beta2, fresh2, step_size, correction_root, eps;
+  F alignment, k, sign, decay, fresh1, beta2, fresh2, step_size, eps;
 };
 
 // Taken by value: a store through a pointer cannot change it then, and the loop vectorises.
@@ -31,8 +31,7 @@ DGS_INLINE void update_loop(const Step<T> s) {
     F first = load(s.exp_avg[i]), second = load(s.exp_avg_sq[i]);
     first += s.fresh1 * (g - first);
     second = s.beta2 * second + s.fresh2 * g * g;
-    const F denominator = std::sqrt(second) / s.correction_root + s.eps;
-    store(&s.param[i], s.decay * load(s.param[i]) - s.step_size * (first / denominator));
+    store(&s.param[i], s.decay * load(s.param[i]) - s.step_size * first / (std::sqrt(second) + s.eps));
     store(&s.exp_avg[i], first);
     store(&s.exp_avg_sq[i], second);
   }
@@ -49,14 +48,15 @@ DGS_MULTIVERSION void update(const Step<double>& s, bool positive) { update_any(
 DGS_MULTIVERSION void update(const Step<bf16>& s, bool positive) { update_any(s, positive); }
 
 struct Context {
+  const TensorList& list;
   const AdamW& options;
-  bool positive;
 };
 
 template <typename T>
 void update_block(const ListBlock& b, const Context& context) {
   const ListTensor& t = b.tensor;
   const AdamW& o = context.options;
+  const Rates& rates = o.rates[o.all_alike ? 0 : &t - context.list.tensors];
   using Array = Widened<T, list_block>;
   using Seen = typename Array::Seen;
   using F = typename Step<Seen>::F;
@@ -77,10 +77,9 @@ void update_block(const ListBlock& b, const Context& context) {
                     .fresh1 = F(1 - o.beta1),
                     .beta2 = F(o.beta2),
                     .fresh2 = F(1 - o.beta2),
-                    .step_size = F(t.step_size),
-                    .correction_root = F(t.correction_root),
-                    .eps = F(o.eps)},
-         context.positive);
+                    .step_size = F(rates.size),
+                    .eps = F(rates.eps)},
+         context.list.rule == Rule::positive);
   param.write_back();
   exp_avg.write_back();
   exp_avg_sq.write_back();
@@ -89,7 +88,7 @@ void update_block(const ListBlock& b, const Context& context) {
 }  // namespace
 
 void surgery_adamw_(const TensorList& list, const AdamW& options, ParallelFor parallel_for) {
-  const Context context{options, list.rule == Rule::positive};
+  const Context context{list, options};
   dispatch(list.dtype, [&](auto zero) {
     surgery_on_list(
         list, parallel_for,

@@ -1,17 +1,39 @@
-// A list of tensors cut into chunks, one per block: what project_align_ and SurgeryAdamW have in common.
+// A list of tensors cut into chunks, one per block: what project_align_ and surgery_adamw_ have in common.
 #pragma once
 
 #include "share.cuh"
+#include "tables.cuh"
 
 namespace dgs::cuda {
 
-constexpr int kListThreads = 256;  // so that AdamW's seven arrays find registers
+// What the kernels on a list are given. A cluster of `cluster` blocks works on each group, where every group fits
+// one; or with 0, a block on each chunk, once the groups' sums are known.
+struct ChunkedList {
+  Tables tables;
+  int64_t num_groups;
+  void* sums;         // [num_groups, group_sums] of the compute type
+  const void* scale;  // one number of the compute type, or null
+  double alignment, eps;
+  Order order;
+  Rule rule;
+  int cluster;
 
-template <typename T, bool Aligned>
-constexpr int64_t kChunk = int64_t(kListThreads) * kShare<T, Aligned>;
+  int64_t blocks() const { return cluster ? num_groups * cluster : tables.num_chunks; }
+};
+
+inline ChunkedList lay_out(const TensorList& list, const Tables& tables) {
+  int cluster = power_of_two(tables.max_group_chunks, kMaxCluster);
+  bool fits = list.part == Part::all && tables.num_chunks && tables.max_group_chunks <= cluster &&
+              (cluster == 1 || has_clusters());
+  return {tables,   list.num_groups, list.sums, list.scale,        list.alignment,
+          list.eps, list.order,      list.rule, fits ? cluster : 0};
+}
+
+// The first two launches, where a cluster does not do it all in one: leaves the groups' sums.
+const char* sum_groups(const ChunkedList&, DType, void* stream);
 
 template <typename A>
-__device__ __forceinline__ SurgeryOptions<A> options_of(const TensorList& list) {
+__device__ __forceinline__ SurgeryOptions<A> options_of(const ChunkedList& list) {
   A scale = list.scale ? *static_cast<const A*>(list.scale) : A(1);
   return {A(list.alignment) * scale, A(list.eps), list.order, list.rule};
 }
@@ -19,17 +41,19 @@ __device__ __forceinline__ SurgeryOptions<A> options_of(const TensorList& list) 
 // A block's chunk: its share of each of the tensor's arrays.
 template <typename T, bool Aligned>
 struct ChunkOf {
-  const TensorEntry* tensor;
+  const ListTensor* tensor;
   int64_t offset, count, group;
-  bool wide;  // whether this chunk can be accessed 16 bytes at a time
+  int32_t place;  // of the tensor in its table
+  bool wide;      // whether this chunk can be accessed 16 bytes at a time
 
-  __device__ __forceinline__ ChunkOf(const TensorList& list, int64_t index) {
-    Chunk chunk = list.chunks[index];
-    tensor = list.tensors + chunk.tensor;
+  __device__ __forceinline__ ChunkOf(const ChunkedList& list, int64_t index) {
+    Chunk chunk = list.tables.chunks[index];
+    place = chunk.tensor;
+    tensor = list.tables.tensors + place;
     offset = chunk.offset;
-    group = chunk.group;
+    group = tensor->group;
     count = tensor->numel - offset < kChunk<T, Aligned> ? tensor->numel - offset : kChunk<T, Aligned>;
-    wide = Aligned || (tensor->aligned && count % kPack<T> == 0);
+    wide = Aligned || chunk.wide;
   }
   template <typename P>
   __device__ __forceinline__ P* at(P* array) const {
@@ -37,34 +61,20 @@ struct ChunkOf {
   }
   __device__ __forceinline__ T* grad() const { return at(static_cast<T*>(tensor->grad)); }
   __device__ __forceinline__ void read(Share<T, Aligned>& share, const SurgeryOptions<Compute<T>>& options,
-                                       Compute<T> (&sums)[kGroupSums]) const {
+                                       Compute<T> (&sums)[group_sums]) const {
     share.read(grad(), at(static_cast<const T*>(tensor->harmful)), at(static_cast<const T*>(tensor->beneficial)), count,
                threadIdx.x, kListThreads, options, sums, wide);
   }
 };
 
-// How a list is laid over the device: a cluster of `cluster` blocks per group, where every group fits one; or
-// with 0, a block per chunk, once the groups' sums are known.
-struct ListGrid {
-  TensorList list;
-  int cluster;
-
-  int64_t blocks() const { return cluster ? list.num_groups * cluster : list.num_chunks; }
-};
-
-inline ListGrid lay_out(const TensorList& list) {
-  int cluster = power_of_two(list.max_group_chunks, kMaxCluster);
-  bool fits = list.part == Part::all && list.num_chunks && list.max_group_chunks <= cluster && (cluster == 1 || has_clusters());
-  return {list, fits ? cluster : 0};
-}
-
 template <typename T, bool Aligned>
-__device__ __forceinline__ ChunkOf<T, Aligned> chunk_of_block(const ListGrid& p) {
-  if (!p.cluster) return ChunkOf<T, Aligned>(p.list, blockIdx.x);
-  int64_t group = blockIdx.x / p.cluster, index = p.list.group_begin[group] + blockIdx.x % p.cluster;
+__device__ __forceinline__ ChunkOf<T, Aligned> chunk_of_block(const ChunkedList& list) {
+  if (!list.cluster) return ChunkOf<T, Aligned>(list, blockIdx.x);
+  const int64_t* group_begin = list.tables.group_begin;
+  int64_t group = blockIdx.x / list.cluster, index = group_begin[group] + blockIdx.x % list.cluster;
   // A block beyond its group's chunks only takes part in the sums.
-  bool mine = index < p.list.group_begin[group + 1];
-  ChunkOf<T, Aligned> chunk(p.list, mine ? index : 0);
+  bool mine = index < group_begin[group + 1];
+  ChunkOf<T, Aligned> chunk(list, mine ? index : 0);
   chunk.group = group;
   if (!mine) chunk.count = 0;
   return chunk;
@@ -72,23 +82,23 @@ __device__ __forceinline__ ChunkOf<T, Aligned> chunk_of_block(const ListGrid& p)
 
 // Reads a chunk and returns the coefficient of its projection. All threads call it, and cluster_done() at the end.
 template <typename T, bool Aligned>
-__device__ __forceinline__ Compute<T> read_and_project(const ListGrid& p, const ChunkOf<T, Aligned>& chunk,
+__device__ __forceinline__ Compute<T> read_and_project(const ChunkedList& list, const ChunkOf<T, Aligned>& chunk,
                                                        Share<T, Aligned>& share) {
   using A = Compute<T>;
-  SurgeryOptions<A> options = options_of<A>(p.list);
-  A* group_sums = static_cast<A*>(p.list.sums) + chunk.group * kGroupSums;
-  A sums[kGroupSums] = {};
+  SurgeryOptions<A> options = options_of<A>(list);
+  A* of_group = static_cast<A*>(list.sums) + chunk.group * group_sums;
+  A sums[group_sums] = {};
   chunk.read(share, options, sums);
-  if (p.cluster) {
+  if (list.cluster) {
     A* scratch = shared_memory<A>();
     sum_over(kListThreads, sums, scratch);
-    sum_over_cluster(p.cluster, sums, scratch + kListThreads / kWarp * kGroupSums);
-    if (threadIdx.x == 0 && blockIdx.x % p.cluster == 0)
+    sum_over_cluster(list.cluster, sums, scratch + kListThreads / kWarp * group_sums);
+    if (threadIdx.x == 0 && blockIdx.x % list.cluster == 0)
 #pragma unroll
-      for (int n = 0; n < kGroupSums; ++n) group_sums[n] = sums[n];
+      for (int n = 0; n < group_sums; ++n) of_group[n] = sums[n];
   } else {
 #pragma unroll
-    for (int n = 0; n < kGroupSums; ++n) sums[n] = group_sums[n];
+    for (int n = 0; n < group_sums; ++n) sums[n] = of_group[n];
   }
   A inner = sums[0] + (options.order == Order::align_first ? options.alignment * sums[3] : A(0));
   return projection(inner, sqrt(sums[1]), options.eps, options.rule);

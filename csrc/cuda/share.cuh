@@ -26,7 +26,7 @@ __device__ __forceinline__ void add_products(A g, A h, A, A moved, Order order, 
 }
 // and to a group's, from which metrics are made too: <g, h>, <h, h>, <g, g>, <b, h>, <b, b>, <g, b>.
 template <typename A>
-__device__ __forceinline__ void add_products(A g, A h, A b, A, Order, A (&sums)[kGroupSums]) {
+__device__ __forceinline__ void add_products(A g, A h, A b, A, Order, A (&sums)[group_sums]) {
   sums[0] += g * h;
   sums[1] += h * h;
   sums[2] += g * g;

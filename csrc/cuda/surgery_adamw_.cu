@@ -7,24 +7,26 @@ namespace dgs::cuda {
 namespace {
 
 struct Step {
-  ListGrid grid;
-  AdamW options;
+  ChunkedList list;
+  double decay, fresh1, beta2, fresh2;
+  Rates rates;             // of all tensors alike,
+  const Rates* rates_of;   // or, if not null, of each of the table's
+  bool maximize;
 };
 
 template <typename T, bool Aligned>
 __global__ __launch_bounds__(kListThreads, 1) void adamw_chunks(const __grid_constant__ Step p) {
   using A = Compute<T>;
-  ChunkOf<T, Aligned> chunk = chunk_of_block<T, Aligned>(p.grid);
+  ChunkOf<T, Aligned> chunk = chunk_of_block<T, Aligned>(p.list);
   Share<T, Aligned> share;
-  A k = read_and_project(p.grid, chunk, share);
-  const AdamW& o = p.options;
-  A decay = A(1 - o.lr * o.weight_decay), beta2 = A(o.beta2), eps = A(o.eps);
-  A fresh1 = A(1 - o.beta1), fresh2 = A(1 - o.beta2);
-  const TensorEntry& tensor = *chunk.tensor;
+  A k = read_and_project(p.list, chunk, share);
+  A decay = A(p.decay), fresh1 = A(p.fresh1), beta2 = A(p.beta2), fresh2 = A(p.fresh2);
+  Rates rates = p.rates_of ? p.rates_of[chunk.place] : p.rates;
+  A step_size = A(rates.size), eps = A(rates.eps);
+  const ListTensor& tensor = *chunk.tensor;
   T* param = chunk.at(static_cast<T*>(tensor.param));
   T* exp_avg = chunk.at(static_cast<T*>(tensor.exp_avg));
   T* exp_avg_sq = chunk.at(static_cast<T*>(tensor.exp_avg_sq));
-  A step_size = A(tensor.step_size), correction_root = A(tensor.correction_root);
 #pragma unroll
   for (int v = 0; v < Share<T, Aligned>::kPacks; ++v) {
     auto read = [&](const T* row) { return load<T, Aligned>(row, v, threadIdx.x, kListThreads, chunk.count, chunk.wide); };
@@ -34,12 +36,12 @@ __global__ __launch_bounds__(kListThreads, 1) void adamw_chunks(const __grid_con
     Pack<T> params = read(param), first = read(exp_avg), second = read(exp_avg_sq);
 #pragma unroll
     for (int j = 0; j < kPack<T>; ++j) {
-      A g = share.updated(v, j, k, p.grid.list.rule);
-      if (o.maximize) g = -g;
+      A g = share.updated(v, j, k, p.list.rule);
+      if (p.maximize) g = -g;
       A m = widen(first.at[j]);
       m += fresh1 * (g - m);
       A s = beta2 * widen(second.at[j]) + fresh2 * g * g;
-      A x = decay * widen(params.at[j]) - step_size * (m / (sqrt(s) / correction_root + eps));
+      A x = decay * widen(params.at[j]) - step_size * m / (sqrt(s) + eps);
       narrow(m, first.at[j]);
       narrow(s, second.at[j]);
       narrow(x, params.at[j]);
@@ -48,27 +50,40 @@ __global__ __launch_bounds__(kListThreads, 1) void adamw_chunks(const __grid_con
     write(exp_avg, first);
     write(exp_avg_sq, second);
   }
-  cluster_done(p.grid.cluster);
+  cluster_done(p.list.cluster);
 }
 
-template <typename T, bool Aligned>
-const char* run(const Step& step, void* stream) {
-  int scratch = scratch_bytes<Compute<T>>(kGroupSums, kListThreads);
-  return launch(adamw_chunks<T, Aligned>, step.grid.blocks(), kListThreads, scratch, stream, step, step.grid.cluster);
+// The rates in the order of the table, on the device.
+std::shared_ptr<void> send_rates(const AdamW& options, const std::vector<int64_t>& order, const Allocate& allocate,
+                                 void* stream, const char*& error) {
+  std::vector<Rates> sorted;
+  for (int64_t i : order) sorted.push_back(options.rates[i]);
+  const int64_t bytes = sorted.size() * sizeof(Rates);
+  std::shared_ptr<void> memory = allocate(bytes);
+  error = write_bytes(memory.get(), sorted.data(), bytes, stream);
+  return memory;
 }
 
 }  // namespace
 
-const char* surgery_adamw_(const TensorList& list, const AdamW& options, void* stream) {
-  Step step{lay_out(list), options};
-  if (!step.grid.cluster && list.part != Part::apply) {
-    TensorList sums = list;
-    sums.part = Part::sums;
-    if (const char* error = project_align_(sums, stream)) return error;
-  }
-  return dispatch(list.dtype, [&](auto zero) {
+const char* surgery_adamw_(const TensorList& given, const AdamW& o, const Allocate& allocate, void* stream) {
+  const char* error = nullptr;
+  const auto tables = tables_of(given, allocate, stream, error);
+  if (error) return error;
+  std::shared_ptr<void> rates;
+  if (!o.all_alike) rates = send_rates(o, tables->order, allocate, stream, error);
+  const ChunkedList list = lay_out(given, tables->device);
+  if (!error && !list.cluster && given.part != Part::apply) error = sum_groups(list, given.dtype, stream);
+  if (error) return error;
+  const Step step{list,         1 - o.lr * o.weight_decay,
+                  1 - o.beta1,  o.beta2,
+                  1 - o.beta2,  o.rates[0],
+                  static_cast<const Rates*>(rates.get()), o.maximize};
+  return dispatch(given.dtype, [&](auto zero) {
     using T = decltype(zero);
-    return list.aligned ? run<T, true>(step, stream) : run<T, false>(step, stream);
+    auto update = list.tables.aligned ? adamw_chunks<T, true> : adamw_chunks<T, false>;
+    int scratch = scratch_bytes<Compute<T>>(group_sums, kListThreads);
+    return launch(update, list.blocks(), kListThreads, scratch, stream, step, list.cluster);
   });
 }
 

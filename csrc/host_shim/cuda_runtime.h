@@ -34,6 +34,7 @@ inline dim3 blockDim, gridDim;
 
 enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1 };
 enum cudaDeviceAttr { cudaDevAttrClusterLaunch = 120 };
+enum cudaStreamCaptureStatus { cudaStreamCaptureStatusNone, cudaStreamCaptureStatusActive };
 enum cudaLaunchAttributeID { cudaLaunchAttributeClusterDimension = 4 };
 using cudaStream_t = struct CUstream_st*;
 
@@ -63,6 +64,7 @@ void cluster_barrier();
 uint64_t exchange(uint64_t value, unsigned source_lane);    // what source_lane passed, after a warp barrier
 unsigned ballot(bool predicate);
 extern bool has_clusters;
+extern bool capturing;
 
 template <typename T>
 T shuffle(T value, unsigned source_lane) {
@@ -85,7 +87,9 @@ inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess;
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
   return *value = shim::has_clusters, cudaSuccess;
 }
-
+inline cudaError_t cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus* status) {
+  return *status = cudaStreamCaptureStatus(shim::capturing), cudaSuccess;
+}
 
 inline void __syncthreads() { shim::block_barrier(); }
 inline void __syncwarp(unsigned = ~0u) { shim::exchange(0, threadIdx.x % 32); }

@@ -16,6 +16,7 @@
 namespace shim {
 
 bool has_clusters = true;
+bool capturing = false;
 
 namespace {
 
@@ -205,4 +206,5 @@ unsigned ballot(bool predicate) {
 // For the tests, through ctypes.
 extern "C" void shim_set_order(int order) { shim::order = order; }
 extern "C" void shim_set_clusters(bool available) { shim::has_clusters = available; }
+extern "C" void shim_set_capturing(bool capturing) { shim::capturing = capturing; }
 extern "C" int shim_launches() { return shim::launches; }

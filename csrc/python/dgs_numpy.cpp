@@ -326,10 +326,10 @@ py::array surgery_adamw_(py::object params, py::object grads, py::object exp_avg
     dgs::ListTensor& t = made.tensors[i];
     t.param = lists[0][i].mutable_data();
     t.exp_avg = lists[1][i].mutable_data(), t.exp_avg_sq = lists[2][i].mutable_data();
-    t.step_size = lr / (1 - std::pow(betas.first, double(step)));
-    t.correction_root = std::sqrt(1 - std::pow(betas.second, double(step)));
   }
-  const dgs::AdamW options{lr, betas.first, betas.second, weight_decay, eps, maximize};
+  dgs::AdamW options{lr, betas.first, betas.second, weight_decay, eps, maximize};
+  const dgs::Rates rates = options.at_step(double(step));
+  options.rates = &rates, options.all_alike = true;
   without_gil([&] { dgs::cpu::surgery_adamw_(made.list, options, parallel_for); });
   return made.sums;
 }

@@ -6,10 +6,10 @@ What an implementation has to do (`dgs_native::project_align_`, `dgs_kernels.tri
                    Tensor? scale, float alignment, float eps, int order, int rule, int part) -> ()
 
 T tensors belong to G groups (layers): `groups[i]` in 0..G-1, in any order; a group may be empty, its sums
-are 0. grads, harmful and beneficial (T tensors, or none: no alignment) have one dtype and device; tensor i
-has the same shape and strides in the three lists, contiguous or at least dense: it is `numel()` numbers in
-a row (0 is possible). With g, h, b what a group's tensors hold, end to end, after h <- relu(h) under rule 0
-(positive) and b <- min(b, 0), both letting NaN through, the first pass writes
+are 0. grads, harmful and beneficial (T tensors, or none: no alignment) have one dtype and device, tensor i
+has the same shape in the three lists, and all are contiguous (0 numbers are possible). With g, h, b what a
+group's tensors hold, end to end, after h <- relu(h) under rule 0 (positive) and b <- min(b, 0), both letting
+NaN through, the first pass writes
 
     sums[G, 6] = <g, h>, <h, h>, <g, g>, <b, h>, <b, b>, <g, b>      (the last three 0 without beneficial)
 
@@ -23,6 +23,9 @@ in float32 (float64 for float64 gradients), in a fixed order of summation. The s
 
 `part` 0 does both (a layer that fits on chip is then read once), 1 only the first, 2 only the second with
 the sums it is given: between the two, sharded training adds up its sums. No host synchronisation, no atomics.
+
+The native operator alone checks all of this, and returns whether it served the call; so the usual one passes
+through Python without any tensor being looked at.
 """
 
 from __future__ import annotations
@@ -170,7 +173,27 @@ def dense(tensors: Sequence[Tensor]) -> list[Tensor]:
     return [t if t.is_contiguous() or has_none(t) else t.contiguous() for t in tensors]
 
 
+def codes(order: str, rule: str, part: str) -> tuple[int, ...]:
+    """The options as numbers, -1 for one that does not exist."""
+    choices = ((ORDERS, order), (RULES, rule), (PARTS, part))
+    return tuple([names.index(name) if name in names else -1 for names, name in choices])
+
+
+def in_a_row(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Dense tensors as contiguous ones: their numbers as they follow each other in memory."""
+    return [t if t.is_contiguous() else t.as_strided((t.numel(),), (1,)) for t in tensors]
+
+
+def refuse(name: str, dtype: torch.dtype) -> None:
+    raise TypeError(f"{name}: expected float32, float64, bfloat16 or float16 tensors, got {dtype}")
+
+
 def _kernel(grads, harmful, beneficial, groups, sums, scale, alignment, eps, order, rule, part) -> None:
+    serve = backends.implementation("project_align_", sums.device.type)
+    options = (alignment, eps, *codes(order, rule, part))
+    scale = None if scale is None else scale.to(sums.dtype)
+    if backends.serve_as_it_is(serve, grads, harmful, beneficial, groups, sums, scale, *options):
+        return
     check("project_align_", grads, harmful, beneficial, groups, sums, scale, eps, order, rule, part)
     if not grads:
         return
@@ -179,19 +202,9 @@ def _kernel(grads, harmful, beneficial, groups, sums, scale, alignment, eps, ord
     dtype = types.pop() if len(types) == 1 else sums.dtype
     work = dense(grads)
     work = common_layout(dtype, work, work)
-    backends.implementation("project_align_", sums.device.type)(
-        work,
-        common_layout(dtype, harmful, work),
-        common_layout(dtype, beneficial, work),
-        groups,
-        sums,
-        None if scale is None else scale.to(sums.dtype),
-        alignment,
-        eps,
-        ORDERS.index(order),
-        RULES.index(rule),
-        PARTS.index(part),
-    )
+    lists = (work, common_layout(dtype, harmful, work), common_layout(dtype, beneficial, work))
+    if serve(*map(in_a_row, lists), groups, sums, scale, *options) is False:
+        refuse("project_align_", dtype)
     if part != "sums":
         for grad, edited in zip(grads, work):
             if edited is not grad:

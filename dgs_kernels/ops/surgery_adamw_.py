@@ -8,9 +8,9 @@ What an implementation has to do (`dgs_native::surgery_adamw_`, `dgs_kernels.tri
                    float lr, float beta1, float beta2, float weight_decay, float eps, bool maximize) -> ()
 
 grads, harmful, beneficial, groups, sums, scale, order, rule and part (0 or 2, not 1) are those of
-`project_align_`, save that grads are only read; params, exp_avgs and exp_avg_sqs have their dtype, shapes and
-strides too. steps are 0-dim float32 or float64 tensors on the CPU, one per tensor; each is incremented first
-and then counts from 1. With the surgered gradient g kept in the computing type::
+`project_align_`, save that grads are only read; params, exp_avgs and exp_avg_sqs have their dtype and shapes,
+and are contiguous too. steps are 0-dim float32 or float64 tensors on the CPU, one per tensor; each is
+incremented first and then counts from 1. With the surgered gradient g kept in the computing type::
 
     g <- -g if maximize
     param <- param * (1 - lr * weight_decay)
@@ -21,6 +21,8 @@ and then counts from 1. With the surgered gradient g kept in the computing type:
 12 streams: 6 read (5 without alignment, or 3 more in a first pass where a layer does not stay on chip), 3
 written. Scalars are made in float64 and used in the computing type. float32 results are meant to equal those
 of `project_align_` and `torch.optim.AdamW(foreach=True)` to the last bit or two.
+
+The native operator checks all of this and returns whether it served the call, as `project_align_` does.
 """
 
 from __future__ import annotations
@@ -28,8 +30,7 @@ from __future__ import annotations
 import torch
 
 from dgs_kernels import backends
-from dgs_kernels.ops.project_align_ import PARTS, check, common_layout, dense
-from dgs_kernels.reference import ORDERS, RULES
+from dgs_kernels.ops.project_align_ import check, codes, common_layout, dense, in_a_row, refuse
 
 _library = torch.library.Library("dgs", "FRAGMENT")
 _library.define(
@@ -58,33 +59,32 @@ def _check(params, grads, exp_avgs, exp_avg_sqs, steps, harmful, beneficial, gro
 
 
 def _kernel(params, grads, exp_avgs, exp_avg_sqs, steps, harmful, beneficial, groups, sums, *rest) -> None:
+    if sums.is_cuda and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "surgery_adamw_: steps are counted on the host, so a captured graph would repeat this one; "
+            "capture OptimizerSurgery on torch.optim.AdamW(capturable=True)"
+        )
     lists = (params, exp_avgs, exp_avg_sqs)
-    _check(params, grads, exp_avgs, exp_avg_sqs, steps, harmful, beneficial, groups, sums, *rest)
+    scale, alignment, surgery_eps, order, rule, part, *hyper = rest
+    serve = backends.implementation("surgery_adamw_", sums.device.type)
+    options = (alignment, surgery_eps, *codes(order, rule, part), *hyper)
+    scale = None if scale is None else scale.to(sums.dtype)
+    as_they_are = (params, grads, exp_avgs, exp_avg_sqs, steps, harmful, beneficial, groups, sums, scale)
+    if backends.serve_as_it_is(serve, *as_they_are, *options):
+        return
+    _check(params, grads, exp_avgs, exp_avg_sqs, steps, harmful, beneficial, groups, sums, scale, *rest[1:])
     if not grads:
         return
-    scale, alignment, surgery_eps, order, rule, part, *hyper = rest
     types = {t.dtype for tensors in (*lists, grads, harmful, beneficial) for t in tensors}
     dtype = types.pop() if len(types) == 1 else sums.dtype
     work = dense(params)
     work = common_layout(dtype, work, work)
     written = [work, *(common_layout(dtype, tensors, work) for tensors in lists[1:])]
-    backends.implementation("surgery_adamw_", sums.device.type)(
-        work,
-        common_layout(dtype, grads, work),
-        *written[1:],
-        steps,
-        common_layout(dtype, harmful, work),
-        common_layout(dtype, beneficial, work),
-        groups,
-        sums,
-        None if scale is None else scale.to(sums.dtype),
-        alignment,
-        surgery_eps,
-        ORDERS.index(order),
-        RULES.index(rule),
-        PARTS.index(part),
-        *hyper,
-    )
+    read = [common_layout(dtype, tensors, work) for tensors in (grads, harmful, beneficial)]
+    params_, exp_avgs_, exp_avg_sqs_, grads_, harmful_, beneficial_ = map(in_a_row, (*written, *read))
+    ready = (params_, grads_, exp_avgs_, exp_avg_sqs_, steps, harmful_, beneficial_, groups, sums, scale)
+    if serve(*ready, *options) is False:
+        refuse("surgery_adamw_", dtype)
     for tensors, results in zip(lists, written):
         for tensor, result in zip(tensors, results):
             if result is not tensor:

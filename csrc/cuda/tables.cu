@@ -1,0 +1,163 @@
+// Tables of lists of tensors in device memory. A training step works on the same tensors again and again: their
+// tables are kept, found again by comparing all that they were made from, and then the host does nothing but look.
+//
+// Tables of another stream are not shared: nothing would order their making before their use, or their use before
+// the end of their memory. Under graph capture they are made anew, inside the graph and in its memory, so that a
+// graph depends on nothing outside.
+#include <algorithm>
+#include <cstring>
+#include <list>
+#include <mutex>
+#include <numeric>
+
+#include "tables.cuh"
+
+namespace dgs::cuda {
+namespace {
+
+constexpr size_t kKept = 32;  // lists; an optimiser has one for each of its calls and streams
+
+struct Piece {
+  void* to;
+  int64_t count;
+  uint4 bits[248];  // with the rest just under the 4096 bytes that a kernel's arguments may take
+};
+
+__global__ void write_piece(const __grid_constant__ Piece p) {
+  if (threadIdx.x < p.count) static_cast<uint4*>(p.to)[threadIdx.x] = p.bits[threadIdx.x];
+}
+
+struct Cut {
+  const ListTensor* tensors;
+  const int64_t* begin;  // where a tensor's chunks begin among all of them
+  Chunk* chunks;
+  int64_t chunk_size, pack;
+};
+
+__host__ __device__ inline bool divides_by_16(const ListTensor& t) {
+  const void* pointers[] = {t.grad, t.harmful, t.beneficial, t.param, t.exp_avg, t.exp_avg_sq};
+  uintptr_t bits = 0;
+#pragma unroll
+  for (const void* pointer : pointers) bits |= reinterpret_cast<uintptr_t>(pointer);
+  return bits % 16 == 0;
+}
+
+// One block per tensor.
+__global__ void cut_tensors(const __grid_constant__ Cut p) {
+  const ListTensor& t = p.tensors[blockIdx.x];
+  bool aligned = divides_by_16(t);
+  int64_t begin = p.begin[blockIdx.x], end = p.begin[blockIdx.x + 1];
+  for (int64_t c = begin + threadIdx.x; c < end; c += blockDim.x) {
+    int64_t offset = (c - begin) * p.chunk_size, count = t.numel - offset;
+    bool whole = count >= p.chunk_size || count % p.pack == 0;
+    p.chunks[c] = {offset, static_cast<int32_t>(blockIdx.x), aligned && whole};
+  }
+}
+
+constexpr int64_t round_up(int64_t bytes) { return ceil_div(bytes, 16) * 16; }
+
+std::shared_ptr<const KeptTables> make(const TensorList& list, const Allocate& allocate, void* stream, const char*& error) {
+  const ListTensor* tensors = list.tensors;
+  const int64_t count = list.num_tensors, groups = list.num_groups;
+  const int64_t width = list.dtype == DType::f64 ? 8 : list.dtype == DType::f32 ? 4 : 2, pack = 16 / width;
+  const bool aligned = std::all_of(tensors, tensors + count,
+                                   [&](const ListTensor& t) { return divides_by_16(t) && t.numel % pack == 0; });
+  // kShare depends on whether a type has 8 bytes alone.
+  const int64_t chunk_size = width == 8 ? (aligned ? kChunk<double, true> : kChunk<double, false>)
+                                        : (aligned ? kChunk<float, true> : kChunk<float, false>);
+
+  auto made = std::make_shared<KeptTables>();
+  made->order.resize(count);
+  std::iota(made->order.begin(), made->order.end(), 0);
+  std::stable_sort(made->order.begin(), made->order.end(),
+                   [&](int64_t a, int64_t b) { return tensors[a].group < tensors[b].group; });
+  std::vector<int64_t> begin{0}, group_begin(groups + 1);
+  for (int64_t i : made->order) {
+    const int64_t chunks = ceil_div(tensors[i].numel, chunk_size);
+    begin.push_back(begin.back() + chunks);
+    group_begin[tensors[i].group + 1] += chunks;
+  }
+  const int64_t longest = groups ? *std::max_element(group_begin.begin(), group_begin.end()) : 0;
+  std::partial_sum(group_begin.begin(), group_begin.end(), group_begin.begin());
+
+  // One allocation: tensors, begin, group_begin, which are sent; chunks, partials, which the device makes.
+  const int64_t num_chunks = begin.back();
+  const int64_t begin_at = count * sizeof(ListTensor), groups_at = begin_at + begin.size() * 8;
+  const int64_t chunks_at = round_up(groups_at + group_begin.size() * 8);
+  const int64_t partials_at = chunks_at + num_chunks * sizeof(Chunk);
+  std::vector<unsigned char> sent(chunks_at);
+  for (int64_t i = 0; i < count; ++i)
+    std::memcpy(&sent[i * sizeof(ListTensor)], &tensors[made->order[i]], sizeof(ListTensor));
+  std::memcpy(&sent[begin_at], begin.data(), begin.size() * 8);
+  std::memcpy(&sent[groups_at], group_begin.data(), group_begin.size() * 8);
+
+  made->memory = allocate(partials_at + num_chunks * group_sums * (width == 8 ? 8 : 4));
+  unsigned char* memory = static_cast<unsigned char*>(made->memory.get());
+  Chunk* chunks = reinterpret_cast<Chunk*>(memory + chunks_at);
+  made->device = {reinterpret_cast<const ListTensor*>(memory),
+                  chunks,
+                  reinterpret_cast<const int64_t*>(memory + groups_at),
+                  memory + partials_at,
+                  num_chunks,
+                  longest,
+                  aligned};
+  const Cut cut{made->device.tensors, reinterpret_cast<const int64_t*>(memory + begin_at), chunks, chunk_size, pack};
+  error = write_bytes(memory, sent.data(), chunks_at, stream);
+  if (!error) error = launch(cut_tensors, count, kListThreads, 0, stream, cut);
+  return error ? nullptr : made;
+}
+
+// What tables are made from: every byte of it decides whether they fit.
+struct Key {
+  void* stream;
+  int device;
+  DType dtype;
+  int64_t num_groups;
+  std::vector<ListTensor> tensors;
+
+  bool fits(const Key& other) const {
+    return stream == other.stream && device == other.device && dtype == other.dtype && num_groups == other.num_groups &&
+           tensors.size() == other.tensors.size() &&
+           !std::memcmp(tensors.data(), other.tensors.data(), tensors.size() * sizeof(ListTensor));
+  }
+};
+
+}  // namespace
+
+const char* write_bytes(void* to, const void* from, int64_t bytes, void* stream) {
+  constexpr int64_t limit = sizeof(Piece::bits);
+  for (int64_t at = 0; at < bytes; at += limit) {
+    Piece piece{static_cast<unsigned char*>(to) + at, std::min(limit, bytes - at) / 16, {}};
+    std::memcpy(piece.bits, static_cast<const unsigned char*>(from) + at, piece.count * 16);
+    if (const char* error = launch(write_piece, 1, 256, 0, stream, piece)) return error;
+  }
+  return nullptr;
+}
+
+std::shared_ptr<const KeptTables> tables_of(const TensorList& list, const Allocate& allocate, void* stream,
+                                            const char*& error) {
+  static std::mutex mutex;
+  // Most recent first. Never freed: when a process ends, there may be no device any more to free memory on.
+  static auto& kept = *new std::list<std::pair<Key, std::shared_ptr<const KeptTables>>>;
+
+  cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
+  Key key{stream, 0, list.dtype, list.num_groups, {list.tensors, list.tensors + list.num_tensors}};
+  cudaError_t status = cudaStreamIsCapturing(static_cast<cudaStream_t>(stream), &capture);
+  if (status == cudaSuccess) status = cudaGetDevice(&key.device);
+  if (status != cudaSuccess) return error = cudaGetErrorString(status), nullptr;
+  if (capture != cudaStreamCaptureStatusNone) return make(list, allocate, stream, error);
+
+  const std::lock_guard lock(mutex);
+  auto found = std::find_if(kept.begin(), kept.end(), [&](const auto& entry) { return entry.first.fits(key); });
+  if (found != kept.end()) {
+    kept.splice(kept.begin(), kept, found);
+  } else {
+    auto made = make(list, allocate, stream, error);
+    if (!made) return nullptr;
+    kept.emplace_front(std::move(key), std::move(made));
+    if (kept.size() > kKept) kept.pop_back();
+  }
+  return kept.front().second;
+}
+
+}  // namespace dgs::cuda

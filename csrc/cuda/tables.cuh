@@ -1,0 +1,44 @@
+// What a list of tensors becomes on the device: a table of its tensors and one of its chunks, which are sorted by
+// group. Made by kernels whose arguments carry the addresses, kept from call to call; tables.cu tells how.
+#pragma once
+
+#include "common.cuh"
+
+namespace dgs::cuda {
+
+constexpr int kListThreads = 256;  // so that AdamW's seven arrays find registers
+
+// What one block works on: consecutive elements of one tensor.
+template <typename T, bool Aligned>
+constexpr int64_t kChunk = int64_t(kListThreads) * kShare<T, Aligned>;
+
+struct Chunk {
+  int64_t offset;
+  int32_t tensor;
+  int32_t wide;  // whether it can be accessed 16 bytes at a time
+};
+
+struct Tables {
+  const ListTensor* tensors;   // sorted by group, otherwise in the order of the list
+  const Chunk* chunks;         // [num_chunks]
+  const int64_t* group_begin;  // [num_groups + 1]: a group's chunks are group_begin[g] to group_begin[g + 1]
+  void* partials;              // room for [num_chunks, group_sums] of the compute type
+  int64_t num_chunks, max_group_chunks;
+  bool aligned;  // whether every chunk of every tensor can be accessed 16 bytes at a time
+};
+
+struct KeptTables {
+  Tables device;
+  std::vector<int64_t> order;  // the table's tensors as places in the list
+  std::shared_ptr<void> memory;
+};
+
+// The tables of a list, or null and what went wrong. They are ready for what `stream` runs next; the caller keeps
+// them until it has enqueued that.
+std::shared_ptr<const KeptTables> tables_of(const TensorList&, const Allocate&, void* stream, const char*& error);
+
+// Copies `bytes`, a multiple of 16, to the device as kernel arguments: nothing on the host has to outlive the call,
+// pinned or not, and a captured graph contains them.
+const char* write_bytes(void* to, const void* from, int64_t bytes, void* stream);
+
+}  // namespace dgs::cuda
