@@ -13,7 +13,7 @@ from dgsnet.images import read_image
 from PIL import Image
 
 PATCHES = PreprocessConfig(mode="patches", image_size=32, patch_size=8, num_patches=16)
-CROP = PreprocessConfig(mode="crop", image_size=36, patch_size=8)
+CROP = PreprocessConfig(mode="crop", image_size=36, num_patches=25)
 
 
 class Roughness(torch.nn.Module):

@@ -133,9 +133,9 @@ def draw(result: Heatmap, image: np.ndarray, title: str = "") -> Figure:
         axes = figure.subplots()
         axes.imshow(0.4 + 0.6 * grey.repeat(3, axis=2))
         axes.add_patch(Rectangle((-0.5, -0.5), width, height, hatch="////", fill=False, linewidth=0))
-        axes.imshow(np.concatenate([painted, seen], axis=2), interpolation="nearest")
+        axes.imshow(np.concatenate([painted, seen], axis=2), interpolation="nearest", zorder=2)
         for left, top, right, bottom in result.boxes * scale - 0.5:
-            outline = Rectangle((left, top), right - left, bottom - top, fill=False, linewidth=0.6)
+            outline = Rectangle((left, top), right - left, bottom - top, fill=False, linewidth=0.6, zorder=3)
             axes.add_patch(outline)
         axes.set_axis_off()
         axes.set_title(title, loc="left")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 
 import numpy as np
 import torch
@@ -71,8 +72,8 @@ class Preprocessor:
     def boxes(self, image: np.ndarray, *, rng: np.random.Generator | None = None) -> tuple[Tensor, Tensor]:
         """Which part of an image every cell of its model input shows.
 
-        Cells are squares of patch_size: the mosaic's patches, or in mode "crop" a grid over the crop, whose
-        last row and column may be narrower.
+        Cells are the mosaic's patches, or in mode "crop" a grid of as many squares over the crop, the last
+        row and column of which may be narrower.
 
         Args:
             image, rng: as in calling the preprocessor; the same numbers are drawn from rng.
@@ -85,7 +86,7 @@ class Preprocessor:
             ImageError: as in calling the preprocessor.
         """
         pixels = torch.from_numpy(image).permute(2, 0, 1)
-        size, cell = self.config.image_size, self.config.patch_size
+        size, cell = self.config.image_size, -(-self.config.image_size // math.isqrt(self.config.num_patches))
         low = torch.arange(0, size, cell)
         top, left = (x.flatten() for x in torch.meshgrid(low, low, indexing="ij"))
         cells = torch.stack([left, top, (left + cell).clamp(max=size), (top + cell).clamp(max=size)], dim=1)
