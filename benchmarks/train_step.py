@@ -355,9 +355,6 @@ ABLATIONS: dict[str, Callable[[], None]] = {
     "attention by its formula": lambda: setattr(
         dgsnet_model, "_attention", lambda q, k, v, m: F.scaled_dot_product_attention(q, k, v, attn_mask=m)
     ),
-    "one pass before the first block": lambda: setattr(
-        DGSNet, "both_features", lambda self, x: (self.student_features(x), self.teacher_features(x))
-    ),
 }
 VARIANTS = {
     PUBLISHED: Variant("Official"),

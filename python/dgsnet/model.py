@@ -178,8 +178,10 @@ class DGSNet(nn.Module):
         """
         if labels is None:
             return self.logits(pixels)
+        teacher = self.teacher_features(pixels)  # first, while no activations are kept for backward
         return self.head(
-            *self.both_features(pixels),
+            self.student_features(pixels),
+            teacher,
             None if captions is None else self.text_features(captions),
             labels,
             **surgery,
@@ -187,31 +189,19 @@ class DGSNet(nn.Module):
 
     def student_features(self, pixels: Tensor) -> Tensor:
         """Features [N, D] of normalised images [N, 3, S, S], with adapters."""
-        return self._encode(self._embed(pixels))
+        return self._encode(pixels)
 
+    @torch.no_grad()
     def teacher_features(self, pixels: Tensor) -> Tensor:
         """Features [N, D] of normalised images [N, 3, S, S] from the tower without adapters; no gradient."""
-        return self._teach(self._embed(pixels))
+        with self._adapters_skipped():
+            return self._encode(pixels)
 
-    def both_features(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """Those of student and teacher; what comes before the first block is the same and computed once."""
-        tokens = self._embed(pixels)
-        teacher = self._teach(tokens)  # first, while no activations are kept for the student's backward
-        return self._encode(tokens), teacher
-
-    @torch.no_grad()
-    def _embed(self, pixels: Tensor) -> Tensor:
-        """What enters the first block, [N, L, width]; nothing in it is trained."""
-        return self.visual._embeds(pixels.to(self.visual.conv1.weight.dtype))
-
-    def _encode(self, tokens: Tensor) -> Tensor:
+    def _encode(self, pixels: Tensor) -> Tensor:
+        with torch.no_grad():  # nothing before the first block is trained
+            tokens = self.visual._embeds(pixels.to(self.visual.conv1.weight.dtype))
         pooled, _ = self.visual._pool(self.visual.transformer(tokens))
         return pooled if self.visual.proj is None else pooled @ self.visual.proj
-
-    @torch.no_grad()
-    def _teach(self, tokens: Tensor) -> Tensor:
-        with self._adapters_skipped():
-            return self._encode(tokens)
 
     @torch.no_grad()
     def text_features(self, captions: list[str]) -> Tensor:

@@ -304,7 +304,8 @@ class Step(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         if self.stage == HEAD or self.surgery is None:
             return self._one_branch(pixels, labels)
-        student, teacher = self.model.both_features(pixels)
+        teacher = self.model.teacher_features(pixels)  # first, while no activations are kept for backward
+        student = self.model.student_features(pixels)
         options = {k: getattr(self.surgery, k) for k in ("order", "eps", "reference_batch_size")}
         harmful = None
         with torch.autocast(pixels.device.type, enabled=False):  # heads and losses stay in fp32
