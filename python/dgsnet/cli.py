@@ -31,7 +31,8 @@ class Command:
 
 
 # A command is a function whose parameters become options by their types and docstring. Those in POSITIONAL
-# stand without a name; a list of strings takes one or more words. `train` alone has a configuration file.
+# stand without a name; a list of strings takes one or more words, a bool none, and is false without its name.
+# `train` alone has a configuration file.
 COMMANDS = {
     "train": Command("train a detector", "dgsnet.cli", "train_command"),
     "evaluate": Command("measure a detector on labelled images", "dgsnet.evaluation", "evaluate_command"),
@@ -117,9 +118,13 @@ def _arguments(name: str, command: Command) -> ArgumentParser:
     own = [
         parameter
         for parameter in inspect.signature(function, eval_str=True).parameters.values()
-        if parameter.name in POSITIONAL or parameter.annotation in LISTS
+        if parameter.name in POSITIONAL or parameter.annotation in (*LISTS, bool)
     ]
     for parameter in own:
+        if parameter.annotation is bool:
+            flag = f"--{parameter.name}"
+            parser.add_argument(flag, action="store_true", help=_parameter_help(function, parameter.name))
+            continue
         options = {"nargs": "+"} if parameter.annotation in LISTS else {}
         if parameter.name not in POSITIONAL:
             options["required"] = parameter.default is inspect.Parameter.empty
