@@ -16,11 +16,16 @@ from PIL import Image, UnidentifiedImageError
 MAX_PIXELS = 2**27
 MAX_SIDE = 2**17
 MAX_BYTES = 2**29
-# A progressive JPEG is decoded once per scan: encoders write about ten, an attacker thousands in few bytes.
+# A JPEG is gone through once per scan: encoders write about ten, an attacker thousands in few bytes.
 MAX_SCANS = 100
+MAX_SCANNED_PIXELS = 16 * MAX_PIXELS
 # Pillow makes Python objects, dozens of bytes each, of every value of these; encoders need some kilobytes.
 MAX_EXIF_BYTES = 2**22
 MAX_TIFF_VALUES = 2**20
+# Pillow reads the text of these, and leaves out their comments, in Python.
+MAX_PNM_HEADER = 2**16
+MAX_PNM_TEXT = 2**24
+MAX_PNM_COMMENTS = 100
 
 _JPEG = (".jfif", ".jp2", ".jpe", ".jpeg", ".jpg")
 _NETPBM = (".pbm", ".pgm", ".pnm", ".ppm")
@@ -151,6 +156,8 @@ def _decode(data: bytes) -> np.ndarray:
         _check_jpeg(data)
     elif data.startswith((b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")):
         _check_tiff(data)
+    elif re.match(rb"P[0-6fy]", data):
+        _check_pnm(data)
     with warnings.catch_warnings():
         # Pillow warns of odd metadata and of sizes that it calls suspicious; the limits here are its own.
         warnings.simplefilter("ignore")
@@ -163,41 +170,62 @@ _MARKER = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")
 
 
 def _check_jpeg(data: bytes) -> None:
-    """Refuse JPEGs that are decoded many times over, or whose EXIF data is no camera's."""
-    scans = exif = 0
+    """Refuse JPEGs that are gone through many times over, or whose EXIF data is no camera's."""
+    scans = exif = pixels = 0
     place = 2
     while found := _MARKER.search(data, place):
         kind, place = data[found.end() - 1], found.end()
         if kind == 0xD9:  # end of image
             break
         length = int.from_bytes(data[place : place + 2], "big")
+        if 0xC0 <= kind <= 0xCF and kind not in (0xC4, 0xC8, 0xCC):  # start of frame
+            height, width = (int.from_bytes(data[at : at + 2], "big") for at in (place + 3, place + 5))
+            pixels = max(pixels, height * width)
         scans += kind == 0xDA
         exif += length * (kind == 0xE1 and data.startswith(b"Exif", place + 2))
-        if scans > MAX_SCANS:
-            raise ImageError(f"a JPEG of more than {MAX_SCANS} scans")
+        if scans > MAX_SCANS or (scans > 1 and scans * pixels > MAX_SCANNED_PIXELS):
+            raise ImageError(f"a JPEG of more scans ({scans} and more) than an image of its size can need")
         if exif > MAX_EXIF_BYTES:
             raise ImageError(f"its EXIF data is larger than {MAX_EXIF_BYTES:,} bytes")
         place += length
 
 
 def _check_tiff(data: bytes) -> None:
-    """Refuse TIFFs whose directory alone would fill the memory."""
+    """Refuse TIFFs whose directory, or a tile of them that no image needs, would fill the memory."""
     order = "<" if data.startswith(b"II") else ">"
     big = b"+" in data[2:4]
-    offset, count, entry = ("8xQ", "Q", "HHQ8x") if big else ("4xL", "H", "HHL4x")
+    offset, count, entry = ("8xQ", "Q", "HHQ8s") if big else ("4xL", "H", "HHL4s")
+    tile = {322: 0, 323: 0}  # width and height
     try:
         (place,) = struct.unpack_from(order + offset, data)
         (tags,) = struct.unpack_from(order + count, data, place)
         place += struct.calcsize(order + count)
         values = 0
         for _ in range(tags):
-            _, kind, number = struct.unpack_from(order + entry, data, place)
+            tag, kind, number, value = struct.unpack_from(order + entry, data, place)
             place += struct.calcsize(order + entry)
             values += 1 if kind in (1, 2, 7) else number  # bytes, text and opaque data stay as they are
             if values > MAX_TIFF_VALUES:
                 raise ImageError(f"a TIFF directory of more than {MAX_TIFF_VALUES:,} values")
+            if tag in tile:
+                (tile[tag],) = struct.unpack_from(order + {3: "H", 16: "Q"}.get(kind, "L"), value)
+        if tile[322] * tile[323] > MAX_PIXELS:
+            raise ImageError(f"a TIFF with tiles of more than {MAX_PIXELS:,} pixels")
     except (struct.error, OverflowError):
         raise ImageError("cannot be decoded: the TIFF directory is cut off") from None
+
+
+def _check_pnm(data: bytes) -> None:
+    """Refuse PNM files whose text would keep Pillow busy for minutes: endless headers, texts and comments."""
+    numbers = 2 if data[1:2] in b"14" else 3  # width, height and, but for bitmaps, white
+    header = rb"P\w+(?:(?:\s|#[^\r\n]*[\r\n])+[0-9.+-]+){%d}" % numbers
+    if not re.match(header, data[:MAX_PNM_HEADER]):
+        raise ImageError(f"cannot be decoded: no PNM header in its first {MAX_PNM_HEADER:,} bytes")
+    if data[1:2] in b"123":
+        if len(data) > MAX_PNM_TEXT:
+            raise ImageError(f"a PNM text of more than {MAX_PNM_TEXT:,} bytes; make it a binary one")
+        if data.count(b"#") > MAX_PNM_COMMENTS:
+            raise ImageError(f"a PNM text of more than {MAX_PNM_COMMENTS} comments")
 
 
 def _too_large() -> str:
