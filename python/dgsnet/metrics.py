@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from dgsnet.calibration import THRESHOLD
+
 # The measures in the order of every table: key and column title.
 MEASURES = {
     "accuracy": "accuracy",
@@ -31,7 +33,6 @@ CALIBRATED_MEASURES = {
 }
 FALSE_POSITIVE_RATES = {"tpr_at_1": 0.01, "tpr_at_5": 0.05}
 ECE_BINS = 15
-THRESHOLD = 0.5
 CONFIDENCE = 0.95
 RESAMPLES = 1000
 # Elements of the largest temporary array: stays in cache or near it, whatever the number of images.
