@@ -8,33 +8,17 @@ import numpy as np
 import pytest
 import torch
 from dgsnet.calibration import calibrate
-from dgsnet.checkpoint import build_model, load_model, save_model
-from dgsnet.config import Config, ModelConfig, PreprocessConfig
+from dgsnet.checkpoint import load_model
 from dgsnet.detector import Detector, prepare_views
 from dgsnet.errors import UserError
 from dgsnet.images import read_image
 from PIL import Image
-
-PREPROCESS = {
-    "crop": PreprocessConfig(mode="crop", image_size=32),
-    "patches": PreprocessConfig(mode="patches", image_size=32, patch_size=8, num_patches=16),
-}
+from tiny import CROP, PATCHES, save_tiny
 
 
-@pytest.fixture(scope="module", params=list(PREPROCESS))
+@pytest.fixture(scope="module", params=[CROP, PATCHES], ids=["crop", "patches"])
 def run(request, tmp_path_factory):
-    """A model with random weights whose adapters and head are not at their initial zeros."""
-    torch.set_num_threads(1)
-    config = Config(
-        model=ModelConfig(name="dgsnet-tiny", pretrained="", lora_rank=2),
-        preprocess=PREPROCESS[request.param],
-    )
-    model = build_model(config, with_text=False)
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.trainable_parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) / 4)
-    return save_model(tmp_path_factory.mktemp("run") / "best", model, config).parent
+    return save_tiny(tmp_path_factory.mktemp("run"), request.param)
 
 
 @pytest.fixture(scope="module")

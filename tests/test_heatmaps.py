@@ -11,9 +11,14 @@ from dgsnet.detector import Detector
 from dgsnet.heatmaps import draw, heatmap, save
 from dgsnet.images import read_image
 from PIL import Image
+from tiny import PATCHES, save_tiny
 
-PATCHES = PreprocessConfig(mode="patches", image_size=32, patch_size=8, num_patches=16)
 CROP = PreprocessConfig(mode="crop", image_size=36, num_patches=25)
+
+
+@pytest.fixture(scope="module")
+def tiny_run(tmp_path_factory):
+    return save_tiny(tmp_path_factory.mktemp("run"))
 
 
 class Roughness(torch.nn.Module):
@@ -147,21 +152,3 @@ def test_names_that_no_file_system_takes(tiny_run, tmp_path):
     names = ["shard.tar/a/b:c?.jpg", "shard.tar/a/b:c*.jpg", "x" * 400 + ".jpg", "../../up.jpg", "\udcff.jpg"]
     written = {save(detector, name, image, tmp_path) for name in names}
     assert len(written) == len(names) and {path.parent for path in written} == {tmp_path}
-
-
-@pytest.fixture(scope="module")
-def tiny_run(tmp_path_factory):
-    from dgsnet.checkpoint import build_model, save_model
-    from dgsnet.config import ModelConfig
-
-    torch.set_num_threads(1)
-    config = Config(
-        model=ModelConfig(name="dgsnet-tiny", pretrained="", lora_rank=2),
-        preprocess=PreprocessConfig(mode="patches", image_size=32, patch_size=8, num_patches=16),
-    )
-    model = build_model(config, with_text=False)
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.trainable_parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) / 4)
-    return save_model(tmp_path_factory.mktemp("run") / "best", model, config).parent

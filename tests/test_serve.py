@@ -9,16 +9,15 @@ import sys
 import httpx
 import numpy as np
 import pytest
-import torch
-from dgsnet.checkpoint import build_model, save_calibration, save_model
+from dgsnet.checkpoint import save_calibration
 from dgsnet.cli import main
-from dgsnet.config import Config, ModelConfig, PreprocessConfig
 from dgsnet.detector import Detector
 from dgsnet.heatmaps import draw, heatmap
 from dgsnet.images import read_image
 from dgsnet.serve import RateLimit, create_app
 from fastapi.testclient import TestClient
 from PIL import Image
+from tiny import save_tiny
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 LIMIT = 2**16
@@ -26,17 +25,7 @@ LIMIT = 2**16
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    torch.set_num_threads(1)
-    config = Config(
-        model=ModelConfig(name="dgsnet-tiny", pretrained="", lora_rank=2),
-        preprocess=PreprocessConfig(mode="patches", image_size=32, patch_size=8, num_patches=16),
-    )
-    model = build_model(config, with_text=False)
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.trainable_parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) / 4)
-    return save_model(tmp_path_factory.mktemp("run") / "best", model, config).parent
+    return save_tiny(tmp_path_factory.mktemp("run"))
 
 
 @pytest.fixture(scope="module")
