@@ -174,6 +174,6 @@ def save(detector: Detector, name: str, image: np.ndarray, folder: str | Path) -
         method="logit minus logit with the patch painted over in its mean colour",
     )
     path.with_suffix(".json").write_text(text, encoding="utf-8", errors="backslashreplace")
-    title = f"{Path(name).name}: {detector.decide(probability)[0]}, {probability:.3f}"
+    title = f"{Path(name).name[-40:]}: {detector.decide(probability)[0]}, {probability:.3f}"
     draw(result, image, title.encode(errors="replace").decode()).savefig(path)
     return path
