@@ -272,7 +272,7 @@ def test_missing_captions_are_counted_with_the_remedy(captioned):
     assert one_line(error) and message.startswith(
         f"1 of 2 images have no caption, the first is {samples[1].path}"
     )
-    assert f"`dgsnet caption {root}`" in message and "captions none" in message
+    assert f"`dgsnet caption --data {root}`" in message and "captions none" in message
 
 
 @pytest.mark.parametrize(

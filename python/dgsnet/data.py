@@ -313,7 +313,7 @@ def attach_captions(samples: list[Sample], captions: str | Path, root: str | Pat
         looked = ", ".join(map(str, files)) or f"{root / CAPTIONS_FILE}, which does not exist"
         raise UserError(
             f"{len(missing)} of {len(samples)} images have no caption, the first is {missing[0]} (looked in "
-            f"{looked}); make captions with `dgsnet caption {root}`, or train without: captions none"
+            f"{looked}); make captions with `dgsnet caption --data {root}`, or train without: captions none"
         )
     return captioned
 
