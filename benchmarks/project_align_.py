@@ -44,11 +44,10 @@ def foreach(*tensors: Tensor) -> None:
     eager.project_align_(grads, harmful, beneficial, groups, sums, None, 0.2, 1e-6, 0, 0, 0)
 
 
-def loop(*tensors: Tensor) -> None:
+def loop(*tensors: Tensor, groups: list[int] | None = None) -> None:
     """One tensor after the other, the way optimiser loops are written at first."""
     grads, harmful, beneficial = ([t.float() for t in ts] for ts in lists(tensors, 3))
-    groups = layers(len(grads))
-    for layer in reference.layers(groups):
+    for layer in reference.layers(groups or layers(len(grads))):
         inner = square = 0.0
         for i in layer:
             grads[i] = grads[i] + 0.2 * beneficial[i].clamp(max=0)
@@ -60,9 +59,10 @@ def loop(*tensors: Tensor) -> None:
             tensors[i].copy_(grads[i] - inner / norm / norm * harmful[i])
 
 
-def formula(*tensors: Tensor) -> None:
+def formula(*tensors: Tensor, groups: list[int] | None = None) -> None:
     grads, harmful, beneficial = lists(tensors, 3)
-    results = reference.project_align_(grads, harmful, beneficial, layers(len(grads)), alignment=0.2)
+    groups = groups or layers(len(grads))
+    results = reference.project_align_(grads, harmful, beneficial, groups, alignment=0.2)
     for grad, result in zip(grads, results):
         grad.copy_(result)
 
