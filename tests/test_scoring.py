@@ -335,6 +335,10 @@ def test_rows_of_parquet_without_bytes(images, tmp_path):
     for item, reason in zip(items[1:], ["a link out of", "a link out of", "no image in", "no image in"]):
         with pytest.raises(Exception, match=f"{item.name}: {reason}"):
             item.read()
+    pq.write_table(pa.table({"image": [bytes(2**26 + 1), b"small"]}), tmp_path / "large.parquet")
+    large, small = find_items([str(tmp_path / "large.parquet")])
+    assert large.error.startswith("larger than 67,108,864 bytes") and large.data is None
+    assert small.data == b"small"
     pq.write_table(pa.table({"a": [b""], "b": [b""]}), tmp_path / "two.parquet")
     [item] = find_items([str(tmp_path / "two.parquet")])
     assert "several columns of bytes (a, b); call the one of the images image" in item.error

@@ -77,10 +77,11 @@ def score(
         ...     print(row.path, row.decision)
     """
     items = iter(items)
-    first = list(itertools.islice(items, MIN_IMAGES_FOR_WORKERS))
-    if workers is None and len(first) < MIN_IMAGES_FOR_WORKERS:
-        workers = 0
-    items = itertools.chain(first, items)
+    if workers is None:
+        # As Detector.stream chooses for lists.
+        first = list(itertools.islice(items, MIN_IMAGES_FOR_WORKERS))
+        workers = 0 if len(first) < MIN_IMAGES_FOR_WORKERS else None
+        items = itertools.chain(first, items)
     waiting: deque[Item] = deque()
 
     def answers() -> Iterator[tuple[Item, float, str]]:

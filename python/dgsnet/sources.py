@@ -16,8 +16,9 @@ import numpy as np
 
 from dgsnet.errors import UserError
 
-# Parquet rows read at a time: images of a few megabytes must not add up.
-PARQUET_ROWS = 16
+# Images in Parquet are held, and sent between processes, as they are: large ones must not add up.
+PARQUET_ROWS = 1
+MAX_PARQUET_BYTES = 2**26
 # No header of an honest tar comes near this; a hostile one can claim to be as large as the file.
 MAX_TAR_HEADER = 2**20
 
@@ -359,6 +360,10 @@ def _parquet_item(name: str, value: bytes | dict[str, Any] | None, folder: str) 
     if not isinstance(value, dict):
         value = {"bytes": value}
     if value["bytes"] is not None:
+        if len(value["bytes"]) > MAX_PARQUET_BYTES:
+            return Item(
+                name, error=f"larger than {MAX_PARQUET_BYTES:,} bytes, the most of an image in Parquet"
+            )
         return Item(name, data=value["bytes"])
     if path := value.get("path"):
         return Item(name, os.path.join(folder, path), folder or ".")
