@@ -112,12 +112,12 @@ def sharded(granularity):
     return fsdp2
 
 
-def shard(kind, granularity="tensor"):
+def shard(kind, granularity="tensor", **options):
     model = Net()
     mesh = init_device_mesh("cpu", (2,))
     fully_shard(model.backbone, mesh=mesh)
     fully_shard(model, mesh=mesh)
-    options = {} if kind == "features" else {"model": model, "granularity": granularity}
+    options = {} if kind == "features" else {"model": model, "granularity": granularity, **options}
     return model, Hook(kind, model, **options)
 
 
@@ -131,6 +131,18 @@ def fsdp2_no_sync(kind, rank):
         model.set_requires_gradient_sync(True)
 
     return train(hook, model, rank, parts=2, unsynced=unsynced)
+
+
+def fsdp2_scaler(kind, rank):
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    model, hook = shard(kind, scaler=scaler)
+    for step in range(STEPS):
+        mine = batch(step).part(rank, 2)
+        hook.backward(model, mine, backward=lambda loss: scaler.scale(loss).backward())
+        scaler.step(hook.optimizer)
+        scaler.update()
+        hook.optimizer.zero_grad()
+    return weights(model)
 
 
 def fsdp2_task_unreduced(kind, rank):
@@ -161,6 +173,7 @@ SCENARIOS = {
     "fsdp2": sharded("tensor"),
     "fsdp2_layer": sharded("layer"),
     "fsdp2_model": sharded("model"),
+    "fsdp2_scaler": fsdp2_scaler,
     "fsdp2_no_sync": fsdp2_no_sync,
     "fsdp2_task_unreduced": fsdp2_task_unreduced,
     "fsdp2_without_model": fsdp2_without_model,

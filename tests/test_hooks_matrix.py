@@ -56,6 +56,7 @@ LOOPS = {
     "ddp_one_forward": "the same, the task's first, with `process_group=`",
     "ddp_captures": "DDP, references not through the wrapper",
     "fsdp2": "FSDP2",
+    "fsdp2_scaler": "FSDP2 with `GradScaler`",
     "fsdp2_no_sync": "FSDP2, `set_requires_gradient_sync(False)`",
     "fsdp2_without_model": "FSDP2, hook not told of the model",
     "accelerate": "accelerate, accumulation and clipping",
@@ -358,6 +359,7 @@ def test_two_ranks(two_ranks, kind, loop, scenarios):
             ["fsdp2_no_sync", "fsdp2_task_unreduced"],
             "do not call set_requires_gradient_sync(False)",
         ),
+        ("fsdp2_scaler", ["fsdp2_scaler"], "train in bfloat16"),
         ("fsdp2_without_model", ["fsdp2_without_model"], "need model="),
     ],
 )
@@ -366,9 +368,10 @@ def test_two_ranks_refused(two_ranks, kind, loop, scenarios, remedy):
         is_refused(loop, kind, two_ranks[scenario, kind], remedy)
 
 
-def test_features_do_not_care_how_gradients_are_reduced(two_ranks):
-    assert_same(two_ranks["fsdp2_no_sync", "features"], plain("features"))
-    works("fsdp2_no_sync", "features")
+@pytest.mark.parametrize("loop", ["fsdp2_no_sync", "fsdp2_scaler"])
+def test_features_do_not_care_how_gradients_are_reduced(two_ranks, loop):
+    assert_same(two_ranks[loop, "features"], plain("features"))
+    works(loop, "features")
 
 
 @hooks
