@@ -33,7 +33,7 @@ EXTENSIONS = frozenset({".avif", ".bmp", ".gif", ".png", ".tif", ".tiff", ".webp
 
 # Only these decoders: others that Pillow knows start programs (EPS) or make pictures of other data.
 Image.init()
-FORMATS = [
+FORMATS: list[str] = [
     name
     for name in ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
     if name in Image.OPEN
@@ -81,15 +81,14 @@ def read_image(
         >>> read_image(file.getvalue()).shape
         (2, 4, 3)
     """
-    in_memory = isinstance(source, bytes | np.ndarray | Image.Image)
     if name is None:
-        name = "image" if in_memory else os.fsdecode(source)
+        name = "image" if isinstance(source, bytes | np.ndarray | Image.Image) else os.fsdecode(source)
     try:
         if isinstance(source, Image.Image):
             return _to_rgb(source)
         if isinstance(source, np.ndarray):
             return _to_rgb(Image.fromarray(source))
-        return _decode(source if in_memory else read_file(source))
+        return _decode(source if isinstance(source, bytes) else read_file(source))
     except ImageError as error:
         raise ImageError(f"{name}: {error}") from None
     except UnidentifiedImageError:
@@ -253,7 +252,7 @@ def _to_rgb(image: Image.Image) -> np.ndarray:
         if wide is not None:
             rgb[top:end] = np.rint(wide[top:end, :, None] * (255 / white))
         else:
-            rgb[top:end] = _opaque(image.crop((0, top, width, end)))
+            rgb[top:end] = np.asarray(_opaque(image.crop((0, top, width, end))))
     return rgb
 
 
