@@ -15,8 +15,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dgs_kernels.ops.eager import projection
-from dgs_kernels.ops.project_align_ import SUMS, run
-from dgs_kernels.reference import ORDERS, RULES, compute_dtype
+from dgs_kernels.ops.project_align_ import SUMS, run, sums_dtype
+from dgs_kernels.reference import ORDERS, RULES
 
 GRANULARITIES = ("tensor", "layer", "model")
 
@@ -76,8 +76,7 @@ class Work:
         return [p for shard in self.shards.values() for p in shard.params]
 
     def empty_sums(self) -> Tensor:
-        shards = self.shards.values()
-        dtype = compute_dtype(*(t for s in shards for t in (*s.grads, *s.harmful, *s.beneficial)))
+        dtype = sums_dtype(*(ts for s in self.shards.values() for ts in (s.grads, s.harmful, s.beneficial)))
         return torch.zeros(len(self.layers), SUMS, dtype=dtype, device=next(iter(self.shards))[0])
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from itertools import product
 
 import numpy as np
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from test_project_align import exact
 from torch.library import opcheck
 
-from dgs_kernels import project_align_, reference
+from dgs_kernels import backends, project_align_, reference
 from dgs_kernels.ops.project_align_ import run
 from dgs_kernels.reference import ORDERS, RULES
 
@@ -71,6 +72,24 @@ def test_accuracy(backend, dtype, order, rule, nan_filled):
         eps = 1e-12 if dtype == torch.float64 else 2e-5
         scale = torch.stack([want[:, [1, 2, 4]].sum(1)] * 6, 1)
         assert ((sums.double() - want).abs() <= eps * scale).all()
+
+
+@everywhere
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_layers_too_large_for_one_thread_or_cluster(backend, dtype, nan_filled):
+    """They take two passes, each by all threads or blocks; the number of threads changes no bit."""
+    shapes, groups = ((140001,), (7,), (300, 700), (3, 41)), (0, 1, 1, 2)
+    grads, harmful, beneficial = (draw(shapes, dtype, backend, seed=seed) for seed in range(3))
+    out, again = clones(grads), clones(grads)
+    sums = project_align_(out, harmful, beneficial, groups=groups, alignment=0.7)
+    assert_accurate(out, grads, harmful, beneficial, groups, alignment=0.7)
+    want = reference.layer_sums(doubles(grads), doubles(harmful), doubles(beneficial), groups, "positive")
+    torch.testing.assert_close(sums.double(), want, rtol=1e-4, atol=1e-2)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(3 - min(threads, 2))
+    project_align_(again, harmful, beneficial, groups=groups, alignment=0.7)
+    torch.set_num_threads(threads)
+    assert all(map(torch.equal, out, again)) or os.environ[backends.VARIABLE] == "eager"
 
 
 @everywhere
@@ -263,7 +282,7 @@ def test_leaves_the_graph_alone():
         ({"beneficial": draw(SHAPES[1:])}, "beneficial must have 9 tensors"),
         (
             {"harmful": [torch.zeros(s, dtype=torch.int32) for s in SHAPES]},
-            "floating-point tensors, got torch.int32",
+            "harmful must be of torch.float32, .*, got torch.int32",
         ),
         ({"harmful": [torch.zeros(s, device="meta") for s in SHAPES]}, "harmful has a tensor on meta"),
         ({"groups": [0, 1]}, "groups must name the layer of 9 tensors, got 2"),
@@ -277,6 +296,55 @@ def test_errors(change, message):
     arguments = {"grads": draw(), "harmful": draw(seed=1)} | change
     with pytest.raises((ValueError, TypeError), match=message):
         project_align_(arguments.pop("grads"), arguments.pop("harmful"), **arguments)
+
+
+def test_types_that_no_kernel_computes_in_are_refused():
+    grads = [torch.zeros(3, dtype=torch.float8_e5m2)]
+    with pytest.raises(TypeError, match=r"grads must be of torch.float32, .*, got torch.float8_e5m2"):
+        project_align_(grads, grads)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["triton", "cuda"])
+def test_graph_capture(name, monkeypatch):
+    """A captured call works on what its tensors hold at each replay, whatever was called in between."""
+    monkeypatch.setenv(backends.VARIABLE, name)
+    lists = [draw(device="cuda", seed=seed) for seed in range(3)]
+    fresh, others = clones(lists[0]), [draw(device="cuda", seed=seed) for seed in range(3, 6)]
+
+    def call(grads, harmful, beneficial):
+        return project_align_(grads, harmful, beneficial, groups=GROUPS, alignment=0.4)
+
+    want = clones(fresh)
+    want_sums = call(want, *lists[1:])
+    call(*lists)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        sums = call(*lists)
+    for _ in range(2):
+        torch._foreach_copy_(lists[0], fresh)
+        call(*others)
+        sums.fill_(torch.nan)
+        graph.replay()
+        assert torch.equal(sums, want_sums)
+        assert all(map(torch.equal, lists[0], want))
+
+
+@pytest.mark.gpu
+def test_tensors_made_under_capture(monkeypatch):
+    """As in a graph of a whole step, whose gradients live in the graph's memory."""
+    monkeypatch.setenv(backends.VARIABLE, "cuda")
+    sources = [draw(device="cuda", seed=seed) for seed in range(3)]
+    want = clones(sources[0])
+    project_align_(want, *sources[1:], groups=GROUPS)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        grads, harmful, beneficial = ([t * 1 for t in tensors] for tensors in sources)
+        project_align_(grads, harmful, beneficial, groups=GROUPS)
+        results = [g * 1 for g in grads]
+    for _ in range(2):
+        graph.replay()
+        assert all(map(torch.equal, results, want))
 
 
 def test_sparse_gradients_are_refused():

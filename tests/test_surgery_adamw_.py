@@ -203,7 +203,7 @@ def test_optimizer_equals_hook_and_adamw(backend, order, rule):
         (0, draw(SHAPES[::-1]), "params must have the shapes of grads"),
         (2, draw(SHAPES[:2]), "exp_avgs must have the shapes of grads"),
         (3, [t.to("meta") for t in draw()], "exp_avg_sqs must be on cpu"),
-        (4, [torch.zeros(1)] * len(SHAPES), "steps must be 9 0-dim tensors on the CPU"),
+        (4, [torch.zeros(1)] * len(SHAPES), "steps must be 9 0-dim float tensors on the CPU"),
         (5, draw(SHAPES[:2]), "harmful must have 9 tensors"),
     ],
 )
@@ -212,6 +212,35 @@ def test_errors(place, value, message):
     lists[place] = value
     with pytest.raises(ValueError, match=message):
         call(lists)
+
+
+@everywhere
+def test_tensors_may_have_taken_different_steps(backend):
+    lists, dtype = drawn(backend), torch.float64
+    for i, step in enumerate(lists[4]):
+        step.fill_(i * i)
+    grads = reference.project_align_(
+        *(doubles(lists[i]) for i in (1, 5, 6)), GROUPS, alignment=0.7, order="align_first", rule="positive"
+    )
+    tensors = zip(doubles(lists[0]), grads, doubles(lists[2]), doubles(lists[3]), lists[4])
+    want = [
+        reference.adamw_step(p, g, m, v, int(step) + 1, **HYPER)[0].to(dtype) for p, g, m, v, step in tensors
+    ]
+    call(lists)
+    assert [int(step) for step in lists[4]] == [i * i + 1 for i in range(len(GROUPS))]
+    for out, w in zip(lists[0], want):
+        torch.testing.assert_close(out.double(), w, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.gpu
+def test_capture_is_refused():
+    """Steps are counted on the host."""
+    lists = drawn("cuda")
+    call(lists)
+    sums = torch.zeros(max(GROUPS) + 1, 6, device="cuda")
+    graph = torch.cuda.graph(torch.cuda.CUDAGraph())
+    with pytest.raises(RuntimeError, match="steps are counted on the host"), graph:
+        call(lists, sums=sums)
 
 
 def test_sums_alone_are_not_its_business():

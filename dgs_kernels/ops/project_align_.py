@@ -37,10 +37,11 @@ import torch
 from torch import Tensor
 
 from dgs_kernels import backends
-from dgs_kernels.reference import ORDERS, RULES, compute_dtype
+from dgs_kernels.reference import ORDERS, RULES
 
 PARTS = ("all", "sums", "apply")
 SUMS = 6
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _KIND = operator.attrgetter("device", "dtype", "layout")
 
 _library = torch.library.Library("dgs", "FRAGMENT")
@@ -95,7 +96,8 @@ def project_align_(
         alignment, scale = 1.0, alignment
     layers, count = number_layers(groups, len(grads))
     device = grads[0].device if len(grads) else None
-    sums = torch.zeros(count, SUMS, dtype=compute_dtype(*grads, *harmful, *(beneficial or ())), device=device)
+    dtype = sums_dtype(grads, harmful, beneficial or ())
+    sums = torch.zeros(count, SUMS, dtype=dtype, device=device)
     with torch.no_grad():
         run(grads, harmful, beneficial or (), layers, sums, scale, alignment, eps, order, rule)
     return sums
@@ -104,6 +106,11 @@ def project_align_(
 def run(grads, harmful, beneficial, layers, sums, scale, alignment, eps, order, rule, part="all") -> None:
     """The operator, without its checks where there is nobody to mislead: see the contract above."""
     _op(list(grads), list(harmful), list(beneficial), layers, sums, scale, alignment, eps, order, rule, part)
+
+
+def sums_dtype(*lists: Sequence[Tensor]) -> torch.dtype:
+    """float64 if any tensor is, else float32: of the tensors that `check` lets through their common type."""
+    return torch.float64 if torch.float64 in {t.dtype for ts in lists for t in ts} else torch.float32
 
 
 def number_layers(groups: Sequence[int] | None, count: int) -> tuple[list[int], int]:
@@ -142,8 +149,8 @@ def check(name, grads, harmful, beneficial, groups, sums, scale, eps, order, rul
         for device, dtype, layout in set(map(_KIND, tensors)):
             if device != sums.device:
                 raise ValueError(f"{name}: {what} has a tensor on {device}; all must be on {sums.device}")
-            if not dtype.is_floating_point:
-                raise TypeError(f"{name}: {what} must be floating-point tensors, got {dtype}")
+            if dtype not in DTYPES:
+                raise TypeError(f"{name}: {what} must be of {', '.join(map(str, DTYPES))}, got {dtype}")
             if layout != torch.strided:
                 raise TypeError(f"{name}: {what} must be dense tensors, not sparse ones")
     if len(groups) != len(grads) or (groups and not 0 <= min(groups) <= max(groups) < len(sums)):
@@ -184,10 +191,6 @@ def in_a_row(tensors: Sequence[Tensor]) -> list[Tensor]:
     return [t if t.is_contiguous() else t.as_strided((t.numel(),), (1,)) for t in tensors]
 
 
-def refuse(name: str, dtype: torch.dtype) -> None:
-    raise TypeError(f"{name}: expected float32, float64, bfloat16 or float16 tensors, got {dtype}")
-
-
 def _kernel(grads, harmful, beneficial, groups, sums, scale, alignment, eps, order, rule, part) -> None:
     serve = backends.implementation("project_align_", sums.device.type)
     options = (alignment, eps, *codes(order, rule, part))
@@ -203,8 +206,8 @@ def _kernel(grads, harmful, beneficial, groups, sums, scale, alignment, eps, ord
     work = dense(grads)
     work = common_layout(dtype, work, work)
     lists = (work, common_layout(dtype, harmful, work), common_layout(dtype, beneficial, work))
-    if serve(*map(in_a_row, lists), groups, sums, scale, *options) is False:
-        refuse("project_align_", dtype)
+    served = serve(*map(in_a_row, lists), groups, sums, scale, *options)
+    assert served is not False, "a native operator takes what has been checked and laid out"
     if part != "sums":
         for grad, edited in zip(grads, work):
             if edited is not grad:

@@ -30,7 +30,7 @@ from __future__ import annotations
 import torch
 
 from dgs_kernels import backends
-from dgs_kernels.ops.project_align_ import check, codes, common_layout, dense, in_a_row, refuse
+from dgs_kernels.ops.project_align_ import check, codes, common_layout, dense, in_a_row
 
 _library = torch.library.Library("dgs", "FRAGMENT")
 _library.define(
@@ -54,8 +54,11 @@ def _check(params, grads, exp_avgs, exp_avg_sqs, steps, harmful, beneficial, gro
             raise ValueError(f"{name}: {what} must have the shapes of grads")
         if {t.device for t in tensors} - {sums.device}:
             raise ValueError(f"{name}: {what} must be on {sums.device}")
-    if len(steps) != len(grads) or any(s.dim() or s.device.type != "cpu" for s in steps):
-        raise ValueError(f"{name}: steps must be {len(grads)} 0-dim tensors on the CPU")
+    counts = (torch.float32, torch.float64)
+    if len(steps) != len(grads) or any(
+        s.dim() or s.device.type != "cpu" or s.dtype not in counts for s in steps
+    ):
+        raise ValueError(f"{name}: steps must be {len(grads)} 0-dim float tensors on the CPU")
 
 
 def _kernel(params, grads, exp_avgs, exp_avg_sqs, steps, harmful, beneficial, groups, sums, *rest) -> None:
@@ -83,8 +86,8 @@ def _kernel(params, grads, exp_avgs, exp_avg_sqs, steps, harmful, beneficial, gr
     read = [common_layout(dtype, tensors, work) for tensors in (grads, harmful, beneficial)]
     params_, exp_avgs_, exp_avg_sqs_, grads_, harmful_, beneficial_ = map(in_a_row, (*written, *read))
     ready = (params_, grads_, exp_avgs_, exp_avg_sqs_, steps, harmful_, beneficial_, groups, sums, scale)
-    if serve(*ready, *options) is False:
-        refuse("surgery_adamw_", dtype)
+    served = serve(*ready, *options)
+    assert served is not False, "a native operator takes what has been checked and laid out"
     for tensors, results in zip(lists, written):
         for tensor, result in zip(tensors, results):
             if result is not tensor:
