@@ -7,7 +7,7 @@ from itertools import product
 import pytest
 import torch
 from conftest import on_backends
-from test_project_align_ import GROUPS, SHAPES, clones, doubles, draw
+from test_project_align_ import GROUPS, SHAPES, assert_wide, clones, doubles, draw, triton_machine_code
 from torch.library import opcheck
 
 from dgs_kernels import OptimizerSurgery, SurgeryAdamW, project_align_, reference
@@ -259,3 +259,12 @@ def test_reference_is_adamw():
         optimizer.step()
         state = [reference.adamw_step(p, g * step, m, v, step, **HYPER) for (p, m, v), g in zip(state, grads)]
     torch.testing.assert_close([p.detach() for p in parameters], [p for p, _, _ in state], rtol=1e-14, atol=0)
+
+
+def test_triton_machine_code():
+    """Compiled for GPUs that are not here. Alone stand: entries of the tables, rates, sums, the scale."""
+    kernels = triton_machine_code("surgery_adamw_")
+    assert len(kernels) == 4
+    for name, kernel in kernels.items():
+        rows = 2 if "fp32" in name else 1
+        assert_wide(kernel, wide_loads=6 * rows, wide_stores=3 * rows, scalar_loads=16)

@@ -30,7 +30,6 @@ def _step_kernel(
     lerp: tl.float64,
     beta2: tl.float64,
     rest2: tl.float64,
-    eps: tl.float64,
     HAS_BENEFICIAL: tl.constexpr,
     ORDER: tl.constexpr,
     RULE: tl.constexpr,
@@ -43,11 +42,12 @@ def _step_kernel(
 ):
     tensor, layer, begin, end, numel = _chunk(chunks_ptr, chunks, CHUNK)
     one = tl.full((), 1.0, tl.float64)
-    # Behind the addresses: -lr / (1 - beta1^step) and sqrt(1 - beta2^step) of each tensor, as float64.
-    corrections_ptr = table_ptr + (6 if HAS_BENEFICIAL else 5) * tensors + tensor
-    step_size = tl.load(corrections_ptr).to(tl.float64, bitcast=True).to(ACC)
-    correction = tl.load(corrections_ptr + tensors).to(tl.float64, bitcast=True).to(ACC)
-    decay, lerp, eps = (one * decay).to(ACC), (one * lerp).to(ACC), (one * eps).to(ACC)
+    # Behind the addresses, as float64: with root = sqrt(1 - beta2^step) of each tensor, its
+    # -lr / (1 - beta1^step) * root and eps * root, so that one division does for the two of the formula.
+    rates_ptr = table_ptr + (6 if HAS_BENEFICIAL else 5) * tensors + tensor
+    step_size = tl.load(rates_ptr).to(tl.float64, bitcast=True).to(ACC)
+    eps = tl.load(rates_ptr + tensors).to(tl.float64, bitcast=True).to(ACC)
+    decay, lerp = (one * decay).to(ACC), (one * lerp).to(ACC)
     beta2, rest2 = (one * beta2).to(ACC), (one * rest2).to(ACC)
 
     grad = _pointer(table_ptr, tensors, 0, tensor, TYPE, ALIGNED)
@@ -72,7 +72,7 @@ def _step_kernel(
         m += lerp * (g - m)
         v = v * beta2 + rest2 * g * g
         p = _read(param, at, numel, ACC, TAILS) * decay
-        p += step_size * (m / (tl.sqrt(v) / correction + eps))
+        p += step_size * m / (tl.sqrt(v) + eps)
         _write(exp_avg, at, numel, m, TAILS)
         _write(exp_avg_sq, at, numel, v, TAILS)
         _write(param, at, numel, p, TAILS)
@@ -103,7 +103,8 @@ def surgery_adamw_(
 ) -> None:
     torch._foreach_add_(steps, 1)
     counts = [step.item() for step in steps]
-    corrections = [-lr / (1 - beta1**n) for n in counts] + [(1 - beta2**n) ** 0.5 for n in counts]
+    roots = [(1 - beta2**n) ** 0.5 for n in counts]
+    rates = [-lr / (1 - beta1**n) * root for n, root in zip(counts, roots)] + [eps * root for root in roots]
     cut = layers.plan(grads, groups)
     pointers, aligned = layers.addresses(grads, harmful, beneficial, params, exp_avgs, exp_avg_sqs)
     constants = {
@@ -114,7 +115,7 @@ def surgery_adamw_(
         "ALIGNED": aligned,
         "TAILS": cut.tails,
     }
-    as_integers = torch.tensor(corrections, dtype=torch.float64).view(torch.int64).tolist()
+    as_integers = torch.tensor(rates, dtype=torch.float64).view(torch.int64).tolist()
     with torch.cuda.device_of(sums):
         table = layers.upload(pointers + as_integers, sums.device)
         if part != 2:
@@ -134,7 +135,6 @@ def surgery_adamw_(
                 1 - beta1,
                 beta2,
                 1 - beta2,
-                eps,
                 **constants,
                 ORDER=order,
                 MAXIMIZE=maximize,
