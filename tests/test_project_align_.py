@@ -381,7 +381,7 @@ def assert_wide(kernel, *, wide_loads, wide_stores, scalar_loads, scalar_stores=
 
 
 def test_triton_machine_code():
-    """Compiled for GPUs that are not here. Alone stand: entries of the tables, the group's sums, the scale."""
+    """Compiled for GPUs that are not here. Alone stand: table entries, the group's sums, the scale."""
     kernels = triton_machine_code("project_align_")
     assert len(kernels) == 8
     for name, kernel in kernels.items():
