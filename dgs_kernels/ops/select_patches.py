@@ -18,8 +18,8 @@ def select_patches(
     """Tile the patches of lowest and highest spectral entropy, shuffled, into a square mosaic.
 
     Of n patches floor(24 n / 49) are the lowest and the rest the highest (24 and 25 of 49, as in DGS-Net);
-    equal entropies keep row-major order. The chosen patches are shuffled by a permutation that depends on
-    the seed alone. An image with fewer than n patches is first enlarged (see enlarged_size).
+    equal entropies (to 2^-20 bits) keep row-major order. The chosen patches are shuffled by a permutation
+    that depends on the seed alone. An image with fewer than n patches is first enlarged (see enlarged_size).
 
     Args:
         images: [B, 3, H, W] RGB, uint8 in 0..255 or floating point in 0..1; cut from the bottom and the
@@ -59,8 +59,8 @@ def selected_boxes(
         images, patch_size, num_patches, seed: as in select_patches.
 
     Returns:
-        float64 [B, n, 4], cell by cell in row-major order: left, top, right, bottom in pixels of the images as
-        given, with fractions where they had to be enlarged.
+        float64 [B, n, 4], cell by cell in row-major order: left, top, right, bottom in pixels of the images
+        as given, with fractions where they had to be enlarged.
 
     Raises:
         ValueError: as select_patches.
@@ -100,13 +100,18 @@ def _select(
     height, width = enlarged_size(*images.shape[2:], patch_size, num_patches)
     if (height, width) != tuple(images.shape[2:]):
         images = resize_bicubic(images, height, width)
-    order = spectral_entropy(images, patch_size).argsort(dim=1, stable=True)
+    order = _ranks(spectral_entropy(images, patch_size)).argsort(dim=1, stable=True)
     low = 24 * num_patches // 49
     chosen = torch.cat([order[:, :low], order[:, order.shape[1] - (num_patches - low) :]], dim=1)
     # In row-major order before the shuffle, so that the mosaic depends on which patches are chosen and not
     # on how rounding ranks two of them.
     chosen = chosen.sort(dim=1).values
     return images, chosen.gather(1, permutations(seeds, num_patches).expand(batch, -1))
+
+
+def _ranks(entropy: Tensor) -> Tensor:
+    """Entropies to 2^-20 bits: what differs by rounding, as flat patches of different grey do, is equal."""
+    return (entropy * 2**20).round_()
 
 
 def cut_patches(image: Tensor, patch_size: int = 32, num_patches: int = 49) -> Tensor:
@@ -158,7 +163,7 @@ def mosaics(patches: Tensor, counts: Tensor, num_patches: int = 49, *, seeds: Te
     device = patches.device
     image = torch.arange(len(counts), device=device).repeat_interleave(counts, output_size=len(patches))
     entropy = spectral_entropy(patches.permute(0, 3, 1, 2), patches.shape[1])[:, 0]
-    order = entropy.argsort(stable=True)
+    order = _ranks(entropy).argsort(stable=True)
     order = order[image[order].argsort(stable=True)]  # by image, then by entropy, then by place
     ends = counts.cumsum(0)[:, None]
     low, kept = 24 * num_patches // 49, torch.arange(num_patches, device=device)
