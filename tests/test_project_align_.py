@@ -267,6 +267,19 @@ def test_compiles_in_one_graph():
     )
 
 
+def test_fake_tensors():
+    """Shapes alone, as tracers see them; and no compiler ever sees the native operator."""
+    with torch._subclasses.FakeTensorMode() as mode:
+        lists = [[mode.from_tensor(t) for t in draw(SHAPES[:3], seed=seed)] for seed in range(3)]
+        assert project_align_(*lists, groups=GROUPS[:3]).shape == (2, 6)
+    seen = []
+    step = torch.compile(lambda g, h: project_align_([g * 2], [h]), backend=lambda m, _: seen.append(m) or m)
+    step(torch.ones(3), torch.ones(3))
+    (graph,) = seen
+    targets = {str(node.target) for node in graph.graph.nodes}
+    assert "dgs.project_align_.default" in targets and not any("dgs_native" in t for t in targets)
+
+
 def test_leaves_the_graph_alone():
     """Gradients of parameters that require grad, and directions that do, are edited without a graph."""
     grads = [torch.randn(4)]

@@ -2,6 +2,7 @@
 // core's cache is summed and then edited by one thread: memory is read once. Larger layers take two passes over
 // their blocks, each by all threads, one layer after the other so that a shared cache may still hold it.
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <numeric>
 #include <vector>
@@ -15,6 +16,19 @@ namespace {
 
 constexpr int64_t small_layer = 131072;  // elements; three float streams of it are 1.5 MiB
 constexpr int64_t work_per_thread = 16384;
+
+// body(i) for i from 0 to count, `grain` at a time by whichever thread comes first: a thread that has to be woken,
+// which takes as long as tens of small tensors, finds less to do instead of keeping the others waiting.
+template <typename Body>
+void in_turns(ParallelFor parallel_for, int64_t count, int64_t grain, Body body) {
+  std::atomic<int64_t> next = 0;
+  auto work = [&] {
+    for (int64_t begin; (begin = next.fetch_add(grain)) < count;)
+      for (int64_t i = begin; i < std::min(count, begin + grain); ++i) body(i);
+  };
+  using Work = decltype(work);
+  parallel_for(count, grain, [](int64_t, int64_t, void* mine) { (*static_cast<Work*>(mine))(); }, &work);
+}
 
 // Vector lanes inside a block, double over blocks in their order: no thread count changes the result.
 struct Sums {
@@ -140,7 +154,7 @@ class Layers {
       }
     if (!small.empty()) {
       const int64_t count = small.size(), each = std::max<int64_t>(1, work / count);
-      parallel(parallel_for, count, std::max<int64_t>(1, work_per_thread / each),
+      in_turns(parallel_for, count, std::max<int64_t>(1, work_per_thread / each),
                [&](int64_t i) { small_layer_of(small[i]); });
     }
     for (int64_t group = 0; group < list_.num_groups; ++group)
@@ -195,7 +209,7 @@ class Layers {
     const int64_t count = blocks.size(), grain = work_per_thread / list_block;
     if (list_.part != Part::apply) {
       std::vector<Sums> parts(count);
-      parallel(parallel_for, count, grain,
+      in_turns(parallel_for, count, grain,
                [&](int64_t i) { parts[i] = sums_of(*blocks[i].tensor, blocks[i].at, blocks[i].size); });
       Sums total;
       for (const Sums& part : parts) total += part;
@@ -203,7 +217,7 @@ class Layers {
     }
     if (list_.part == Part::sums) return;
     const double k = coefficient(group);
-    parallel(parallel_for, count, grain, [&](int64_t i) {
+    in_turns(parallel_for, count, grain, [&](int64_t i) {
       apply_({*blocks[i].tensor, blocks[i].at, blocks[i].size, alignment_, k}, context_);
     });
   }

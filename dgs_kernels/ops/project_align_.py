@@ -104,8 +104,12 @@ def project_align_(
 
 
 def run(grads, harmful, beneficial, layers, sums, scale, alignment, eps, order, rule, part="all") -> None:
-    """The operator, without its checks where there is nobody to mislead: see the contract above."""
-    _op(list(grads), list(harmful), list(beneficial), layers, sums, scale, alignment, eps, order, rule, part)
+    """`dgs::project_align_`, but past it, which would pass all tensors along twice, where a native operator
+    takes them as they are."""
+    lists = (list(grads), list(harmful), list(beneficial))
+    arguments = (*lists, layers, sums, scale, alignment, eps, order, rule, part)
+    if torch.compiler.is_compiling() or not _served_as_it_is(*arguments):
+        _op(*arguments)
 
 
 def sums_dtype(*lists: Sequence[Tensor]) -> torch.dtype:
@@ -191,11 +195,15 @@ def in_a_row(tensors: Sequence[Tensor]) -> list[Tensor]:
     return [t if t.is_contiguous() else t.as_strided((t.numel(),), (1,)) for t in tensors]
 
 
-def _kernel(grads, harmful, beneficial, groups, sums, scale, alignment, eps, order, rule, part) -> None:
+def _served_as_it_is(grads, harmful, beneficial, groups, sums, scale, alignment, eps, *names) -> bool:
     serve = backends.implementation("project_align_", sums.device.type)
-    options = (alignment, eps, *codes(order, rule, part))
     scale = None if scale is None else scale.to(sums.dtype)
-    if backends.serve_as_it_is(serve, grads, harmful, beneficial, groups, sums, scale, *options):
+    lists = (grads, harmful, beneficial, groups)
+    return backends.serve_as_it_is(serve, *lists, sums, scale, alignment, eps, *codes(*names))
+
+
+def _kernel(grads, harmful, beneficial, groups, sums, scale, alignment, eps, order, rule, part) -> None:
+    if _served_as_it_is(grads, harmful, beneficial, groups, sums, scale, alignment, eps, order, rule, part):
         return
     check("project_align_", grads, harmful, beneficial, groups, sums, scale, eps, order, rule, part)
     if not grads:
@@ -206,6 +214,9 @@ def _kernel(grads, harmful, beneficial, groups, sums, scale, alignment, eps, ord
     work = dense(grads)
     work = common_layout(dtype, work, work)
     lists = (work, common_layout(dtype, harmful, work), common_layout(dtype, beneficial, work))
+    scale = None if scale is None else scale.to(sums.dtype)
+    serve = backends.implementation("project_align_", sums.device.type)
+    options = (alignment, eps, *codes(order, rule, part))
     served = serve(*map(in_a_row, lists), groups, sums, scale, *options)
     assert served is not False, "a native operator takes what has been checked and laid out"
     if part != "sums":

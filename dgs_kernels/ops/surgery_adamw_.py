@@ -61,23 +61,34 @@ def _check(params, grads, exp_avgs, exp_avg_sqs, steps, harmful, beneficial, gro
         raise ValueError(f"{name}: steps must be {len(grads)} 0-dim float tensors on the CPU")
 
 
-def _kernel(params, grads, exp_avgs, exp_avg_sqs, steps, harmful, beneficial, groups, sums, *rest) -> None:
+def run(*arguments) -> None:
+    """`dgs::surgery_adamw_`, and without the way through it where it only leads to a native operator."""
+    if torch.compiler.is_compiling() or not _served_as_it_is(*arguments):
+        _op(*arguments)
+
+
+def _served_as_it_is(*arguments) -> bool:
+    *lists, sums, scale, alignment, surgery_eps, order, rule, part = arguments[:15]
     if sums.is_cuda and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
             "surgery_adamw_: steps are counted on the host, so a captured graph would repeat this one; "
             "capture OptimizerSurgery on torch.optim.AdamW(capturable=True)"
         )
-    lists = (params, exp_avgs, exp_avg_sqs)
-    scale, alignment, surgery_eps, order, rule, part, *hyper = rest
     serve = backends.implementation("surgery_adamw_", sums.device.type)
-    options = (alignment, surgery_eps, *codes(order, rule, part), *hyper)
     scale = None if scale is None else scale.to(sums.dtype)
-    as_they_are = (params, grads, exp_avgs, exp_avg_sqs, steps, harmful, beneficial, groups, sums, scale)
-    if backends.serve_as_it_is(serve, *as_they_are, *options):
+    options = (alignment, surgery_eps, *codes(order, rule, part), *arguments[15:])
+    return backends.serve_as_it_is(serve, *lists, sums, scale, *options)
+
+
+def _kernel(params, grads, exp_avgs, exp_avg_sqs, steps, harmful, beneficial, groups, sums, *rest) -> None:
+    arguments = (params, grads, exp_avgs, exp_avg_sqs, steps, harmful, beneficial, groups, sums, *rest)
+    if _served_as_it_is(*arguments):
         return
-    _check(params, grads, exp_avgs, exp_avg_sqs, steps, harmful, beneficial, groups, sums, scale, *rest[1:])
+    _check(*arguments)
     if not grads:
         return
+    scale, alignment, surgery_eps, order, rule, part, *hyper = rest
+    lists = (params, exp_avgs, exp_avg_sqs)
     types = {t.dtype for tensors in (*lists, grads, harmful, beneficial) for t in tensors}
     dtype = types.pop() if len(types) == 1 else sums.dtype
     work = dense(params)
@@ -85,8 +96,10 @@ def _kernel(params, grads, exp_avgs, exp_avg_sqs, steps, harmful, beneficial, gr
     written = [work, *(common_layout(dtype, tensors, work) for tensors in lists[1:])]
     read = [common_layout(dtype, tensors, work) for tensors in (grads, harmful, beneficial)]
     params_, exp_avgs_, exp_avg_sqs_, grads_, harmful_, beneficial_ = map(in_a_row, (*written, *read))
+    scale = None if scale is None else scale.to(sums.dtype)
     ready = (params_, grads_, exp_avgs_, exp_avg_sqs_, steps, harmful_, beneficial_, groups, sums, scale)
-    served = serve(*ready, *options)
+    options = (alignment, surgery_eps, *codes(order, rule, part), *hyper)
+    served = backends.implementation("surgery_adamw_", sums.device.type)(*ready, *options)
     assert served is not False, "a native operator takes what has been checked and laid out"
     for tensors, results in zip(lists, written):
         for tensor, result in zip(tensors, results):
@@ -96,4 +109,4 @@ def _kernel(params, grads, exp_avgs, exp_avg_sqs, steps, harmful, beneficial, gr
 
 _library.impl("surgery_adamw_", _kernel, "CompositeExplicitAutograd")
 torch.library.register_fake("dgs::surgery_adamw_", _check, lib=_library)
-run = torch.ops.dgs.surgery_adamw_.default
+_op = torch.ops.dgs.surgery_adamw_.default
