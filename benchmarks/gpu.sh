@@ -63,6 +63,7 @@ if [ -n "$capability" ]; then
   bench sizes 80 project_align surgery_head --rows 32 512 8192 --seconds 2
   bench layers 45 project_align_ surgery_adamw_ --rows 395520 --seconds 3
   bench lora 30 project_align_ surgery_adamw_ --rows 144 --seconds 2
+  bench steps 20 optimizer_step --rows 144 --seconds 2
   bench conflict 20 conflict --rows 1 --dim 50331648 --seconds 2
   bench entropy 20 spectral_entropy --rows 16384 --seconds 2
   # A whole training step needs the detector's packages too, and takes the time that is left.
