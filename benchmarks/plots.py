@@ -20,7 +20,10 @@ import matplotlib.pyplot as plt
 from benchmarks.harness import CLONE, COPY
 
 # Okabe and Ito's colours, distinct also to colour-blind eyes; ours come first.
-COLOURS = ("#0072B2", "#56B4E9", "#009E73", "#999999", "#E69F00", "#D55E00", "#CC79A7", "#F0E442")
+COLOURS = (
+    *("#0072B2", "#56B4E9", "#009E73", "#999999", "#E69F00", "#D55E00", "#CC79A7", "#F0E442"),
+    *("#882255", "#44AA99", "#332288", "#AA9944"),  # and Tol's, where there are more variants
+)
 
 
 def label(result: dict) -> str:
