@@ -1,6 +1,5 @@
 """Files of the published layout convert to models that score as a plain computation from the file does."""
 
-import json
 import math
 import pickle
 
@@ -15,6 +14,7 @@ from dgsnet.detector import Detector
 from dgsnet.errors import UserError
 from dgsnet.model import BUILTIN_FOLDER
 from safetensors.torch import load_file
+from tiny import add_quick_gelu
 
 NAME, QUICK = "dgsnet-tiny", "tiny-quickgelu"
 RANK, ALPHA = 3, 6.0
@@ -23,16 +23,7 @@ LETTERS = "qkv"
 
 @pytest.fixture(scope="module", autouse=True)
 def quick_gelu(tmp_path_factory):
-    """A CLIP as small as dgsnet-tiny with the published one's activation."""
-    config = {
-        "embed_dim": 24,
-        "quick_gelu": True,
-        "vision_cfg": {"image_size": 64, "layers": 2, "width": 48, "head_width": 16, "patch_size": 16},
-        "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1},
-    }
-    path = tmp_path_factory.mktemp("clip") / f"{QUICK}.json"
-    path.write_text(json.dumps(config))
-    open_clip.add_model_config(path)
+    add_quick_gelu(tmp_path_factory.mktemp("clip"), QUICK)
     open_clip.add_model_config(BUILTIN_FOLDER / f"{NAME}.json")
 
 

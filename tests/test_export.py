@@ -17,6 +17,7 @@ from dgsnet.errors import UserError
 from dgsnet.export import CONTRACT, CONTRACT_FILE, _check, export
 from dgsnet.preprocess import Preprocessor, content_seed
 from safetensors import safe_open
+from tiny import add_quick_gelu
 
 from dgs_kernels.ops.select_patches import select_patches
 
@@ -26,15 +27,7 @@ SIZE = {"dgsnet-tiny": 32, QUICK: 64}
 
 @pytest.fixture(scope="module", autouse=True)
 def quick_gelu(tmp_path_factory):
-    config = {
-        "embed_dim": 24,
-        "quick_gelu": True,
-        "vision_cfg": {"image_size": 64, "layers": 2, "width": 48, "head_width": 16, "patch_size": 16},
-        "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1},
-    }
-    path = tmp_path_factory.mktemp("clip") / f"{QUICK}.json"
-    path.write_text(json.dumps(config))
-    open_clip.add_model_config(path)
+    add_quick_gelu(tmp_path_factory.mktemp("clip"), QUICK)
 
 
 def make(folder, name="dgsnet-tiny", rank=3, calibrated=True):

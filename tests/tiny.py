@@ -1,7 +1,9 @@
 """A detector small enough to make in a test, and unlike a new one: no adapter or head is at its zeros."""
 
+import json
 from pathlib import Path
 
+import open_clip
 import torch
 from dgsnet.checkpoint import build_model, save_model
 from dgsnet.config import Config, ModelConfig, PreprocessConfig
@@ -20,3 +22,16 @@ def save_tiny(folder: Path, preprocess: PreprocessConfig = PATCHES) -> Path:
         for parameter in model.trainable_parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=generator) / 4)
     return save_model(folder / "best", model, config).parent
+
+
+def add_quick_gelu(folder: Path, name: str) -> None:
+    """Register a CLIP as small as dgsnet-tiny with the published one's activation, for images of 64 pixels."""
+    config = {
+        "embed_dim": 24,
+        "quick_gelu": True,
+        "vision_cfg": {"image_size": 64, "layers": 2, "width": 48, "head_width": 16, "patch_size": 16},
+        "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1},
+    }
+    path = folder / f"{name}.json"
+    path.write_text(json.dumps(config))
+    open_clip.add_model_config(path)
