@@ -25,7 +25,7 @@ def save_tiny(folder: Path, preprocess: PreprocessConfig = PATCHES) -> Path:
 
 
 def add_quick_gelu(folder: Path, name: str) -> None:
-    """Register a CLIP as small as dgsnet-tiny with the published one's activation, for images of 64 pixels."""
+    """Register a CLIP as small as dgsnet-tiny with the published activation, for images of 64 pixels."""
     config = {
         "embed_dim": 24,
         "quick_gelu": True,
