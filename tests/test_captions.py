@@ -1,7 +1,6 @@
 """`dgsnet caption` with a tiny BLIP: what it writes is what BLIP says, and what training finds."""
 
 import json
-import multiprocessing
 import os
 import shutil
 import signal
@@ -15,6 +14,7 @@ from dgsnet.captions import PROMPT, Captioner, caption_command
 from dgsnet.data import attach_captions, find_samples
 from dgsnet.errors import UserError
 from dgsnet.images import read_image
+from fresh import FORKSERVER
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -127,9 +127,7 @@ def test_a_killed_run_goes_on_to_the_same_captions(blip, data, tmp_path):
     caption_command(str(data), str(whole), **options)
 
     part = tmp_path / "out.json.partial"
-    child = multiprocessing.get_context("fork").Process(
-        target=caption_command, args=(str(data), str(out)), kwargs=options
-    )
+    child = FORKSERVER.Process(target=caption_command, args=(str(data), str(out)), kwargs=options)
     child.start()
     while child.is_alive() and (not part.exists() or part.read_bytes().count(b"\n") < 5):
         time.sleep(0.002)

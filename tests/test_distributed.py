@@ -3,7 +3,6 @@
 import csv
 import dataclasses
 import json
-import multiprocessing
 import os
 import shutil
 import socket
@@ -16,11 +15,10 @@ import webdataset
 from dgsnet import checkpoint, cli, training
 from dgsnet.config import Config, DataConfig, ModelConfig, OptimConfig, PreprocessConfig, SurgeryConfig
 from dgsnet.data import attach_captions, find_samples
+from fresh import FORKSERVER
 from PIL import Image
 from safetensors.torch import load_file
 
-FORKSERVER = multiprocessing.get_context("forkserver")
-FORKSERVER.set_forkserver_preload(["dgsnet.training", "dgsnet.cli"])
 STOPPED = 7  # exit code
 STATE = training.STATE_FILE
 

@@ -3,7 +3,6 @@
 import csv
 import io
 import json
-import multiprocessing
 import os
 import signal
 import tarfile
@@ -23,6 +22,7 @@ from dgsnet.errors import UserError
 from dgsnet.partial import Partial
 from dgsnet.scoring import Score, predict_command, score, settings
 from dgsnet.sources import Item, find_items
+from fresh import FORKSERVER
 from PIL import Image
 
 N = 80
@@ -429,9 +429,7 @@ def test_a_killed_run_goes_on_without_losing_or_repeating_a_row(run, images, tab
     options = {"workers": 1, "resume": True}
     kept = [0]
     for least in (5, 40):
-        child = multiprocessing.get_context("fork").Process(
-            target=predict_command, args=arguments, kwargs=options
-        )
+        child = FORKSERVER.Process(target=predict_command, args=arguments, kwargs=options)
         child.start()
         while child.is_alive() and (not part.exists() or part.read_bytes().count(b"\n") < least):
             time.sleep(0.002)

@@ -3,7 +3,6 @@
 import csv
 import dataclasses
 import json
-import multiprocessing
 import os
 import random
 import signal
@@ -28,12 +27,9 @@ from dgsnet.training import (
     named_parameters,
     train,
 )
+from fresh import FORKSERVER
 from PIL import Image
 from safetensors.torch import load_file
-
-# Children start from a process that has everything imported.
-FORKSERVER = multiprocessing.get_context("forkserver")
-FORKSERVER.set_forkserver_preload(["dgsnet.training", "dgsnet.cli"])
 
 
 @pytest.fixture(scope="module")

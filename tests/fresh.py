@@ -1,0 +1,12 @@
+"""Processes for tests that kill them: forked from a clean one, so that no lock of the tests' own dies too.
+
+tqdm's lock is shared by all processes forked after the first progress bar. A process that is killed while it
+holds the lock stops every later bar, forever.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+
+FORKSERVER = multiprocessing.get_context("forkserver")
+FORKSERVER.set_forkserver_preload(["dgsnet.training", "dgsnet.cli"])
