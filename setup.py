@@ -1,8 +1,9 @@
 """Build script: the Python packages, and the native library dgs_kernels/_native.abi3.so where compilers are.
 
-The library speaks libtorch's stable ABI and no Python ABI: one binary serves torch 2.10 and newer and any
-Python. Only csrc/bindings.cpp includes torch headers, and no kernel does, so torch's own build tools (which
-insist on a matching compiler and CUDA version) are not needed: a few compiler calls are the whole build.
+The library speaks libtorch's stable ABI and Python's limited one: one binary serves torch 2.10 and newer and
+Python 3.10 and newer. Only csrc/bindings.cpp and csrc/lists.cpp include headers of theirs, no kernel does, so
+torch's own build tools (which insist on a matching compiler and CUDA version) are not needed: a few compiler
+calls are the whole build.
 
 Environment: DGS_KERNELS_BUILD=auto|cpu|cuda|none (default auto: what the compilers found can build), CXX,
 CXXFLAGS, CUDACXX, CUDA_HOME, TORCH_CUDA_ARCH_LIST (as in torch, e.g. "8.0;9.0+PTX").
@@ -15,6 +16,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -35,6 +37,7 @@ CXX_FLAGS = [
 NVCC_FLAGS = ["-std=c++20", "-O3"]
 TORCH_FLAGS = ["-DTORCH_TARGET_VERSION=0x020a000000000000ULL"]  # 2.10
 CUDA_ARCHITECTURES = "8.0;9.0;10.0+PTX"
+PYTHON_HEADERS = Path(sysconfig.get_paths()["include"])
 
 
 def say(line: str) -> None:
@@ -112,6 +115,8 @@ def plan() -> tuple[str | None, str | None]:
         obstacle = "no torch 2.10 or newer where this build runs (pip --no-build-isolation builds with yours)"
     elif cxx is None:
         obstacle = "no C++ compiler on the PATH (install g++, or set CXX)"
+    elif not (PYTHON_HEADERS / "Python.h").exists():
+        obstacle = f"no Python.h in {PYTHON_HEADERS} (install python3-dev)"
     elif nvcc is None and mode == "cuda":
         obstacle = "no CUDA compiler (put nvcc on the PATH, or set CUDA_HOME)"
     if obstacle and mode in ("cpu", "cuda"):
@@ -142,11 +147,11 @@ class BuildNative(build_ext):
 
         cuda = sorted(CSRC.glob("cuda/*.cu")) if NVCC else []
         commands = {}
-        for source in [CSRC / "bindings.cpp", *sorted(CSRC.glob("cpu/*.cpp"))]:
-            extra = (
-                [*TORCH_FLAGS, *include, *(["-DDGS_CUDA"] if cuda else [])] if source.parent == CSRC else []
-            )
-            commands[source] = [*CXX, *flags, *extra]
+        with_cuda = ["-DDGS_CUDA"] if cuda else []
+        commands[CSRC / "bindings.cpp"] = [*CXX, *flags, *TORCH_FLAGS, *include, *with_cuda]
+        commands[CSRC / "lists.cpp"] = [*CXX, *flags, *include, "-isystem", str(PYTHON_HEADERS), *with_cuda]
+        for source in sorted(CSRC.glob("cpu/*.cpp")):
+            commands[source] = [*CXX, *flags]
         for source in cuda:
             commands[source] = [
                 NVCC,

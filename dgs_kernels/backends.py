@@ -11,6 +11,7 @@ import functools
 import importlib
 import importlib.util
 import os
+import types
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +21,7 @@ import torch
 VARIABLE = "DGS_KERNELS_BACKEND"
 BACKENDS = ("cuda", "triton", "cpu", "eager")
 OPERATIONS = ("project_align", "project_align_", "surgery_head", "spectral_entropy", "surgery_adamw_")
+LISTS = ("project_align_", "surgery_adamw_")  # natively, functions past torch's dispatcher: csrc/lists.cpp
 
 # Best first. Devices not named here are served by eager PyTorch.
 PREFERENCE = {"cuda": ("cuda", "triton", "eager"), "cpu": ("cpu", "eager"), "xpu": ("triton", "eager")}
@@ -76,23 +78,28 @@ def obstacle(backend: str, operation: str, device_type: str, case: str | None = 
         return f"it serves {backend} tensors only"
     if reason := _native_obstacle():
         return reason
-    name = f"dgs_native::{operation}"
-    exists = hasattr(torch.ops.dgs_native, operation)
-    if not exists or not torch._C._dispatch_has_kernel_for_dispatch_key(name, backend.upper()):
-        return f"the native library was built without {backend} kernels for it"
+    name = "project_align" if operation in LISTS else operation
+    if not torch._C._dispatch_has_kernel_for_dispatch_key(f"dgs_native::{name}", backend.upper()):
+        return f"the native library was built without {backend} kernels"
     return None
 
 
+def watched() -> bool:
+    """Whether torch wants to see each operator: tracing, a dispatch mode, the profiler."""
+    return bool(
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+        or torch.autograd._profiler_enabled()
+    )
+
+
 def serve_as_it_is(implementation: Callable, *arguments) -> bool:
-    """Whether a native operator on lists took these arguments, which nobody has looked at yet.
+    """Whether a native function on lists took these arguments, which nobody has looked at yet.
 
     It checks them itself, in a fraction of the time that Python takes, and touches nothing where they are not
-    the usual ones: contiguous tensors of one dtype and device, of shapes that fit.
+    the usual ones: contiguous tensors of one dtype and device, of shapes that fit, and of no subclass.
     """
-    try:
-        return isinstance(implementation, torch._ops.OpOverload) and implementation(*arguments)
-    except NotImplementedError:  # a tensor of a kind that no kernel is for
-        return False
+    return isinstance(implementation, types.BuiltinFunctionType) and implementation(*arguments)
 
 
 def _load(backend: str, operation: str) -> Callable:
@@ -100,6 +107,8 @@ def _load(backend: str, operation: str) -> Callable:
         return getattr(importlib.import_module("dgs_kernels.ops.eager"), operation)
     if backend == "triton":
         return getattr(importlib.import_module(_triton_file(operation)), operation)
+    if operation in LISTS:
+        return getattr(importlib.import_module("dgs_kernels._native"), operation)
     return getattr(torch.ops.dgs_native, operation).default
 
 
@@ -111,9 +120,8 @@ def _native_obstacle() -> str | None:
         return "the native library was not built; reinstall with a C++ compiler on the PATH"
     try:
         torch.ops.load_library(str(libraries[0]))
-        for operation in ("project_align_", "surgery_adamw_"):  # fake tensors are nothing for them either
-            torch.library.register_fake(f"dgs_native::{operation}", lambda *_: False)
-    except (OSError, RuntimeError) as error:
+        importlib.import_module("dgs_kernels._native")
+    except (OSError, RuntimeError, ImportError) as error:
         return f"{libraries[0].name} could not be loaded: {str(error).splitlines()[0]}"
     return None
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from itertools import product
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_project_align import exact
 from torch.library import opcheck
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dgs_kernels import backends, project_align_, reference
 from dgs_kernels.ops.project_align_ import run
@@ -280,6 +282,43 @@ def test_fake_tensors():
     assert "dgs.project_align_.default" in targets and not any("dgs_native" in t for t in targets)
 
 
+class Marked(torch.Tensor):
+    """A subclass that has no say in what operators do."""
+
+
+@everywhere
+def test_subclasses_are_tensors_too(backend):
+    lists = [draw(SHAPES[:3], device=backend, seed=seed) for seed in range(3)]
+    marked = [[t.clone().as_subclass(Marked) for t in tensors] for tensors in lists]
+    parameters = [[torch.nn.Parameter(t.clone()) for t in tensors] for tensors in lists]
+    sums = project_align_(*lists)
+    for others in (marked, parameters):
+        assert torch.equal(project_align_(*others), sums)
+        assert all(torch.equal(a.detach(), b) for a, b in zip(others[0], lists[0]))
+
+
+def test_torch_sees_the_operator_where_it_watches():
+    """The native functions take a way past torch, but not while a mode or the profiler is there."""
+
+    class Watching(TorchDispatchMode):
+        seen: ClassVar[list[str]] = []
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            self.seen.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    grads, harmful = [torch.tensor([3.0, 4.0])], [torch.tensor([1.0, 0.0])]
+    with Watching():
+        project_align_(grads, harmful)
+    assert "dgs.project_align_.default" in Watching.seen
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        project_align_(grads, harmful)
+    assert any(event.key == "dgs::project_align_" for event in profile.key_averages())
+    # What a transform hands out looks like a tensor and has no memory.
+    with pytest.raises(RuntimeError, match="dgs::project_align_"):
+        torch.func.vmap(lambda g: project_align_([g], [torch.ones(2)]))(torch.ones(3, 2))
+
+
 def test_leaves_the_graph_alone():
     """Gradients of parameters that require grad, and directions that do, are edited without a graph."""
     grads = [torch.randn(4)]
@@ -306,12 +345,14 @@ def test_leaves_the_graph_alone():
         ({"order": "first"}, "order must be one of align_first, project_first, got 'first'"),
         ({"rule": "half"}, "rule must be one of positive, full, conflict, got 'half'"),
         ({"eps": 0.0}, "eps must be > 0, got 0.0"),
+        ({"eps": "small"}, "(?s)'eps'.*'str'"),
+        ({"harmful": [1.0] * 9}, "'harmful' but instead found"),
         ({"alignment": torch.ones(2)}, "alignment must be a number or a 0-dim tensor"),
     ],
 )
 def test_errors(change, message):
     arguments = {"grads": draw(), "harmful": draw(seed=1)} | change
-    with pytest.raises((ValueError, TypeError), match=message):
+    with pytest.raises((ValueError, TypeError, RuntimeError), match=message):
         project_align_(arguments.pop("grads"), arguments.pop("harmful"), **arguments)
 
 

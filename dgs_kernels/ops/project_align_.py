@@ -1,6 +1,6 @@
 """Gradient surgery on layers: `dgs::project_align_`, in place over many tensors at once.
 
-What an implementation has to do (`dgs_native::project_align_`, `dgs_kernels.triton.project_align_`)::
+What an implementation has to do (`dgs_kernels._native.project_align_`, `dgs_kernels.triton.project_align_`)::
 
     project_align_(Tensor(a!)[] grads, Tensor[] harmful, Tensor[] beneficial, int[] groups, Tensor(b!) sums,
                    Tensor? scale, float alignment, float eps, int order, int rule, int part) -> ()
@@ -24,8 +24,8 @@ in float32 (float64 for float64 gradients), in a fixed order of summation. The s
 `part` 0 does both (a layer that fits on chip is then read once), 1 only the first, 2 only the second with
 the sums it is given: between the two, sharded training adds up its sums. No host synchronisation, no atomics.
 
-The native operator alone checks all of this, and returns whether it served the call; so the usual one passes
-through Python without any tensor being looked at.
+The native function alone checks all of this, and returns whether it served the call; so the usual one passes
+through Python, and past torch's dispatcher, without any tensor being looked at.
 """
 
 from __future__ import annotations
@@ -96,25 +96,27 @@ def project_align_(
         alignment, scale = 1.0, alignment
     layers, count = number_layers(groups, len(grads))
     device = grads[0].device if len(grads) else None
-    dtype = sums_dtype(grads, harmful, beneficial or ())
-    sums = torch.zeros(count, SUMS, dtype=dtype, device=device)
+    sums = torch.zeros(count, SUMS, dtype=sums_dtype(grads[:1]), device=device)
+    lists = (list(grads), list(harmful), list(beneficial or ()))
+    options = (scale, alignment, eps, order, rule, "all")
     with torch.no_grad():
-        run(grads, harmful, beneficial or (), layers, sums, scale, alignment, eps, order, rule)
+        if not _served_past_torch(*lists, layers, sums, *options):
+            sums = sums.to(sums_dtype(*lists))
+            _op(*lists, layers, sums, *options)
     return sums
 
 
-def run(grads, harmful, beneficial, layers, sums, scale, alignment, eps, order, rule, part="all") -> None:
-    """`dgs::project_align_`, but past it, which would pass all tensors along twice, where a native operator
-    takes them as they are."""
-    lists = (list(grads), list(harmful), list(beneficial))
-    arguments = (*lists, layers, sums, scale, alignment, eps, order, rule, part)
-    if torch.compiler.is_compiling() or not _served_as_it_is(*arguments):
+def run(grads, harmful, beneficial, groups, sums, scale, alignment, eps, order, rule, part="all") -> None:
+    """`dgs::project_align_`, but past it where a native function takes the lists as they are."""
+    arguments = (grads, harmful, beneficial, groups, sums, scale, alignment, eps, order, rule, part)
+    if not _served_past_torch(*arguments):
         _op(*arguments)
 
 
 def sums_dtype(*lists: Sequence[Tensor]) -> torch.dtype:
     """float64 if any tensor is, else float32: of the tensors that `check` lets through their common type."""
-    return torch.float64 if torch.float64 in {t.dtype for ts in lists for t in ts} else torch.float32
+    types = {getattr(t, "dtype", None) for tensors in lists for t in tensors}
+    return torch.float64 if torch.float64 in types else torch.float32
 
 
 def number_layers(groups: Sequence[int] | None, count: int) -> tuple[list[int], int]:
@@ -191,8 +193,13 @@ def codes(order: str, rule: str, part: str) -> tuple[int, ...]:
 
 
 def in_a_row(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Dense tensors as contiguous ones: their numbers as they follow each other in memory."""
-    return [t if t.is_contiguous() else t.as_strided((t.numel(),), (1,)) for t in tensors]
+    """Dense tensors as contiguous ones of no subclass: their numbers as they follow each other in memory."""
+    plain = [t if type(t) in (Tensor, torch.nn.Parameter) else t.as_subclass(Tensor) for t in tensors]
+    return [t if t.is_contiguous() else t.as_strided((t.numel(),), (1,)) for t in plain]
+
+
+def _served_past_torch(*arguments) -> bool:
+    return not backends.watched() and _served_as_it_is(*arguments)
 
 
 def _served_as_it_is(grads, harmful, beneficial, groups, sums, scale, alignment, eps, *names) -> bool:
@@ -218,7 +225,7 @@ def _kernel(grads, harmful, beneficial, groups, sums, scale, alignment, eps, ord
     serve = backends.implementation("project_align_", sums.device.type)
     options = (alignment, eps, *codes(order, rule, part))
     served = serve(*map(in_a_row, lists), groups, sums, scale, *options)
-    assert served is not False, "a native operator takes what has been checked and laid out"
+    assert served is not False, "a native function takes what has been checked and laid out"
     if part != "sums":
         for grad, edited in zip(grads, work):
             if edited is not grad:

@@ -1,6 +1,6 @@
 """AdamW with gradient surgery inside its step, `dgs::surgery_adamw_`: no projected gradient is written.
 
-What an implementation has to do (`dgs_native::surgery_adamw_`, `dgs_kernels.triton.surgery_adamw_`)::
+What an implementation has to do (`dgs_kernels._native.surgery_adamw_`, `dgs_kernels.triton.surgery_adamw_`)::
 
     surgery_adamw_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs,
                    Tensor(d!)[] steps, Tensor[] harmful, Tensor[] beneficial, int[] groups, Tensor(e!) sums,
@@ -22,7 +22,7 @@ incremented first and then counts from 1. With the surgered gradient g kept in t
 written. Scalars are made in float64 and used in the computing type. float32 results are meant to equal those
 of `project_align_` and `torch.optim.AdamW(foreach=True)` to the last bit or two.
 
-The native operator checks all of this and returns whether it served the call, as `project_align_` does.
+The native function checks all of this and returns whether it served the call, as `project_align_` does.
 """
 
 from __future__ import annotations
@@ -62,8 +62,8 @@ def _check(params, grads, exp_avgs, exp_avg_sqs, steps, harmful, beneficial, gro
 
 
 def run(*arguments) -> None:
-    """`dgs::surgery_adamw_`, and without the way through it where it only leads to a native operator."""
-    if torch.compiler.is_compiling() or not _served_as_it_is(*arguments):
+    """`dgs::surgery_adamw_`, but past it where a native function takes the tensors as they are."""
+    if backends.watched() or not _served_as_it_is(*arguments):
         _op(*arguments)
 
 
@@ -100,7 +100,7 @@ def _kernel(params, grads, exp_avgs, exp_avg_sqs, steps, harmful, beneficial, gr
     ready = (params_, grads_, exp_avgs_, exp_avg_sqs_, steps, harmful_, beneficial_, groups, sums, scale)
     options = (alignment, surgery_eps, *codes(order, rule, part), *hyper)
     served = backends.implementation("surgery_adamw_", sums.device.type)(*ready, *options)
-    assert served is not False, "a native operator takes what has been checked and laid out"
+    assert served is not False, "a native function takes what has been checked and laid out"
     for tensors, results in zip(lists, written):
         for tensor, result in zip(tensors, results):
             if result is not tensor:

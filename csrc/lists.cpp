@@ -1,0 +1,324 @@
+// The operators on lists of tensors, as functions of the Python module dgs_kernels._native. Hundreds of tensors a call
+// are too many for torch's dispatcher, which would take longer over them than the kernels do: tensors come through
+// DLPack's C exchange API instead, and through Python's limited API, so that one binary serves all versions of both.
+//
+// Both functions return whether they served the call. They take lists as they mostly are: contiguous tensors of the
+// right shapes, of one dtype and device, of no subclass. Where anything else comes they do nothing; their caller then
+// finds out what it is, and raises an error or makes lists that fit. So the usual call looks at each tensor once, here.
+#define Py_LIMITED_API 0x030A0000
+#include <Python.h>
+
+#include <ATen/dlpack.h>
+
+#include <algorithm>
+#include <exception>
+#include <initializer_list>
+#include <optional>
+#include <vector>
+
+#include "tensor_list.h"
+#include "torch_runtime.h"
+
+namespace {
+
+using dgs::DType;
+
+const DLPackExchangeAPI* exchange;
+PyObject *tensor_type, *parameter_type;
+
+bool same(DLDataType a, DLDataType b) { return a.code == b.code && a.bits == b.bits && a.lanes == b.lanes; }
+bool same(DLDevice a, DLDevice b) { return a.device_type == b.device_type && a.device_id == b.device_id; }
+
+std::optional<DType> dtype_of(DLDataType type) {
+  if (same(type, {kDLFloat, 32, 1})) return DType::f32;
+  if (same(type, {kDLFloat, 64, 1})) return DType::f64;
+  if (same(type, {kDLBfloat, 16, 1})) return DType::bf16;
+  if (same(type, {kDLFloat, 16, 1})) return DType::f16;
+  return std::nullopt;
+}
+
+// What a tensor is, as long as it lives.
+struct View : DLTensor {
+  // False where no kernel could read it.
+  bool of(PyObject* object) {
+    PyObject* type = reinterpret_cast<PyObject*>(Py_TYPE(object));
+    if (type != tensor_type && type != parameter_type) return false;
+    if (exchange->dltensor_from_py_object_no_sync(object, this) == 0) return true;
+    PyErr_Clear();  // it has no memory, or none that it could show
+    return false;
+  }
+
+  void* at() const { return static_cast<char*>(data) + byte_offset; }
+
+  int64_t numel() const {
+    int64_t count = 1;
+    for (int i = 0; i < ndim; ++i) count *= shape[i];
+    return count;
+  }
+
+  bool contiguous() const {
+    int64_t expected = 1;
+    for (int i = ndim - 1; i >= 0; --i) {
+      if (shape[i] != 1 && strides[i] != expected) return numel() == 0;
+      expected *= shape[i];
+    }
+    return true;
+  }
+};
+
+// Python's arguments, taken one after the other. One of a wrong type leaves a Python error behind.
+class Arguments {
+  PyObject* const* next_;
+
+ public:
+  explicit Arguments(PyObject* const* arguments) : next_(arguments) {}
+
+  PyObject* object() { return *next_++; }
+  double real() { return PyFloat_AsDouble(object()); }
+  int64_t integer() { return PyLong_AsLongLong(object()); }
+  bool truth() { return PyObject_IsTrue(object()) == 1; }
+
+  template <typename Item, typename Read>
+  bool list(std::vector<Item>& into, Read read) {
+    PyObject* items = object();
+    if (!PyList_Check(items)) return false;
+    into.resize(PyList_Size(items));
+    for (size_t i = 0; i < into.size(); ++i)
+      if (!read(PyList_GetItem(items, i), into[i])) return false;
+    return true;
+  }
+
+  bool list(std::vector<View>& views) {
+    return list(views, [](PyObject* item, View& view) { return view.of(item); });
+  }
+
+  bool list(std::vector<int64_t>& numbers) {
+    return list(numbers, [](PyObject* item, int64_t& number) {
+      number = PyLong_AsLongLong(item);
+      return !(number == -1 && PyErr_Occurred());
+    });
+  }
+};
+
+bool alike(const View& x, const View& y) {
+  return same(x.dtype, y.dtype) && same(x.device, y.device) && x.contiguous() && x.ndim == y.ndim &&
+         std::equal(x.shape, x.shape + x.ndim, y.shape);
+}
+
+bool alike(const std::vector<View>& list, const std::vector<View>& wanted) {
+  return std::equal(list.begin(), list.end(), wanted.begin(), wanted.end(),
+                    [](const View& x, const View& y) { return alike(x, y); });
+}
+
+// What both operators are given besides, and what the kernels are told of it.
+struct List {
+  std::vector<dgs::ListTensor> tensors;
+  dgs::TensorList list;
+  DLDevice device;
+
+  // Takes harmful, beneficial, groups, sums, scale, alignment, eps, order, rule and part; false where they do not fit.
+  bool read(const std::vector<View>& grads, Arguments& arguments) {
+    std::vector<View> harmful, beneficial;
+    std::vector<int64_t> groups;
+    View sums, scale;
+    if (grads.empty() || !arguments.list(harmful) || !arguments.list(beneficial) || !arguments.list(groups) ||
+        !sums.of(arguments.object()))
+      return false;
+    PyObject* const number = arguments.object();
+    const bool scaled = number != Py_None;
+    const double alignment = arguments.real(), eps = arguments.real();
+    const int64_t order = arguments.integer(), rule = arguments.integer(), part = arguments.integer();
+    if (PyErr_Occurred() || (scaled && !scale.of(number))) return false;
+
+    const auto dtype = dtype_of(grads[0].dtype);
+    if (!dtype || order < 0 || order > 1 || rule < 0 || rule > 2 || part < 0 || part > 2 || !(eps > 0)) return false;
+    device = grads[0].device;
+    const DLDataType computing{kDLFloat, uint8_t(*dtype == DType::f64 ? 64 : 32), 1};
+    const auto computed = [&](const View& x, int dims) {
+      return same(x.dtype, computing) && same(x.device, device) && x.ndim == dims && x.contiguous();
+    };
+    if (!computed(sums, 2) || sums.shape[1] != dgs::group_sums || (scaled && !computed(scale, 0)) ||
+        groups.size() != grads.size() || !alike(harmful, grads) || !(beneficial.empty() || alike(beneficial, grads)))
+      return false;
+
+    const int64_t num_groups = sums.shape[0];
+    tensors.reserve(grads.size());
+    for (size_t i = 0; i < grads.size(); ++i) {
+      if (!same(grads[i].dtype, grads[0].dtype) || !same(grads[i].device, device) || !grads[i].contiguous() ||
+          groups[i] < 0 || groups[i] >= num_groups)
+        return false;
+      tensors.push_back({.grad = grads[i].at(),
+                         .harmful = harmful[i].at(),
+                         .beneficial = beneficial.empty() ? nullptr : beneficial[i].at(),
+                         .numel = grads[i].numel(),
+                         .group = groups[i]});
+    }
+    list = {.dtype = *dtype,
+            .order = static_cast<dgs::Order>(order),
+            .rule = static_cast<dgs::Rule>(rule),
+            .part = static_cast<dgs::Part>(part),
+            .tensors = tensors.data(),
+            .num_tensors = int64_t(tensors.size()),
+            .num_groups = num_groups,
+            .sums = sums.at(),
+            .scale = scaled ? scale.at() : nullptr,
+            .alignment = alignment,
+            .eps = eps};
+    return true;
+  }
+};
+
+// While it exists, other Python threads run.
+class WithoutLock {
+  PyThreadState* const state_ = PyEval_SaveThread();
+
+ public:
+  ~WithoutLock() { PyEval_RestoreThread(state_); }
+};
+
+// on_cpu(), or on_cuda(allocate, stream) on torch's current stream there; false if it is neither's device.
+template <typename Cpu, typename Cuda>
+bool launch(DLDevice device, Cpu on_cpu, Cuda on_cuda) {
+  const WithoutLock unlocked;
+  if (device.device_type == kDLCPU) {
+    on_cpu();
+    return true;
+  }
+#ifdef DGS_CUDA
+  if (device.device_type == kDLCUDA) {
+    const auto allocate = dgs::torch_runtime::memory_on(device.device_id);
+    dgs::torch_runtime::on_stream(device.device_id, [&](void* stream) { return on_cuda(allocate, stream); });
+    return true;
+  }
+#endif
+  return false;
+}
+
+bool project_align_(Arguments arguments) {
+  std::vector<View> grads;
+  List made;
+  if (!arguments.list(grads) || !made.read(grads, arguments)) return false;
+  return launch(
+      made.device, [&] { dgs::cpu::project_align_(made.list, dgs::torch_runtime::parallel_for); },
+      [&](const auto& allocate, void* stream) { return dgs::cuda::project_align_(made.list, allocate, stream); });
+}
+
+// A number on the CPU that counts a tensor's steps.
+struct Step {
+  View view;
+
+  bool fits() const {
+    const auto dtype = dtype_of(view.dtype);
+    return view.device.device_type == kDLCPU && view.ndim == 0 && (dtype == DType::f32 || dtype == DType::f64);
+  }
+  double get() const {
+    return view.dtype.bits == 32 ? *static_cast<float*>(view.at()) : *static_cast<double*>(view.at());
+  }
+  void set(double taken) const {
+    if (view.dtype.bits == 32)
+      *static_cast<float*>(view.at()) = float(taken);
+    else
+      *static_cast<double*>(view.at()) = taken;
+  }
+};
+
+bool surgery_adamw_(Arguments arguments) {
+  std::vector<View> params, grads, exp_avgs, exp_avg_sqs;
+  std::vector<Step> steps;
+  List made;
+  if (!arguments.list(params) || !arguments.list(grads) || !arguments.list(exp_avgs) || !arguments.list(exp_avg_sqs) ||
+      !arguments.list(steps, [](PyObject* item, Step& step) { return step.view.of(item) && step.fits(); }) ||
+      !made.read(grads, arguments) || made.list.part == dgs::Part::sums || !alike(params, grads) ||
+      !alike(exp_avgs, grads) || !alike(exp_avg_sqs, grads) || steps.size() != grads.size())
+    return false;
+  dgs::AdamW options{.lr = arguments.real(),
+                     .beta1 = arguments.real(),
+                     .beta2 = arguments.real(),
+                     .weight_decay = arguments.real(),
+                     .eps = arguments.real(),
+                     .maximize = arguments.truth()};
+  if (PyErr_Occurred()) return false;
+
+  std::vector<double> next;
+  for (const Step& step : steps) next.push_back(step.get() + 1);
+  options.all_alike = std::all_of(next.begin(), next.end(), [&](double step) { return step == next[0]; });
+  std::vector<dgs::Rates> rates;
+  for (size_t i = 0; i < (options.all_alike ? 1 : next.size()); ++i) rates.push_back(options.at_step(next[i]));
+  options.rates = rates.data();
+  for (size_t i = 0; i < grads.size(); ++i) {
+    made.tensors[i].param = params[i].at();
+    made.tensors[i].exp_avg = exp_avgs[i].at();
+    made.tensors[i].exp_avg_sq = exp_avg_sqs[i].at();
+  }
+  if (!launch(
+          made.device, [&] { dgs::cpu::surgery_adamw_(made.list, options, dgs::torch_runtime::parallel_for); },
+          [&](const auto& allocate, void* stream) {
+            return dgs::cuda::surgery_adamw_(made.list, options, allocate, stream);
+          }))
+    return false;
+  for (size_t i = 0; i < steps.size(); ++i) steps[i].set(next[i]);
+  return true;
+}
+
+// As Python calls it, with `count` arguments in a row.
+template <bool (*serve)(Arguments), Py_ssize_t count>
+PyObject* function(PyObject*, PyObject* const* arguments, Py_ssize_t given) {
+  if (given != count) {
+    PyErr_Format(PyExc_TypeError, "dgs_kernels._native: expected %zd arguments, got %zd", count, given);
+    return nullptr;
+  }
+  try {
+    const bool served = serve(Arguments(arguments));
+    PyErr_Clear();  // an argument of a wrong type, which the caller will find
+    return PyBool_FromLong(served);
+  } catch (const std::exception& error) {
+    PyErr_SetString(PyExc_RuntimeError, error.what());
+    return nullptr;
+  }
+}
+
+template <auto function>
+PyMethodDef method(const char* name, const char* signature) {
+  return {name, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(function)), METH_FASTCALL, signature};
+}
+
+PyMethodDef methods[] = {
+    method<function<project_align_, 11>>(
+        "project_align_", "project_align_(grads, harmful, beneficial, groups, sums, scale, alignment, eps, order, rule, "
+                          "part) -> bool"),
+    method<function<surgery_adamw_, 21>>(
+        "surgery_adamw_", "surgery_adamw_(params, grads, exp_avgs, exp_avg_sqs, steps, harmful, beneficial, groups, "
+                          "sums, scale, alignment, surgery_eps, order, rule, part, lr, beta1, beta2, weight_decay, eps, "
+                          "maximize) -> bool"),
+    {},
+};
+
+// An attribute of a module, at the end of a path of names; null and a Python error if there is none.
+PyObject* find(const char* module, std::initializer_list<const char*> path) {
+  PyObject* object = PyImport_ImportModule(module);
+  for (const char* name : path) {
+    if (!object) break;
+    PyObject* const next = PyObject_GetAttrString(object, name);
+    Py_DECREF(object);
+    object = next;
+  }
+  return object;
+}
+
+}  // namespace
+
+PyMODINIT_FUNC PyInit__native() {
+  static PyModuleDef definition = {
+      PyModuleDef_HEAD_INIT, "_native", "The operators on lists of tensors, compiled.", -1, methods};
+  tensor_type = find("torch", {"Tensor"});
+  parameter_type = find("torch", {"nn", "Parameter"});
+  PyObject* const capsule = find("torch", {"Tensor", "__dlpack_c_exchange_api__"});
+  if (!tensor_type || !parameter_type || !capsule) return nullptr;
+  exchange = static_cast<const DLPackExchangeAPI*>(PyCapsule_GetPointer(capsule, "dlpack_exchange_api"));
+  if (!exchange) return nullptr;
+  if (exchange->header.version.major != DLPACK_MAJOR_VERSION || !exchange->dltensor_from_py_object_no_sync) {
+    PyErr_SetString(PyExc_ImportError, "this torch speaks another version of DLPack");
+    return nullptr;
+  }
+  return PyModule_Create(&definition);
+}
