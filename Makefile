@@ -11,7 +11,8 @@ demo: install
 test: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --ignore tests/test_speed.py
+	$(BIN)/python -m pytest tests/test_speed.py  # times, with nothing beside them
 
 # On a machine with a CUDA device; takes the packages of $(PYTHON), installs nothing, leaves everything in OUT.
 gpu:

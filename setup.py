@@ -1,7 +1,7 @@
 """Build script: the Python packages, and the native library dgs_kernels/_native.abi3.so where compilers are.
 
 The library speaks libtorch's stable ABI and Python's limited one: one binary serves torch 2.10 and newer and
-Python 3.10 and newer. Only csrc/bindings.cpp and csrc/lists.cpp include headers of theirs, no kernel does, so
+Python 3.10 and newer. No kernel includes headers of theirs, only csrc/bindings.cpp and csrc/module.cpp do, so
 torch's own build tools (which insist on a matching compiler and CUDA version) are not needed: a few compiler
 calls are the whole build.
 
@@ -149,7 +149,7 @@ class BuildNative(build_ext):
         commands = {}
         with_cuda = ["-DDGS_CUDA"] if cuda else []
         commands[CSRC / "bindings.cpp"] = [*CXX, *flags, *TORCH_FLAGS, *include, *with_cuda]
-        commands[CSRC / "lists.cpp"] = [*CXX, *flags, *include, "-isystem", str(PYTHON_HEADERS), *with_cuda]
+        commands[CSRC / "module.cpp"] = [*CXX, *flags, *include, "-isystem", str(PYTHON_HEADERS), *with_cuda]
         for source in sorted(CSRC.glob("cpu/*.cpp")):
             commands[source] = [*CXX, *flags]
         for source in cuda:

@@ -1,4 +1,4 @@
-"""surgery_adamw_: gradient surgery inside the AdamW step, six streams in and three out.
+"""surgery_adamw_: gradient surgery inside the AdamW step, six streams in and three out; nine in for large layers.
 
 The lists are those of benchmarks/project_align_.py.
 """
@@ -14,7 +14,7 @@ from torch.optim.adamw import adamw
 
 import dgs_kernels
 from benchmarks import harness
-from benchmarks.project_align_ import formula, layers, lists, loop, shapes
+from benchmarks.project_align_ import formula, in_cache, layers, lists, loop, numbers, shapes
 from dgs_kernels import backends, reference
 from dgs_kernels.ops.surgery_adamw_ import run
 
@@ -90,7 +90,7 @@ def case(rows: int, dim: int, dtype: torch.dtype, device: str) -> harness.Case:
     return harness.Case(
         operation="surgery_adamw_",
         inputs=inputs,
-        bytes_moved=9 * sum(a * b for a, b in sizes) * dtype.itemsize,
+        bytes_moved=(9 if in_cache(rows) else 12) * numbers(rows, dim) * dtype.itemsize,
         variants={
             **harness.per_backend("surgery_adamw_", device, ours),
             harness.EAGER: lambda *tensors: after(loop, tensors, foreach=False),

@@ -1,5 +1,5 @@
-// The only file that knows torch, through its stable ABI: checks tensors, allocates results, calls the kernels.
-// Operators are called by dgs_kernels/ops, which documents them and knows autograd.
+// The operators that go through torch's dispatcher (module.cpp has the others), in its stable ABI: checks tensors,
+// allocates results, calls the kernels. Operators are called by dgs_kernels/ops, which documents them and knows autograd.
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -14,7 +14,6 @@
 #include <utility>
 #include <vector>
 
-#include "project_align.h"
 #include "spectral_entropy.h"
 #include "surgery_head.h"
 #include "torch_runtime.h"
@@ -55,7 +54,6 @@ cuda::Allocate memory_on(int32_t device) {
 namespace {
 
 using dgs::DType;
-using dgs::ProjectAlign;
 using dgs::torch_runtime::parallel_for;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
@@ -73,65 +71,6 @@ DType dtype_of(const Tensor& x) {
     default:
       STD_TORCH_CHECK(false, "dgs_native: expected float32, float64, bfloat16 or float16");
   }
-}
-
-// A [rows, D] tensor whose rows are contiguous inside.
-Tensor rows_of(const Tensor& x) {
-  STD_TORCH_CHECK(x.dim() == 2, "dgs_native: expected a [rows, D] tensor, got ", x.dim(), " dimensions");
-  return x.stride(1) == 1 || x.size(1) == 1 ? x : torch::stable::contiguous(x);
-}
-
-Tensor direction_of(const Tensor& x, const Tensor& grad, const char* name) {
-  const Tensor rows = rows_of(x);
-  STD_TORCH_CHECK(rows.size(0) == grad.size(0) && rows.size(1) == grad.size(1) &&
-                      rows.scalar_type() == grad.scalar_type() && rows.device() == grad.device(),
-                  "dgs_native::project_align: ", name, " must have grad's shape, dtype and device");
-  return rows;
-}
-
-// `launch(arguments)` runs the kernel of one device.
-template <typename Launch>
-Tensor project_align(const Tensor& grad_, const Tensor& harmful_, const std::optional<Tensor>& beneficial_,
-                     const std::optional<Tensor>& scale, double alignment, double eps, int64_t order, int64_t rule,
-                     Launch launch) {
-  const Tensor grad = rows_of(grad_), harmful = direction_of(harmful_, grad, "harmful");
-  std::optional<Tensor> beneficial;
-  if (beneficial_) beneficial = direction_of(*beneficial_, grad, "beneficial");
-  STD_TORCH_CHECK(order >= 0 && order <= 1 && rule >= 0 && rule <= 2,
-                  "dgs_native::project_align: order must be 0 or 1 and rule 0, 1 or 2");
-  const DType dtype = dtype_of(grad);
-  STD_TORCH_CHECK(!scale || (scale->dim() == 0 && scale->device() == grad.device() &&
-                             scale->scalar_type() == (dtype == DType::f64 ? ScalarType::Double : ScalarType::Float)),
-                  "dgs_native::project_align: scale must be 0-dim, on grad's device, and float32 (float64 where "
-                  "grad is)");
-
-  Tensor out = torch::stable::new_empty(grad, grad.sizes());
-  if (out.numel() == 0) return out;
-  launch(ProjectAlign{
-      .grad = grad.const_data_ptr(),
-      .harmful = harmful.const_data_ptr(),
-      .beneficial = beneficial ? beneficial->const_data_ptr() : nullptr,
-      .scale = scale ? scale->const_data_ptr() : nullptr,
-      .out = out.mutable_data_ptr(),
-      .rows = grad.size(0),
-      .dim = grad.size(1),
-      .grad_stride = grad.stride(0),
-      .harmful_stride = harmful.stride(0),
-      .beneficial_stride = beneficial ? beneficial->stride(0) : 0,
-      .out_stride = grad.size(1),
-      .alignment = alignment,
-      .eps = eps,
-      .order = static_cast<dgs::Order>(order),
-      .rule = static_cast<dgs::Rule>(rule),
-      .dtype = dtype,
-  });
-  return out;
-}
-
-Tensor project_align_cpu(Tensor grad, Tensor harmful, std::optional<Tensor> beneficial, std::optional<Tensor> scale,
-                         double alignment, double eps, int64_t order, int64_t rule) {
-  return project_align(grad, harmful, beneficial, scale, alignment, eps, order, rule,
-                       [](const ProjectAlign& a) { dgs::cpu::project_align(a, parallel_for); });
 }
 
 ScalarType computing_type(DType dtype) { return dtype == DType::f64 ? ScalarType::Double : ScalarType::Float; }
@@ -268,13 +207,6 @@ void surgery_head_backward_cpu(Tensor residuals, Tensor image_weight, Tensor tea
 #ifdef DGS_CUDA
 using dgs::torch_runtime::on_stream;
 
-Tensor project_align_cuda(Tensor grad, Tensor harmful, std::optional<Tensor> beneficial, std::optional<Tensor> scale,
-                          double alignment, double eps, int64_t order, int64_t rule) {
-  return project_align(grad, harmful, beneficial, scale, alignment, eps, order, rule, [&](const ProjectAlign& a) {
-    on_stream(grad.get_device_index(), [&](void* stream) { return dgs::cuda::project_align(a, stream); });
-  });
-}
-
 Tensor spectral_entropy_cuda(Tensor images, int64_t patch_size) {
   return spectral_entropy(images, patch_size, [&](const dgs::SpectralEntropy& a) {
     on_stream(images.get_device_index(), [&](void* stream) { return dgs::cuda::spectral_entropy(a, stream); });
@@ -313,9 +245,6 @@ void surgery_head_backward_cuda(Tensor residuals, Tensor image_weight, Tensor te
 
 STABLE_TORCH_LIBRARY(dgs_native, m) {
   m.def(
-      "project_align(Tensor grad, Tensor harmful, Tensor? beneficial, Tensor? scale, float alignment, float eps, "
-      "int order, int rule) -> Tensor");
-  m.def(
       "surgery_head(Tensor features, Tensor teacher_features, Tensor? text_features, Tensor labels, "
       "Tensor image_weight, Tensor image_bias, Tensor teacher_weight, Tensor teacher_bias, Tensor? text_weight, "
       "Tensor? text_bias, int? reference_batch_size) -> (Tensor losses, Tensor logits, Tensor residuals, "
@@ -328,7 +257,6 @@ STABLE_TORCH_LIBRARY(dgs_native, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(dgs_native, CPU, m) {
-  m.impl("project_align", TORCH_BOX(&project_align_cpu));
   m.impl("surgery_head", TORCH_BOX(&surgery_head_cpu));
   m.impl("surgery_head_backward", TORCH_BOX(&surgery_head_backward_cpu));
   m.impl("spectral_entropy", TORCH_BOX(&spectral_entropy_cpu));
@@ -336,7 +264,6 @@ STABLE_TORCH_LIBRARY_IMPL(dgs_native, CPU, m) {
 
 #ifdef DGS_CUDA
 STABLE_TORCH_LIBRARY_IMPL(dgs_native, CUDA, m) {
-  m.impl("project_align", TORCH_BOX(&project_align_cuda));
   m.impl("surgery_head", TORCH_BOX(&surgery_head_cuda));
   m.impl("surgery_head_backward", TORCH_BOX(&surgery_head_backward_cuda));
   m.impl("spectral_entropy", TORCH_BOX(&spectral_entropy_cuda));

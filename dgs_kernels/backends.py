@@ -21,7 +21,7 @@ import torch
 VARIABLE = "DGS_KERNELS_BACKEND"
 BACKENDS = ("cuda", "triton", "cpu", "eager")
 OPERATIONS = ("project_align", "project_align_", "surgery_head", "spectral_entropy", "surgery_adamw_")
-LISTS = ("project_align_", "surgery_adamw_")  # natively, functions past torch's dispatcher: csrc/lists.cpp
+PAST_TORCH = ("project_align", "project_align_", "surgery_adamw_")  # natively; csrc/module.cpp tells why
 
 # Best first. Devices not named here are served by eager PyTorch.
 PREFERENCE = {"cuda": ("cuda", "triton", "eager"), "cpu": ("cpu", "eager"), "xpu": ("triton", "eager")}
@@ -78,8 +78,8 @@ def obstacle(backend: str, operation: str, device_type: str, case: str | None = 
         return f"it serves {backend} tensors only"
     if reason := _native_obstacle():
         return reason
-    name = "project_align" if operation in LISTS else operation
-    if not torch._C._dispatch_has_kernel_for_dispatch_key(f"dgs_native::{name}", backend.upper()):
+    # All kernels of a device were built, or none.
+    if not torch._C._dispatch_has_kernel_for_dispatch_key("dgs_native::spectral_entropy", backend.upper()):
         return f"the native library was built without {backend} kernels"
     return None
 
@@ -93,13 +93,19 @@ def watched() -> bool:
     )
 
 
-def serve_as_it_is(implementation: Callable, *arguments) -> bool:
-    """Whether a native function on lists took these arguments, which nobody has looked at yet.
+def is_native(implementation: Callable) -> bool:
+    """Whether it is a native function past torch.
 
-    It checks them itself, in a fraction of the time that Python takes, and touches nothing where they are not
-    the usual ones: contiguous tensors of one dtype and device, of shapes that fit, and of no subclass.
+    Such a function checks its arguments itself, in a fraction of the time that Python takes, and returns
+    whether it served the call. It touches nothing where tensors are not the usual ones: dense, of one dtype
+    and device, of shapes that fit, and of no subclass.
     """
-    return isinstance(implementation, types.BuiltinFunctionType) and implementation(*arguments)
+    return isinstance(implementation, types.BuiltinFunctionType)
+
+
+def plain(x: torch.Tensor) -> torch.Tensor:
+    """The same tensor, of no subclass."""
+    return x if type(x) in (torch.Tensor, torch.nn.Parameter) else x.as_subclass(torch.Tensor)
 
 
 def _load(backend: str, operation: str) -> Callable:
@@ -107,7 +113,7 @@ def _load(backend: str, operation: str) -> Callable:
         return getattr(importlib.import_module("dgs_kernels.ops.eager"), operation)
     if backend == "triton":
         return getattr(importlib.import_module(_triton_file(operation)), operation)
-    if operation in LISTS:
+    if operation in PAST_TORCH:
         return getattr(importlib.import_module("dgs_kernels._native"), operation)
     return getattr(torch.ops.dgs_native, operation).default
 

@@ -16,6 +16,9 @@ torch.set_num_threads(min(2, torch.get_num_threads()))  # one where OMP_NUM_THRE
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    # Files with slow tests first: the last file should not be one that a single process works on alone.
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
     if torch.cuda.is_available():
         return
     for item in items:

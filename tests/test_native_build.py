@@ -140,10 +140,14 @@ def test_wheel(source, tmp_path):
     assert b"libtorch.so" in content
     assert not any(name in content for name in (b"libtorch_cuda", b"libc10", b"libpython"))
     code = f"""
-import torch
+import importlib.util, torch
 torch.ops.load_library({str(library)!r})
-x = torch.eye(3)
-print(torch.ops.dgs_native.project_align(x, x, None, None, 1.0, 1e-6, 0, 0).abs().max().item() < 1e-5)
+spec = importlib.util.spec_from_file_location("_native", {str(library)!r})
+native = importlib.util.module_from_spec(spec)
+x, out = torch.eye(3), torch.ones(3, 3)
+served = native.project_align(x, x, None, None, out, 1.0, 1e-6, 0, 0)
+entropy = torch.ops.dgs_native.spectral_entropy(torch.zeros(1, 3, 32, 32), 32)
+print(served and out.abs().max().item() < 1e-5 and entropy.shape == (1, 1))
 """
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert loaded.stdout.strip() == "True", loaded.stderr
@@ -157,7 +161,14 @@ def native():
     if reason := backends.obstacle("cpu", "project_align", "cpu"):
         assert COMPILER is None or sys.platform != "linux", f"a compiler is here, and yet: {reason}"
         pytest.skip(reason)
-    return torch.ops.dgs_native.project_align.default
+    serve = backends.implementation("project_align", "cpu")
+
+    def native(grad, *inputs):
+        out = torch.empty_like(grad, memory_format=torch.contiguous_format)
+        assert serve(grad, *inputs[:3], out, *inputs[3:])
+        return out
+
+    return native
 
 
 def draw(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:
@@ -225,17 +236,28 @@ def test_not_finite_stays_visible(native, bad, dtype):
     assert out[[0, 1, 3]].isfinite().all() and not out[2, 77].isfinite()
 
 
-def test_errors(native):
-    x = draw(2, 3)
-    for arguments, words in [
-        ((x[0], x[0], None, None), "expected a .rows, D. tensor"),
-        ((x, x[:, :2], None, None), "harmful must have grad's shape"),
-        ((x, x, x.double(), None), "beneficial must have grad's shape, dtype"),
-        ((x, x, None, torch.tensor(1)), "scale must be 0-dim"),
-        ((x.int(), x.int(), None, None), "expected float32, float64"),
-    ]:
-        with pytest.raises(RuntimeError, match=words):
-            native(*arguments, 1.0, 1e-6, 0, 0)
+def test_what_does_not_fit_is_left_alone(native):
+    """The caller words the errors."""
+    serve, x, options = backends.implementation("project_align", "cpu"), draw(2, 3), (1.0, 1e-6, 0, 0)
+    for change in (
+        {"grad": x.int(), "harmful": x.int()},
+        {"harmful": x[:, :2]},
+        {"harmful": x[None]},
+        {"harmful": [1.0, 2.0, 3.0]},
+        {"beneficial": x.double()},
+        {"beneficial": x.to("meta")},
+        {"scale": torch.tensor(1)},
+        {"out": torch.zeros(3, 2).T},
+        {"eps": "small"},
+        {"order": 2},
+    ):
+        out = torch.zeros(2, 3)
+        names = ("grad", "harmful", "beneficial", "scale", "out", "alignment", "eps", "order", "rule")
+        arguments = dict(zip(names, (x, x, None, None, out, *options))) | change
+        assert serve(*arguments.values()) is False, change
+        assert not out.any()
+    with pytest.raises(TypeError, match="expected 9 arguments, got 1"):
+        serve(x)
 
 
 # Without Python

@@ -278,6 +278,27 @@ def test_compiles_whole():
     torch.testing.assert_close(ours.grad, theirs.grad)
 
 
+def test_torch_sees_the_operator_where_it_watches():
+    """Native functions take a way past torch, but not while a mode, a transform or the profiler is there."""
+    grad, harmful = torch.tensor([[3.0, 4.0]]), torch.tensor([1.0, 0.0])
+    with torch._subclasses.FakeTensorMode() as mode:
+        assert project_align(mode.from_tensor(grad), mode.from_tensor(harmful)).shape == (1, 2)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        project_align(grad, harmful)
+    assert any(event.key == "dgs::project_align" for event in profile.key_averages())
+    ours = torch.func.vmap(project_align, in_dims=(0, None))(grad, harmful)
+    torch.testing.assert_close(ours, torch.tensor([[0.0, 4.0]]))
+
+
+def test_subclasses_are_tensors_too():
+    class Marked(torch.Tensor):
+        pass
+
+    grad, harmful = torch.randn(2, 3, 4).unbind()
+    result = project_align(grad.as_subclass(Marked), harmful.as_subclass(Marked))
+    assert torch.equal(result, project_align(grad, harmful))
+
+
 # Errors
 
 
@@ -286,11 +307,19 @@ def test_compiles_whole():
     [
         ({"grad": torch.zeros(())}, ValueError, r"grad must be \[..., D\] with D >= 1, got shape \(\)"),
         ({"grad": torch.zeros(3, 0)}, ValueError, "D >= 1"),
-        ({"grad": torch.zeros(3, 4, dtype=torch.long)}, TypeError, "grad must be a floating-point tensor"),
+        (
+            {"grad": torch.zeros(3, 4, dtype=torch.long)},
+            TypeError,
+            "grad must be of torch.float32, .*, got torch.int64",
+        ),
         ({"harmful": torch.zeros(5)}, ValueError, r"harmful must broadcast .*\(3, 4\), got \(5,\)"),
         ({"harmful": torch.zeros(1)}, ValueError, "harmful must broadcast"),
         ({"harmful": torch.zeros(1, 3, 4)}, ValueError, "harmful must broadcast"),
-        ({"harmful": torch.zeros(4, dtype=torch.long)}, TypeError, "harmful must be a floating-point tensor"),
+        (
+            {"harmful": torch.zeros(4, dtype=torch.long)},
+            TypeError,
+            "harmful must be of torch.float32, .*, got",
+        ),
         ({"beneficial": torch.zeros(2, 4)}, ValueError, "beneficial must broadcast"),
         (
             {"beneficial": torch.zeros(3, 4, device="meta")},

@@ -8,6 +8,8 @@ from torch import Tensor
 from dgs_kernels import backends, reference
 from dgs_kernels.reference import ORDERS, RULES, compute_dtype
 
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
 _library = torch.library.Library("dgs", "FRAGMENT")
 _library.define(
     "project_align(Tensor grad, Tensor harmful, Tensor? beneficial, Tensor? scale, "
@@ -69,8 +71,13 @@ def project_align(
     differentiated = torch.is_grad_enabled() and (
         grad.requires_grad or (scale is not None and scale.requires_grad)
     )
-    if differentiated or torch.compiler.is_compiling():
+    if differentiated or backends.watched():
         return _op(grad, harmful, beneficial, scale, alignment, eps, order, rule)
+    serve = backends.implementation("project_align", grad.device.type)
+    if backends.is_native(serve):
+        out = _native(serve, grad, harmful, beneficial, scale, alignment, eps, order, rule)
+        if out is not None:
+            return out
     # The autograd formula is Python: entering it to find that there is nothing to do would double the
     # host time of a small call.
     with torch._C._AutoDispatchBelowAutograd():
@@ -88,8 +95,8 @@ def check(grad, harmful, beneficial, scale, eps, order, rule, *, caller="project
         raise ValueError(f"{caller}: rule must be one of {', '.join(RULES)}, got {rule!r}")
     if not eps > 0:
         raise ValueError(f"{caller}: eps must be > 0, got {eps}")
-    if not grad.is_floating_point():
-        raise TypeError(f"{caller}: {name} must be a floating-point tensor, got {grad.dtype}")
+    if grad.dtype not in DTYPES:
+        raise TypeError(f"{caller}: {name} must be of {', '.join(map(str, DTYPES))}, got {grad.dtype}")
     for which, direction in (("harmful", harmful), ("beneficial", beneficial)):
         if direction is None:
             continue
@@ -98,8 +105,10 @@ def check(grad, harmful, beneficial, scale, eps, order, rule, *, caller="project
                 f"{caller}: {which} must broadcast to {name}'s shape {tuple(shape)}, "
                 f"got {tuple(direction.shape)}"
             )
-        if not direction.is_floating_point():
-            raise TypeError(f"{caller}: {which} must be a floating-point tensor, got {direction.dtype}")
+        if direction.dtype not in DTYPES:
+            raise TypeError(
+                f"{caller}: {which} must be of {', '.join(map(str, DTYPES))}, got {direction.dtype}"
+            )
         if direction.device != device:
             raise ValueError(f"{caller}: {which} is on {direction.device} and {name} on {device}")
     if scale is not None and (scale.dim() != 0 or scale.device != device):
@@ -124,7 +133,19 @@ def _rows(x: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
         x = x.contiguous()
     if x.shape != shape:
         x = x.expand(shape)
-    return x if x.dim() == 2 else x.reshape(-1, shape[-1])
+    return backends.plain(x if x.dim() == 2 else x.reshape(-1, shape[-1]))
+
+
+def _native(serve, grad, harmful, beneficial, scale, alignment, eps, order, rule) -> Tensor | None:
+    """The result of a native function; None if it does not take these tensors."""
+    out = torch.empty_like(grad, memory_format=torch.contiguous_format)
+    options = (alignment, eps, code(ORDERS, order), code(RULES, rule))
+    return out if serve(grad, harmful, beneficial, scale, out, *options) else None
+
+
+def code(names: tuple[str, ...], name: str) -> int:
+    """An option as kernels are told it: its place; -1 if there is no such option."""
+    return names.index(name) if name in names else -1
 
 
 def _kernel(grad, harmful, beneficial, scale, alignment, eps, order, rule) -> Tensor:
@@ -135,16 +156,13 @@ def _kernel(grad, harmful, beneficial, scale, alignment, eps, order, rule) -> Te
         dtype = compute_dtype(grad, harmful, beneficial)
     if scale is not None:
         scale = scale.to(compute_dtype(grad, harmful, beneficial))
-    out = backends.implementation("project_align", grad.device.type)(
-        _rows(grad, shape, dtype),
-        _rows(harmful, shape, dtype),
-        None if beneficial is None else _rows(beneficial, shape, dtype),
-        scale,
-        alignment,
-        eps,
-        ORDERS.index(order),
-        RULES.index(rule),
-    )
+    rows = [None if x is None else _rows(x, shape, dtype) for x in (grad, harmful, beneficial)]
+    serve = backends.implementation("project_align", grad.device.type)
+    if backends.is_native(serve):
+        out = _native(serve, *rows, scale, alignment, eps, order, rule)
+        assert out is not None, "a native function takes what has been checked and laid out"
+    else:
+        out = serve(*rows, scale, alignment, eps, ORDERS.index(order), RULES.index(rule))
     if out.shape != shape:
         out = out.view(shape)
     return out if out.dtype == grad.dtype else out.to(grad.dtype)

@@ -37,11 +37,11 @@ import torch
 from torch import Tensor
 
 from dgs_kernels import backends
+from dgs_kernels.ops.project_align import DTYPES, code
 from dgs_kernels.reference import ORDERS, RULES
 
 PARTS = ("all", "sums", "apply")
 SUMS = 6
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _KIND = operator.attrgetter("device", "dtype", "layout")
 
 _library = torch.library.Library("dgs", "FRAGMENT")
@@ -188,13 +188,12 @@ def dense(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 def codes(order: str, rule: str, part: str) -> tuple[int, ...]:
     """The options as numbers, -1 for one that does not exist."""
-    choices = ((ORDERS, order), (RULES, rule), (PARTS, part))
-    return tuple([names.index(name) if name in names else -1 for names, name in choices])
+    return code(ORDERS, order), code(RULES, rule), code(PARTS, part)
 
 
 def in_a_row(tensors: Sequence[Tensor]) -> list[Tensor]:
     """Dense tensors as contiguous ones of no subclass: their numbers as they follow each other in memory."""
-    plain = [t if type(t) in (Tensor, torch.nn.Parameter) else t.as_subclass(Tensor) for t in tensors]
+    plain = map(backends.plain, tensors)
     return [t if t.is_contiguous() else t.as_strided((t.numel(),), (1,)) for t in plain]
 
 
@@ -206,7 +205,7 @@ def _served_as_it_is(grads, harmful, beneficial, groups, sums, scale, alignment,
     serve = backends.implementation("project_align_", sums.device.type)
     scale = None if scale is None else scale.to(sums.dtype)
     lists = (grads, harmful, beneficial, groups)
-    return backends.serve_as_it_is(serve, *lists, sums, scale, alignment, eps, *codes(*names))
+    return backends.is_native(serve) and serve(*lists, sums, scale, alignment, eps, *codes(*names))
 
 
 def _kernel(grads, harmful, beneficial, groups, sums, scale, alignment, eps, order, rule, part) -> None:

@@ -77,7 +77,7 @@ def _served_as_it_is(*arguments) -> bool:
     serve = backends.implementation("surgery_adamw_", sums.device.type)
     scale = None if scale is None else scale.to(sums.dtype)
     options = (alignment, surgery_eps, *codes(order, rule, part), *arguments[15:])
-    return backends.serve_as_it_is(serve, *lists, sums, scale, *options)
+    return backends.is_native(serve) and serve(*lists, sums, scale, *options)
 
 
 def _kernel(params, grads, exp_avgs, exp_avg_sqs, steps, harmful, beneficial, groups, sums, *rest) -> None:

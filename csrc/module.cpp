@@ -1,10 +1,11 @@
-// The operators on lists of tensors, as functions of the Python module dgs_kernels._native. Hundreds of tensors a call
-// are too many for torch's dispatcher, which would take longer over them than the kernels do: tensors come through
-// DLPack's C exchange API instead, and through Python's limited API, so that one binary serves all versions of both.
+// The Python module dgs_kernels._native: the operators whose calls have to be short, past torch's dispatcher. Hundreds
+// of tensors a call take the dispatcher longer than the kernels; one call on a batch's rows takes it as long. Tensors
+// come through DLPack's C exchange API instead, and through Python's limited API, so that one binary serves all
+// versions of both.
 //
-// Both functions return whether they served the call. They take lists as they mostly are: contiguous tensors of the
-// right shapes, of one dtype and device, of no subclass. Where anything else comes they do nothing; their caller then
-// finds out what it is, and raises an error or makes lists that fit. So the usual call looks at each tensor once, here.
+// Every function returns whether it served the call. It takes tensors as they mostly are: dense, of fitting shapes, of
+// one dtype and device, of no subclass. Where anything else comes it does nothing; its caller then finds out what it
+// is, and raises an error or makes tensors that fit. So the usual call looks at each tensor once, here.
 #define Py_LIMITED_API 0x030A0000
 #include <Python.h>
 
@@ -54,6 +55,14 @@ struct View : DLTensor {
     int64_t count = 1;
     for (int i = 0; i < ndim; ++i) count *= shape[i];
     return count;
+  }
+
+  // The number of rows, of shape[ndim - 1] numbers in a row, and the way from one to the next; false if it has none.
+  bool rows(int64_t& count, int64_t& stride) const {
+    if (ndim == 0 || shape[ndim - 1] == 0) return false;
+    count = numel() / shape[ndim - 1];
+    stride = ndim == 2 ? strides[0] : shape[ndim - 1];
+    return contiguous() || (ndim == 2 && strides[1] == 1);
   }
 
   bool contiguous() const {
@@ -110,7 +119,10 @@ bool alike(const std::vector<View>& list, const std::vector<View>& wanted) {
                     [](const View& x, const View& y) { return alike(x, y); });
 }
 
-// What both operators are given besides, and what the kernels are told of it.
+// The type that kernels compute in, and that their scalars have.
+DLDataType computing_type(DType dtype) { return {kDLFloat, uint8_t(dtype == DType::f64 ? 64 : 32), 1}; }
+
+// What both operators on lists are given besides, and what the kernels are told of it.
 struct List {
   std::vector<dgs::ListTensor> tensors;
   dgs::TensorList list;
@@ -133,7 +145,7 @@ struct List {
     const auto dtype = dtype_of(grads[0].dtype);
     if (!dtype || order < 0 || order > 1 || rule < 0 || rule > 2 || part < 0 || part > 2 || !(eps > 0)) return false;
     device = grads[0].device;
-    const DLDataType computing{kDLFloat, uint8_t(*dtype == DType::f64 ? 64 : 32), 1};
+    const DLDataType computing = computing_type(*dtype);
     const auto computed = [&](const View& x, int dims) {
       return same(x.dtype, computing) && same(x.device, device) && x.ndim == dims && x.contiguous();
     };
@@ -192,6 +204,52 @@ bool launch(DLDevice device, Cpu on_cpu, Cuda on_cuda) {
   }
 #endif
   return false;
+}
+
+// A direction of grad's shape, or one row for all; false if it is neither.
+bool direction_of(const View& grad, const View& direction, int64_t& stride) {
+  int64_t count;
+  if (!same(direction.dtype, grad.dtype) || !same(direction.device, grad.device) || !direction.rows(count, stride) ||
+      direction.ndim > grad.ndim || direction.shape[direction.ndim - 1] != grad.shape[grad.ndim - 1])
+    return false;
+  const bool same_shape =
+      direction.ndim == grad.ndim && std::equal(grad.shape, grad.shape + grad.ndim, direction.shape);
+  if (!same_shape) stride = 0;
+  return same_shape || count == 1;
+}
+
+bool project_align(Arguments arguments) {
+  PyObject *const grad_ = arguments.object(), *const harmful_ = arguments.object(),
+                  *const beneficial_ = arguments.object(), *const scale_ = arguments.object(),
+                  *const out_ = arguments.object();
+  const double alignment = arguments.real(), eps = arguments.real();
+  const int64_t order = arguments.integer(), rule = arguments.integer();
+  const bool aligned = beneficial_ != Py_None, scaled = scale_ != Py_None;
+  View grad, harmful, beneficial, scale, out;
+  if (PyErr_Occurred() || !grad.of(grad_) || !harmful.of(harmful_) || !out.of(out_) ||
+      (aligned && !beneficial.of(beneficial_)) || (scaled && !scale.of(scale_)))
+    return false;
+  dgs::ProjectAlign call{.alignment = alignment, .eps = eps};
+  const auto dtype = dtype_of(grad.dtype);
+  if (!dtype || !grad.rows(call.rows, call.grad_stride) || !alike(out, grad) ||
+      !direction_of(grad, harmful, call.harmful_stride) ||
+      (aligned && !direction_of(grad, beneficial, call.beneficial_stride)) ||
+      (scaled && !(scale.ndim == 0 && same(scale.dtype, computing_type(*dtype)) && same(scale.device, grad.device))) ||
+      order < 0 || order > 1 || rule < 0 || rule > 2 || !(eps > 0))
+    return false;
+  call.grad = grad.at();
+  call.harmful = harmful.at();
+  call.beneficial = aligned ? beneficial.at() : nullptr;
+  call.scale = scaled ? scale.at() : nullptr;
+  call.out = out.at();
+  call.dim = call.out_stride = grad.shape[grad.ndim - 1];
+  call.order = static_cast<dgs::Order>(order);
+  call.rule = static_cast<dgs::Rule>(rule);
+  call.dtype = *dtype;
+  return call.rows == 0 ||
+         launch(
+             grad.device, [&] { dgs::cpu::project_align(call, dgs::torch_runtime::parallel_for); },
+             [&](const auto&, void* stream) { return dgs::cuda::project_align(call, stream); });
 }
 
 bool project_align_(Arguments arguments) {
@@ -283,6 +341,8 @@ PyMethodDef method(const char* name, const char* signature) {
 }
 
 PyMethodDef methods[] = {
+    method<function<project_align, 9>>(
+        "project_align", "project_align(grad, harmful, beneficial, scale, out, alignment, eps, order, rule) -> bool"),
     method<function<project_align_, 11>>(
         "project_align_", "project_align_(grads, harmful, beneficial, groups, sums, scale, alignment, eps, order, rule, "
                           "part) -> bool"),
@@ -309,7 +369,7 @@ PyObject* find(const char* module, std::initializer_list<const char*> path) {
 
 PyMODINIT_FUNC PyInit__native() {
   static PyModuleDef definition = {
-      PyModuleDef_HEAD_INIT, "_native", "The operators on lists of tensors, compiled.", -1, methods};
+      PyModuleDef_HEAD_INIT, "_native", "Operators past torch's dispatcher.", -1, methods};
   tensor_type = find("torch", {"Tensor"});
   parameter_type = find("torch", {"nn", "Parameter"});
   PyObject* const capsule = find("torch", {"Tensor", "__dlpack_c_exchange_api__"});
