@@ -1,4 +1,4 @@
-"""surgery_adamw_: gradient surgery inside AdamW's step, six streams in and three out; nine in for large layers.
+"""surgery_adamw_: gradient surgery inside AdamW's step: six streams in, three out; nine in for large layers.
 
 The lists are those of benchmarks/project_align_.py.
 """
