@@ -8,9 +8,7 @@ BIN    := $(VENV)/bin
 demo: install
 	$(BIN)/python -m dgsnet demo --out runs/demo
 
-test: install
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
+test: lint
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --ignore tests/test_speed.py
 	$(BIN)/python -m pytest tests/test_speed.py  # times, with nothing beside them
 
@@ -23,7 +21,8 @@ wheel: install
 
 # The stamp is newer than every file that decides what is installed or built.
 install: $(VENV)/.installed
-NATIVE := setup.py pyproject.toml $(shell find csrc -type f 2>/dev/null)
+SOURCES := $(shell find csrc -type f 2>/dev/null)
+NATIVE := setup.py pyproject.toml $(SOURCES)
 $(VENV)/.installed: $(NATIVE)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check "setuptools>=77" wheel ninja "torch>=2.10"
@@ -31,10 +30,13 @@ $(VENV)/.installed: $(NATIVE)
 	touch $@
 
 lint: install
-	$(BIN)/ruff check . && $(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(SOURCES)
 
 format: install
 	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
+	$(BIN)/clang-format -i $(SOURCES)
 
 clean:
 	rm -rf build dist *.egg-info runs

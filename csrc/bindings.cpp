@@ -1,5 +1,6 @@
 // The operators that go through torch's dispatcher (module.cpp has the others), in its stable ABI: checks tensors,
-// allocates results, calls the kernels. Operators are called by dgs_kernels/ops, which documents them and knows autograd.
+// allocates results, calls the kernels. Operators are called by dgs_kernels/ops, which documents them and knows
+// autograd.
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -78,11 +79,12 @@ ScalarType computing_type(DType dtype) { return dtype == DType::f64 ? ScalarType
 template <typename Launch>
 Tensor spectral_entropy(const Tensor& images, int64_t patch_size, Launch launch) {
   const ScalarType type = images.scalar_type();
-  STD_TORCH_CHECK(images.dim() == 4 && images.size(1) == 3 && patch_size == dgs::entropy_patch &&
-                      (type == ScalarType::Byte || type == ScalarType::Float) &&
-                      (images.stride(3) == 1 || (images.stride(1) == 1 && images.stride(3) == 3)),
-                  "dgs_native::spectral_entropy: expected [B, 3, H, W] images, uint8 or float32, planar or interleaved, "
-                  "and patches of 32 pixels");
+  STD_TORCH_CHECK(
+      images.dim() == 4 && images.size(1) == 3 && patch_size == dgs::entropy_patch &&
+          (type == ScalarType::Byte || type == ScalarType::Float) &&
+          (images.stride(3) == 1 || (images.stride(1) == 1 && images.stride(3) == 3)),
+      "dgs_native::spectral_entropy: expected [B, 3, H, W] images, uint8 or float32, planar or interleaved, "
+      "and patches of 32 pixels");
   const int64_t batch = images.size(0), height = images.size(2), width = images.size(3);
   const std::vector<int64_t> shape{batch, height / patch_size * (width / patch_size)};
   Tensor out = torch::stable::new_empty(images, shape, ScalarType::Float);
@@ -180,28 +182,27 @@ void surgery_head_backward(const Tensor& residuals, const Tensor& image_weight, 
   const int64_t batch = out.size(0), dim = out.size(1);
   if (out.numel() == 0) return;
   launch(dgs::SurgeryHeadBackward{.dtype = dtype_of(out),
-                                   .order = static_cast<dgs::Order>(order),
-                                   .residuals = numbers_of(residuals, 3 * batch, type),
-                                   .image_weight = numbers_of(image_weight, dim, type),
-                                   .teacher_weight = numbers_of(teacher_weight, dim, type),
-                                   .text_weight = numbers_of(text_weight, dim, type),
-                                   .image_scale = numbers_of(image_scale, 1, type),
-                                   .alignment_scale = numbers_of(alignment_scale, 1, type),
-                                   .batch = batch,
-                                   .dim = dim,
-                                   .reference_batch_size = double(reference_batch_size.value_or(0)),
-                                   .eps = eps,
-                                   .grad_features = out.mutable_data_ptr(),
+                                  .order = static_cast<dgs::Order>(order),
+                                  .residuals = numbers_of(residuals, 3 * batch, type),
+                                  .image_weight = numbers_of(image_weight, dim, type),
+                                  .teacher_weight = numbers_of(teacher_weight, dim, type),
+                                  .text_weight = numbers_of(text_weight, dim, type),
+                                  .image_scale = numbers_of(image_scale, 1, type),
+                                  .alignment_scale = numbers_of(alignment_scale, 1, type),
+                                  .batch = batch,
+                                  .dim = dim,
+                                  .reference_batch_size = double(reference_batch_size.value_or(0)),
+                                  .eps = eps,
+                                  .grad_features = out.mutable_data_ptr(),
                                   .wide = type == ScalarType::Double});
 }
 
 void surgery_head_backward_cpu(Tensor residuals, Tensor image_weight, Tensor teacher_weight,
                                std::optional<Tensor> text_weight, Tensor image_scale, Tensor alignment_scale,
                                Tensor out, double eps, int64_t order, std::optional<int64_t> reference_batch_size) {
-  surgery_head_backward(
-      residuals, image_weight, teacher_weight, text_weight, image_scale, alignment_scale, out, eps, order,
-      reference_batch_size,
-      [](const dgs::SurgeryHeadBackward& a) { dgs::cpu::surgery_head_backward(a, parallel_for); });
+  surgery_head_backward(residuals, image_weight, teacher_weight, text_weight, image_scale, alignment_scale, out, eps,
+                        order, reference_batch_size,
+                        [](const dgs::SurgeryHeadBackward& a) { dgs::cpu::surgery_head_backward(a, parallel_for); });
 }
 
 #ifdef DGS_CUDA
@@ -222,7 +223,8 @@ HeadResults surgery_head_cuda(Tensor features, Tensor teacher_features, std::opt
                         const std::vector<int64_t> size{dgs::cuda::surgery_head_workspace(a.batch, a.dim)};
                         const Tensor workspace = torch::stable::new_empty(labels, size, computing_type(a.dtype));
                         a.workspace = workspace.mutable_data_ptr();
-                        on_stream(features.get_device_index(), [&](void* stream) { return dgs::cuda::surgery_head(a, stream); });
+                        on_stream(features.get_device_index(),
+                                  [&](void* stream) { return dgs::cuda::surgery_head(a, stream); });
                       });
 }
 
@@ -235,7 +237,8 @@ void surgery_head_backward_cuda(Tensor residuals, Tensor image_weight, Tensor te
   const Tensor result = direct ? out : torch::stable::new_empty(out, out.sizes(), type);
   surgery_head_backward(residuals, image_weight, teacher_weight, text_weight, image_scale, alignment_scale, result, eps,
                         order, reference_batch_size, [&](const dgs::SurgeryHeadBackward& a) {
-                          on_stream(out.get_device_index(), [&](void* stream) { return dgs::cuda::surgery_head_backward(a, stream); });
+                          on_stream(out.get_device_index(),
+                                    [&](void* stream) { return dgs::cuda::surgery_head_backward(a, stream); });
                         });
   if (!direct) torch::stable::copy_(out, result);
 }

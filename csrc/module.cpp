@@ -246,10 +246,9 @@ bool project_align(Arguments arguments) {
   call.order = static_cast<dgs::Order>(order);
   call.rule = static_cast<dgs::Rule>(rule);
   call.dtype = *dtype;
-  return call.rows == 0 ||
-         launch(
-             grad.device, [&] { dgs::cpu::project_align(call, dgs::torch_runtime::parallel_for); },
-             [&](const auto&, void* stream) { return dgs::cuda::project_align(call, stream); });
+  return call.rows == 0 || launch(
+                               grad.device, [&] { dgs::cpu::project_align(call, dgs::torch_runtime::parallel_for); },
+                               [&](const auto&, void* stream) { return dgs::cuda::project_align(call, stream); });
 }
 
 bool project_align_(Arguments arguments) {
@@ -344,12 +343,14 @@ PyMethodDef methods[] = {
     method<function<project_align, 9>>(
         "project_align", "project_align(grad, harmful, beneficial, scale, out, alignment, eps, order, rule) -> bool"),
     method<function<project_align_, 11>>(
-        "project_align_", "project_align_(grads, harmful, beneficial, groups, sums, scale, alignment, eps, order, rule, "
-                          "part) -> bool"),
+        "project_align_",
+        "project_align_(grads, harmful, beneficial, groups, sums, scale, alignment, eps, order, rule, "
+        "part) -> bool"),
     method<function<surgery_adamw_, 21>>(
-        "surgery_adamw_", "surgery_adamw_(params, grads, exp_avgs, exp_avg_sqs, steps, harmful, beneficial, groups, "
-                          "sums, scale, alignment, surgery_eps, order, rule, part, lr, beta1, beta2, weight_decay, eps, "
-                          "maximize) -> bool"),
+        "surgery_adamw_",
+        "surgery_adamw_(params, grads, exp_avgs, exp_avg_sqs, steps, harmful, beneficial, groups, "
+        "sums, scale, alignment, surgery_eps, order, rule, part, lr, beta1, beta2, weight_decay, eps, "
+        "maximize) -> bool"),
     {},
 };
 
@@ -368,8 +369,7 @@ PyObject* find(const char* module, std::initializer_list<const char*> path) {
 }  // namespace
 
 PyMODINIT_FUNC PyInit__native() {
-  static PyModuleDef definition = {
-      PyModuleDef_HEAD_INIT, "_native", "Operators past torch's dispatcher.", -1, methods};
+  static PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_native", "Operators past torch's dispatcher.", -1, methods};
   tensor_type = find("torch", {"Tensor"});
   parameter_type = find("torch", {"nn", "Parameter"});
   PyObject* const capsule = find("torch", {"Tensor", "__dlpack_c_exchange_api__"});

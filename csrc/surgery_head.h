@@ -8,27 +8,27 @@ namespace dgs {
 // All but the three feature matrices are contiguous and of the computing type (f64 for f64, else f32).
 struct SurgeryHead {
   DType dtype;
-  const void *features, *teacher_features, *text_features;   // [batch, dim]; text_features may be null
-  int64_t features_stride, teacher_stride, text_stride;      // in elements, from row to row
-  const void* labels;                                        // [batch]
-  const void *image_weight, *teacher_weight, *text_weight;   // [dim]
-  const void *image_bias, *teacher_bias, *text_bias;         // [1]
+  const void *features, *teacher_features, *text_features;  // [batch, dim]; text_features may be null
+  int64_t features_stride, teacher_stride, text_stride;     // in elements, from row to row
+  const void* labels;                                       // [batch]
+  const void *image_weight, *teacher_weight, *text_weight;  // [dim]
+  const void *image_bias, *teacher_bias, *text_bias;        // [1]
   int64_t batch, dim;
-  double reference_batch_size;                               // 0: the batch's own
-  void *losses, *logits, *residuals, *head_grads;            // [3], [3, batch], [3, batch], [2, dim + 1]
-  void* workspace;                                           // CUDA: surgery_head_workspace(batch, dim) numbers
+  double reference_batch_size;                     // 0: the batch's own
+  void *losses, *logits, *residuals, *head_grads;  // [3], [3, batch], [3, batch], [2, dim + 1]
+  void* workspace;                                 // CUDA: surgery_head_workspace(batch, dim) numbers
 };
 
 struct SurgeryHeadBackward {
-  DType dtype;                                               // of grad_features
+  DType dtype;  // of grad_features
   Order order;
-  const void* residuals;                                     // [3, batch]
-  const void *image_weight, *teacher_weight, *text_weight;   // [dim]; text_weight may be null
-  const void *image_scale, *alignment_scale;                 // one number each
+  const void* residuals;                                    // [3, batch]
+  const void *image_weight, *teacher_weight, *text_weight;  // [dim]; text_weight may be null
+  const void *image_scale, *alignment_scale;                // one number each
   int64_t batch, dim;
   double reference_batch_size, eps;
-  void* grad_features;                                       // [batch, dim], contiguous
-  int32_t wide;                                              // CPU: whether everything else is f64; CUDA: as dtype has it
+  void* grad_features;  // [batch, dim], contiguous
+  int32_t wide;         // CPU: whether everything else is f64; CUDA: as dtype has it
 };
 
 namespace cpu {

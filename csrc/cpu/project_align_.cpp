@@ -86,14 +86,13 @@ DGS_INLINE void apply_any(T* g, const T* h, const T* b, int64_t size, bool posit
 }
 
 // Multiversioning is for plain functions only, hence the list.
-#define DGS_KERNELS(T)                                                                                        \
-  DGS_MULTIVERSION Sums sum(const T* g, const T* h, const T* b, int64_t size, bool positive) {                \
-    return sum_any(g, h, b, size, positive);                                                                  \
-  }                                                                                                           \
-  DGS_MULTIVERSION void apply(T* g, const T* h, const T* b, int64_t size, bool positive, double alignment,    \
-                              double k) {                                                                     \
-    using F = decltype(load(T()));                                                                            \
-    apply_any(g, h, b, size, positive, F(alignment), F(k));                                                   \
+#define DGS_KERNELS(T)                                                                                                 \
+  DGS_MULTIVERSION Sums sum(const T* g, const T* h, const T* b, int64_t size, bool positive) {                         \
+    return sum_any(g, h, b, size, positive);                                                                           \
+  }                                                                                                                    \
+  DGS_MULTIVERSION void apply(T* g, const T* h, const T* b, int64_t size, bool positive, double alignment, double k) { \
+    using F = decltype(load(T()));                                                                                     \
+    apply_any(g, h, b, size, positive, F(alignment), F(k));                                                            \
   }
 DGS_KERNELS(float)
 DGS_KERNELS(double)
@@ -194,9 +193,8 @@ class Layers {
     }
     if (list_.part == Part::sums) return;
     const double k = coefficient(group);
-    for_blocks(group, [&](const ListTensor& t, int64_t at, int64_t size) {
-      apply_({t, at, size, alignment_, k}, context_);
-    });
+    for_blocks(group,
+               [&](const ListTensor& t, int64_t at, int64_t size) { apply_({t, at, size, alignment_, k}, context_); });
   }
 
   void large_layer_of(int64_t group, ParallelFor parallel_for) const {
@@ -217,9 +215,8 @@ class Layers {
     }
     if (list_.part == Part::sums) return;
     const double k = coefficient(group);
-    in_turns(parallel_for, count, grain, [&](int64_t i) {
-      apply_({*blocks[i].tensor, blocks[i].at, blocks[i].size, alignment_, k}, context_);
-    });
+    in_turns(parallel_for, count, grain,
+             [&](int64_t i) { apply_({*blocks[i].tensor, blocks[i].at, blocks[i].size, alignment_, k}, context_); });
   }
 };
 

@@ -198,10 +198,14 @@ const char* launch(void (*kernel)(P), int64_t blocks, int threads, int shared_by
 template <typename F>
 const char* dispatch(DType dtype, F run) {
   switch (dtype) {
-    case DType::f32: return run(float{});
-    case DType::f64: return run(double{});
-    case DType::bf16: return run(__nv_bfloat16{});
-    case DType::f16: return run(__half{});
+    case DType::f32:
+      return run(float{});
+    case DType::f64:
+      return run(double{});
+    case DType::bf16:
+      return run(__nv_bfloat16{});
+    case DType::f16:
+      return run(__half{});
   }
   return "unknown dtype";
 }

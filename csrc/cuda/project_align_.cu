@@ -19,7 +19,8 @@ __global__ __launch_bounds__(kListThreads) void chunk_sums(const __grid_constant
   sum_over(kListThreads, sums, shared_memory<A>());
   if (threadIdx.x == 0)
 #pragma unroll
-    for (int n = 0; n < group_sums; ++n) static_cast<A*>(p.tables.partials)[int64_t(blockIdx.x) * group_sums + n] = sums[n];
+    for (int n = 0; n < group_sums; ++n)
+      static_cast<A*>(p.tables.partials)[int64_t(blockIdx.x) * group_sums + n] = sums[n];
 }
 
 // One block per group.

@@ -39,13 +39,14 @@ template <typename T, bool Aligned>
 struct Share {
   using A = Compute<T>;
   static constexpr int kPacks = kShare<T, Aligned> / kPack<T>;
-  A moved[kShare<T, Aligned>];        // grad + alignment * min(beneficial, 0)
+  A moved[kShare<T, Aligned>];  // grad + alignment * min(beneficial, 0)
   Pack<T> harmful[kPacks];
 
   // `count` elements from each pointer on, dealt out to `lanes` threads.
   template <int N>
-  __device__ __forceinline__ void read(const T* grad, const T* harmful_row, const T* beneficial, int64_t count, int lane,
-                                       int lanes, const SurgeryOptions<A>& options, A (&sums)[N], bool wide = Aligned) {
+  __device__ __forceinline__ void read(const T* grad, const T* harmful_row, const T* beneficial, int64_t count,
+                                       int lane, int lanes, const SurgeryOptions<A>& options, A (&sums)[N],
+                                       bool wide = Aligned) {
     Pack<T> g[kPacks], b[kPacks];
 #pragma unroll
     for (int v = 0; v < kPacks; ++v) {

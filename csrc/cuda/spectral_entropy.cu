@@ -9,10 +9,10 @@ namespace dgs::cuda {
 namespace {
 
 constexpr int kSide = 32;
-constexpr int kLanes = 16;    // threads per patch
+constexpr int kLanes = 16;  // threads per patch
 constexpr int kThreads = 128;
 constexpr int kPatches = kThreads / kLanes;
-constexpr int kLumaStride = kSide + 1;        // an odd stride: neither rows nor columns meet in one bank
+constexpr int kLumaStride = kSide + 1;  // an odd stride: neither rows nor columns meet in one bank
 constexpr int kSpectrumStride = kLanes + 1;
 constexpr int kImaginary = kSide * kSpectrumStride;
 constexpr int kPatchFloats = 2 * kImaginary + 1;  // odd, so that the two patches of a warp use different banks
@@ -92,8 +92,7 @@ __global__ __launch_bounds__(kThreads) void patch_entropy(const __grid_constant_
 
   Complex x[kSide];
 #pragma unroll
-  for (int j = 0; j < kSide; ++j)
-    x[j] = {shared[2 * lane * kLumaStride + j], shared[(2 * lane + 1) * kLumaStride + j]};
+  for (int j = 0; j < kSide; ++j) x[j] = {shared[2 * lane * kLumaStride + j], shared[(2 * lane + 1) * kLumaStride + j]};
   fft(x);
   __syncwarp();  // everybody has read the luma that the spectra overwrite
 #pragma unroll

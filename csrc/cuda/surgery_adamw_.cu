@@ -9,8 +9,8 @@ namespace {
 struct Step {
   ChunkedList list;
   double decay, fresh1, beta2, fresh2;
-  Rates rates;             // of all tensors alike,
-  const Rates* rates_of;   // or, if not null, of each of the table's
+  Rates rates;            // of all tensors alike,
+  const Rates* rates_of;  // or, if not null, of each of the table's
   bool maximize;
 };
 
@@ -29,7 +29,9 @@ __global__ __launch_bounds__(kListThreads, 1) void adamw_chunks(const __grid_con
   T* exp_avg_sq = chunk.at(static_cast<T*>(tensor.exp_avg_sq));
 #pragma unroll
   for (int v = 0; v < Share<T, Aligned>::kPacks; ++v) {
-    auto read = [&](const T* row) { return load<T, Aligned>(row, v, threadIdx.x, kListThreads, chunk.count, chunk.wide); };
+    auto read = [&](const T* row) {
+      return load<T, Aligned>(row, v, threadIdx.x, kListThreads, chunk.count, chunk.wide);
+    };
     auto write = [&](T* row, const Pack<T>& pack) {
       store<T, Aligned>(row, pack, v, threadIdx.x, kListThreads, chunk.count, chunk.wide);
     };
@@ -75,10 +77,14 @@ const char* surgery_adamw_(const TensorList& given, const AdamW& o, const Alloca
   const ChunkedList list = lay_out(given, tables->device);
   if (!error && !list.cluster && given.part != Part::apply) error = sum_groups(list, given.dtype, stream);
   if (error) return error;
-  const Step step{list,         1 - o.lr * o.weight_decay,
-                  1 - o.beta1,  o.beta2,
-                  1 - o.beta2,  o.rates[0],
-                  static_cast<const Rates*>(rates.get()), o.maximize};
+  const Step step{list,
+                  1 - o.lr * o.weight_decay,
+                  1 - o.beta1,
+                  o.beta2,
+                  1 - o.beta2,
+                  o.rates[0],
+                  static_cast<const Rates*>(rates.get()),
+                  o.maximize};
   return dispatch(given.dtype, [&](auto zero) {
     using T = decltype(zero);
     auto update = list.tables.aligned ? adamw_chunks<T, true> : adamw_chunks<T, false>;

@@ -52,8 +52,8 @@ __device__ __forceinline__ void judge(const SurgeryHead& p, int64_t row, bool wr
   scalars[kImageLoss] += cross_entropy(image, label);
   scalars[kTextLoss] += p.text_features ? cross_entropy(text, label) : A(0);
   // |c| <f, min(+-w, 0)>: the sign of the weight is that of the residual.
-  scalars[kAlignmentLoss] += teacher_residual > 0 ? teacher_residual * dots[kTeacherFalling]
-                                                  : -teacher_residual * dots[kTeacherRising];
+  scalars[kAlignmentLoss] +=
+      teacher_residual > 0 ? teacher_residual * dots[kTeacherFalling] : -teacher_residual * dots[kTeacherRising];
   scalars[kImageResidual] += image_residual;
   scalars[kTextResidual] += text_residual;
   if (!writes) return;
@@ -102,7 +102,7 @@ __global__ __launch_bounds__(kThreads) void head_in_registers(const __grid_const
   const SurgeryHead& a = p.args;
   int lane = threadIdx.x % p.lanes, team = threadIdx.x / p.lanes, teams = blockDim.x / p.lanes;
   int scratch_size = blockDim.x / kWarp * kNumDots;
-  A* scratch = shared_memory<A>();       // two, used in turn: one barrier per row is enough
+  A* scratch = shared_memory<A>();         // two, used in turn: one barrier per row is enough
   A* totals = scratch + 2 * scratch_size;  // [2 dim + kNumScalars], only where teams share a block
 
   A image_sum[kHeadShare<T, Aligned>] = {}, text_sum[kHeadShare<T, Aligned>] = {}, scalars[kNumScalars] = {};
@@ -257,8 +257,8 @@ const char* run(const SurgeryHead& args, void* stream) {
   const char* error = fits ? launch(head_in_registers<T, Aligned>, chunks, threads, shared, stream, p)
                            : launch(head_read_twice<T>, chunks, threads, shared, stream, p);
   if (error) return error;
-  return launch(head_sum_chunks<A>, ceil_div(partial_size(args.dim), kWarp), kThreads, kThreads * int(sizeof(A)), stream,
-                p);
+  return launch(head_sum_chunks<A>, ceil_div(partial_size(args.dim), kWarp), kThreads, kThreads * int(sizeof(A)),
+                stream, p);
 }
 
 struct Backward {
@@ -268,7 +268,17 @@ struct Backward {
 
 // Inner products of the directions a row can be made of: h = relu(+-w_text), q = min(+-w_teacher, 0). "Up" is the
 // side of a positive residual.
-enum Products { kUpUp, kDownDown, kUpImage, kDownImage, kUpFalling, kUpRising, kDownFalling, kDownRising, kNumProducts };
+enum Products {
+  kUpUp,
+  kDownDown,
+  kUpImage,
+  kDownImage,
+  kUpFalling,
+  kUpRising,
+  kDownFalling,
+  kDownRising,
+  kNumProducts
+};
 enum Coefficients { kOfImage, kOfFalling, kOfRising, kOfUp, kOfDown, kNumCoefficients };
 
 // reference.surgery_head_backward for one row.

@@ -56,7 +56,8 @@ __global__ void cut_tensors(const __grid_constant__ Cut p) {
 
 constexpr int64_t round_up(int64_t bytes) { return ceil_div(bytes, 16) * 16; }
 
-std::shared_ptr<const KeptTables> make(const TensorList& list, const Allocate& allocate, void* stream, const char*& error) {
+std::shared_ptr<const KeptTables> make(const TensorList& list, const Allocate& allocate, void* stream,
+                                       const char*& error) {
   const ListTensor* tensors = list.tensors;
   const int64_t count = list.num_tensors, groups = list.num_groups;
   const int64_t width = list.dtype == DType::f64 ? 8 : list.dtype == DType::f32 ? 4 : 2, pack = 16 / width;

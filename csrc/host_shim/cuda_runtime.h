@@ -55,13 +55,13 @@ struct cudaLaunchConfig_t {
 namespace shim {
 
 cudaError_t run(const cudaLaunchConfig_t&, const std::function<void()>& thread_body);
-unsigned char* shared_memory();                             // the running block's, exactly as large as asked for
-unsigned char* shared_memory(unsigned rank);                // of another block of the cluster
+unsigned char* shared_memory();               // the running block's, exactly as large as asked for
+unsigned char* shared_memory(unsigned rank);  // of another block of the cluster
 unsigned cluster_rank();
 unsigned cluster_size();
 void block_barrier();
 void cluster_barrier();
-uint64_t exchange(uint64_t value, unsigned source_lane);    // what source_lane passed, after a warp barrier
+uint64_t exchange(uint64_t value, unsigned source_lane);  // what source_lane passed, after a warp barrier
 unsigned ballot(bool predicate);
 extern bool has_clusters;
 extern bool capturing;

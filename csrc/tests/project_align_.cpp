@@ -70,15 +70,15 @@ void compare(DType dtype, Order order, Rule rule, bool aligned, bool parts) {
     const double got = check::get(memory.data(), n, dtype == DType::f64 ? DType::f64 : DType::f32);
     // A sum of products is as wrong as the sum of their sizes, here at most four times as large as <g, g>.
     const double size = 4 * double(want.sums[n / 6 * 6 + 2] + want.sums[n / 6 * 6 + 1]);
-    expect(std::fabs(got - double(want.sums[n])) <= 64 * computing * size, "dtype %d rule %d: sums[%ld] %.9g, not %.9Lg",
-           int(dtype), int(rule), long(n), got, want.sums[n]);
+    expect(std::fabs(got - double(want.sums[n])) <= 64 * computing * size,
+           "dtype %d rule %d: sums[%ld] %.9g, not %.9Lg", int(dtype), int(rule), long(n), got, want.sums[n]);
   }
   for (size_t t = 0; t < sizes.size(); ++t)
     for (int64_t i = 0; i < sizes[t]; ++i) {
       const double got = double(l.value(0, t, i)), exact = double(want.grads[t][i]);
       expect(std::fabs(got - exact) <= 64 * computing + check::unit_roundoff(dtype) * std::fabs(exact),
-             "dtype %d order %d rule %d aligned %d: tensor %ld[%ld] = %.9g, not %.9g", int(dtype), int(order), int(rule),
-             aligned, long(t), long(i), got, exact);
+             "dtype %d order %d rule %d aligned %d: tensor %ld[%ld] = %.9g, not %.9g", int(dtype), int(order),
+             int(rule), aligned, long(t), long(i), got, exact);
     }
 }
 

@@ -39,7 +39,8 @@ void compare(bool interleaved, double contrast) {
       {sizeof(T) == 1, images.data(), batch, height, width, 3 * height * width, channel, row, pixel, out.data()},
       check::parallel_for);
   for (int64_t i = 0; i < batch * down * across; ++i) {
-    const T* patch = &images[i / (down * across) * 3 * height * width + i / across % down * 32 * row + i % across * 32 * pixel];
+    const T* patch =
+        &images[i / (down * across) * 3 * height * width + i / across % down * 32 * row + i % across * 32 * pixel];
     std::vector<double> luma;
     for (int y = 0; y < 32; ++y)
       for (int x = 0; x < 32; ++x) {
@@ -56,6 +57,7 @@ void compare(bool interleaved, double contrast) {
 
 int main() {
   for (bool interleaved : {false, true})
-    for (double contrast : {1.0, 0.1, 0.0}) compare<uint8_t>(interleaved, contrast), compare<float>(interleaved, contrast);
+    for (double contrast : {1.0, 0.1, 0.0})
+      compare<uint8_t>(interleaved, contrast), compare<float>(interleaved, contrast);
   return check::result();
 }
