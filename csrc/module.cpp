@@ -1,7 +1,7 @@
-// The Python module dgs_kernels._native: the operators whose calls have to be short, past torch's dispatcher. Hundreds
-// of tensors a call take the dispatcher longer than the kernels; one call on a batch's rows takes it as long. Tensors
-// come through DLPack's C exchange API instead, and through Python's limited API, so that one binary serves all
-// versions of both.
+// The Python module dgs_kernels._native: the kernels on torch's tensors. Hundreds of tensors a call take torch's
+// dispatcher longer than the kernels, and a call on a small batch as long. So tensors come past it, through DLPack's C
+// exchange API and Python's limited API; one binary serves all versions of both. dgs_kernels/ops documents the
+// operators, and registers them with torch for whoever wants to see them there.
 //
 // Every function returns whether it served the call. It takes tensors as they mostly are: dense, of fitting shapes, of
 // one dtype and device, of no subclass. Where anything else comes it does nothing; its caller then finds out what it
@@ -40,6 +40,8 @@ std::optional<DType> dtype_of(DLDataType type) {
 
 // What a tensor is, as long as it lives.
 struct View : DLTensor {
+  bool absent = false;  // None
+
   // False where no kernel could read it.
   bool of(PyObject* object) {
     PyObject* type = reinterpret_cast<PyObject*>(Py_TYPE(object));
@@ -49,7 +51,12 @@ struct View : DLTensor {
     return false;
   }
 
-  void* at() const { return static_cast<char*>(data) + byte_offset; }
+  bool of_optional(PyObject* object) {
+    absent = object == Py_None;
+    return absent || of(object);
+  }
+
+  void* at() const { return absent ? nullptr : static_cast<char*>(data) + byte_offset; }
 
   int64_t numel() const {
     int64_t count = 1;
@@ -83,6 +90,8 @@ class Arguments {
   explicit Arguments(PyObject* const* arguments) : next_(arguments) {}
 
   PyObject* object() { return *next_++; }
+  bool view(View& view) { return view.of(object()); }
+  bool optional(View& view) { return view.of_optional(object()); }
   double real() { return PyFloat_AsDouble(object()); }
   int64_t integer() { return PyLong_AsLongLong(object()); }
   bool truth() { return PyObject_IsTrue(object()) == 1; }
@@ -122,6 +131,11 @@ bool alike(const std::vector<View>& list, const std::vector<View>& wanted) {
 // The type that kernels compute in, and that their scalars have.
 DLDataType computing_type(DType dtype) { return {kDLFloat, uint8_t(dtype == DType::f64 ? 64 : 32), 1}; }
 
+// Whether it is `count` numbers of this type in a row.
+bool numbers(const View& x, int64_t count, DLDataType type, DLDevice device) {
+  return same(x.dtype, type) && same(x.device, device) && x.numel() == count && x.contiguous();
+}
+
 // What both operators on lists are given besides, and what the kernels are told of it.
 struct List {
   std::vector<dgs::ListTensor> tensors;
@@ -136,21 +150,18 @@ struct List {
     if (grads.empty() || !arguments.list(harmful) || !arguments.list(beneficial) || !arguments.list(groups) ||
         !sums.of(arguments.object()))
       return false;
-    PyObject* const number = arguments.object();
-    const bool scaled = number != Py_None;
+    if (!arguments.optional(scale)) return false;
     const double alignment = arguments.real(), eps = arguments.real();
     const int64_t order = arguments.integer(), rule = arguments.integer(), part = arguments.integer();
-    if (PyErr_Occurred() || (scaled && !scale.of(number))) return false;
+    if (PyErr_Occurred()) return false;
 
     const auto dtype = dtype_of(grads[0].dtype);
     if (!dtype || order < 0 || order > 1 || rule < 0 || rule > 2 || part < 0 || part > 2 || !(eps > 0)) return false;
     device = grads[0].device;
     const DLDataType computing = computing_type(*dtype);
-    const auto computed = [&](const View& x, int dims) {
-      return same(x.dtype, computing) && same(x.device, device) && x.ndim == dims && x.contiguous();
-    };
-    if (!computed(sums, 2) || sums.shape[1] != dgs::group_sums || (scaled && !computed(scale, 0)) ||
-        groups.size() != grads.size() || !alike(harmful, grads) || !(beneficial.empty() || alike(beneficial, grads)))
+    if (sums.ndim != 2 || !numbers(sums, sums.shape[0] * dgs::group_sums, computing, device) ||
+        !(scale.absent || numbers(scale, 1, computing, device)) || groups.size() != grads.size() ||
+        !alike(harmful, grads) || !(beneficial.empty() || alike(beneficial, grads)))
       return false;
 
     const int64_t num_groups = sums.shape[0];
@@ -173,7 +184,7 @@ struct List {
             .num_tensors = int64_t(tensors.size()),
             .num_groups = num_groups,
             .sums = sums.at(),
-            .scale = scaled ? scale.at() : nullptr,
+            .scale = scale.at(),
             .alignment = alignment,
             .eps = eps};
     return true;
@@ -219,28 +230,23 @@ bool direction_of(const View& grad, const View& direction, int64_t& stride) {
 }
 
 bool project_align(Arguments arguments) {
-  PyObject *const grad_ = arguments.object(), *const harmful_ = arguments.object(),
-                  *const beneficial_ = arguments.object(), *const scale_ = arguments.object(),
-                  *const out_ = arguments.object();
-  const double alignment = arguments.real(), eps = arguments.real();
-  const int64_t order = arguments.integer(), rule = arguments.integer();
-  const bool aligned = beneficial_ != Py_None, scaled = scale_ != Py_None;
   View grad, harmful, beneficial, scale, out;
-  if (PyErr_Occurred() || !grad.of(grad_) || !harmful.of(harmful_) || !out.of(out_) ||
-      (aligned && !beneficial.of(beneficial_)) || (scaled && !scale.of(scale_)))
+  if (!arguments.view(grad) || !arguments.view(harmful) || !arguments.optional(beneficial) ||
+      !arguments.optional(scale) || !arguments.view(out))
     return false;
-  dgs::ProjectAlign call{.alignment = alignment, .eps = eps};
+  dgs::ProjectAlign call{.alignment = arguments.real(), .eps = arguments.real()};
+  const int64_t order = arguments.integer(), rule = arguments.integer();
   const auto dtype = dtype_of(grad.dtype);
-  if (!dtype || !grad.rows(call.rows, call.grad_stride) || !alike(out, grad) ||
+  if (PyErr_Occurred() || !dtype || !grad.rows(call.rows, call.grad_stride) || !alike(out, grad) ||
       !direction_of(grad, harmful, call.harmful_stride) ||
-      (aligned && !direction_of(grad, beneficial, call.beneficial_stride)) ||
-      (scaled && !(scale.ndim == 0 && same(scale.dtype, computing_type(*dtype)) && same(scale.device, grad.device))) ||
-      order < 0 || order > 1 || rule < 0 || rule > 2 || !(eps > 0))
+      !(beneficial.absent || direction_of(grad, beneficial, call.beneficial_stride)) ||
+      !(scale.absent || numbers(scale, 1, computing_type(*dtype), grad.device)) || order < 0 || order > 1 || rule < 0 ||
+      rule > 2 || !(call.eps > 0))
     return false;
   call.grad = grad.at();
   call.harmful = harmful.at();
-  call.beneficial = aligned ? beneficial.at() : nullptr;
-  call.scale = scaled ? scale.at() : nullptr;
+  call.beneficial = beneficial.at();
+  call.scale = scale.at();
   call.out = out.at();
   call.dim = call.out_stride = grad.shape[grad.ndim - 1];
   call.order = static_cast<dgs::Order>(order);
@@ -249,6 +255,125 @@ bool project_align(Arguments arguments) {
   return call.rows == 0 || launch(
                                grad.device, [&] { dgs::cpu::project_align(call, dgs::torch_runtime::parallel_for); },
                                [&](const auto&, void* stream) { return dgs::cuda::project_align(call, stream); });
+}
+
+bool surgery_head(Arguments arguments) {
+  View features, teacher, text, labels, image_weight, image_bias, teacher_weight, teacher_bias, text_weight, text_bias;
+  View losses, logits, residuals, head_grads;
+  if (!arguments.view(features) || !arguments.view(teacher) || !arguments.optional(text) || !arguments.view(labels))
+    return false;
+  for (View* head : {&image_weight, &image_bias, &teacher_weight, &teacher_bias})
+    if (!arguments.view(*head)) return false;
+  if (!arguments.optional(text_weight) || !arguments.optional(text_bias)) return false;
+  for (View* result : {&losses, &logits, &residuals, &head_grads})
+    if (!arguments.view(*result)) return false;
+  const double reference_batch_size = arguments.real();
+  const auto dtype = dtype_of(features.dtype);
+  dgs::SurgeryHead call{};
+  if (PyErr_Occurred() || !dtype || features.ndim != 2 || !features.rows(call.batch, call.features_stride) ||
+      !direction_of(features, teacher, call.teacher_stride) || teacher.ndim != 2 || teacher.shape[0] != call.batch ||
+      !(text.absent ||
+        (direction_of(features, text, call.text_stride) && text.ndim == 2 && text.shape[0] == call.batch)))
+    return false;
+  call.dim = features.shape[1];
+  const auto fit = [&](const View& x, int64_t count) {
+    return numbers(x, count, computing_type(*dtype), features.device);
+  };
+  const auto fit_text = [&](const View& x, int64_t count) {
+    return text.absent ? x.absent : !x.absent && fit(x, count);
+  };
+  if (!fit(labels, call.batch) || !fit(image_weight, call.dim) || !fit(teacher_weight, call.dim) ||
+      !fit(image_bias, 1) || !fit(teacher_bias, 1) || !fit_text(text_weight, call.dim) || !fit_text(text_bias, 1) ||
+      !fit(losses, 3) || !fit(logits, 3 * call.batch) || !fit(residuals, 3 * call.batch) ||
+      !fit(head_grads, 2 * (call.dim + 1)))
+    return false;
+  call.dtype = *dtype;
+  call.features = features.at();
+  call.teacher_features = teacher.at();
+  call.text_features = text.at();
+  call.labels = labels.at();
+  call.image_weight = image_weight.at();
+  call.teacher_weight = teacher_weight.at();
+  call.text_weight = text_weight.at();
+  call.image_bias = image_bias.at();
+  call.teacher_bias = teacher_bias.at();
+  call.text_bias = text_bias.at();
+  call.reference_batch_size = reference_batch_size;
+  call.losses = losses.at();
+  call.logits = logits.at();
+  call.residuals = residuals.at();
+  call.head_grads = head_grads.at();
+  return launch(
+      features.device, [&] { dgs::cpu::surgery_head(call, dgs::torch_runtime::parallel_for); },
+      [&](const auto& allocate, void* stream) {
+        const int64_t size = dgs::cuda::surgery_head_workspace(call.batch, call.dim);
+        const auto workspace = allocate(size * (computing_type(call.dtype).bits / 8));
+        call.workspace = workspace.get();
+        return dgs::cuda::surgery_head(call, stream);
+      });
+}
+
+bool surgery_head_backward(Arguments arguments) {
+  View residuals, image_weight, teacher_weight, text_weight, image_scale, alignment_scale, out;
+  if (!arguments.view(residuals) || !arguments.view(image_weight) || !arguments.view(teacher_weight) ||
+      !arguments.optional(text_weight) || !arguments.view(image_scale) || !arguments.view(alignment_scale) ||
+      !arguments.view(out))
+    return false;
+  const double eps = arguments.real();
+  const int64_t order = arguments.integer();
+  const double reference_batch_size = arguments.real();
+  const auto dtype = dtype_of(out.dtype);
+  if (PyErr_Occurred() || !dtype || out.ndim != 2 || !out.contiguous() || order < 0 || order > 1 || !(eps > 0))
+    return false;
+  const int64_t batch = out.shape[0], dim = out.shape[1];
+  const auto fit = [&](const View& x, int64_t count) { return numbers(x, count, computing_type(*dtype), out.device); };
+  if (!fit(residuals, 3 * batch) || !fit(image_weight, dim) || !fit(teacher_weight, dim) ||
+      !(text_weight.absent || fit(text_weight, dim)) || !fit(image_scale, 1) || !fit(alignment_scale, 1))
+    return false;
+  const dgs::SurgeryHeadBackward call{.dtype = *dtype,
+                                      .order = static_cast<dgs::Order>(order),
+                                      .residuals = residuals.at(),
+                                      .image_weight = image_weight.at(),
+                                      .teacher_weight = teacher_weight.at(),
+                                      .text_weight = text_weight.at(),
+                                      .image_scale = image_scale.at(),
+                                      .alignment_scale = alignment_scale.at(),
+                                      .batch = batch,
+                                      .dim = dim,
+                                      .reference_batch_size = reference_batch_size,
+                                      .eps = eps,
+                                      .grad_features = out.at(),
+                                      .wide = *dtype == DType::f64};
+  return out.numel() == 0 ||
+         launch(
+             out.device, [&] { dgs::cpu::surgery_head_backward(call, dgs::torch_runtime::parallel_for); },
+             [&](const auto&, void* stream) { return dgs::cuda::surgery_head_backward(call, stream); });
+}
+
+bool spectral_entropy(Arguments arguments) {
+  View images, out;
+  if (!arguments.view(images) || !arguments.view(out)) return false;
+  const int64_t patch_size = arguments.integer();
+  const bool is_uint8 = same(images.dtype, {kDLUInt, 8, 1});
+  if (PyErr_Occurred() || patch_size != dgs::entropy_patch || images.ndim != 4 || images.shape[1] != 3 ||
+      !(is_uint8 || same(images.dtype, {kDLFloat, 32, 1})) ||
+      !(images.strides[3] == 1 || (images.strides[1] == 1 && images.strides[3] == 3)))
+    return false;
+  const dgs::SpectralEntropy call{.is_uint8 = is_uint8,
+                                  .images = images.at(),
+                                  .batch = images.shape[0],
+                                  .height = images.shape[2],
+                                  .width = images.shape[3],
+                                  .batch_stride = images.strides[0],
+                                  .channel_stride = images.strides[1],
+                                  .row_stride = images.strides[2],
+                                  .pixel_stride = images.strides[3],
+                                  .entropy = static_cast<float*>(out.at())};
+  const int64_t patches = call.batch * (call.height / patch_size) * (call.width / patch_size);
+  if (!numbers(out, patches, {kDLFloat, 32, 1}, images.device)) return false;
+  return patches == 0 || launch(
+                             images.device, [&] { dgs::cpu::spectral_entropy(call, dgs::torch_runtime::parallel_for); },
+                             [&](const auto&, void* stream) { return dgs::cuda::spectral_entropy(call, stream); });
 }
 
 bool project_align_(Arguments arguments) {
@@ -342,6 +467,16 @@ PyMethodDef method(const char* name, const char* signature) {
 PyMethodDef methods[] = {
     method<function<project_align, 9>>(
         "project_align", "project_align(grad, harmful, beneficial, scale, out, alignment, eps, order, rule) -> bool"),
+    method<function<surgery_head, 15>>(
+        "surgery_head",
+        "surgery_head(features, teacher_features, text_features, labels, image_weight, image_bias, "
+        "teacher_weight, teacher_bias, text_weight, text_bias, losses, logits, residuals, head_grads, "
+        "reference_batch_size) -> bool"),
+    method<function<surgery_head_backward, 10>>(
+        "surgery_head_backward",
+        "surgery_head_backward(residuals, image_weight, teacher_weight, text_weight, image_scale, "
+        "alignment_scale, out, eps, order, reference_batch_size) -> bool"),
+    method<function<spectral_entropy, 3>>("spectral_entropy", "spectral_entropy(images, out, patch_size) -> bool"),
     method<function<project_align_, 11>>(
         "project_align_",
         "project_align_(grads, harmful, beneficial, groups, sums, scale, alignment, eps, order, rule, "
@@ -369,7 +504,8 @@ PyObject* find(const char* module, std::initializer_list<const char*> path) {
 }  // namespace
 
 PyMODINIT_FUNC PyInit__native() {
-  static PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_native", "Operators past torch's dispatcher.", -1, methods};
+  static PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_native",
+                                   "The kernels on torch's tensors; `devices` says for which.", -1, methods};
   tensor_type = find("torch", {"Tensor"});
   parameter_type = find("torch", {"nn", "Parameter"});
   PyObject* const capsule = find("torch", {"Tensor", "__dlpack_c_exchange_api__"});
@@ -380,5 +516,12 @@ PyMODINIT_FUNC PyInit__native() {
     PyErr_SetString(PyExc_ImportError, "this torch speaks another version of DLPack");
     return nullptr;
   }
-  return PyModule_Create(&definition);
+  PyObject* const module = PyModule_Create(&definition);
+#ifdef DGS_CUDA
+  constexpr const char* devices = "cpu cuda";
+#else
+  constexpr const char* devices = "cpu";
+#endif
+  if (module) PyModule_AddStringConstant(module, "devices", devices);
+  return module;
 }

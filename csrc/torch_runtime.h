@@ -1,4 +1,4 @@
-// What the bindings take from torch beside tensors: its threads, its streams and its memory. bindings.cpp has them.
+// What the Python module takes from torch beside tensors: its threads, its streams and its memory.
 #pragma once
 
 #include <cstdint>

@@ -21,7 +21,6 @@ import torch
 VARIABLE = "DGS_KERNELS_BACKEND"
 BACKENDS = ("cuda", "triton", "cpu", "eager")
 OPERATIONS = ("project_align", "project_align_", "surgery_head", "spectral_entropy", "surgery_adamw_")
-PAST_TORCH = ("project_align", "project_align_", "surgery_adamw_")  # natively; csrc/module.cpp tells why
 
 # Best first. Devices not named here are served by eager PyTorch.
 PREFERENCE = {"cuda": ("cuda", "triton", "eager"), "cpu": ("cpu", "eager"), "xpu": ("triton", "eager")}
@@ -78,8 +77,7 @@ def obstacle(backend: str, operation: str, device_type: str, case: str | None = 
         return f"it serves {backend} tensors only"
     if reason := _native_obstacle():
         return reason
-    # All kernels of a device were built, or none.
-    if not torch._C._dispatch_has_kernel_for_dispatch_key("dgs_native::spectral_entropy", backend.upper()):
+    if backend not in importlib.import_module("dgs_kernels._native").devices.split():
         return f"the native library was built without {backend} kernels"
     return None
 
@@ -94,7 +92,7 @@ def watched() -> bool:
 
 
 def is_native(implementation: Callable) -> bool:
-    """Whether it is a native function past torch.
+    """Whether it is a function of the native library.
 
     Such a function checks its arguments itself, in a fraction of the time that Python takes, and returns
     whether it served the call. It touches nothing where tensors are not the usual ones: dense, of one dtype
@@ -113,9 +111,7 @@ def _load(backend: str, operation: str) -> Callable:
         return getattr(importlib.import_module("dgs_kernels.ops.eager"), operation)
     if backend == "triton":
         return getattr(importlib.import_module(_triton_file(operation)), operation)
-    if operation in PAST_TORCH:
-        return getattr(importlib.import_module("dgs_kernels._native"), operation)
-    return getattr(torch.ops.dgs_native, operation).default
+    return getattr(importlib.import_module("dgs_kernels._native"), operation)
 
 
 @functools.cache
@@ -125,9 +121,8 @@ def _native_obstacle() -> str | None:
     if not libraries:
         return "the native library was not built; reinstall with a C++ compiler on the PATH"
     try:
-        torch.ops.load_library(str(libraries[0]))
         importlib.import_module("dgs_kernels._native")
-    except (OSError, RuntimeError, ImportError) as error:
+    except ImportError as error:
         return f"{libraries[0].name} could not be loaded: {str(error).splitlines()[0]}"
     return None
 

@@ -117,7 +117,7 @@ def test_unknown_mode(source):
 @needs_compiler
 def test_broken_compiler(source):
     """In auto mode the installation succeeds all the same, and says what went wrong."""
-    (source / "csrc" / "bindings.cpp").write_text("#error broken on purpose\n")
+    (source / "csrc" / "module.cpp").write_text("#error broken on purpose\n")
     for kernel in [*source.glob("csrc/cpu/*.cpp"), *source.glob("csrc/cuda/*.cu")]:
         kernel.unlink()
     result = build(source, DGS_KERNELS_BUILD="auto")
@@ -141,13 +141,12 @@ def test_wheel(source, tmp_path):
     assert not any(name in content for name in (b"libtorch_cuda", b"libc10", b"libpython"))
     code = f"""
 import importlib.util, torch
-torch.ops.load_library({str(library)!r})
 spec = importlib.util.spec_from_file_location("_native", {str(library)!r})
 native = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(native)
 x, out = torch.eye(3), torch.ones(3, 3)
 served = native.project_align(x, x, None, None, out, 1.0, 1e-6, 0, 0)
-entropy = torch.ops.dgs_native.spectral_entropy(torch.zeros(1, 3, 32, 32), 32)
-print(served and out.abs().max().item() < 1e-5 and entropy.shape == (1, 1))
+print(native.devices == "cpu" and served and out.abs().max().item() < 1e-5)
 """
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert loaded.stdout.strip() == "True", loaded.stderr

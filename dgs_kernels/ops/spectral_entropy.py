@@ -1,6 +1,7 @@
 """Spectral entropy of image patches: `dgs::spectral_entropy`, its schema, shape rules and fake kernel.
 
-What an implementation has to do (`dgs_native::spectral_entropy`, `dgs_kernels.triton.spectral_entropy`)::
+What an implementation has to do (`dgs_kernels.triton.spectral_entropy`; that of
+`dgs_kernels._native` fills a result it is given)::
 
     spectral_entropy(Tensor images, int patch_size) -> Tensor
 
@@ -69,9 +70,9 @@ def _result(images: Tensor, patch_size: int) -> Tensor:
 
 
 def _kernel(images: Tensor, patch_size: int) -> Tensor:
-    empty = _result(images, patch_size)
-    if not empty.numel():
-        return empty
+    out = _result(images, patch_size)
+    if not out.numel():
+        return out
     case = None
     if patch_size != KERNEL_PATCH_SIZE:
         case = f"its kernels serve patches of {KERNEL_PATCH_SIZE} pixels"
@@ -82,7 +83,12 @@ def _kernel(images: Tensor, patch_size: int) -> Tensor:
     _, channel, _, pixel = images.stride()
     if case is None and pixel != 1 and (channel, pixel) != (1, 3):
         images = images.contiguous()
-    return backends.implementation("spectral_entropy", images.device.type, case)(images, patch_size)
+    serve = backends.implementation("spectral_entropy", images.device.type, case)
+    if not backends.is_native(serve):
+        return serve(images, patch_size)
+    served = serve(backends.plain(images), out, patch_size)
+    assert served, "a native function takes what has been checked and laid out"
+    return out
 
 
 _library.impl("spectral_entropy", _kernel, "CompositeExplicitAutograd")

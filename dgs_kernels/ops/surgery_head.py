@@ -1,6 +1,7 @@
 """The three branches in closed form: `dgs::surgery_head`, its backward, and the module with the heads.
 
-What an implementation has to do (`dgs_native::...`, `dgs_kernels.triton.surgery_head`)::
+What an implementation has to do (`dgs_kernels.triton.surgery_head`; that of `dgs_kernels._native` fills
+results it is given, and checks everything)::
 
     surgery_head(Tensor features, Tensor teacher_features, Tensor? text_features, Tensor labels,
                  Tensor image_weight, Tensor image_bias, Tensor teacher_weight, Tensor teacher_bias,
@@ -117,7 +118,8 @@ def surgery_head(
         >>> f.grad.shape
         torch.Size([8, 16])
     """
-    losses, logits, _, _ = _op(
+    run = _op if backends.watched() or torch._C._are_functorch_transforms_active() else _run
+    losses, logits, _, _ = run(
         features,
         teacher_features,
         text_features,
@@ -241,6 +243,11 @@ def _checked(features, teacher_features, text_features, labels, *rest):
 
 
 def _kernel(*inputs):
+    serve = backends.implementation("surgery_head", inputs[0].device.type)
+    if backends.is_native(serve):
+        results = _native(serve, *inputs)
+        if results is not None:
+            return results
     *matrices, labels, image_w, image_b, teacher_w, teacher_b, text_w, text_b, reference_batch_size = (
         _checked(*inputs)
     )
@@ -249,11 +256,32 @@ def _kernel(*inputs):
     # Kernels read one storage type: mixed types, and heads wider than their features, meet in the widest.
     types = {x.dtype for x in matrices if x is not None}
     storage = types.pop() if len(types) == 1 and compute_dtype(matrices[0]) == dtype else dtype
-    return backends.implementation("surgery_head", labels.device.type)(
+    laid_out = (
         *(_rows(x, storage) for x in matrices),
-        *(None if x is None else x.to(dtype).contiguous() for x in (labels, *heads)),
-        reference_batch_size,
+        *(None if x is None else backends.plain(x.to(dtype).contiguous()) for x in (labels, *heads)),
     )
+    if not backends.is_native(serve):
+        return serve(*laid_out, reference_batch_size)
+    results = _native(serve, *laid_out, *inputs[10:])
+    assert results is not None, "a native function takes what has been checked and laid out"
+    return results
+
+
+def _native(serve, features, *inputs):
+    """The results of a native function; None if it does not take these tensors."""
+    *others, eps, order, reference_batch_size = inputs
+    rest_fits = eps > 0 and order in ORDERS and (reference_batch_size is None or reference_batch_size >= 1)
+    if features.dim() != 2 or not rest_fits:
+        return None
+    batch, dim = features.shape
+    dtype = torch.float64 if features.dtype == torch.float64 else torch.float32
+    results = tuple(features.new_empty(shape, dtype=dtype) for shape in _shapes(batch, dim))
+    return results if serve(features, *others, *results, reference_batch_size or 0) else None
+
+
+def _shapes(batch: int, dim: int) -> tuple[tuple[int, ...], ...]:
+    """Of losses, logits, residuals and head_grads."""
+    return (3,), (3, batch), (3, batch), (2, dim + 1)
 
 
 def _rows(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
@@ -261,15 +289,14 @@ def _rows(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     if x is None:
         return None
     x = x.to(dtype)
-    return x if x.stride(1) == 1 else x.contiguous()
+    return backends.plain(x if x.stride(1) == 1 else x.contiguous())
 
 
 def _fake(*inputs):
     features, teacher_features, text_features, _, image_w, _, teacher_w, _, text_w, _, _ = _checked(*inputs)
     batch, dim = features.shape
     dtype = compute_dtype(features, teacher_features, text_features, image_w, teacher_w, text_w)
-    shapes = ((3,), (3, batch), (3, batch), (2, dim + 1))
-    return tuple(features.new_empty(shape, dtype=dtype) for shape in shapes)
+    return tuple(features.new_empty(shape, dtype=dtype) for shape in _shapes(batch, dim))
 
 
 def _setup_context(ctx, inputs, output) -> None:
@@ -291,7 +318,8 @@ def _backward(ctx, losses_grad, *_):
     image_scale, text_scale, alignment_scale = losses_grad.unbind()
     needs = ctx.needs_input_grad
     if needs[0]:
-        grads[0] = _op_backward(
+        run = _op_backward if torch.is_grad_enabled() or backends.watched() else _kernel_backward
+        grads[0] = run(
             residuals,
             image_w,
             teacher_w,
@@ -329,19 +357,27 @@ def _kernel_backward(
     order,
     reference_batch_size,
 ):
+    dtype = residuals.dtype
+    # Native kernels compute in the type that goes with what they write.
+    storage = out_dtype if (out_dtype == torch.float64) == (dtype == torch.float64) else dtype
+    out = residuals.new_empty((residuals.shape[1], image_weight.shape[1]), dtype=storage)
     weights = (image_weight, teacher_weight, text_weight)
-    out = residuals.new_empty((residuals.shape[1], image_weight.shape[1]), dtype=out_dtype)
-    backends.implementation("surgery_head_backward", residuals.device.type)(
+    laid_out = (
         residuals.contiguous(),
-        *(None if x is None else x.to(residuals.dtype).contiguous() for x in weights),
-        image_scale.to(residuals.dtype),
-        alignment_scale.to(residuals.dtype),
+        *(None if x is None else backends.plain(x.to(dtype).contiguous()) for x in weights),
+        image_scale.to(dtype),
+        alignment_scale.to(dtype),
         out,
         eps,
         ORDERS.index(order),
-        reference_batch_size,
     )
-    return out
+    serve = backends.implementation("surgery_head_backward", residuals.device.type)
+    if backends.is_native(serve):
+        served = serve(*laid_out, reference_batch_size or 0)
+        assert served, "a native function takes what has been checked and laid out"
+    else:
+        serve(*laid_out, reference_batch_size)
+    return out if storage == out_dtype else out.to(out_dtype)
 
 
 def _fake_backward(
@@ -352,6 +388,22 @@ def _fake_backward(
 
 def _refuse(ctx, *_):
     raise RuntimeError("surgery_head cannot be differentiated twice: its gradient is edited, not derived")
+
+
+class _Surgery(torch.autograd.Function):
+    """What torch makes of the operator and its formula, in a fraction of the time."""
+
+    setup_context = staticmethod(_setup_context)
+    backward = staticmethod(_backward)
+
+    @staticmethod
+    def forward(*inputs):
+        return _kernel(*inputs)
+
+
+def _run(*inputs):
+    """`dgs::surgery_head`, past torch's dispatcher."""
+    return _Surgery.apply(*inputs) if torch.is_grad_enabled() else _kernel(*inputs)
 
 
 _library.impl("surgery_head", _kernel, "CompositeExplicitAutograd")
