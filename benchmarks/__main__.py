@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import importlib
 import itertools
 import json
@@ -50,6 +51,7 @@ def main() -> None:
             write(a, results)
             continue
         for threads, dtype, rows, dim in itertools.product(a.threads, a.dtype, a.rows, a.dim):
+            gc.collect()  # optimizers and their gigabytes are cycles
             torch.set_num_threads(threads)
             size = {"rows": rows, "dim": dim, "dtype": dtype, "device": a.device, "threads": threads}
             print(f"\n{operation} " + " ".join(f"{k}={v}" for k, v in size.items()), flush=True)
