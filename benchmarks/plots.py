@@ -130,7 +130,7 @@ def main() -> None:
         content = json.loads(file.read_text())
         machine = content["machine"]
         device = f"{machine.get('gpu') or machine['cpu']}, torch {machine['torch']}"
-        of_operations = [result for result in content["results"] if "bytes_moved" in result]
+        of_operations = [result for result in content.get("results", []) if "bytes_moved" in result]
         by_device.setdefault(device, []).extend(of_operations)
     for device, results in by_device.items():
         if not results:
