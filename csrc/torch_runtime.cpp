@@ -25,7 +25,7 @@ void parallel_for(int64_t count, int64_t grain, void (*body)(int64_t, int64_t, v
 void on_stream(int32_t device, const std::function<const char*(void* stream)>& launch) {
   const torch::stable::accelerator::DeviceGuard guard(device);
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+  STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream(device, &stream) == 0, "dgs_kernels: no stream on cuda:", device);
   const char* error = launch(stream);
   STD_TORCH_CHECK(!error, "dgs_kernels: CUDA kernel launch failed: ", error);
 }
