@@ -86,6 +86,7 @@ def watched() -> bool:
     """Whether torch wants to see each operator: tracing, a dispatch mode, the profiler."""
     return bool(
         torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
         or torch._C._len_torch_dispatch_stack()
         or torch.autograd._profiler_enabled()
     )

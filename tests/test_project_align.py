@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 from itertools import product
 from pathlib import Path
 
@@ -288,6 +289,10 @@ def test_torch_sees_the_operator_where_it_watches():
     assert any(event.key == "dgs::project_align" for event in profile.key_averages())
     ours = torch.func.vmap(project_align, in_dims=(0, None))(grad, harmful)
     torch.testing.assert_close(ours, torch.tensor([[0.0, 4.0]]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        traced = torch.jit.trace(lambda g: project_align(g, harmful), grad)
+    torch.testing.assert_close(traced(2 * grad), torch.tensor([[0.0, 8.0]]), rtol=0, atol=1e-4)
 
 
 def test_subclasses_are_tensors_too():
