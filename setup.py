@@ -178,7 +178,11 @@ CXX, NVCC = plan()
 setup(
     packages=["dgs_kernels", "dgs_kernels.ops", "dgs_kernels.triton", "dgsnet", "dgsnet.builtin"],
     package_dir={"dgs_kernels": "dgs_kernels", "dgsnet": "python/dgsnet"},
-    package_data={"dgsnet": ["*.html"], "dgsnet.builtin": ["*.json", "*.safetensors"]},
+    package_data={
+        "dgs_kernels": ["py.typed"],
+        "dgsnet": ["*.html", "py.typed"],
+        "dgsnet.builtin": ["*.json", "*.safetensors"],
+    },
     cmdclass={"build_ext": BuildNative},
     # In auto mode a compiler that fails leaves a pure Python install, with its error printed.
     ext_modules=[
