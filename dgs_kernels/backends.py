@@ -123,7 +123,7 @@ def _native_obstacle() -> str | None:
         return "the native library was not built; reinstall with a C++ compiler on the PATH"
     try:
         importlib.import_module("dgs_kernels._native")
-    except ImportError as error:
+    except (ImportError, AttributeError) as error:  # AttributeError: a torch without DLPack's exchange API
         return f"{libraries[0].name} could not be loaded: {str(error).splitlines()[0]}"
     return None
 

@@ -300,8 +300,10 @@ def test_subclasses_are_tensors_too():
         pass
 
     grad, harmful = torch.randn(2, 3, 4).unbind()
-    result = project_align(grad.as_subclass(Marked), harmful.as_subclass(Marked))
-    assert torch.equal(result, project_align(grad, harmful))
+    for alignment in (0.3, torch.tensor(0.3)):
+        marked = alignment.as_subclass(Marked) if isinstance(alignment, torch.Tensor) else alignment
+        result = project_align(*(t.as_subclass(Marked) for t in (grad, harmful, harmful)), alignment=marked)
+        assert torch.equal(result, project_align(grad, harmful, harmful, alignment=alignment))
 
 
 # Errors

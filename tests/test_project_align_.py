@@ -291,9 +291,10 @@ def test_subclasses_are_tensors_too(backend):
     lists = [draw(SHAPES[:3], device=backend, seed=seed) for seed in range(3)]
     marked = [[t.clone().as_subclass(Marked) for t in tensors] for tensors in lists]
     parameters = [[torch.nn.Parameter(t.clone()) for t in tensors] for tensors in lists]
-    sums = project_align_(*lists)
-    for others in (marked, parameters):
-        assert torch.equal(project_align_(*others), sums)
+    strength = torch.tensor(0.3, device=backend)
+    sums = project_align_(*lists, alignment=strength)
+    for others, alignment in ((marked, strength.as_subclass(Marked)), (parameters, strength)):
+        assert torch.equal(project_align_(*others, alignment=alignment), sums)
         assert all(torch.equal(a.detach(), b) for a, b in zip(others[0], lists[0]))
 
 

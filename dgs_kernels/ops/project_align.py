@@ -143,6 +143,11 @@ def _native(serve, grad, harmful, beneficial, scale, alignment, eps, order, rule
     return out if serve(grad, harmful, beneficial, scale, out, *options) else None
 
 
+def number(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """A 0-dim tensor as kernels take it, of this type and of no subclass."""
+    return None if x is None else backends.plain(x.to(dtype))
+
+
 def code(names: tuple[str, ...], name: str) -> int:
     """An option as kernels are told it: its place; -1 if there is no such option."""
     return names.index(name) if name in names else -1
@@ -154,8 +159,7 @@ def _kernel(grad, harmful, beneficial, scale, alignment, eps, order, rule) -> Te
     # Kernels read one type; mixed types meet in their common type, and the result returns to grad's.
     if harmful.dtype != dtype or (beneficial is not None and beneficial.dtype != dtype):
         dtype = compute_dtype(grad, harmful, beneficial)
-    if scale is not None:
-        scale = scale.to(compute_dtype(grad, harmful, beneficial))
+    scale = number(scale, compute_dtype(grad, harmful, beneficial))
     rows = [None if x is None else _rows(x, shape, dtype) for x in (grad, harmful, beneficial)]
     serve = backends.implementation("project_align", grad.device.type)
     if backends.is_native(serve):

@@ -37,7 +37,7 @@ import torch
 from torch import Tensor
 
 from dgs_kernels import backends
-from dgs_kernels.ops.project_align import DTYPES, code
+from dgs_kernels.ops.project_align import DTYPES, code, number
 from dgs_kernels.reference import ORDERS, RULES
 
 PARTS = ("all", "sums", "apply")
@@ -203,7 +203,7 @@ def _served_past_torch(*arguments) -> bool:
 
 def _served_as_it_is(grads, harmful, beneficial, groups, sums, scale, alignment, eps, *names) -> bool:
     serve = backends.implementation("project_align_", sums.device.type)
-    scale = None if scale is None else scale.to(sums.dtype)
+    scale = number(scale, sums.dtype)
     lists = (grads, harmful, beneficial, groups)
     return backends.is_native(serve) and serve(*lists, sums, scale, alignment, eps, *codes(*names))
 
@@ -220,7 +220,7 @@ def _kernel(grads, harmful, beneficial, groups, sums, scale, alignment, eps, ord
     work = dense(grads)
     work = common_layout(dtype, work, work)
     lists = (work, common_layout(dtype, harmful, work), common_layout(dtype, beneficial, work))
-    scale = None if scale is None else scale.to(sums.dtype)
+    scale = number(scale, sums.dtype)
     serve = backends.implementation("project_align_", sums.device.type)
     options = (alignment, eps, *codes(order, rule, part))
     served = serve(*map(in_a_row, lists), groups, sums, scale, *options)

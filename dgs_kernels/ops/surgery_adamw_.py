@@ -30,6 +30,7 @@ from __future__ import annotations
 import torch
 
 from dgs_kernels import backends
+from dgs_kernels.ops.project_align import number
 from dgs_kernels.ops.project_align_ import check, codes, common_layout, dense, in_a_row
 
 _library = torch.library.Library("dgs", "FRAGMENT")
@@ -75,7 +76,7 @@ def _served_as_it_is(*arguments) -> bool:
             "capture OptimizerSurgery on torch.optim.AdamW(capturable=True)"
         )
     serve = backends.implementation("surgery_adamw_", sums.device.type)
-    scale = None if scale is None else scale.to(sums.dtype)
+    scale = number(scale, sums.dtype)
     options = (alignment, surgery_eps, *codes(order, rule, part), *arguments[15:])
     return backends.is_native(serve) and serve(*lists, sums, scale, *options)
 
@@ -95,9 +96,10 @@ def _kernel(params, grads, exp_avgs, exp_avg_sqs, steps, harmful, beneficial, gr
     work = common_layout(dtype, work, work)
     written = [work, *(common_layout(dtype, tensors, work) for tensors in lists[1:])]
     read = [common_layout(dtype, tensors, work) for tensors in (grads, harmful, beneficial)]
+    steps_ = list(map(backends.plain, steps))
     params_, exp_avgs_, exp_avg_sqs_, grads_, harmful_, beneficial_ = map(in_a_row, (*written, *read))
-    scale = None if scale is None else scale.to(sums.dtype)
-    ready = (params_, grads_, exp_avgs_, exp_avg_sqs_, steps, harmful_, beneficial_, groups, sums, scale)
+    scale = number(scale, sums.dtype)
+    ready = (params_, grads_, exp_avgs_, exp_avg_sqs_, steps_, harmful_, beneficial_, groups, sums, scale)
     options = (alignment, surgery_eps, *codes(order, rule, part), *hyper)
     served = backends.implementation("surgery_adamw_", sums.device.type)(*ready, *options)
     assert served is not False, "a native function takes what has been checked and laid out"

@@ -29,6 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from dgs_kernels import backends
+from dgs_kernels.ops.project_align import number
 from dgs_kernels.reference import ORDERS, compute_dtype
 
 _library = torch.library.Library("dgs", "FRAGMENT")
@@ -365,8 +366,8 @@ def _kernel_backward(
     laid_out = (
         residuals.contiguous(),
         *(None if x is None else backends.plain(x.to(dtype).contiguous()) for x in weights),
-        image_scale.to(dtype),
-        alignment_scale.to(dtype),
+        number(image_scale, dtype),
+        number(alignment_scale, dtype),
         out,
         eps,
         ORDERS.index(order),
