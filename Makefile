@@ -9,8 +9,8 @@ demo: install
 	$(BIN)/python -m dgsnet demo --out runs/demo
 
 test: lint
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --ignore tests/test_speed.py
-	$(BIN)/python -m pytest tests/test_speed.py  # times, with nothing beside them
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --ignore tests/dgs_kernels/test_speed.py
+	$(BIN)/python -m pytest tests/dgs_kernels/test_speed.py  # times, with nothing beside them
 
 # On a machine with a CUDA device; takes the packages of $(PYTHON), installs nothing, leaves everything in OUT.
 gpu:

@@ -1,9 +1,8 @@
 """Build script: the Python packages, and the native library dgs_kernels/_native.abi3.so where compilers are.
 
 The library speaks libtorch's stable ABI and Python's limited one: one binary serves torch 2.10 and newer and
-Python 3.10 and newer. No kernel includes headers of theirs, only csrc/torch_runtime.cpp and csrc/module.cpp
-do, so torch's own build tools (which insist on a matching compiler and CUDA version) are not needed: a few
-compiler calls are the whole build.
+Python 3.10 and newer. No kernel includes headers of theirs, only csrc/torch/ does, so torch's own build tools
+(which insist on a matching compiler and CUDA version) are not needed: a few compiler calls do it all.
 
 Environment: DGS_KERNELS_BUILD=auto|cpu|cuda|none (default auto: what the compilers found can build), CXX,
 CXXFLAGS, CUDACXX, CUDA_HOME, TORCH_CUDA_ARCH_LIST (as in torch, e.g. "8.0;9.0+PTX").
@@ -148,8 +147,9 @@ class BuildNative(build_ext):
         cuda = sorted(CSRC.glob("cuda/*.cu")) if NVCC else []
         commands = {}
         with_cuda = ["-DDGS_CUDA"] if cuda else []
-        commands[CSRC / "torch_runtime.cpp"] = [*CXX, *flags, *TORCH_FLAGS, *include, *with_cuda]
-        commands[CSRC / "module.cpp"] = [*CXX, *flags, *include, "-isystem", str(PYTHON_HEADERS), *with_cuda]
+        bindings = [*CXX, *flags, f"-I{CSRC}", *include, *with_cuda]
+        commands[CSRC / "torch/runtime.cpp"] = [*bindings, *TORCH_FLAGS]
+        commands[CSRC / "torch/module.cpp"] = [*bindings, "-isystem", str(PYTHON_HEADERS)]
         for source in sorted(CSRC.glob("cpu/*.cpp")):
             commands[source] = [*CXX, *flags]
         for source in cuda:

@@ -32,14 +32,14 @@ stage() {
 
 # Prints those of the test files that can be imported here; says of the others what they lack.
 importable() {
-  (cd tests && "$python" - "$@") <<'END'
+  "$python" - "$@" <<'END'
 import importlib, sys
 for file in sys.argv[1:]:
     try:
-        importlib.import_module(file.removesuffix(".py"))
-        print("tests/" + file)
+        importlib.import_module(file.removesuffix(".py").replace("/", "."))
+        print(file)
     except ModuleNotFoundError as error:
-        print(f"left out: tests/{file} needs {error.name}", file=sys.stderr)
+        print(f"left out: {file} needs {error.name}", file=sys.stderr)
 END
 }
 
@@ -48,7 +48,7 @@ stage build 150 env DGS_KERNELS_BUILD=cuda TORCH_CUDA_ARCH_LIST="${capability:-9
 
 if [ -n "$capability" ]; then
   # By mark.gpu and on_backends tests are marked as needing a GPU; most of their time is Triton's compiler.
-  tests=$(importable $(cd tests && grep -lE 'mark\.gpu|on_backends' test_*.py) 2>"$out/left_out.log")
+  tests=$(importable $(grep -rlE 'mark\.gpu|on_backends' tests --include 'test_*.py') 2>"$out/left_out.log")
   [ -s "$out/left_out.log" ] && summary+=$(cat "$out/left_out.log")$'\n'
   processes=$("$python" -c 'import os, xdist; print("-n", min(8, os.cpu_count()))' 2>/dev/null)
   stage tests 130 "$python" -m pytest -m gpu -p no:cacheprovider -o addopts=-q $processes $tests

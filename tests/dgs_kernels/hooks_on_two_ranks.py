@@ -1,0 +1,190 @@
+"""Training loops on two processes with gloo; run by test_hooks_matrix.py, which compares what they leave."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from tests.dgs_kernels.training_loops import (
+    HOOKS,
+    STEPS,
+    Hook,
+    Net,
+    batch,
+    reference_loss,
+    task_loss,
+    weights,
+)
+
+
+def on_two_ranks(rank: int, folder: str) -> None:
+    """Run every scenario and leave {(loop, kind): weights or the error's text} in `folder`/`rank`.pt."""
+    torch.set_num_threads(1)
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    found = {}
+    for (loop, scenario), kind in itertools.product(SCENARIOS.items(), HOOKS):
+        try:
+            found[loop, kind] = [full(w) for w in scenario(kind, rank)]
+        except (RuntimeError, ValueError) as error:
+            found[loop, kind] = str(error)
+    torch.save(found, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def full(w: torch.Tensor) -> torch.Tensor:
+    return w.full_tensor() if hasattr(w, "full_tensor") else w
+
+
+def train(hook, model, rank, parts=1, unsynced=contextlib.nullcontext):
+    """Each rank has half of every batch, in `parts`; all but the last of them within `unsynced()`."""
+    for step in range(STEPS):
+        mine = batch(step).part(rank, 2)
+        for i in range(parts):
+            with unsynced() if i < parts - 1 else contextlib.nullcontext():
+                hook.backward(model, mine.part(i, parts), weight=1 / parts)
+        hook.optimizer.step()
+        hook.optimizer.zero_grad()
+    return weights(model)
+
+
+def ddp(kind, rank, **options):
+    model = DistributedDataParallel(Net(), **options)
+    return train(Hook(kind, model), model, rank)
+
+
+def ddp_bucket_views(kind, rank):
+    model = DistributedDataParallel(Net(), gradient_as_bucket_view=True)
+    return train(Hook(kind, model), model, rank, parts=2)
+
+
+def ddp_no_sync(kind, rank, **options):
+    model = DistributedDataParallel(Net(), **options)
+    return train(Hook(kind, model), model, rank, parts=2, unsynced=model.no_sync)
+
+
+def ddp_no_sync_bucket_views(kind, rank):
+    return ddp_no_sync(kind, rank, gradient_as_bucket_view=True)
+
+
+def one_forward(kind, rank, task_first, **options):
+    """All losses from one forward through DDP's wrapper: it reduces the first backward only."""
+    model = DistributedDataParallel(Net())
+    hook = Hook(kind, model, **options)
+    for step in range(STEPS):
+        mine = batch(step).part(rank, 2)
+        if kind == "features":
+            hook.backward(model, mine)
+        else:
+            predictions = model(torch.cat([mine.x, mine.x_harmful, mine.x_beneficial]))[0].chunk(3)
+            losses = [task_loss(predictions[0], mine), *map(reference_loss, predictions[1:])]
+            contexts = [contextlib.nullcontext, hook.surgery.harmful, hook.surgery.beneficial]
+            for loss, context in sorted(
+                zip(losses, contexts), key=lambda pair: (pair[0] is losses[0]) != task_first
+            ):
+                with context():
+                    loss.backward(retain_graph=True)
+        hook.optimizer.step()
+        hook.optimizer.zero_grad()
+    return weights(model)
+
+
+def ddp_two_backwards(kind, rank):
+    return one_forward(kind, rank, task_first=False)
+
+
+def ddp_two_backwards_remedy(kind, rank):
+    options = {} if kind == "features" else {"process_group": dist.group.WORLD}
+    return one_forward(kind, rank, task_first=True, **options)
+
+
+def ddp_captures_without_the_wrapper(kind, rank):
+    model = DistributedDataParallel(Net())
+    hook = Hook(kind, model)
+    hook.references(model.module, batch(0).part(rank, 2))
+    hook.loss(model, batch(0).part(rank, 2)).backward()
+    hook.optimizer.step()
+    return weights(model)
+
+
+def sharded(granularity):
+    def fsdp2(kind, rank):
+        model, hook = shard(kind, granularity)
+        return train(hook, model, rank, parts=2)
+
+    return fsdp2
+
+
+def shard(kind, granularity="tensor", **options):
+    model = Net()
+    mesh = init_device_mesh("cpu", (2,))
+    fully_shard(model.backbone, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    options = {} if kind == "features" else {"model": model, "granularity": granularity, **options}
+    return model, Hook(kind, model, **options)
+
+
+def fsdp2_no_sync(kind, rank):
+    model, hook = shard(kind)
+
+    @contextlib.contextmanager
+    def unsynced():
+        model.set_requires_gradient_sync(False)
+        yield
+        model.set_requires_gradient_sync(True)
+
+    return train(hook, model, rank, parts=2, unsynced=unsynced)
+
+
+def fsdp2_scaler(kind, rank):
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    model, hook = shard(kind, scaler=scaler)
+    for step in range(STEPS):
+        mine = batch(step).part(rank, 2)
+        hook.backward(model, mine, backward=lambda loss: scaler.scale(loss).backward())
+        scaler.step(hook.optimizer)
+        scaler.update()
+        hook.optimizer.zero_grad()
+    return weights(model)
+
+
+def fsdp2_task_unreduced(kind, rank):
+    """The task's micro-batch waits unreduced when a reference is captured."""
+    model, hook = shard(kind)
+    model.set_requires_gradient_sync(False)
+    hook.loss(model, batch(0).part(rank, 2)).backward()
+    model.set_requires_gradient_sync(True)
+    hook.backward(model, batch(0).part(rank, 2))
+    return weights(model)
+
+
+def fsdp2_without_model(kind, rank):
+    model, _ = shard("features")
+    hook = Hook(kind, model)
+    hook.references(model, batch(0).part(rank, 2))
+    return weights(model)
+
+
+SCENARIOS = {
+    "ddp": ddp,
+    "ddp_bucket_views": ddp_bucket_views,
+    "ddp_no_sync": ddp_no_sync,
+    "ddp_no_sync_bucket_views": ddp_no_sync_bucket_views,
+    "ddp_two_backwards": ddp_two_backwards,
+    "ddp_two_backwards_remedy": ddp_two_backwards_remedy,
+    "ddp_captures_without_the_wrapper": ddp_captures_without_the_wrapper,
+    "fsdp2": sharded("tensor"),
+    "fsdp2_layer": sharded("layer"),
+    "fsdp2_model": sharded("model"),
+    "fsdp2_scaler": fsdp2_scaler,
+    "fsdp2_no_sync": fsdp2_no_sync,
+    "fsdp2_task_unreduced": fsdp2_task_unreduced,
+    "fsdp2_without_model": fsdp2_without_model,
+}
