@@ -9,6 +9,7 @@ from torch import Tensor
 
 from dgs_kernels import reference
 from dgs_kernels.captured import CapturedGradients
+from dgs_kernels.ops.arguments import refuse_forward_mode
 from dgs_kernels.ops.project_align import check, project_align
 
 
@@ -49,7 +50,9 @@ def gradient_surgery(
         >>> f.grad.round(decimals=4)
         tensor([[0., 1.]])
     """
-    check(features, harmful, beneficial, None, eps, order, rule, caller="gradient_surgery", name="features")
+    options = (1.0, eps, order, rule)
+    check(features, harmful, beneficial, *options, caller="gradient_surgery", name="features")
+    refuse_forward_mode("gradient_surgery", features)
     return _GradientSurgery.apply(features, harmful, beneficial, eps, order, rule)
 
 
@@ -60,7 +63,8 @@ class _GradientSurgery(torch.autograd.Function):
     def forward(
         features: Tensor, harmful: Tensor, beneficial: Tensor | None, eps: float, order: str, rule: str
     ) -> tuple[Tensor, Tensor]:
-        return features.view_as(features), reference.alignment_loss(features, beneficial)
+        # A copy, because torch lets no in-place layer change a view that an edited gradient flows through.
+        return features.clone(), reference.alignment_loss(features, beneficial)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

@@ -23,13 +23,20 @@ waits for the device.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
 from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor, nn
 
 from dgs_kernels import backends
+from dgs_kernels.ops.arguments import (
+    check_choice,
+    check_eps,
+    check_tensors,
+    check_whole,
+    refuse_forward_mode,
+)
 from dgs_kernels.ops.project_align import number
 from dgs_kernels.reference import ORDERS, compute_dtype
 
@@ -93,7 +100,8 @@ def surgery_head(
         teacher_features: [B, D], constant. Only the teacher's gradient is used, as the beneficial direction.
         text_features: [B, D] caption features, which may require grad; None (no captions): the text loss is
             0 and nothing is projected, the alignment stays.
-        labels: [B], 0 real and 1 generated, any real dtype; values between are soft labels.
+        labels: [B], 0 real and 1 generated, any real dtype; values between are soft labels. Others are
+            refused on the CPU and make the losses NaN on a GPU, where looking would wait for the device.
         image_weight, teacher_weight, text_weight: [1, D], as `nn.Linear(D, 1)` holds them.
         image_bias, teacher_bias, text_bias: [1]. The teacher's head receives no gradient.
         order: "align_first" (the published code) or "project_first" (the paper's formula).
@@ -120,22 +128,14 @@ def surgery_head(
         >>> f.grad.shape
         torch.Size([8, 16])
     """
-    run = _op if backends.watched() or torch._C._are_functorch_transforms_active() else _run
-    losses, logits, _, _ = run(
-        features,
-        teacher_features,
-        text_features,
-        labels,
-        image_weight,
-        image_bias,
-        teacher_weight,
-        teacher_bias,
-        text_weight,
-        text_bias,
-        eps,
-        order,
-        reference_batch_size,
-    )
+    heads = (image_weight, image_bias, teacher_weight, teacher_bias, text_weight, text_bias)
+    inputs = (features, teacher_features, text_features, labels, *heads, eps, order, reference_batch_size)
+    refuse_forward_mode("surgery_head", *inputs[:10])
+    if backends.watched() or torch._C._are_functorch_transforms_active():
+        _checked(*inputs)
+        losses, logits, _, _ = _op(*inputs)
+    else:
+        losses, logits, _, _ = _run(*inputs)
     image_loss, text_loss, alignment_loss = losses.unbind()
     image_logits, text_logits, teacher_logits = logits.detach().unbind()
     return SurgeryHeadOutput(
@@ -152,7 +152,7 @@ class SurgeryHead(nn.Module):
     """The three linear heads of DGS-Net, `image_head`, `teacher_head` (frozen) and `text_head`.
 
     Args:
-        dim: D, the width of the features.
+        dim: D, the width of the features, >= 1.
 
     Example:
         >>> import torch
@@ -164,6 +164,7 @@ class SurgeryHead(nn.Module):
     """
 
     def __init__(self, dim: int) -> None:
+        check_whole("SurgeryHead", "dim", dim)
         super().__init__()
         self.image_head = nn.Linear(dim, 1)
         self.teacher_head = nn.Linear(dim, 1).requires_grad_(False)
@@ -208,6 +209,7 @@ def _check(
     order: str,
     reference_batch_size: int | None,
 ) -> None:
+    check_tensors("surgery_head", features=features)
     if features.dim() != 2 or features.shape[1] == 0:
         raise ValueError(f"surgery_head: features must be [B, D] with D >= 1, got {tuple(features.shape)}")
     batch, dim = features.shape
@@ -220,9 +222,10 @@ def _check(
         expected += [(f"{name}_weight", weight, (1, dim)), (f"{name}_bias", bias, (1,))]
     for name, tensor, shape in expected:
         if tensor is None:
-            if text_features is not None:
+            if text_features is not None and name.startswith("text"):
                 raise ValueError(f"surgery_head: {name} is needed with text_features")
             continue
+        check_tensors("surgery_head", **{name: tensor})
         if tuple(tensor.shape) != shape:
             raise ValueError(f"surgery_head: {name} must have shape {shape}, got {tuple(tensor.shape)}")
         if tensor.device != features.device:
@@ -233,12 +236,16 @@ def _check(
         raise TypeError(f"surgery_head: features must be a floating-point tensor, got {features.dtype}")
     if labels.dtype.is_complex:
         raise TypeError(f"surgery_head: labels must be real, got {labels.dtype}")
-    if order not in ORDERS:
-        raise ValueError(f"surgery_head: order must be one of {', '.join(ORDERS)}, got {order!r}")
-    if not eps > 0:
-        raise ValueError(f"surgery_head: eps must be > 0, got {eps}")
-    if reference_batch_size is not None and reference_batch_size < 1:
-        raise ValueError(f"surgery_head: reference_batch_size must be >= 1, got {reference_batch_size}")
+    check_choice("surgery_head", "order", order, ORDERS)
+    check_eps("surgery_head", eps)
+    if reference_batch_size is not None:
+        check_whole("surgery_head", "reference_batch_size", reference_batch_size)
+
+
+def _refuse_labels(labels: Tensor) -> None:
+    """Raise for labels outside [0, 1], where no device has to be waited for."""
+    if labels.device.type == "cpu" and not ((labels >= 0) & (labels <= 1)).all():
+        raise ValueError("surgery_head: labels must lie in 0 (real) to 1 (generated)")
 
 
 def _checked(
@@ -254,11 +261,9 @@ def _checked(
 
 
 def _kernel(*inputs: Any) -> tuple[Tensor, ...]:
-    serve = backends.implementation("surgery_head", inputs[0].device.type)
-    if backends.is_native(serve):
-        results = _native(serve, *inputs)
-        if results is not None:
-            return results
+    results = _native(*inputs)
+    if results is not None:
+        return results
     *matrices, labels, image_w, image_b, teacher_w, teacher_b, text_w, text_b, reference_batch_size = (
         _checked(*inputs)
     )
@@ -271,23 +276,41 @@ def _kernel(*inputs: Any) -> tuple[Tensor, ...]:
         *(_rows(x, storage) for x in matrices),
         *(None if x is None else backends.plain(x.to(dtype).contiguous()) for x in (labels, *heads)),
     )
+    serve = backends.implementation("surgery_head", labels.device.type)
     if not backends.is_native(serve):
+        _refuse_labels(labels)
         return serve(*laid_out, reference_batch_size)
-    results = _native(serve, *laid_out, *inputs[10:])
+    results = _native(*laid_out, *inputs[10:])
+    if results is None:
+        _refuse_labels(labels)
     assert results is not None, "a native function takes what has been checked and laid out"
     return results
 
 
-def _native(serve: Callable, features: Tensor, *inputs: Any) -> tuple[Tensor, ...] | None:
-    """The results of a native function; None if it does not take these tensors."""
+def _native(features: Tensor, *inputs: Any) -> tuple[Tensor, ...] | None:
+    """The results of a native function; None if there is none, or it does not take these arguments."""
     *others, eps, order, reference_batch_size = inputs
-    rest_fits = eps > 0 and order in ORDERS and (reference_batch_size is None or reference_batch_size >= 1)
-    if features.dim() != 2 or not rest_fits:
+    if not isinstance(features, Tensor) or features.dim() != 2 or not _fit(eps, order, reference_batch_size):
+        return None
+    serve = backends.implementation("surgery_head", features.device.type)
+    if not backends.is_native(serve):
         return None
     batch, dim = features.shape
     dtype = torch.float64 if features.dtype == torch.float64 else torch.float32
     results = tuple(features.new_empty(shape, dtype=dtype) for shape in _shapes(batch, dim))
     return results if serve(features, *others, *results, reference_batch_size or 0) else None
+
+
+def _fit(eps: object, order: object, reference_batch_size: object) -> bool:
+    """Whether options are what they mostly are; if not, `_check` says whether they are wrong."""
+    return (
+        isinstance(eps, float)
+        and 0 < eps < math.inf
+        and order in ORDERS
+        and (
+            reference_batch_size is None or (type(reference_batch_size) is int and reference_batch_size >= 1)
+        )
+    )
 
 
 def _shapes(batch: int, dim: int) -> tuple[tuple[int, ...], ...]:
@@ -374,7 +397,7 @@ def _kernel_backward(
     out = residuals.new_empty((residuals.shape[1], image_weight.shape[1]), dtype=storage)
     weights = (image_weight, teacher_weight, text_weight)
     laid_out: tuple[Any, ...] = (
-        residuals.contiguous(),
+        backends.plain(residuals.contiguous()),
         *(None if x is None else backends.plain(x.to(dtype).contiguous()) for x in weights),
         number(image_scale, dtype),
         number(alignment_scale, dtype),
