@@ -23,7 +23,9 @@ def check_tensors(caller: str, **tensors: object) -> None:
     for name, x in tensors.items():
         if not isinstance(x, Tensor):
             raise TypeError(f"{caller}: {name} must be a torch.Tensor, got {_type_name(x)}")
-        if x.layout != torch.strided:
+        if (
+            not torch.compiler.is_compiling() and x.layout != torch.strided
+        ):  # dynamo does not read it everywhere
             raise TypeError(f"{caller}: {name} must be a dense tensor (.to_dense()), got layout {x.layout}")
 
 
@@ -59,12 +61,14 @@ def check_options(
     check_choice(caller, "rule", rule, RULES)
     check_eps(caller, eps)
     if isinstance(alignment, Tensor):
-        where = "" if device is None else f" on {device}"
-        if alignment.dim() or alignment.is_complex() or device not in (None, alignment.device):
+        if alignment.dim() or device not in (None, alignment.device):
+            where = "" if device is None else f" on {device}"
             raise ValueError(
-                f"{caller}: alignment must be a number or a real 0-dim tensor{where}, "
-                f"got shape {tuple(alignment.shape)}, {alignment.dtype} on {alignment.device}"
+                f"{caller}: alignment must be a number or a 0-dim tensor{where}, "
+                f"got shape {tuple(alignment.shape)} on {alignment.device}"
             )
+        if alignment.is_complex():
+            raise TypeError(f"{caller}: alignment must be real, got {alignment.dtype}")
     elif not isinstance(alignment, NUMBER):
         raise TypeError(
             f"{caller}: alignment must be a number or a 0-dim tensor, got {_type_name(alignment)}"
