@@ -1,23 +1,16 @@
-"""Compiles the CUDA kernels and reads the machine code: no spills, no local memory, and on the aligned path
-no load or store of matrix data narrower than 16 bytes. Needs nvcc, but no GPU."""
+"""Reads the machine code in the library as it was built: no spills, no local memory, and on the aligned path
+no load or store of matrix data narrower than 16 bytes. Needs a build with CUDA, but no GPU."""
 
-import hashlib
 import importlib.util
-import os
 import re
 import shutil
 import subprocess
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
-CUDA = ROOT / "csrc" / "cuda"
-NVCC = shutil.which("nvcc")
 ARCHITECTURES = ["sm_80", "sm_90", "sm_100"]
-SOURCES = sorted(p.name for p in CUDA.glob("*.cu"))
 
 # Narrow accesses to device memory that an aligned kernel may have: numbers that stand alone, not matrix data.
 # (loads, stores) of: the scale; biases, label; scalars of a row; table entries, sums of a group; rates.
@@ -36,8 +29,6 @@ NOT_WIDE = {"add_chunk_sums", "head_sum_chunks", "head_read_twice", "write_piece
 
 MEMORY = r"\b(?:(?:LDL|STL)(?:\.\w+)*|(?:LDG|STG|LD|ST)(?:\.\w+)+)"
 
-pytestmark = pytest.mark.skipif(NVCC is None, reason="no nvcc on the PATH")
-
 
 def find_cuobjdump():
     """Beside nvcc in a whole CUDA toolkit; Triton carries one too."""
@@ -49,66 +40,46 @@ def find_cuobjdump():
     return found
 
 
-def output(*command):
+@pytest.fixture(scope="module")
+def library():
+    """The library's file."""
+    native = pytest.importorskip("dgs_kernels._native")
+    if "cuda" not in native.devices.split():
+        assert not shutil.which("nvcc"), "nvcc is here, but the library has no CUDA kernels: build it again"
+        pytest.skip("the library was built without CUDA")
+    if find_cuobjdump() is None:
+        pytest.skip("no cuobjdump, neither CUDA's nor Triton's")
+    return native.__file__
+
+
+def dump(what, library, architecture):
+    command = [find_cuobjdump(), what, "--gpu-architecture", architecture, library]
     done = subprocess.run(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     assert done.returncode == 0, done.stdout
     return done.stdout
 
 
-def compile_all():
-    """{(source, architecture): (cubin, what ptxas said)}, compiled again only when a source has changed."""
-    sources = [p for p in sorted((ROOT / "csrc").rglob("*")) if p.suffix in (".cu", ".cuh", ".h")]
-    key = hashlib.sha256(b"".join(p.read_bytes() for p in sources)).hexdigest()[:16]
-    folder = ROOT / "build" / f"cubins-{key}"
-    folder.mkdir(parents=True, exist_ok=True)
-
-    def build(job):
-        source, architecture = job
-        cubin = folder / f"{Path(source).stem}.{architecture}.cubin"
-        log = cubin.with_suffix(".log")
-        if not log.exists():
-            options = ["-std=c++17", f"-arch={architecture}", "-cubin", "-Xptxas", "-v"]
-            said = output(NVCC, *options, "-o", str(cubin), str(CUDA / source))
-            log.with_suffix(".part").write_text(said)
-            os.replace(log.with_suffix(".part"), log)
-        return job, (cubin, log.read_text())
-
-    with ThreadPoolExecutor(2) as pool:
-        return dict(pool.map(build, [(s, a) for s in SOURCES for a in ARCHITECTURES]))
+def kernel_name(mangled):
+    (name,) = (
+        n for n in {*SCALARS, *NOT_WIDE} if re.search(f"{len(n)}{n}[IE]", mangled)
+    )  # a template or not
+    return name
 
 
-@pytest.fixture(scope="module")
-def compiled():
-    return compile_all()
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_no_spills(library, architecture):
+    usage = dump("--dump-resource-usage", library, architecture)
+    stacks = re.findall(r"Function (\S+):\s+REG:\d+ STACK:(\d+)", usage)
+    assert {kernel_name(mangled) for mangled, _ in stacks} == {*SCALARS, *NOT_WIDE}
+    assert not [mangled for mangled, stack in stacks if stack != "0"]
 
 
-def kernels(cubin):
-    """(name, whether it is the aligned variant, its memory instructions) of every kernel in a cubin."""
-    names = {*SCALARS, *NOT_WIDE}
-    for part in output(find_cuobjdump(), "--dump-sass", str(cubin)).split("Function : ")[1:]:
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_wide_accesses(library, architecture):
+    seen = Counter()
+    for part in dump("--dump-sass", library, architecture).split("Function : ")[1:]:
         mangled = part.split(maxsplit=1)[0]
-        (name,) = (
-            n for n in names if re.search(f"{len(n)}{n}[IE]", mangled)
-        )  # with template arguments or not
-        yield name, "Lb1E" in mangled, Counter(re.findall(MEMORY, part))
-
-
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("source", SOURCES)
-def test_no_spills(compiled, source, architecture):
-    _, said = compiled[source, architecture]
-    reports = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", said)
-    assert reports
-    assert all(report == ("0", "0", "0") for report in reports), said
-
-
-@pytest.mark.skipif(find_cuobjdump() is None, reason="no cuobjdump, neither CUDA's nor Triton's")
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("source", SOURCES)
-def test_wide_accesses(compiled, source, architecture):
-    cubin, _ = compiled[source, architecture]
-    seen = 0
-    for name, aligned, instructions in kernels(cubin):
+        name, instructions = kernel_name(mangled), Counter(re.findall(MEMORY, part))
         counts = Counter()
         for instruction, n in instructions.items():
             kind = instruction.split(".")[0]
@@ -116,13 +87,13 @@ def test_wide_accesses(compiled, source, architecture):
         assert not any(kind in ("LDL", "STL") for kind, _ in counts), (
             f"{name} uses local memory: {instructions}"
         )
-        if name in NOT_WIDE or not aligned:
+        if name in NOT_WIDE or "Lb1E" not in mangled:  # not the aligned variant
             continue
-        seen += 1
+        seen[name] += 1
         # LD and ST, through generic addresses, serve matrices found in a table as well as a cluster's sums.
         loads, stores = SCALARS[name]
         narrow_loads = counts["LDG", False] + sum(n for i, n in instructions.items() if "U16" in i)
         assert narrow_loads <= loads, f"{name} loads narrowly: {instructions}"
         assert counts["STG", False] <= stores, f"{name} stores narrowly: {instructions}"
         assert counts["LDG", True] + counts["LD", True] >= 6, f"{name} has no wide loads: {instructions}"
-    assert seen >= 2 or source == "tables.cu"  # one for each storage type
+    assert all(seen[name] >= 2 for name in SCALARS), seen  # one for each storage type
