@@ -14,8 +14,8 @@ from typing import Any, NoReturn
 
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
-from .config import CONFIG_FILE, Config
-from .errors import UserError
+from dgsnet.config import CONFIG_FILE, Config
+from dgsnet.errors import UserError
 
 
 @dataclass
@@ -35,16 +35,20 @@ class Command:
 # `train` alone has a configuration file.
 COMMANDS = {
     "train": Command("train a detector", "dgsnet.cli", "train_command"),
-    "evaluate": Command("measure a detector on labelled images", "dgsnet.evaluation", "evaluate_command"),
-    "predict": Command("score images", "dgsnet.scoring", "predict_command"),
-    "calibrate": Command(
-        "set the threshold for a false-positive rate", "dgsnet.calibration", "calibrate_command"
+    "evaluate": Command(
+        "measure a detector on labelled images", "dgsnet.evaluation.evaluate", "evaluate_command"
     ),
-    "convert": Command("import the authors' published weights", "dgsnet.convert", "convert_command"),
-    "export": Command("write a detector for other programs", "dgsnet.export", "export_command"),
-    "serve": Command("show a page to drop images on", "dgsnet.serve", "serve_command"),
-    "caption": Command("write captions for training", "dgsnet.captions", "caption_command"),
-    "demo": Command("train and compare detectors on the built-in data", "dgsnet.demo", "demo_command"),
+    "predict": Command("score images", "dgsnet.detection.scoring", "predict_command"),
+    "calibrate": Command(
+        "set the threshold for a false-positive rate", "dgsnet.detection.calibrate", "calibrate_command"
+    ),
+    "convert": Command("import the authors' published weights", "dgsnet.exchange.convert", "convert_command"),
+    "export": Command("write a detector for other programs", "dgsnet.exchange.export", "export_command"),
+    "serve": Command("show a page to drop images on", "dgsnet.detection.serve", "serve_command"),
+    "caption": Command("write captions for training", "dgsnet.data.captioning", "caption_command"),
+    "demo": Command(
+        "train and compare detectors on the built-in data", "dgsnet.demo.command", "demo_command"
+    ),
 }
 POSITIONAL = ("paths", "checkpoint")
 LISTS = (list[str], list[str] | None)
@@ -84,7 +88,7 @@ def train_command(config: Config, out: Path, resume: bool = False) -> None:
         resume: go on where a run was stopped or killed; its own configuration is used. Starts a new run when
             there is none in `out`, so the same command line serves a restarted job.
     """
-    from .training import train
+    from dgsnet.training.run import train
 
     train(config, out, resume=resume)
 
@@ -144,7 +148,7 @@ def _train(parser: ArgumentParser, train_parser: ArgumentParser, argv: list[str]
     arguments = parser.parse_args(argv).train
     saved = Path(arguments.out) / CONFIG_FILE
     if arguments.resume and saved.is_file():
-        from .checkpoint import read_config
+        from dgsnet.model.checkpoint import read_config
 
         # The run's own settings become the defaults: only what the command line changes differs from them.
         train_parser.set_defaults(read_config(saved).flat())

@@ -10,7 +10,7 @@ import zlib
 
 import numpy as np
 import pytest
-from dgsnet.images import FORMATS, MAX_PIXELS, ImageError, read_file, read_image
+from dgsnet.data.images import FORMATS, MAX_PIXELS, ImageError, read_file, read_image
 from PIL import Image
 
 HEIGHT, WIDTH = 40, 56

@@ -7,12 +7,19 @@ import math
 import numpy as np
 import pytest
 import torch
-from dgsnet.calibration import Calibration, calibrate, decide, fit_temperature
-from dgsnet.checkpoint import build_model, load_calibration, save_calibration, save_model
 from dgsnet.cli import main
 from dgsnet.config import Config, ModelConfig, PreprocessConfig
-from dgsnet.detector import Detector
+from dgsnet.detection.decisions import (
+    Calibration,
+    calibrate,
+    decide,
+    fit_temperature,
+    load_calibration,
+    save_calibration,
+)
+from dgsnet.detection.detector import Detector
 from dgsnet.errors import UserError
+from dgsnet.model.checkpoint import build_model, save_model
 from PIL import Image
 from scipy import stats
 
@@ -167,7 +174,7 @@ def folder(tmp_path_factory):
     )
     model = build_model(config, with_text=False).eval()
     detector = Detector(model, config)
-    from dgsnet.images import read_image
+    from dgsnet.data.images import read_image
     from sklearn.linear_model import LogisticRegression
 
     files = [*sorted((root / "real").iterdir())[:40], *sorted((root / "fake").iterdir())[:40]]

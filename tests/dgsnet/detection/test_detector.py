@@ -7,11 +7,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from dgsnet.calibration import calibrate
-from dgsnet.checkpoint import load_model
-from dgsnet.detector import Detector, prepare_views
+from dgsnet.data.images import read_image
+from dgsnet.detection.decisions import calibrate
+from dgsnet.detection.detector import Detector, prepare_views
 from dgsnet.errors import UserError
-from dgsnet.images import read_image
+from dgsnet.model.checkpoint import load_model
 from PIL import Image
 
 from tests.support.tiny import CROP, PATCHES, save_tiny

@@ -9,12 +9,12 @@ import sys
 import httpx
 import numpy as np
 import pytest
-from dgsnet.checkpoint import save_calibration
 from dgsnet.cli import main
-from dgsnet.detector import Detector
-from dgsnet.heatmaps import draw, heatmap
-from dgsnet.images import read_image
-from dgsnet.serve import RateLimit, create_app
+from dgsnet.data.images import read_image
+from dgsnet.detection.decisions import save_calibration
+from dgsnet.detection.detector import Detector
+from dgsnet.detection.heatmaps import draw, heatmap
+from dgsnet.detection.serve import RateLimit, create_app
 from fastapi.testclient import TestClient
 from PIL import Image
 
@@ -87,7 +87,7 @@ def test_heatmaps_are_those_of_predict(client, images, detector):
 
 
 def test_a_calibrated_model_decides_by_its_calibration(run, images, tmp_path):
-    from dgsnet.calibration import calibrate
+    from dgsnet.detection.decisions import calibrate
 
     copy = tmp_path / "run"
     shutil.copytree(run, copy)

@@ -16,15 +16,19 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 import torch
-from dgsnet import cli, evaluation, evaluation_report, published, robustness
-from dgsnet.calibration import Calibration
-from dgsnet.checkpoint import build_model, save_calibration, save_model
+from dgsnet import cli
 from dgsnet.config import Config, ModelConfig, PreprocessConfig
-from dgsnet.detector import Detector
+from dgsnet.data.images import read_image
+from dgsnet.detection.decisions import Calibration, save_calibration
+from dgsnet.detection.detector import Detector
 from dgsnet.errors import UserError
-from dgsnet.evaluation import Evaluation, Score, find_suites
-from dgsnet.images import read_image
-from dgsnet.metrics import _Scores, interval, metrics, reliability, resampled, roc
+from dgsnet.evaluation import evaluate as evaluation
+from dgsnet.evaluation import published, robustness
+from dgsnet.evaluation import report as evaluation_report
+from dgsnet.evaluation.evaluate import find_suites
+from dgsnet.evaluation.metrics import _Scores, interval, metrics, reliability, resampled, roc
+from dgsnet.evaluation.results import Evaluation, Score
+from dgsnet.model.checkpoint import build_model, save_model
 from PIL import Image
 
 RNG = np.random.default_rng(0)
@@ -176,7 +180,7 @@ def test_resampling_is_seeded_and_within_classes(monkeypatch):
     assert (first["auc"] != other["auc"]).any() and len(first["auc"]) == 1000
     # The share of generated images is not left to chance.
     assert set(resampled(labels, np.ones(50), seed=0)["accuracy"]) == {0.2}
-    from dgsnet import metrics as module
+    from dgsnet.evaluation import metrics as module
 
     monkeypatch.setattr(module, "CHUNK", 500)
     assert len(resampled(labels, scores, resamples=37)["auc"]) == 37

@@ -6,9 +6,9 @@ import shutil
 
 import pytest
 import torch
-from dgsnet import checkpoint
 from dgsnet.config import Config, ModelConfig, PreprocessConfig
 from dgsnet.errors import UserError
+from dgsnet.model import checkpoint
 from safetensors.torch import load_file, save_file
 
 CONFIG = Config(

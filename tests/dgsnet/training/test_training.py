@@ -13,20 +13,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from dgsnet import checkpoint, cli
+from dgsnet import cli
 from dgsnet.config import Config, DataConfig, ModelConfig, OptimConfig, PreprocessConfig, SurgeryConfig
 from dgsnet.errors import UserError
-from dgsnet.training import (
-    BRANCHES,
-    METRICS_FILE,
-    STATE_FILE,
-    Step,
-    StepPlan,
-    largest_batch,
-    layer_surgery,
-    named_parameters,
-    train,
-)
+from dgsnet.model import checkpoint
+from dgsnet.training.log import METRICS_FILE
+from dgsnet.training.plan import BRANCHES, StepPlan
+from dgsnet.training.run import STATE_FILE, train
+from dgsnet.training.setup import largest_batch
+from dgsnet.training.step import Step, layer_surgery, named_parameters
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -116,9 +111,10 @@ def test_it_learns_and_writes_what_the_documentation_says(finished, dataset):
 
 
 def test_the_saved_model_gives_the_validation_metrics(finished, dataset):
-    from dgsnet.data import ImageDataset, collate, find_samples
-    from dgsnet.evaluation import metrics
-    from dgsnet.preprocess import Preprocessor
+    from dgsnet.data.loading import ImageDataset, collate
+    from dgsnet.data.preprocess import Preprocessor
+    from dgsnet.data.samples import find_samples
+    from dgsnet.evaluation.metrics import metrics
 
     model, config = checkpoint.load_model(finished / "last")
     samples = find_samples(dataset, "val")
