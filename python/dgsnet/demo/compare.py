@@ -122,7 +122,9 @@ def _start_worker(folder: Path) -> None:
         os.dup2(log, stream)
 
     def follow() -> None:
-        multiprocessing.parent_process().join()
+        parent = multiprocessing.parent_process()
+        assert parent  # this is one of the pool's
+        parent.join()
         os._exit(1)
 
     threading.Thread(target=follow, daemon=True).start()

@@ -162,9 +162,8 @@ class Detector:
             raise UserError(f"workers is {workers}; it must be 0 or more")
         # batch_size=None hands the prepared images over one by one. The images themselves are the indices
         # sent to the workers: no more of them are taken from `images` than are being prepared.
-        for pixels, error in DataLoader(
-            Prepared(self.preprocess, self.views), sampler=images, batch_size=None, num_workers=workers
-        ):
+        prepared: Any = Prepared(self.preprocess, self.views)
+        for pixels, error in DataLoader(prepared, sampler=images, batch_size=None, num_workers=workers):
             yield float("nan") if error else self.logits(pixels).mean().item(), error
 
     def logits(self, pixels: Tensor) -> Tensor:

@@ -90,8 +90,9 @@ def largest_batch(config: Config, device: torch.device, start: int = LARGEST_BAT
     return attempt()
 
 
-def training_samples(config: Config, roots: list[str], split: str) -> list[Sample]:
+def training_samples(config: Config, roots: list[str] | str, split: str) -> list[Sample]:
     """All samples of a split, with captions where the text branch needs them."""
+    roots = [roots] if isinstance(roots, str) else roots
     found = {root: find_samples(root, split) for root in roots}
     if split == "train":
         labels = {sample.label for samples in found.values() for sample in samples}
