@@ -227,7 +227,7 @@ def _write_hf(detector: Detector, folder: Path) -> Callable[[Tensor], Any]:
     if config.lora_rank:
         lora = LoraConfig(
             r=config.lora_rank,
-            lora_alpha=config.lora_alpha,  # type: ignore[arg-type]  # peft calculates with any number
+            lora_alpha=config.lora_alpha,
             lora_dropout=config.lora_dropout,
             use_rslora=True,
             target_modules=["q_proj", "k_proj", "v_proj"],

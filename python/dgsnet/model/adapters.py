@@ -122,7 +122,7 @@ def inject_lora(visual: VisionTransformer, config: ModelConfig) -> None:
         )
     lora = LoraConfig(
         r=config.lora_rank,
-        lora_alpha=config.lora_alpha,  # type: ignore[arg-type]  # peft calculates with any number
+        lora_alpha=config.lora_alpha,
         lora_dropout=config.lora_dropout,
         use_rslora=True,  # scaling alpha / sqrt(r), as officially; peft's default is alpha / r
         target_modules=LORA_TARGETS,
