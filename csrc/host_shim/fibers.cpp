@@ -16,6 +16,7 @@
 namespace shim {
 
 bool has_clusters = true;
+int compiled_for = 90;
 bool capturing = false;
 
 namespace {
@@ -163,7 +164,7 @@ cudaError_t run(const cudaLaunchConfig_t& config, const std::function<void()>& t
   unsigned grid = config.gridDim.x, threads = config.blockDim.x;
   bool one_dimensional = config.gridDim.y * config.gridDim.z * config.blockDim.y * config.blockDim.z == 1;
   if (!one_dimensional || !grid || !threads || threads > 1024 || threads % kWarp || size > 8 || grid % size ||
-      (size > 1 && !has_clusters) || config.dynamicSmemBytes > kSharedMemoryLimit)
+      (size > 1 && (!has_clusters || compiled_for < 90)) || config.dynamicSmemBytes > kSharedMemoryLimit)
     return cudaErrorInvalidValue;
   ++launches;
   body = &thread_body;
@@ -206,5 +207,6 @@ unsigned ballot(bool predicate) {
 // For the tests, through ctypes.
 extern "C" void shim_set_order(int order) { shim::order = order; }
 extern "C" void shim_set_clusters(bool available) { shim::has_clusters = available; }
+extern "C" void shim_set_compiled_for(int architecture) { shim::compiled_for = architecture; }
 extern "C" void shim_set_capturing(bool capturing) { shim::capturing = capturing; }
 extern "C" int shim_launches() { return shim::launches; }

@@ -202,6 +202,8 @@ def _served_past_torch(*arguments) -> bool:
 
 
 def _served_as_it_is(grads, harmful, beneficial, groups, sums, scale, alignment, eps, *names) -> bool:
+    if not grads:  # of no device either, which a backend could be chosen for
+        return False
     serve = backends.implementation("project_align_", sums.device.type)
     scale = number(scale, sums.dtype)
     lists = (grads, harmful, beneficial, groups)

@@ -151,8 +151,11 @@ def test_mixed_dtypes_share_a_layer(backend):
         )
 
 
-@everywhere
-def test_no_tensors(backend):
+@pytest.mark.parametrize("name", [None, *backends.BACKENDS])
+def test_no_tensors(name, monkeypatch):
+    """They have no device: a backend that serves another one than the CPU is no obstacle."""
+    if name:
+        monkeypatch.setenv(backends.VARIABLE, name)
     assert project_align_([], []).shape == (0, 6)
 
 
