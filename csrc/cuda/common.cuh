@@ -188,8 +188,8 @@ const char* launch(void (*kernel)(P), int64_t blocks, int threads, int shared_by
   config.stream = static_cast<cudaStream_t>(stream);
   config.attrs = &attribute;
   config.numAttrs = cluster > 1;
-  cudaError_t error = cudaLaunchKernelEx(&config, kernel, params);
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+  if (cudaLaunchKernelEx(&config, kernel, params) == cudaSuccess) return nullptr;
+  return cudaGetErrorString(cudaGetLastError());  // which also forgets it: the next call of others is none the worse
 }
 
 // Calls run with a value of the storage type.

@@ -55,6 +55,7 @@ struct Fiber {  // lives on from launch to launch, since making one takes system
 enum Order { kForward, kReversed, kShuffled };
 int order = kForward;
 int launches = 0;
+int until_failure = 0;  // launches; 0: none fails
 Fiber* self = nullptr;
 void* scheduler[5];
 const void* scheduler_stack;
@@ -166,6 +167,7 @@ cudaError_t run(const cudaLaunchConfig_t& config, const std::function<void()>& t
   if (!one_dimensional || !grid || !threads || threads > 1024 || threads % kWarp || size > 8 || grid % size ||
       (size > 1 && (!has_clusters || compiled_for < 90)) || config.dynamicSmemBytes > kSharedMemoryLimit)
     return cudaErrorInvalidValue;
+  if (until_failure && !--until_failure) return cudaErrorInvalidValue;
   ++launches;
   body = &thread_body;
   gridDim = config.gridDim;
@@ -209,4 +211,5 @@ extern "C" void shim_set_order(int order) { shim::order = order; }
 extern "C" void shim_set_clusters(bool available) { shim::has_clusters = available; }
 extern "C" void shim_set_compiled_for(int architecture) { shim::compiled_for = architecture; }
 extern "C" void shim_set_capturing(bool capturing) { shim::capturing = capturing; }
+extern "C" void shim_fail_launch(int which) { shim::until_failure = which; }
 extern "C" int shim_launches() { return shim::launches; }

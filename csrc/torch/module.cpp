@@ -252,9 +252,10 @@ bool project_align(Arguments arguments) {
   call.order = static_cast<dgs::Order>(order);
   call.rule = static_cast<dgs::Rule>(rule);
   call.dtype = *dtype;
-  return call.rows == 0 || launch(
-                               grad.device, [&] { dgs::cpu::project_align(call, dgs::torch_runtime::parallel_for); },
-                               [&](const auto& allocate, void* stream) { return dgs::cuda::project_align(call, allocate, stream); });
+  return call.rows == 0 ||
+         launch(
+             grad.device, [&] { dgs::cpu::project_align(call, dgs::torch_runtime::parallel_for); },
+             [&](const auto& allocate, void* stream) { return dgs::cuda::project_align(call, allocate, stream); });
 }
 
 bool surgery_head(Arguments arguments) {

@@ -49,15 +49,16 @@ std::shared_ptr<void> allocate(int32_t device, int64_t bytes) {
 // an error if any of that outlives a call. A thread of its own is in no pool.
 std::shared_ptr<void> allocate_outside_of_pools(int32_t device, int64_t bytes) {
   void* const stream = current_stream(device);
-  return std::async(std::launch::async,
-                    [=] {
-                      CUDAStreamGuardOpaque* guard = nullptr;
-                      STD_TORCH_CHECK(aoti_torch_create_cuda_stream_guard(stream, device, &guard) == 0,
-                                      "dgs_kernels: no stream on cuda:", device);
-                      const std::unique_ptr<CUDAStreamGuardOpaque, decltype(&aoti_torch_delete_cuda_stream_guard)>
-                          on_stream(guard, aoti_torch_delete_cuda_stream_guard);
-                      return allocate(device, bytes);
-                    })
+  return std::async(
+             std::launch::async,
+             [=] {
+               CUDAStreamGuardOpaque* guard = nullptr;
+               STD_TORCH_CHECK(aoti_torch_create_cuda_stream_guard(stream, device, &guard) == 0,
+                               "dgs_kernels: no stream on cuda:", device);
+               const std::unique_ptr<CUDAStreamGuardOpaque, decltype(&aoti_torch_delete_cuda_stream_guard)> on_stream(
+                   guard, aoti_torch_delete_cuda_stream_guard);
+               return allocate(device, bytes);
+             })
       .get();
 }
 

@@ -87,13 +87,13 @@ def _negative(x):
     return tl.where(x > 0, 0.0, x)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tensors", "rule"])
 def _chunk_kernel(
     table_ptr,
     partials_ptr,
     tensors,
+    rule,
     HAS_BENEFICIAL: tl.constexpr,
-    RULE: tl.constexpr,
     TYPE: tl.constexpr,
     ACC: tl.constexpr,
     ALIGNED: tl.constexpr,
@@ -109,7 +109,7 @@ def _chunk_kernel(
     gh, hh, gg, bh, bb, gb = none, none, none, none, none, none
     for at in range(begin, end, BLOCK):
         g = _read(grad, at, numel, ACC, TAILS)
-        h = _direction(_read(harmful, at, numel, ACC, TAILS), RULE)
+        h = _direction(_read(harmful, at, numel, ACC, TAILS), rule)
         gh += g * h
         hh += h * h
         gg += g * g
@@ -127,7 +127,7 @@ def _chunk_kernel(
     tl.store(partials_ptr + 5, tl.sum(gb, 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["begins_ptr"])
 def _layer_kernel(partials_ptr, begins_ptr, sums_ptr, ACC: tl.constexpr, ROWS: tl.constexpr):
     """The sums of one layer from those of its chunks, which stand next to each other."""
     layer = tl.program_id(0)
@@ -142,19 +142,17 @@ def _layer_kernel(partials_ptr, begins_ptr, sums_ptr, ACC: tl.constexpr, ROWS: t
 
 
 @triton.jit
-def _share(sums_ptr, layer, strength, eps, ORDER: tl.constexpr, RULE: tl.constexpr, ACC: tl.constexpr):
+def _share(sums_ptr, layer, strength, eps, order, rule, ACC: tl.constexpr):
     """k, of which k h is subtracted from the layer."""
     sums_ptr += layer * SUMS
     inner = tl.load(sums_ptr)
-    if ORDER != PROJECT_FIRST:
-        inner += strength * tl.load(sums_ptr + 3)
-    if RULE == CONFLICT:
-        inner = tl.where(inner > 0, 0.0, inner)
+    inner += tl.where(order == PROJECT_FIRST, 0.0, strength * tl.load(sums_ptr + 3))
+    inner = tl.where((rule == CONFLICT) & (inner > 0), 0.0, inner)
     norm = root(tl.load(sums_ptr + 1)) + (tl.full((), 1.0, tl.float64) * eps).to(ACC)
     return divide(divide(inner, norm), norm)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tensors", "order", "rule"])
 def _apply_kernel(
     table_ptr,
     sums_ptr,
@@ -162,9 +160,9 @@ def _apply_kernel(
     tensors,
     alignment: tl.float64,
     eps: tl.float64,
+    order,
+    rule,
     HAS_BENEFICIAL: tl.constexpr,
-    ORDER: tl.constexpr,
-    RULE: tl.constexpr,
     TYPE: tl.constexpr,
     ACC: tl.constexpr,
     ALIGNED: tl.constexpr,
@@ -176,10 +174,10 @@ def _apply_kernel(
     harmful = _pointer(table_ptr, tensors, 1, tensor, TYPE, ALIGNED)
     beneficial = _pointer(table_ptr, tensors, 2, tensor, TYPE, ALIGNED) if HAS_BENEFICIAL else harmful
     strength = _strength(alignment, scale_ptr, ACC)
-    share = _share(sums_ptr, layer, strength, eps, ORDER, RULE, ACC)
+    share = _share(sums_ptr, layer, strength, eps, order, rule, ACC)
     for at in range(begin, end, BLOCK):
         g = _read(grad, at, numel, ACC, TAILS)
-        h = _direction(_read(harmful, at, numel, ACC, TAILS), RULE)
+        h = _direction(_read(harmful, at, numel, ACC, TAILS), rule)
         if HAS_BENEFICIAL:
             g += strength * _negative(_read(beneficial, at, numel, ACC, TAILS))
         _write(grad, at, numel, g - share * h, TAILS)
@@ -250,11 +248,13 @@ def as_arguments(numbers: list[int], device: torch.device) -> Tensor:
     return sent
 
 
-def layer_sums(lists: Lists, sums: Tensor, **constants: object) -> None:
+def layer_sums(lists: Lists, sums: Tensor, rule: int, has_beneficial: bool) -> None:
     """The first two launches."""
     partials = sums.new_empty((lists.chunks, SUMS.value))
     if lists.chunks:
-        _chunk_kernel[(lists.chunks,)](lists.table, partials, lists.tensors, **lists.constants, **constants)
+        _chunk_kernel[(lists.chunks,)](
+            lists.table, partials, lists.tensors, rule, HAS_BENEFICIAL=has_beneficial, **lists.constants
+        )
     _layer_kernel[(len(sums),)](partials, lists.begins, sums, ACC=lists.constants["ACC"], ROWS=128)
 
 
@@ -273,10 +273,8 @@ def project_align_(
 ) -> None:
     with torch.cuda.device_of(sums):
         lists = lists_of(groups, len(sums), grads, harmful, *([beneficial] if beneficial else []))
-        constants = {"HAS_BENEFICIAL": bool(beneficial), "RULE": rule}
         if part != 2:
-            layer_sums(lists, sums, **constants)
+            layer_sums(lists, sums, rule, bool(beneficial))
         if part != 1 and lists.chunks:
-            constants |= lists.constants | {"ORDER": order}
-            given = (lists.table, sums, scale, lists.tensors, alignment, eps)
-            _apply_kernel[(lists.chunks,)](*given, **constants)
+            given = (lists.table, sums, scale, lists.tensors, alignment, eps, order, rule)
+            _apply_kernel[(lists.chunks,)](*given, HAS_BENEFICIAL=bool(beneficial), **lists.constants)

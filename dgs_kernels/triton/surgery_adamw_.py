@@ -26,7 +26,7 @@ from dgs_kernels.triton.project_align_ import (
 from dgs_kernels.triton.rounding import divide, root
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tensors", "order", "rule", "maximize"])
 def _step_kernel(
     table_ptr,
     sums_ptr,
@@ -38,10 +38,10 @@ def _step_kernel(
     lerp: tl.float64,
     beta2: tl.float64,
     rest2: tl.float64,
+    order,
+    rule,
+    maximize,
     HAS_BENEFICIAL: tl.constexpr,
-    ORDER: tl.constexpr,
-    RULE: tl.constexpr,
-    MAXIMIZE: tl.constexpr,
     TYPE: tl.constexpr,
     ACC: tl.constexpr,
     ALIGNED: tl.constexpr,
@@ -66,15 +66,14 @@ def _step_kernel(
     exp_avg = _pointer(table_ptr, tensors, FIRST + 1, tensor, TYPE, ALIGNED)
     exp_avg_sq = _pointer(table_ptr, tensors, FIRST + 2, tensor, TYPE, ALIGNED)
     strength = _strength(alignment, scale_ptr, ACC)
-    share = _share(sums_ptr, layer, strength, surgery_eps, ORDER, RULE, ACC)
+    share = _share(sums_ptr, layer, strength, surgery_eps, order, rule, ACC)
     for at in range(begin, end, BLOCK):
         g = _read(grad, at, numel, ACC, TAILS)
-        h = _direction(_read(harmful, at, numel, ACC, TAILS), RULE)
+        h = _direction(_read(harmful, at, numel, ACC, TAILS), rule)
         if HAS_BENEFICIAL:
             g += strength * _negative(_read(beneficial, at, numel, ACC, TAILS))
         g -= share * h
-        if MAXIMIZE:
-            g = -g
+        g = tl.where(maximize != 0, -g, g)
         m = _read(exp_avg, at, numel, ACC, TAILS)
         v = _read(exp_avg_sq, at, numel, ACC, TAILS)
         m += lerp * (g - m)
@@ -122,11 +121,10 @@ def surgery_adamw_(
         lists = layers.lists_of(
             groups, len(sums), *directions, params, exp_avgs, exp_avg_sqs, extra=as_integers
         )
-        constants = {"HAS_BENEFICIAL": bool(beneficial), "RULE": rule}
         if part != 2:
-            layers.layer_sums(lists, sums, **constants)
+            layers.layer_sums(lists, sums, rule, bool(beneficial))
         if lists.chunks:
             hyper = (1 - lr * weight_decay, 1 - beta1, beta2, 1 - beta2)
-            constants |= lists.constants | {"ORDER": order, "MAXIMIZE": maximize}
-            given = (lists.table, sums, scale, lists.tensors, alignment, surgery_eps, *hyper)
-            _step_kernel[(lists.chunks,)](*given, **constants)
+            options = (alignment, surgery_eps, *hyper, order, rule, int(maximize))
+            given = (lists.table, sums, scale, lists.tensors, *options)
+            _step_kernel[(lists.chunks,)](*given, HAS_BENEFICIAL=bool(beneficial), **lists.constants)

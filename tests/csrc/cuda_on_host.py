@@ -503,6 +503,25 @@ def test_tables_are_made_inside_a_captured_graph():
     assert tensors.launches(stream) == 1
 
 
+@pytest.mark.parametrize("which", range(1, MAKE_TABLES + 3 + 1))
+def test_a_failed_launch_is_told_and_leaves_nothing_behind(which):
+    """Nothing half made is kept: the next call is right."""
+    LIBRARY.shim_set_clusters(False)
+    tensors, stream = List([20000, 5], [0, 0]), NEW_STREAM()
+    LIBRARY.shim_fail_launch(which)
+    with pytest.raises(AssertionError, match="invalid launch"):
+        tensors.launches(stream)
+    assert tensors.launches(stream) == 3 + (MAKE_TABLES if which <= MAKE_TABLES else 0)
+
+
+@pytest.mark.parametrize("which", [1, 2])
+def test_a_failed_launch_of_a_long_row_is_told(which):
+    LIBRARY.shim_set_clusters(False)
+    LIBRARY.shim_fail_launch(which)
+    with pytest.raises(AssertionError, match="invalid launch"):
+        project_align_case(torch.float32, 1, 20000, order="align_first", rule="full", aligned=True)
+
+
 @pytest.mark.slow
 def test_tables_long_unused_are_given_up():
     first, *others = (List([8], [0]) for _ in range(33))
