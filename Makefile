@@ -5,12 +5,15 @@ BIN    := $(VENV)/bin
 
 .PHONY: demo test gpu wheel docs install lint format clean
 
+# Tests that follow the others: one compiles what those launched, one takes times with nothing beside it.
+LAST := tests/dgs_kernels/ops/test_triton_compiles.py tests/dgs_kernels/test_speed.py
+
 demo: install
 	$(BIN)/python -m dgsnet demo --out runs/demo
 
 test: lint docs
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --ignore tests/dgs_kernels/test_speed.py
-	$(BIN)/python -m pytest tests/dgs_kernels/test_speed.py  # times, with nothing beside them
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(addprefix --ignore ,$(LAST))
+	$(BIN)/python -m pytest $(LAST)
 
 # On a machine with a CUDA device; takes the packages of $(PYTHON), installs nothing, leaves everything in OUT.
 gpu:
