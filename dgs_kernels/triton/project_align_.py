@@ -208,7 +208,8 @@ def lists_of(
     first = lists[0]
     order = sorted(range(len(first)), key=groups.__getitem__)
     numels, layers = [first[i].numel() for i in order], [groups[i] for i in order]
-    ends, begins = [], [0] * (num_groups + 1)
+    ends: list[int] = []
+    begins = [0] * (num_groups + 1)
     for numel, layer in zip(numels, layers):
         ends.append((ends[-1] if ends else 0) + triton.cdiv(numel, CHUNK))
         begins[layer + 1] = ends[-1]

@@ -153,9 +153,9 @@ def write_model(
                 os.fsync(file.fileno())
             os.rename(backbone, new / BACKBONE_FILE)
         if trained_on is not None:
-            file = io.BytesIO()
-            np.save(file, trained_on)
-            write_synced(new / TRAINED_ON_FILE, file.getvalue())
+            hashes = io.BytesIO()
+            np.save(hashes, trained_on)
+            write_synced(new / TRAINED_ON_FILE, hashes.getvalue())
         write_synced(new / CONFIG_FILE, config.to_json().encode())
         write_synced(new / WEIGHTS_FILE, to_safetensors(state, metadata=header))
 
