@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
@@ -84,7 +86,7 @@ def _layer_sums(g: list[Tensor], h: list[Tensor], b: list[Tensor], groups: list[
     return sums
 
 
-def surgery_head(*arguments: Tensor | int | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def surgery_head(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     return reference.surgery_head(*arguments)
 
 
@@ -99,6 +101,9 @@ def surgery_head_backward(
     eps: float,
     order: int,
     reference_batch_size: int | None,
+    differences: Tensor | None,
+    distillation_scale: Tensor | None,
+    distillation: float,
 ) -> None:
     out.copy_(
         reference.surgery_head_backward(
@@ -112,6 +117,9 @@ def surgery_head_backward(
             eps,
             ORDERS[order],
             reference_batch_size,
+            differences,
+            distillation_scale,
+            distillation,
         )
     )
 
