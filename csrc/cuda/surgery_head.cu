@@ -1,7 +1,8 @@
 // surgery_head on a GPU. The forward reads the three feature matrices once: a row's dot products need all of it,
 // and then its weighted sum into the head gradients needs it again, so it waits in registers. Every chunk of
 // rows leaves partial sums, and a second, small launch adds them up in a fixed order. The backward reads no
-// matrix: a row of the result is a combination of D-vectors that a block keeps in registers while it writes.
+// matrix, but for the differences that a distillation loss has left: a row of the result is a combination of
+// D-vectors that a block keeps in registers while it writes.
 #include "common.cuh"
 
 namespace dgs::cuda {
@@ -18,7 +19,7 @@ constexpr int kHeadShare = Aligned && sizeof(T) < 8 ? 24 : 8;
 
 // Of one row, and then summed over rows.
 enum Dots { kImage, kText, kTeacher, kTeacherFalling, kTeacherRising, kNumDots };
-enum Scalars { kImageLoss, kTextLoss, kAlignmentLoss, kImageResidual, kTextResidual, kNumScalars };
+enum Scalars { kImageLoss, kTextLoss, kAlignmentLoss, kDistillationLoss, kImageResidual, kTextResidual, kNumScalars };
 
 template <typename A>
 __device__ __forceinline__ A sigmoid(A x) {
@@ -46,10 +47,11 @@ __device__ __forceinline__ void judge(const SurgeryHead& p, int64_t row, bool wr
   A image = dots[kImage] + *static_cast<const A*>(p.image_bias);
   A teacher = dots[kTeacher] + *static_cast<const A*>(p.teacher_bias);
   A text = p.text_features ? dots[kText] + *static_cast<const A*>(p.text_bias) : A(0);
+  A judged = image + (p.expert ? text : A(0)) + (p.offsets ? static_cast<const A*>(p.offsets)[row] : A(0));
   A teacher_residual = sigmoid(teacher) - label;
-  image_residual = sigmoid(image) - label;
+  image_residual = sigmoid(judged) - label;
   text_residual = p.text_features ? sigmoid(text) - label : A(0);
-  scalars[kImageLoss] += cross_entropy(image, label);
+  scalars[kImageLoss] += cross_entropy(judged, label);
   scalars[kTextLoss] += p.text_features ? cross_entropy(text, label) : A(0);
   // |c| <f, min(+-w, 0)>: the sign of the weight is that of the residual.
   scalars[kAlignmentLoss] +=
@@ -71,6 +73,16 @@ __device__ __forceinline__ void add_dots(A f, A t, A x, A image_weight, A teache
   dots[kTeacher] += t * teacher_weight;
   dots[kTeacherFalling] += f * negative_part(teacher_weight);
   dots[kTeacherRising] += f * negative_part(-teacher_weight);
+}
+
+// f - t, as it stays for the backward; its square is added to `distance`.
+template <typename T>
+__device__ __forceinline__ T subtract(T f, T t, Compute<T>& distance) {
+  Compute<T> difference = widen(f) - widen(t);
+  distance += difference * difference;
+  T stored;
+  narrow(difference, stored);
+  return stored;
 }
 
 // Weights of the compute type, at the places where load() takes features.
@@ -106,6 +118,7 @@ __global__ __launch_bounds__(kThreads) void head_in_registers(const __grid_const
   A* totals = scratch + 2 * scratch_size;  // [2 dim + kNumScalars], only where teams share a block
 
   A image_sum[kHeadShare<T, Aligned>] = {}, text_sum[kHeadShare<T, Aligned>] = {}, scalars[kNumScalars] = {};
+  A distance[1] = {};  // of this thread's part of the rows
   int64_t begin = blockIdx.x * p.chunk_rows;
   int64_t end = begin + p.chunk_rows < a.batch ? begin + p.chunk_rows : a.batch;
   int turn = 0;
@@ -131,6 +144,11 @@ __global__ __launch_bounds__(kThreads) void head_in_registers(const __grid_const
       for (int j = 0; j < kPack<T>; ++j)
         add_dots(widen(f[v].at[j]), widen(t.at[j]), widen(x[v].at[j]), image_weight[j], teacher_weight[j],
                  text_weight[j], dots);
+      if (a.differences) {
+#pragma unroll
+        for (int j = 0; j < kPack<T>; ++j) t.at[j] = subtract(f[v].at[j], t.at[j], distance[0]);
+        store<T, Aligned>(static_cast<T*>(a.differences) + row * a.dim, t, v, lane, p.lanes, count);
+      }
     }
     sum_over(p.lanes, dots, scratch + turn * scratch_size);
     A image_residual = 0, text_residual = 0;
@@ -143,6 +161,9 @@ __global__ __launch_bounds__(kThreads) void head_in_registers(const __grid_const
         text_sum[v * kPack<T> + j] += text_residual * widen(x[v].at[j]);
       }
   }
+
+  sum_over(p.lanes, distance, scratch + turn * scratch_size);
+  scalars[kDistillationLoss] = distance[0];
 
   A* partial = static_cast<A*>(a.workspace) + blockIdx.x * partial_size(a.dim);
   A* out = teams == 1 ? partial : totals;
@@ -181,17 +202,22 @@ __global__ __launch_bounds__(kThreads) void head_read_twice(const __grid_constan
   A* residuals = static_cast<A*>(a.residuals);
   int64_t begin = blockIdx.x * p.chunk_rows;
   int64_t end = begin + p.chunk_rows < a.batch ? begin + p.chunk_rows : a.batch;
-  A scalars[kNumScalars] = {};
+  T* differences = static_cast<T*>(a.differences);
+  A scalars[kNumScalars] = {}, distance[1] = {};
   for (int64_t row = begin; row < end; ++row) {
     A dots[kNumDots] = {};
-    for (int64_t i = threadIdx.x; i < a.dim; i += kThreads)
-      add_dots(widen(features[row * a.features_stride + i]), widen(teacher[row * a.teacher_stride + i]),
-               text ? widen(text[row * a.text_stride + i]) : A(0), image_weight[i], teacher_weight[i],
-               text ? text_weight[i] : A(0), dots);
+    for (int64_t i = threadIdx.x; i < a.dim; i += kThreads) {
+      T f = features[row * a.features_stride + i], t = teacher[row * a.teacher_stride + i];
+      add_dots(widen(f), widen(t), text ? widen(text[row * a.text_stride + i]) : A(0), image_weight[i],
+               teacher_weight[i], text ? text_weight[i] : A(0), dots);
+      if (differences) differences[row * a.dim + i] = subtract(f, t, distance[0]);
+    }
     sum_over(kThreads, dots, shared_memory<A>() + (row - begin) % 2 * (kThreads / kWarp * kNumDots));
     A image_residual, text_residual;
     judge(a, row, threadIdx.x == 0, dots, scalars, image_residual, text_residual);
   }
+  sum_over(kThreads, distance, shared_memory<A>() + (end - begin) % 2 * (kThreads / kWarp * kNumDots));
+  scalars[kDistillationLoss] = distance[0];
   __syncthreads();  // thread 0 has written the residuals
   A* partial = static_cast<A*>(a.workspace) + blockIdx.x * partial_size(a.dim);
   for (int64_t i = threadIdx.x; i < a.dim; i += kThreads) {
@@ -234,6 +260,8 @@ __global__ __launch_bounds__(kThreads) void head_sum_chunks(const __grid_constan
     head_grads[column + (column >= a.dim)] = sum * mean;
   } else if (column - 2 * a.dim == kAlignmentLoss) {
     losses[kAlignmentLoss] = sum * mean * (a.reference_batch_size > 0 ? A(1) / A(a.reference_batch_size) : mean);
+  } else if (column - 2 * a.dim == kDistillationLoss) {
+    losses[kDistillationLoss] = sum * mean * (A(a.distillation) / A(2 * a.dim));
   } else if (column - 2 * a.dim < kAlignmentLoss) {
     losses[column - 2 * a.dim] = sum * mean;
   } else {
@@ -335,6 +363,9 @@ __global__ __launch_bounds__(kThreads) void head_backward(const __grid_constant_
   sum_over(blockDim.x, products, scratch);
   __syncthreads();  // where the block is one warp, sum_over has no barrier
 
+  A distill = a.differences
+                  ? *static_cast<const A*>(a.distillation_scale) * (A(a.distillation) / (A(a.dim) * A(a.batch)))
+                  : A(0);
   int64_t begin = int64_t(blockIdx.x) * p.rows;
   int rows = a.batch - begin < p.rows ? static_cast<int>(a.batch - begin) : p.rows;
   for (int row = threadIdx.x; row < rows; row += blockDim.x)
@@ -347,13 +378,15 @@ __global__ __launch_bounds__(kThreads) void head_backward(const __grid_constant_
     load_weights<T, Aligned>(teacher_weight + v, 0, threadIdx.x, blockDim.x, a.dim - v, wt);
     load_weights<T, Aligned>(text_weight ? text_weight + v : nullptr, 0, threadIdx.x, blockDim.x, a.dim - v, wx);
     T* out = static_cast<T*>(a.grad_features) + begin * a.dim + v;
+    const T* difference = static_cast<const T*>(a.differences) + (a.differences ? begin * a.dim + v : 0);
     for (int row = 0; row < rows; ++row, out += a.dim) {
       const A* c = coefficients + row * kNumCoefficients;
-      Pack<T> pack;
+      Pack<T> pack = load<T, Aligned>(difference, 0, threadIdx.x, blockDim.x, a.dim - v);
+      if (difference) difference += a.dim;
 #pragma unroll
       for (int j = 0; j < kPack<T>; ++j)
         narrow(c[kOfImage] * wi[j] + c[kOfFalling] * negative_part(wt[j]) + c[kOfRising] * negative_part(-wt[j]) -
-                   c[kOfUp] * positive_part(wx[j]) - c[kOfDown] * positive_part(-wx[j]),
+                   c[kOfUp] * positive_part(wx[j]) - c[kOfDown] * positive_part(-wx[j]) + distill * widen(pack.at[j]),
                pack.at[j]);
       store<T, Aligned>(out, pack, 0, threadIdx.x, blockDim.x, a.dim - v);
     }
@@ -387,7 +420,8 @@ const char* surgery_head(const SurgeryHead& args, void* stream) {
     constexpr int64_t size = sizeof(T);
     bool aligned = args.dim * size % 16 == 0 && is_aligned(args.features, args.features_stride * size) &&
                    is_aligned(args.teacher_features, args.teacher_stride * size) &&
-                   is_aligned(args.text_features, args.text_stride * size) && weights_aligned(args);
+                   is_aligned(args.text_features, args.text_stride * size) && is_aligned(args.differences) &&
+                   weights_aligned(args);
     return aligned ? run<T, true>(args, stream) : run<T, false>(args, stream);
   });
 }
@@ -395,7 +429,8 @@ const char* surgery_head(const SurgeryHead& args, void* stream) {
 const char* surgery_head_backward(const SurgeryHeadBackward& args, void* stream) {
   return dispatch(args.dtype, [&](auto zero) {
     using T = decltype(zero);
-    bool aligned = args.dim * int64_t(sizeof(T)) % 16 == 0 && is_aligned(args.grad_features) && weights_aligned(args);
+    bool aligned = args.dim * int64_t(sizeof(T)) % 16 == 0 && is_aligned(args.grad_features) &&
+                   is_aligned(args.differences) && weights_aligned(args);
     return aligned ? run<T, true>(args, stream) : run<T, false>(args, stream);
   });
 }

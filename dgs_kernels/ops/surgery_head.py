@@ -285,7 +285,7 @@ def _checked(features, teacher_features, text_features, labels, *rest):
 
 
 def _kernel(*inputs):
-    serve = backends._load("eager", "surgery_head")
+    serve = backends.implementation("surgery_head", inputs[0].device.type)
     if backends.is_native(serve):
         results = _native(serve, *inputs)
         if results is not None:
@@ -426,7 +426,7 @@ def _kernel_backward(
     )
     scale = None if distillation_scale is None else number(distillation_scale, dtype)
     pull = (None if differences is None else differences.contiguous(), scale, distillation)
-    serve = backends._load("eager", "surgery_head_backward")
+    serve = backends.implementation("surgery_head_backward", residuals.device.type)
     if backends.is_native(serve):
         served = serve(*laid_out, reference_batch_size or 0, *pull)
         assert served, "a native function takes what has been checked and laid out"
