@@ -190,7 +190,10 @@ const char* launch(void (*kernel)(P), int64_t blocks, int threads, int shared_by
   config.stream = static_cast<cudaStream_t>(stream);
   config.attrs = &attribute;
   config.numAttrs = cluster > 1;
-  cudaError_t error = cudaLaunchKernelEx(&config, kernel, params);
+  cudaError_t error = cudaSuccess;
+  if (shared_bytes > 48 << 10)  // what is granted without asking
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+  if (error == cudaSuccess) error = cudaLaunchKernelEx(&config, kernel, params);
   return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
 }
 

@@ -297,9 +297,16 @@ def test_surgery_head_shapes(dtype, shape):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("shape", [(5, 65537), (1100, 8)], ids=["read twice", "several rows to a team"])
+@pytest.mark.parametrize("shape", [(5, 65537), (1400, 8)], ids=["read twice", "several rows to a team"])
 def test_surgery_head_large(shape):
     surgery_head_case(torch.float32, *shape, expert=True, distillation=0.3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dim", [776, 777], ids=["staged", "in registers"])
+def test_surgery_head_rows_of_several_warps_one_after_the_other(dim):
+    """A chunk has several rows and a row several warps: what they add up must not meet the next row's."""
+    surgery_head_case(torch.float32, 530, dim)
 
 
 @pytest.mark.parametrize("reference_batch_size", [None, 32])
