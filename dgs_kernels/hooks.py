@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any, NoReturn
 
 import torch
-from torch import Tensor
+import torch.distributed as dist
+from torch import Tensor, nn
 
 from dgs_kernels import reference
 from dgs_kernels.captured import CapturedGradients
@@ -131,7 +132,20 @@ class OptimizerSurgery(CapturedGradients):
         tensor([0., 1.])
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, **options: Any) -> None:
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        *,
+        alignment: float | Tensor = 1.0,
+        eps: float = 1e-6,
+        order: str = "align_first",
+        rule: str = "positive",
+        granularity: str = "tensor",
+        model: nn.Module | None = None,
+        scaler: torch.amp.GradScaler | None = None,
+        process_group: dist.ProcessGroup | None = None,
+        check_ranks: bool = True,
+    ) -> None:
         inner = getattr(optimizer, "optimizer", None)
         if isinstance(inner, torch.optim.Optimizer):
             raise TypeError(
@@ -139,7 +153,19 @@ class OptimizerSurgery(CapturedGradients):
             )
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
-        super().__init__(optimizer, **options)
+        super().__init__(
+            optimizer,
+            caller="OptimizerSurgery",
+            alignment=alignment,
+            eps=eps,
+            order=order,
+            rule=rule,
+            granularity=granularity,
+            model=model,
+            scaler=scaler,
+            process_group=process_group,
+            check_ranks=check_ranks,
+        )
         self._handle = optimizer.register_step_pre_hook(self._before_step)
         vars(optimizer)["__reduce_ex__"] = _refuse_copy
 

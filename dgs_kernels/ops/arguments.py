@@ -14,8 +14,8 @@ from torch.autograd import forward_ad
 from dgs_kernels.reference import ORDERS, RULES
 
 # Those of NumPy too, and those that torch.compile does not know yet.
-NUMBER: Any = (Real, torch.SymInt, torch.SymFloat)
-WHOLE: Any = (Integral, torch.SymInt)
+NUMBER: Any = (int, float, Real, torch.SymInt, torch.SymFloat)
+WHOLE: Any = (int, Integral, torch.SymInt)
 
 
 def check_tensors(caller: str, **tensors: object) -> None:
@@ -23,9 +23,8 @@ def check_tensors(caller: str, **tensors: object) -> None:
     for name, x in tensors.items():
         if not isinstance(x, Tensor):
             raise TypeError(f"{caller}: {name} must be a torch.Tensor, got {_type_name(x)}")
-        if (
-            not torch.compiler.is_compiling() and x.layout != torch.strided
-        ):  # dynamo does not read it everywhere
+        # Sparse tensors are none of those that torch.compile traces, and dynamo does not read the layout.
+        if not torch.compiler.is_compiling() and x.layout != torch.strided:
             raise TypeError(f"{caller}: {name} must be a dense tensor (.to_dense()), got layout {x.layout}")
 
 
@@ -77,9 +76,13 @@ def check_options(
         raise ValueError(f"{caller}: alignment must be finite, got {alignment}")
 
 
+def check_number(caller: str, name: str, value: object) -> None:
+    if not isinstance(value, NUMBER):
+        raise TypeError(f"{caller}: {name} must be a number, got {_type_name(value)}")
+
+
 def check_eps(caller: str, eps: Any) -> None:
-    if not isinstance(eps, NUMBER):
-        raise TypeError(f"{caller}: eps must be a number, got {_type_name(eps)}")
+    check_number(caller, "eps", eps)
     if not eps > 0:
         raise ValueError(f"{caller}: eps must be > 0, got {eps}")
     if eps == math.inf:

@@ -72,7 +72,7 @@ def project_align(
         getattr(grad, "requires_grad", False) or (scale is not None and scale.requires_grad)
     )
     below_autograd = not (transformed or differentiated or backends.watched())
-    if below_autograd and isinstance(grad, Tensor):
+    if below_autograd and isinstance(grad, Tensor) and grad.layout == torch.strided:
         serve = backends.implementation("project_align", grad.device.type)
         if backends.is_native(serve):
             out = _native(serve, *arguments)
@@ -162,8 +162,8 @@ def _native(
 
 
 def number(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """A 0-dim tensor as kernels take it, of this type and of no subclass."""
-    return None if x is None else backends.plain(x.to(dtype))
+    """A 0-dim tensor as kernels take it, of this type and no subclass; `check` sees to complex ones."""
+    return None if x is None else backends.plain(x if x.is_complex() else x.to(dtype))
 
 
 def code(names: tuple[str, ...], name: str) -> int:

@@ -85,6 +85,8 @@ def run(*arguments: Any) -> None:
 
 def _served_as_it_is(*arguments: Any) -> bool:
     *lists, sums, scale, alignment, surgery_eps, order, rule, part = arguments[:15]
+    if not lists[0]:  # of no device either, which a backend could be chosen for
+        return False
     if sums.is_cuda and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
             "surgery_adamw_: steps are counted on the host, so a captured graph would repeat this one; "
@@ -129,5 +131,8 @@ def _kernel(*arguments: Any) -> None:
 
 
 _library.impl("surgery_adamw_", _kernel, "CompositeExplicitAutograd")
+_library.impl(
+    "surgery_adamw_", torch.library.fallthrough_kernel, "Negative"
+)  # the kernel sees to negated views
 torch.library.register_fake("dgs::surgery_adamw_", _check, lib=_library)
 _op = torch.ops.dgs.surgery_adamw_.default
