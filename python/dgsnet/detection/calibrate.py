@@ -54,7 +54,9 @@ def _logits(detector: Any, paths: list[str], workers: int | None) -> np.ndarray:
     files, missing = find_images(paths)
     for path, why in missing.items():
         raise UserError(f"{path}: {why}; give image files, folders or quoted glob patterns")
-    scores = list(tqdm(detector.stream_logits(files, workers=workers), total=len(files), unit="image"))
+    scores = list(
+        tqdm(detector.stream_logits(files, workers=workers), total=len(files), unit="image", disable=None)
+    )
     for _, error in scores:
         if error:
             print(f"left out: {error}")

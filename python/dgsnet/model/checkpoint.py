@@ -22,12 +22,12 @@ from safetensors.torch import save as to_safetensors
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from dgsnet.config import CONFIG_FILE, Config
+from dgsnet.config import CONFIG_FILE, Config, read_config
 from dgsnet.errors import UserError
-from dgsnet.files import aside, one_line, replace_folder, sync, sync_folder, write_synced
+from dgsnet.files import one_line, replace_folder, sync, sync_folder, write_synced
 from dgsnet.model.dgsnet import DGSNet
+from dgsnet.model.folders import WEIGHTS_FILE, model_folder
 
-WEIGHTS_FILE = "adapters.safetensors"
 # As `pretrained` in config.json it means the file of this name in the model folder.
 BACKBONE_FILE = "clip.safetensors"
 FORMAT = "dgsnet-1"  # changes when an older program could not read the file rightly
@@ -201,41 +201,6 @@ def _with_pretrained(config: Config, pretrained: str) -> Config:
 def read_extra(folder: str | Path) -> dict[str, Any]:
     """What save_model was given as `extra`, of a model folder or of a run folder's best model."""
     return json.loads(_read_weights(model_folder(folder) / WEIGHTS_FILE)[0]["extra"])
-
-
-def model_folder(path: str | Path) -> Path:
-    """The model folder that `path` means: itself, or the best model of a run folder.
-
-    Raises:
-        UserError: there is none.
-    """
-    path = Path(path)
-    for folder in (path / "best", path):
-        for candidate in (
-            folder,
-            aside(folder),
-        ):  # the latter after a kill between replace_folder's renames
-            if (candidate / WEIGHTS_FILE).is_file():
-                return candidate
-    if not path.exists():
-        raise UserError(f"no model at {path}: give the folder that `dgsnet train --out` wrote")
-    if (path / CONFIG_FILE).is_file():
-        raise UserError(
-            f"{path} has no finished model yet ({WEIGHTS_FILE} is missing): finish its training with --resume"
-        )
-    raise UserError(
-        f"{path} is no model: it holds no {WEIGHTS_FILE}; give the folder that `dgsnet train` wrote"
-    )
-
-
-def read_config(path: Path) -> Config:
-    """Read a config.json; UserError when it is missing, damaged or unknown."""
-    try:
-        return Config.load(path)
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing: a model needs it beside {WEIGHTS_FILE}") from None
-    except (ValueError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is damaged or of another version of dgsnet: {one_line(error)}") from None
 
 
 def _read_weights(path: Path) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
