@@ -96,28 +96,31 @@ def train_command(config: Config, out: Path, resume: bool = False) -> None:
 
 
 def _run(argv: list[str]) -> None:
-    name = next((word for word in argv if not word.startswith("-")), None)
+    name = next((word for word in argv if not word.startswith("-")), "")
     command = COMMANDS.get(name)
     parser = ArgumentParser(
         prog="dgsnet",
         description="Train and use a detector of generated images.",
-        version=f"dgsnet {version('dgs-kernels')}",
+        version=version("dgs-kernels"),
         exit_on_error=False,
     )
     subcommands = parser.add_subcommands(dest="command")
     for other, entry in COMMANDS.items():
-        chosen = _arguments(name, command) if entry is command else ArgumentParser(exit_on_error=False)
+        chosen = _arguments(name, entry) if entry is command else ArgumentParser(exit_on_error=False)
         subcommands.add_subcommand(other, chosen, help=entry.summary)
     if name == "train":
         return _train(parser, subcommands.choices["train"], argv)
     arguments = vars(parser.parse_args(argv)[name])
+    assert command  # else the parser has refused the words
     command.load()(**{key: value for key, value in arguments.items() if not key.startswith("__")})
 
 
 def _arguments(name: str, command: Command) -> ArgumentParser:
     """The parser of one command, from its function's signature."""
     function = command.load()
-    parser = ArgumentParser(exit_on_error=False, description=inspect.getdoc(function).partition("\n")[0])
+    parser = ArgumentParser(
+        exit_on_error=False, description=(inspect.getdoc(function) or "").partition("\n")[0]
+    )
     if name == "train":
         parser.add_argument("--config", action="config", help="YAML file of the settings below")
         parser.add_class_arguments(Config)
@@ -134,7 +137,7 @@ def _arguments(name: str, command: Command) -> ArgumentParser:
             flag = f"--{parameter.name}"
             parser.add_argument(flag, action="store_true", help=_parameter_help(function, parameter.name))
             continue
-        options = {"nargs": "+"} if parameter.annotation in LISTS else {}
+        options: dict[str, Any] = {"nargs": "+"} if parameter.annotation in LISTS else {}
         if parameter.name not in POSITIONAL:
             options["required"] = parameter.default is inspect.Parameter.empty
         flag = parameter.name if parameter.name in POSITIONAL else f"--{parameter.name}"
@@ -146,7 +149,8 @@ def _arguments(name: str, command: Command) -> ArgumentParser:
 def _parameter_help(function: Callable[..., Any], name: str) -> str:
     from docstring_parser import parse
 
-    return next((p.description for p in parse(function.__doc__).params if p.arg_name == name), "")
+    described = parse(function.__doc__ or "").params
+    return next((p.description or "" for p in described if p.arg_name == name), "")
 
 
 def _train(parser: ArgumentParser, train_parser: ArgumentParser, argv: list[str]) -> None:

@@ -56,14 +56,15 @@ class Captioner:
         try:
             if (kind := AutoConfig.from_pretrained(model).model_type) != "blip":
                 raise UserError(f"{model} is a model of type {kind}, not blip")
-            self.model, loaded = BlipForConditionalGeneration.from_pretrained(model, output_loading_info=True)
-            self.processor = BlipProcessor.from_pretrained(model)
+            found: Any = BlipForConditionalGeneration.from_pretrained(model, output_loading_info=True)
+            self.processor: Any = BlipProcessor.from_pretrained(model)
         # What a missing, damaged or foreign folder raises has no class in common.
         except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
             reason = " ".join(str(error).split())[:200]
             raise UserError(
                 f"{model}: cannot be loaded as BLIP ({reason}); give a folder that holds one, or a network"
             ) from None
+        self.model, loaded = found
         # The output layer is tied to the embeddings: files may leave it out.
         missing = sorted(key for key in loaded["missing_keys"] if ".cls.predictions." not in key)
         if missing:
@@ -162,12 +163,9 @@ def _fill(
         workers = 0 if len(batches) < 4 else min(4, default_workers())
     elif workers < 0:
         raise UserError(f"workers is {workers}; it must be 0 or more")
-    loader = DataLoader(
-        _Batches(captioner.prepare),
-        sampler=batches,
-        batch_size=None,
-        num_workers=workers,
-        worker_init_fn=start_worker,
+    prepared: Any = _Batches(captioner.prepare)  # torch takes any map-style object
+    loader: Any = DataLoader(
+        prepared, sampler=batches, batch_size=None, num_workers=workers, worker_init_fn=start_worker
     )
     with tqdm(total=len(samples), initial=table.done, unit="image", disable=None) as progress:
         for batch, (pixels, errors) in zip(batches, loader):

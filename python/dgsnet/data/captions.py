@@ -26,7 +26,8 @@ def attach_captions(samples: list[Sample], captions: str | Path, root: str | Pat
         UserError: no or an unusable JSON file, or images without a caption, counted, with the remedy.
 
     Example:
-        >>> from dgsnet.data import Sample, attach_captions
+        >>> from dgsnet.data.samples import Sample
+        >>> from dgsnet.data.captions import attach_captions
         >>> attach_captions([Sample("a.png", 0, "cats")], "none", ".")[0].caption
         ''
     """

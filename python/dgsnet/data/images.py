@@ -75,7 +75,7 @@ def read_image(
     Example:
         >>> import io
         >>> from PIL import Image
-        >>> from dgsnet.images import read_image
+        >>> from dgsnet.data.images import read_image
         >>> file = io.BytesIO()
         >>> Image.new("CMYK", (4, 2)).save(file, "tiff")
         >>> read_image(file.getvalue()).shape
@@ -261,7 +261,7 @@ def _upright(image: Image.Image) -> Image.Image:
     if len(image.info.get("exif", b"")) > MAX_EXIF_BYTES:
         return image
     try:
-        turn = _TRANSPOSITIONS.get(image.getexif().get(0x0112))
+        turn = _TRANSPOSITIONS.get(image.getexif().get(0x0112, 1))
     except Exception:  # as various as the damage
         return image
     return image if turn is None else image.transpose(turn)

@@ -283,7 +283,7 @@ class DamageReport:
 
     Example:
         >>> import warnings
-        >>> from dgsnet.data import DamageReport
+        >>> from dgsnet.data.loading import DamageReport
         >>> report = DamageReport(total=100)
         >>> with warnings.catch_warnings():
         ...     warnings.simplefilter("ignore")

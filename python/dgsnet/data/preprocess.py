@@ -33,7 +33,7 @@ class Preprocessor:
     Example:
         >>> import numpy as np
         >>> from dgsnet.config import PreprocessConfig
-        >>> from dgsnet.preprocess import Preprocessor
+        >>> from dgsnet.data.preprocess import Preprocessor
         >>> Preprocessor(PreprocessConfig())(np.zeros((300, 400, 3), np.uint8)).shape
         torch.Size([3, 224, 224])
     """
@@ -95,9 +95,9 @@ class Preprocessor:
             seed = _draw_seed(rng) if rng else content_seed(image)
             boxes = selected_boxes(pixels[None], cell, self.config.num_patches, seed=seed)[0]
         else:
-            height, width, top, left = self._place(*pixels.shape[1:], rng)
+            height, width, *corner = self._place(pixels.shape[1], pixels.shape[2], rng)
             scale = torch.tensor([pixels.shape[2] / width, pixels.shape[1] / height], dtype=torch.float64)
-            boxes = (cells + torch.tensor([left, top]).repeat(2)) * scale.repeat(2)
+            boxes = (cells + torch.tensor(corner[::-1]).repeat(2)) * scale.repeat(2)
         if rng and self.config.flip and rng.random() < 0.5:
             cells = torch.stack([size - cells[:, 2], cells[:, 1], size - cells[:, 0], cells[:, 3]], dim=1)
         return cells, boxes
@@ -145,7 +145,7 @@ class Preprocessor:
 
     def _crop(self, pixels: Tensor, rng: np.random.Generator | None) -> Tensor:
         size = self.config.image_size
-        height, width, top, left = self._place(*pixels.shape[1:], rng)
+        height, width, top, left = self._place(pixels.shape[1], pixels.shape[2], rng)
         if (height, width) != tuple(pixels.shape[1:]):
             pixels = resize_bicubic(pixels[None], height, width)[0]
         return pixels[:, top : top + size, left : left + size]
@@ -164,7 +164,7 @@ class Preprocessor:
 
 def content_seed(image: np.ndarray) -> int:
     """Seed in 0..2^63-1 from an image's shape and pixels: the same image, the same seed, on any machine."""
-    digest = hashlib.sha1(np.ascontiguousarray(image), usedforsecurity=False)
+    digest = hashlib.sha1(np.ascontiguousarray(image).data, usedforsecurity=False)
     digest.update(repr(image.shape).encode())
     return int.from_bytes(digest.digest()[:8], "little") >> 1
 

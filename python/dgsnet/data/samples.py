@@ -65,7 +65,7 @@ def find_samples(source: str | Path, split: str | None = None) -> list[Sample]:
     Example:
         >>> import pathlib, tempfile
         >>> from PIL import Image
-        >>> from dgsnet.data import find_samples
+        >>> from dgsnet.data.samples import find_samples
         >>> root = pathlib.Path(tempfile.mkdtemp())
         >>> (root / "progan/cat/1_fake").mkdir(parents=True)
         >>> Image.new("RGB", (8, 8)).save(root / "progan/cat/1_fake/a.png")
@@ -96,16 +96,18 @@ def find_samples(source: str | Path, split: str | None = None) -> list[Sample]:
 
 
 def _samples_in_folder(root: Path, split: str | None) -> list[Sample]:
-    found = [(path, folders) for path, folders in _walk(root) if _label(folders) is not None]
-    splits = sorted({folder for _, folders in found for folder in folders if folder in SPLIT_FOLDERS})
+    found = [
+        (path, folders, label) for path, folders in _walk(root) if (label := _label(folders)) is not None
+    ]
+    splits = sorted({folder for _, folders, _ in found for folder in folders if folder in SPLIT_FOLDERS})
     if split is None and len(splits) > 1:
         raise UserError(
             f"{root}: holds the splits {', '.join(splits)}; choose one as split, or name a folder of one"
         )
     left_out = set(SPLIT_FOLDERS) - {split} if split else set()
     samples = [
-        Sample(path, _label(folders), _generator(root, folders))
-        for path, folders in found
+        Sample(path, label, _generator(root, folders))
+        for path, folders, label in found
         if not left_out.intersection(folders)
     ]
     if not samples:

@@ -52,11 +52,11 @@ def expand(source: str) -> list[str]:
     Raises:
         UserError: one of them does not exist.
     """
-    from braceexpand import UnbalancedBracesError, braceexpand
+    import braceexpand
 
     try:
-        names = list(braceexpand(source))
-    except UnbalancedBracesError:
+        names = list(braceexpand.braceexpand(source))
+    except ValueError:
         raise UserError(
             f"{source}: its braces do not match; write for example shards-{{000..099}}.tar"
         ) from None
@@ -89,7 +89,9 @@ def records(archive: str) -> Iterator[Record]:
                         yield record
                     record = Record(key)
                 if extension in TEXTS:
-                    record.texts[extension] = tar.extractfile(member).read().decode("utf-8-sig").strip()
+                    file = tar.extractfile(member)
+                    assert file  # of a member that is a file
+                    record.texts[extension] = file.read().decode("utf-8-sig").strip()
                 elif f".{extension.rpartition('.')[2]}" in EXTENSIONS:
                     record.images.append(Place(member.name, member.offset_data, member.size))
     except (tarfile.TarError, OSError) as error:

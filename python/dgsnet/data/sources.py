@@ -81,7 +81,7 @@ def find_items(paths: Sequence[str | os.PathLike]) -> Iterator[Item]:
 
     Example:
         >>> import pathlib, tempfile
-        >>> from dgsnet.sources import find_items
+        >>> from dgsnet.data.sources import find_items
         >>> folder = pathlib.Path(tempfile.mkdtemp())
         >>> (folder / "a.png").touch()
         >>> [(item.name == str(folder / "a.png"), item.error) for item in find_items([folder])]
@@ -112,11 +112,11 @@ def _expand(argument: str) -> Iterator[Item]:
     elif os.path.lexists(argument):
         yield from _open(argument)
     elif "{" in argument:
-        from braceexpand import UnbalancedBracesError, braceexpand
+        import braceexpand
 
         try:
-            names = braceexpand(argument)
-        except UnbalancedBracesError as error:
+            names = braceexpand.braceexpand(argument)
+        except ValueError as error:
             raise UserError(f"{argument}: {error}") from None
         for name in names:
             if name == argument:  # no pattern after all
@@ -272,7 +272,8 @@ def _tar(path: str) -> Iterator[Item]:
         with _Headers(path) as file, tarfile.open(fileobj=file, mode="r:") as tar:
             last = -1
             while (member := tar.next()) is not None:
-                tar.members.clear()  # which would hold all there are
+                # They would hold all there are.
+                tar.members.clear()  # type: ignore[attr-defined]  # typeshed lacks it
                 if member.offset <= last:
                     raise tarfile.ReadError("members in a circle")
                 last = member.offset

@@ -35,7 +35,7 @@ class Partial:
 
     Example:
         >>> import pathlib, tempfile
-        >>> from dgsnet.partial import Partial, read_rows
+        >>> from dgsnet.data.tables import Partial, read_rows
         >>> target = pathlib.Path(tempfile.mkdtemp()) / "a.json"
         >>> with Partial(target, {"seed": 0}, resume=False) as table:
         ...     table.add({"path": "a.png"})

@@ -132,9 +132,9 @@ def calibrate(
     (True, True)
     """
     reals, generated = (np.asarray([] if x is None else x, dtype=np.float64) for x in (reals, generated))
-    miss_rate = (fpr if miss_rate is None else miss_rate) if len(generated) else None
+    miss_rate = fpr if miss_rate is None else miss_rate
     for name, rate in {"fpr": fpr, "miss_rate": miss_rate, "confidence": confidence}.items():
-        if rate is not None and not 0 < rate < 1:
+        if not 0 < rate < 1:
             raise UserError(f"{name} is {rate}; it must lie between 0 and 1")
     temperature = fit_temperature(reals, generated) if len(generated) else 1.0
     real_scores, generated_scores = (_scores(x, temperature) for x in (reals, generated))
@@ -157,10 +157,10 @@ def calibrate(
         temperature=temperature,
         fpr=fpr,
         fpr_upper=_upper_bound(above, len(reals), confidence),
-        fpr_observed=share(real_scores > threshold),
-        miss_rate=miss_rate,
+        fpr_observed=float((real_scores > threshold).mean()),
+        miss_rate=miss_rate if len(generated) else None,
         miss_upper=_upper_bound(below, len(generated), confidence) if len(generated) else None,
-        unsure_reals=share((real_scores > low) & (real_scores <= threshold)),
+        unsure_reals=float(((real_scores > low) & (real_scores <= threshold)).mean()),
         unsure_generated=share((generated_scores > low) & (generated_scores <= threshold)),
         tpr_observed=share(generated_scores > threshold),
         confidence=confidence,

@@ -168,12 +168,9 @@ class Detector:
             raise UserError(f"workers is {workers}; it must be 0 or more")
         # batch_size=None hands the prepared images over one by one. The images themselves are the indices
         # sent to the workers: no more of them are taken from `images` than are being prepared.
+        prepared: Any = Prepared(self.preprocess, self.views)
         for pixels, error in DataLoader(
-            Prepared(self.preprocess, self.views),
-            sampler=images,
-            batch_size=None,
-            num_workers=workers,
-            worker_init_fn=start_worker,
+            prepared, sampler=images, batch_size=None, num_workers=workers, worker_init_fn=start_worker
         ):
             yield float("nan") if error else self.logits(pixels).mean().item(), error
 

@@ -76,7 +76,7 @@ def heatmap(detector: Detector, image: np.ndarray) -> Heatmap:
 
     Example:
         >>> from dgsnet import Detector
-        >>> from dgsnet.images import read_image
+        >>> from dgsnet.data.images import read_image
         >>> detector = Detector.load("runs/demo/model")  # doctest: +SKIP
         >>> heatmap(detector, read_image("photo.jpg")).contributions.max()  # doctest: +SKIP
         0.31

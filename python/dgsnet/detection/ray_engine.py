@@ -8,7 +8,7 @@ import logging
 import os
 import pickle
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -154,7 +154,7 @@ def _prepare(table: pa.Table, prepare: Prepared, threads: int, folder: str) -> p
         item = pickle.loads(packed.as_py())
         pixels, error = prepare[item]
         items.append(pickle.dumps((replace(item, data=None), error)))
-        answers.append(None if error else pixels.numpy().tobytes())
+        answers.append(None if pixels is None else pixels.numpy().tobytes())
     return _table(item=items, pixels=answers)
 
 
@@ -187,7 +187,7 @@ def _settle(threads: int, folder: str) -> None:
     torch.set_num_threads(threads)
 
 
-def _table(**columns: list[bytes | None]) -> pa.Table:
+def _table(**columns: Sequence[bytes | None]) -> pa.Table:
     import pyarrow as pa
 
     return pa.table({name: pa.array(values, pa.large_binary()) for name, values in columns.items()})

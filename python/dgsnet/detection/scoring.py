@@ -224,7 +224,7 @@ def _write_csv(target: Path, rows: Iterator[Score]) -> None:
         writer.writerow(Score._fields)
         for row in rows:
             shown = "" if row.probability is None else f"{row.probability:.6f}"
-            writer.writerow(row._replace(probability=shown))
+            writer.writerow((row.path, shown, row.decision, row.error))
 
 
 def _write_jsonl(target: Path, rows: Iterator[Score]) -> None:

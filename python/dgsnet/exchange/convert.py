@@ -239,7 +239,7 @@ def _adapters(state: State, targets: dict[str, int]) -> tuple[State, int]:
 
 
 def _heads(state: State, names: dict[str, str], dim: int) -> State:
-    heads = {}
+    heads: State = {}
     for theirs, ours in names.items():
         part = _part(state, f"{theirs}.", {"weight": (1, dim), "bias": (1,)})
         heads |= {f"{ours}.{kind}": tensor for kind, tensor in part.items()}
@@ -274,7 +274,8 @@ def _holds(state: State, prefix: str) -> bool:
 def _clip_shapes(name: str) -> dict[str, tuple[int, ...]]:
     """Shapes of a CLIP's tensors by OpenAI's names: fused attention, text tower at the top level."""
     clip = _skeleton(name)
-    shapes = {"logit_scale": ()}
+    assert clip.text
+    shapes: dict[str, tuple[int, ...]] = {"logit_scale": ()}
     for prefix, tower in (("visual.", clip.visual), ("", clip.text)):
         for key, tensor in tower.state_dict().items():
             shape = tuple(tensor.shape)

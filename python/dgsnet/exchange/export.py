@@ -20,7 +20,8 @@ from dgsnet.errors import UserError
 from dgsnet.exchange.model_card import model_card
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
+    from torch import Tensor
+    from transformers import CLIPVisionModelWithProjection
 
     from dgsnet.detection.detector import Detector
 
@@ -129,7 +130,7 @@ def contract(detector: Detector) -> dict[str, Any]:
     }
 
 
-def _module(detector: Detector) -> nn.Module:
+def _module(detector: Detector) -> Any:
     """Pixels to logits and probabilities, with the adapters merged into the weights."""
     import torch
     from peft.tuners.tuners_utils import BaseTunerLayer
@@ -169,6 +170,7 @@ def _write_onnx(detector: Detector, path: Path) -> Callable[[Tensor], Any]:
         dynamic_shapes={"pixels": {0: torch.export.Dim("batch")}},
         verbose=False,
     )
+    assert program  # dynamo=True returns one
     # Notes for debugging the exporter hold paths of this machine.
     for node in program.model.graph:
         node.metadata_props.clear()
@@ -234,13 +236,13 @@ def _write_hf(detector: Detector, folder: Path) -> Callable[[Tensor], Any]:
         adapted = get_peft_model(encoder, lora)
         names = {f"base_model.model.{_hf_name(k)}": t for k, t in detector.model.adapter_state().items()}
         set_peft_model_state_dict(adapted, names)
-        adapted.save_pretrained(folder / "adapter")
+        adapted.save_pretrained(str(folder / "adapter"))
         (folder / "adapter" / "README.md").unlink(missing_ok=True)  # peft's blank form; ours lies above
     head = {key: tensor.contiguous() for key, tensor in detector.model.head.image_head.state_dict().items()}
     save_file(head, folder / "head.safetensors", {"format": "pt"})
     (folder / CONTRACT_FILE).write_text(json.dumps(contract(detector), indent=2) + "\n")
 
-    loaded = CLIPVisionModelWithProjection.from_pretrained(folder / "base")
+    loaded: Any = CLIPVisionModelWithProjection.from_pretrained(folder / "base")
     if config.lora_rank:
         loaded = PeftModel.from_pretrained(loaded, folder / "adapter")
     loaded.eval()
@@ -249,7 +251,7 @@ def _write_hf(detector: Detector, folder: Path) -> Callable[[Tensor], Any]:
     return lambda pixels: _linear(loaded(pixel_values=pixels).image_embeds, head["weight"], head["bias"])
 
 
-def _hf_encoder(detector: Detector) -> nn.Module:
+def _hf_encoder(detector: Detector) -> CLIPVisionModelWithProjection:
     """The frozen image encoder as transformers' CLIP."""
     from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 

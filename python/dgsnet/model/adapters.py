@@ -5,8 +5,9 @@ from __future__ import annotations
 import open_clip
 import torch
 import torch.nn.functional as F
+from open_clip.transformer import VisionTransformer
 from peft import LoraConfig, inject_adapter_in_model
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 
 from dgsnet.config import ModelConfig
@@ -51,14 +52,14 @@ class SplitAttention(nn.Module):
         return self.out_proj(attended.transpose(1, 2).flatten(2)), None
 
     def _project(self, linear: nn.Module, x: Tensor) -> Tensor:
-        if not isinstance(linear, BaseTunerLayer):
+        if not isinstance(linear, LoraLinear):
             return linear(x)
         if not self.adapted:
             return linear.get_base_layer()(x)
         return _adapted(linear, x)
 
 
-def _adapted(linear: BaseTunerLayer, x: Tensor) -> Tensor:
+def _adapted(linear: LoraLinear, x: Tensor) -> Tensor:
     """peft's forward of an adapted linear, base(x) + scaling * B A dropout(x), for x [N, L, D].
 
     peft widens x to the adapter's fp32 and adds in three passes. Here the adapter is brought to the type of
@@ -66,7 +67,7 @@ def _adapted(linear: BaseTunerLayer, x: Tensor) -> Tensor:
     """
     if linear.merged or linear.disable_adapters:
         return linear(x)
-    a, b = (weights["default"].weight for weights in (linear.lora_A, linear.lora_B))
+    a, b = (weights.get_parameter("default.weight") for weights in (linear.lora_A, linear.lora_B))
     rows = x.flatten(0, -2)
     out = linear.get_base_layer()(rows)
     dropped = _dropout(rows, linear.lora_dropout["default"])
@@ -104,7 +105,7 @@ def _linear(weight: Tensor, bias: Tensor) -> nn.Linear:
     return linear
 
 
-def split_attention(visual: nn.Module) -> None:
+def split_attention(visual: VisionTransformer) -> None:
     for block in visual.transformer.resblocks:
         if not (isinstance(block.attn, nn.MultiheadAttention) and block.attn.batch_first):
             raise UserError(
@@ -114,7 +115,7 @@ def split_attention(visual: nn.Module) -> None:
         block.attn = SplitAttention(block.attn)
 
 
-def inject_lora(visual: nn.Module, config: ModelConfig) -> None:
+def inject_lora(visual: VisionTransformer, config: ModelConfig) -> None:
     lora = LoraConfig(
         r=config.lora_rank,
         lora_alpha=config.lora_alpha,

@@ -36,7 +36,7 @@ def encode_text(text: nn.Module, tokens: Tensor) -> Tensor:
     return torch.func.functional_call(text, {"attn_mask": mask[:length, :length]}, (tokens[:, :length],))
 
 
-def build_clip(name: str, pretrained: str, with_text: bool) -> nn.Module:
+def build_clip(name: str, pretrained: str, with_text: bool) -> open_clip.CustomTextCLIP:
     """open_clip's model with its towers as `.visual` and `.text`, on the CPU in fp32.
 
     The weights are the file's own tensors, taken over one by one: nothing is initialised only to be
@@ -139,7 +139,7 @@ def _download(name: str, pretrained: str, tag: dict) -> Path:
     try:
         return Path(open_clip.download_pretrained(tag))
     except Exception as error:  # whatever the hub, the proxy or the socket raised
-        source = tag.get("hf_hub") or tag.get("url")
+        source = str(tag.get("hf_hub") or tag.get("url"))
         raise UserError(
             f"cannot download the {pretrained!r} weights of {name} from {source.rstrip('/')}: check the "
             "network, or fetch the file elsewhere and give its path as pretrained"

@@ -6,9 +6,11 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 import open_clip
 import torch
+from open_clip.transformer import TextTransformer, VisionTransformer
 from peft import get_peft_model_state_dict
 from torch import Tensor, nn
 
@@ -52,8 +54,8 @@ class DGSNet(nn.Module):
         super().__init__()
         self.config = config
         clip = build_clip(config.name, config.pretrained, with_text)
-        self.visual: nn.Module = clip.visual
-        self.text: nn.Module | None = clip.text if with_text else None
+        self.visual: VisionTransformer = clip.visual
+        self.text: TextTransformer | None = clip.text if with_text else None
         del clip
         self.requires_grad_(False)
         self._tokenizer = open_clip.get_tokenizer(canonical(config.name)) if with_text else None
@@ -72,7 +74,7 @@ class DGSNet(nn.Module):
         self.train()
 
     def forward(
-        self, pixels: Tensor, captions: list[str] | None = None, labels: Tensor | None = None, **surgery
+        self, pixels: Tensor, captions: list[str] | None = None, labels: Tensor | None = None, **surgery: Any
     ) -> Tensor | SurgeryHeadOutput:
         """Student logits [N]; or, given labels [N], the losses and logits of the three branches.
 
@@ -117,7 +119,7 @@ class DGSNet(nn.Module):
 
         Captions longer than the model's context are cut, as open_clip's tokenizer does.
         """
-        if self.text is None:
+        if self.text is None or self._tokenizer is None:
             raise ValueError("this DGSNet was built with with_text=False and has no text tower")
         tokens = self._tokenizer(captions).to(self.text.token_embedding.weight.device)
         return encode_text(self.text, tokens)

@@ -7,6 +7,7 @@ import io
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -23,7 +24,7 @@ WIDTH = 10
 
 # Stands for the ink until svg() or save() decides: the page's text colour, or near-black on paper.
 INK = "#010203"
-STYLE = {
+STYLE: Any = {  # matplotlib's type lists every key there is
     "font.family": "sans-serif",
     "font.size": 10,
     "axes.titlesize": 11,
@@ -74,7 +75,9 @@ def generators(
             (0.19, "generated_accuracy", "accuracy on generated", GENERATED),
         ):
             axes.barh(y + offset, [100 * row[key] for _, row in rows], 0.34, color=color, label=label)
-            for i, name in enumerate(order if intervals else ()):
+            for i, name in enumerate(order):
+                if not intervals:
+                    break
                 bounds = 100 * np.array(intervals[name][key])
                 axes.plot(bounds, [i + offset] * 2, color=INK, linewidth=1.2, alpha=0.7)
         axes.plot(
@@ -111,7 +114,7 @@ def roc_curves(curves: Mapping[str, tuple[np.ndarray, np.ndarray]], auc: Mapping
         axes = figure.subplots()
         for name in reversed(order):
             false, found = curves[name]
-            style = {"color": INK, "linewidth": 1, "alpha": 0.25}
+            style: dict[str, Any] = {"color": INK, "linewidth": 1, "alpha": 0.25}
             if name in named:
                 style = {"color": SERIES[named.index(name)], "linewidth": 2}
                 style["label"] = f"{name}  {100 * auc[name]:.1f}"
@@ -222,7 +225,7 @@ def methods_by_decoder(
         axes.axhline(chance, color=INK, linewidth=0.8, linestyle="--", alpha=0.6)
         for m, (method, by_decoder) in enumerate(values.items()):
             shift = 0.22 * (m - (len(values) - 1) / 2)
-            style = {"marker": MARKERS[m], "color": SERIES[m], "linestyle": "none"}
+            style: dict[str, Any] = {"marker": MARKERS[m], "color": SERIES[m], "linestyle": "none"}
             for d, decoder in enumerate(decoders):
                 seeds = by_decoder[decoder]
                 axes.plot([d + shift] * len(seeds), seeds, markersize=4, alpha=0.55, **style)
@@ -297,7 +300,7 @@ def svg(figure: Figure, description: str) -> str:
     with matplotlib.rc_context(STYLE | {"svg.hashsalt": description}):
         figure.savefig(text, format="svg", metadata={"Date": None})
     # The page, not matplotlib, decides the size.
-    box = re.search(r'viewBox="[^"]*"', text.getvalue())[0]
+    (box,) = re.findall(r'<svg[^>]*(viewBox="[^"]*")', text.getvalue())
     body = text.getvalue().partition("<svg")[2].partition(">")[2]
     body = (
         f'<svg xmlns:xlink="http://www.w3.org/1999/xlink" {box} role="img" '

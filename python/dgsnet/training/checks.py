@@ -41,8 +41,9 @@ def check_folder(config: Config, out: Path, resume: bool) -> None:
         raise UserError(f"no training images: name a dataset with --data.train{nothing}")
 
 
-def training_samples(config: Config, roots: list[str], split: str) -> list[Sample]:
+def training_samples(config: Config, roots: list[str] | str, split: str) -> list[Sample]:
     """All samples of a split, with captions where the text branch needs them."""
+    roots = [roots] if isinstance(roots, str) else roots
     found = {root: find_samples(root, split) for root in roots}
     if split == "train":
         labels = {sample.label for samples in found.values() for sample in samples}

@@ -43,7 +43,7 @@ class CaptionFeatures:
     Example:
         >>> import tempfile
         >>> from dgsnet.config import ModelConfig
-        >>> from dgsnet.model import DGSNet
+        >>> from dgsnet.model.dgsnet import DGSNet
         >>> model = DGSNet(ModelConfig(name="dgsnet-tiny", pretrained=""))
         >>> features = CaptionFeatures(model, ["a dog", "a cat"], tempfile.mkdtemp())
         >>> features(["a cat", "a cat", "a dog"]).shape
@@ -53,6 +53,8 @@ class CaptionFeatures:
     def __init__(
         self, model: DGSNet, captions: Iterable[str], folder: str | Path = "", *, progress: bool = False
     ) -> None:
+        if model.text is None:
+            raise ValueError("the model was built with with_text=False and has no text tower")
         keys = {_key(caption): caption for caption in captions}
         folder = Path(folder or default_folder()).expanduser() / "text" / encoder_identity(model.text)
         try:

@@ -87,6 +87,7 @@ class _Run:
         self.data_hash = _hash(samples)
         self.preprocess = Preprocessor(config.preprocess)
         optim, data = config.optim, config.data
+        assert optim.batch_size != "auto"  # decided before
         dataset = ImageDataset(
             samples, self.preprocess, train=True, seed=config.seed, selection=data.selection
         )
@@ -117,10 +118,9 @@ class _Run:
         self.text = None
         if self.model.text is not None:
             with accelerator.main_process_first():  # which encodes, so that the others find all done
-                captions = (sample.caption for sample in samples)
-                self.text = CaptionFeatures(
-                    self.model, captions, config.data.cache, progress=sys.stderr.isatty()
-                )
+                captions = (sample.caption or "" for sample in samples)
+                shown = sys.stderr.isatty()
+                self.text = CaptionFeatures(self.model, captions, config.data.cache, progress=shown)
             self.model.text = None
         speed_up(self.model, optim)
         self.position = Position(HEAD if uses_surgery(config) else BRANCHES)
@@ -138,7 +138,9 @@ class _Run:
         if self.accelerator.is_main_process:
             (self.out / STATE_FILE).parent.mkdir(parents=True, exist_ok=True)
             write_file(self.out / CONFIG_FILE, self.config.to_json().encode())
-        self.log = Log(self.out, self.accelerator, state and state["metrics_bytes"], self.position.step)
+        self.log = Log(
+            self.out, self.accelerator, state["metrics_bytes"] if state else None, self.position.step
+        )
         self.readable = self.position.step > 0
         while self.position.stage <= BRANCHES:
             self._train_stage(state)
@@ -172,7 +174,7 @@ class _Run:
             fused=not (layerwise and optim.precision == "fp16"),
         )
         self.surgery = None
-        if layerwise:
+        if layerwise and surgery is not None:
             group = dist.group.WORLD if self.world > 1 and self.sharded is None else None
             self.surgery = layer_surgery(optimizer, surgery, self.accelerator.scaler, group)
         if state and state["optimizer"]:
@@ -244,7 +246,7 @@ class _Run:
                 )
                 # The task's backward comes first: data parallelism reduces no other.
                 self.accelerator.backward(loss * micro.weight, retain_graph=harmful is not None)
-                if harmful is not None:
+                if harmful is not None and self.surgery is not None:
                     with self.surgery.harmful():
                         self.accelerator.backward(harmful * micro.weight)
             weight = micro.weight * (len(batch["labels"]) > 0)
@@ -296,6 +298,7 @@ class _Run:
     def _validate(self) -> dict[str, float]:
         """VAL_COLUMNS over all validation images, of the head that this stage trains."""
         self.model.eval()
+        assert self.val_loader
         scored: list[tuple[float, float]] = []
         batches = itertools.chain(self.val_loader, itertools.repeat(collate([])))
         for batch in itertools.islice(batches, self.val_batches):
@@ -316,7 +319,7 @@ class _Run:
     def _save_model(self, name: str, result: dict[str, float]) -> None:
         trained = trained_state(self.model)  # of a sharded model from all processes
         if self.accelerator.is_main_process:
-            finite = {key: value for key, value in result.items() if math.isfinite(value)}
+            finite: dict[str, Any] = {key: value for key, value in result.items() if math.isfinite(value)}
             write_model(
                 self.out / name, trained, self.backbone, self.config, step=self.position.step, **finite
             )

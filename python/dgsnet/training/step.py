@@ -58,7 +58,7 @@ class Step(nn.Module):
 
     def forward(
         self, pixels: Tensor, labels: Tensor | None = None, text: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor | None] | Tensor:
+    ) -> tuple[Tensor | None, ...] | Tensor:
         """The loss to differentiate, TRAIN_COLUMNS as one detached tensor [5], and for layer-wise surgery the
         harmful reference loss; means over the batch. Without labels, the logits of the head in training.
 

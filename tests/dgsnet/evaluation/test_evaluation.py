@@ -23,6 +23,7 @@ from dgsnet.detection.decisions import Calibration, save_calibration
 from dgsnet.detection.detector import Detector
 from dgsnet.errors import UserError
 from dgsnet.evaluation import evaluate as evaluation
+from dgsnet.evaluation import metrics as evaluation_metrics
 from dgsnet.evaluation import published, robustness
 from dgsnet.evaluation import report as evaluation_report
 from dgsnet.evaluation.evaluate import find_suites
@@ -232,7 +233,7 @@ def test_one_class_has_accuracy_but_no_ranking(label):
 
 def test_no_images_is_nan_everywhere():
     result = metrics([], [])
-    assert all(math.isnan(result[key]) for key in evaluation.MEASURES)
+    assert all(math.isnan(result[key]) for key in evaluation_metrics.MEASURES)
     assert result["n_real"] == result["n_generated"] == 0
     assert all(math.isnan(bound) for bound in interval(resampled([], [])["auc"]))
 
