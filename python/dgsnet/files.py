@@ -42,7 +42,7 @@ def locked(folder: Path) -> Iterator[None]:
         file.write(f"process {os.getpid()} on {platform.node()}".encode())
         yield
     finally:
-        path.unlink()
+        path.unlink(missing_ok=True)
         file.close()
         for parent in made:
             try:

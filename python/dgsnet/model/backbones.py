@@ -18,6 +18,7 @@ from dgsnet.model.catalogue import (
     BUILTIN_WEIGHTS,
     canonical,
     check_known,
+    check_tower,
     check_weights,
 )
 
@@ -77,22 +78,7 @@ def _model_config(name: str) -> dict:
         open_clip.add_model_config(BUILTIN_FOLDER / f"{BUILTIN_NAME}.json")
     check_known(name, open_clip.list_models())
     config = open_clip.get_model_config(canonical(name))
-    vision = config["vision_cfg"]
-    found = (
-        "a timm tower"
-        if "timm_model_name" in vision
-        else "a ResNet"
-        if isinstance(vision.get("layers"), (list, tuple))
-        else "CoCa, with attentional pooling"
-        if "multimodal_cfg" in config or vision.get("attentional_pool")
-        else "a transformer with custom attention blocks"
-        if vision.get("block_type") == "custom"
-        else None
-    )
-    if found:
-        raise UserError(
-            f"model {name} is {found}; dgsnet adapts plain CLIP vision transformers, e.g. ViT-L-14-quickgelu"
-        )
+    check_tower(name, config)
     return config
 
 

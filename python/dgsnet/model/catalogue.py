@@ -8,6 +8,7 @@ import json
 import sys
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from dgsnet.config import ModelConfig
 from dgsnet.errors import UserError
@@ -46,7 +47,9 @@ def check_model(model: ModelConfig, image_size: int) -> None:
     files = {path.stem: path for path in (Path(spec.origin).parent / "model_configs").glob("*.json")}
     files[BUILTIN_NAME] = BUILTIN_FOLDER / f"{BUILTIN_NAME}.json"
     check_known(model.name, files)
-    size = json.loads(files[canonical(model.name)].read_text())["vision_cfg"].get("image_size", 224)
+    config = json.loads(files[canonical(model.name)].read_text())
+    check_tower(model.name, config)
+    size = config["vision_cfg"].get("image_size", 224)
     if isinstance(size, int):
         check_image_size(model.name, size, image_size)
     check_weights(model.name, model.pretrained)
@@ -59,6 +62,26 @@ def check_known(name: str, known: Iterable[str]) -> None:
         raise UserError(
             f"unknown model {name!r}: did you mean {' or '.join(close)}? "
             "open_clip.list_models() names them all"
+        )
+
+
+def check_tower(name: str, config: dict[str, Any]) -> None:
+    """Refuse an image tower that DGS-Net cannot adapt, given open_clip's configuration of the model."""
+    vision = config["vision_cfg"]
+    found = (
+        "a timm tower"
+        if "timm_model_name" in vision
+        else "a ResNet"
+        if isinstance(vision.get("layers"), (list, tuple))
+        else "CoCa, with attentional pooling"
+        if "multimodal_cfg" in config or vision.get("attentional_pool")
+        else "a transformer with custom attention blocks"
+        if vision.get("block_type") == "custom"
+        else None
+    )
+    if found:
+        raise UserError(
+            f"model {name} is {found}; dgsnet adapts plain CLIP vision transformers, e.g. ViT-L-14-quickgelu"
         )
 
 

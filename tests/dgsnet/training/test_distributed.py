@@ -19,6 +19,7 @@ from dgsnet.data.samples import find_samples
 from dgsnet.model import checkpoint
 from dgsnet.training import run as training_run
 from dgsnet.training.log import METRICS_FILE
+from dgsnet.training.train import train
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -185,7 +186,7 @@ def test_selection_on_the_device_trains_the_same_weights(dataset, tmp_path):
     for selection in ("workers", "device"):
         config = dataclasses.replace(config_of(dataset, 8, 1), preprocess=preprocess)
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, selection=selection))
-        out = training_run.train(config, tmp_path / selection)
+        out = train(config, tmp_path / selection)
         weights.append(load_file(out / "last" / "adapters.safetensors"))
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
     assert rows(tmp_path / "workers") == rows(tmp_path / "device")

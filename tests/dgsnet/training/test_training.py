@@ -19,9 +19,10 @@ from dgsnet.errors import UserError
 from dgsnet.model import checkpoint
 from dgsnet.training.log import METRICS_FILE
 from dgsnet.training.plan import BRANCHES, StepPlan
-from dgsnet.training.run import STATE_FILE, train
+from dgsnet.training.run import STATE_FILE
 from dgsnet.training.setup import largest_batch
 from dgsnet.training.step import Step, layer_surgery, named_parameters
+from dgsnet.training.train import train
 from PIL import Image
 from safetensors.torch import load_file
 
