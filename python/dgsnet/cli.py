@@ -118,6 +118,8 @@ def _run(argv: list[str]) -> None:
 def _arguments(name: str, command: Command) -> ArgumentParser:
     """The parser of one command, from its function's signature."""
     function = command.load()
+    # jsonargparse would import what a module imports for type checkers alone, torch among it.
+    function.__annotations__ = inspect.get_annotations(function, eval_str=True)
     parser = ArgumentParser(
         exit_on_error=False, description=(inspect.getdoc(function) or "").partition("\n")[0]
     )

@@ -28,9 +28,8 @@ import os, sys, time
 from pathlib import Path
 from dgsnet.files import locked
 with locked(Path(sys.argv[1])):
-    child = os.fork()  # as processes that read images are: it must not keep the lock
-    if child:
-        print(child, flush=True)
+    if os.fork() == 0:  # as processes that read images are: it must not keep the lock
+        print(os.getpid(), flush=True)
     time.sleep(60)
 """
 
