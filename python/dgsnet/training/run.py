@@ -56,7 +56,7 @@ from dgsnet.training import parallel
 from dgsnet.training.checks import uses_surgery, uses_text
 from dgsnet.training.frozen import CaptionFeatures
 from dgsnet.training.log import VAL_COLUMNS, Log, Progress
-from dgsnet.training.plan import BRANCHES, HEAD, MicroBatch, Position, StepPlan
+from dgsnet.training.plan import BRANCHES, HEAD, MicroBatch, Position, StepPlan, dropout_seed
 from dgsnet.training.setup import accelerator_for, with_batch_size
 from dgsnet.training.step import TRAIN_COLUMNS, Step, layer_surgery, named_parameters, speed_up
 
@@ -228,8 +228,7 @@ class _Run:
 
     def _optimiser_step(self, batches: Iterator[dict[str, Any]], micro_batches: list[MicroBatch]) -> None:
         # Dropout depends on this seed alone, so that no generator's state need outlive a kill.
-        key = (self.config.seed, self.position.step, self.accelerator.process_index)
-        set_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
+        set_seed(dropout_seed(self.config.seed, self.position.step, self.accelerator.process_index))
         device = self.accelerator.device
         texts = self.text if self.position.stage == BRANCHES else None
         for number, micro in enumerate(micro_batches, 1):

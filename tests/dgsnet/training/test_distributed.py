@@ -63,7 +63,9 @@ def _rank(rank, world, port, arguments, checkpoints):
     """In a process of its own: one rank, as torchrun starts it; ends after so many checkpoints, if any."""
     torch.set_num_threads(1)
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_ADDR": "localhost"}
-    place |= {"MASTER_PORT": port, "ACCELERATE_USE_CPU": "true", "GLOO_SOCKET_IFNAME": "lo"}
+    place |= {"MASTER_PORT": port, "GLOO_SOCKET_IFNAME": "lo"}
+    if torch.cuda.is_available():
+        place["ACCELERATE_USE_CPU"] = "true"
     os.environ.update({name: str(value) for name, value in place.items()})
     written, save_state = [], run.save_state
 
