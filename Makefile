@@ -3,14 +3,17 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 
-.PHONY: demo test gpu wheel install lint format clean
+.PHONY: demo test gpu wheel docs install lint format clean
+
+# Tests that follow the others: one compiles what those launched, one takes times with nothing beside it.
+LAST := tests/dgs_kernels/ops/test_triton_compiles.py tests/dgs_kernels/test_speed.py
 
 demo: install
 	$(BIN)/python -m dgsnet demo --out runs/demo
 
-test: lint
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --ignore tests/dgs_kernels/test_speed.py
-	$(BIN)/python -m pytest tests/dgs_kernels/test_speed.py  # times, with nothing beside them
+test: lint docs
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(addprefix --ignore ,$(LAST))
+	$(BIN)/python -m pytest $(LAST)
 
 # On a machine with a CUDA device; takes the packages of $(PYTHON), installs nothing, leaves everything in OUT.
 gpu:
@@ -18,6 +21,9 @@ gpu:
 
 wheel: install
 	$(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
+
+docs: install
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
 # The stamp is newer than every file that decides what is installed or built.
 install: $(VENV)/.installed
@@ -34,6 +40,7 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $(SOURCES)
+	$(BIN)/actionlint -shellcheck=  # from .github/workflows; whether shellcheck is installed must not matter
 
 format: install
 	$(BIN)/ruff check --fix . && $(BIN)/ruff format .

@@ -64,6 +64,7 @@ void cluster_barrier();
 uint64_t exchange(uint64_t value, unsigned source_lane);  // what source_lane passed, after a warp barrier
 unsigned ballot(bool predicate);
 extern bool has_clusters;
+extern int compiled_for;  // the virtual architecture of the code that was loaded, as 90
 extern bool capturing;
 
 template <typename T>
@@ -83,9 +84,17 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   return shim::run(*config, [=] { kernel(arguments...); });
 }
 inline const char* cudaGetErrorString(cudaError_t) { return "invalid launch"; }
+inline cudaError_t cudaGetLastError() { return cudaErrorInvalidValue; }
 inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
   return *value = shim::has_clusters, cudaSuccess;
+}
+struct cudaFuncAttributes {
+  int ptxVersion;
+};
+template <typename F>
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, F*) {
+  return attributes->ptxVersion = shim::compiled_for, cudaSuccess;
 }
 inline cudaError_t cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus* status) {
   return *status = cudaStreamCaptureStatus(shim::capturing), cudaSuccess;

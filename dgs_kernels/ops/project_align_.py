@@ -226,6 +226,8 @@ def _served_past_torch(*arguments: Any) -> bool:
 
 def _served_as_it_is(*arguments: Any) -> bool:
     *lists, sums, scale, alignment, eps, order, rule, part = arguments
+    if not lists[0]:  # of no device either, which a backend could be chosen for
+        return False
     serve = backends.implementation("project_align_", sums.device.type)
     scale = number(scale, sums.dtype)
     options = (alignment, eps, *codes(order, rule, part))

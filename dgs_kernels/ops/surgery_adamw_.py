@@ -84,6 +84,8 @@ def run(*arguments: Any) -> None:
 
 def _served_as_it_is(*arguments: Any) -> bool:
     *lists, sums, scale, alignment, surgery_eps, order, rule, part = arguments[:15]
+    if not lists[0]:  # of no device either, which a backend could be chosen for
+        return False
     if sums.is_cuda and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
             "surgery_adamw_: steps are counted on the host, so a captured graph would repeat this one; "

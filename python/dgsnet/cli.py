@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         >>> main(["train", "--data.train", "photos", "--out", "runs/mine"])  # doctest: +SKIP
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    argv = [re.sub(r"^--surgery(?==|$)", "--surgery.mode", word) for word in argv]  # its short spelling
+    argv = [_option(word) for word in argv]
     warnings.formatwarning = lambda message, *_, **__: f"dgsnet: warning: {message}\n"  # without code
     try:
         _run(argv)
@@ -148,6 +148,15 @@ def _arguments(name: str, command: Command) -> ArgumentParser:
     return parser
 
 
+def _option(word: str) -> str:
+    """An option as the parsers know it: hyphens are underscores, and --surgery is --surgery.mode."""
+    if not word.startswith("--"):
+        return word
+    name, equals, value = word[2:].partition("=")
+    name = name.replace("-", "_")
+    return f"--{'surgery.mode' if name == 'surgery' else name}{equals}{value}"
+
+
 def _parameter_help(function: Callable[..., Any], name: str) -> str:
     from docstring_parser import parse
 
@@ -183,6 +192,7 @@ def _plain(message: str, argv: list[str]) -> str:
     """jsonargparse's message in the words of the command line, with where to look."""
     message = re.sub(r"<class '(\w+)'>|typing\.(\w+)", r"\1\2", message)
     message = re.sub(rf"\b({'|'.join(COMMANDS)})\.", "--", message).replace("Parser key", "setting")
+    message = re.sub(rf"--({'|'.join(POSITIONAL)})\b", lambda found: found[1].upper(), message)
     if message.startswith("Problems parsing config"):
         files = re.findall(r"--config[= ](\S+)", " ".join(argv))
         message = message.replace("config", " or ".join(files), 1)

@@ -239,7 +239,10 @@ class Config:
 def read_config(path: Path) -> Config:
     """Read a config.json; UserError when it is missing, damaged or unknown."""
     try:
-        return Config.load(path)
+        config = Config.load(path)
+        if "model" not in json.loads(path.read_text()):
+            raise ValueError("it names no model")
+        return config
     except FileNotFoundError:
         raise UserError(f"{path} is missing: a run or a model has one") from None
     except (ValueError, TypeError, AttributeError) as error:

@@ -56,7 +56,8 @@ def attach_captions(samples: list[Sample], captions: str | Path, root: str | Pat
         looked = ", ".join(map(str, files)) or f"{root / CAPTIONS_FILE}, which does not exist"
         raise UserError(
             f"{len(missing)} of {len(samples)} images have no caption, the first is {missing[0]} (looked in "
-            f"{looked}); make captions with `dgsnet caption --data {root}`, or train without: captions none"
+            f"{looked}); make captions with `dgsnet caption --data {root}`, or train without them: "
+            "--data.captions none"
         )
     return captioned
 

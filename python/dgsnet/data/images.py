@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import os
 import re
@@ -10,6 +11,7 @@ import struct
 import warnings
 
 import numpy as np
+import pillow_heif
 from PIL import Image, UnidentifiedImageError
 
 # What one image may cost. Sizes are known before anything is decoded.
@@ -29,13 +31,20 @@ MAX_PNM_COMMENTS = 100
 
 _JPEG = (".jfif", ".jp2", ".jpe", ".jpeg", ".jpg")
 _NETPBM = (".pbm", ".pgm", ".pnm", ".ppm")
-EXTENSIONS = frozenset({".avif", ".bmp", ".gif", ".png", ".tif", ".tiff", ".webp", *_JPEG, *_NETPBM})
+_HEIF = (".heic", ".heif", ".hif")
+# Images that nothing here decodes; their files are rows with an error rather than missing without a word.
+_UNREADABLE = (".arw", ".cr2", ".cr3", ".dng", ".jxl", ".nef", ".orf", ".psd", ".raf", ".rw2")
+# What counts as an image in a folder.
+EXTENSIONS = frozenset(
+    {".avif", ".bmp", ".gif", ".png", ".tif", ".tiff", ".webp", *_JPEG, *_NETPBM, *_HEIF, *_UNREADABLE}
+)
 
 # Only these decoders: others that Pillow knows start programs (EPS) or make pictures of other data.
 Image.init()
+pillow_heif.register_heif_opener(thumbnails=False, depth_images=False, aux_images=False)
 FORMATS: list[str] = [
     name
-    for name in ("AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
+    for name in ("AVIF", "BMP", "GIF", "HEIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
     if name in Image.OPEN
 ]
 _TRANSPOSITIONS = {
@@ -137,6 +146,11 @@ def read_file(
     if len(data) < wanted:
         raise ImageError("cut off by the end of its file")
     return data
+
+
+def file_hash(data: bytes) -> int:
+    """Eight bytes of a hash of an encoded image, as a signed number: the same file, the same number."""
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little", signed=True)
 
 
 def check_regular(path: str | os.PathLike) -> None:

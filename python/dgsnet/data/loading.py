@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from dgsnet.data.images import ImageError
+from dgsnet.data.images import ImageError, file_hash, read_image
 from dgsnet.data.preprocess import Preprocessor
 from dgsnet.data.samples import Sample
 from dgsnet.processes import start_worker, usable_cores
@@ -60,14 +60,15 @@ class ImageDataset(Dataset):
         return len(self.samples)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """dict(pixels float32 [3, S, S], label, caption, index), or dict(error, index).
+        """dict(pixels float32 [3, S, S], label, caption, index, hash), or dict(error, index).
 
         Where the device selects, `patches`, `seed` and `flip` of `Preprocessor.cut` in place of `pixels`.
         """
         sample = self.samples[index]
         rng = np.random.default_rng((self.seed, int(self._epoch), index)) if self.train else None
         try:
-            image = sample.item.read()
+            data = sample.item.read_bytes()
+            image = read_image(data, name=sample.path)
             if self.cut_only:
                 content = dict(zip(("patches", "seed", "flip"), self.preprocess.cut(image, rng=rng)))
             else:
@@ -75,16 +76,18 @@ class ImageDataset(Dataset):
         except ImageError as error:
             text = str(error)
             return {"error": text if sample.path in text else f"{sample.path}: {text}", "index": index}
-        return content | {"label": sample.label, "caption": sample.caption or "", "index": index}
+        item = {"label": sample.label, "caption": sample.caption or "", "index": index}
+        return content | item | {"hash": file_hash(data)}
 
 
 def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
     """A batch of the items that could be read.
 
     Returns:
-        dict(pixels float32 [n, 3, S, S], labels float32 [n], captions list[str], index int64 [n],
-        errors list of (index, message)). n may be 0, and pixels then is [0, 3, 0, 0]: skip such a batch.
-        Where the device selects, the arguments of `Preprocessor.select` in place of `pixels`.
+        dict(pixels float32 [n, 3, S, S], labels float32 [n], captions list[str], index int64 [n], hashes
+        int64 [n] of the files, errors list of (index, message)). n may be 0, and pixels then is [0, 3, 0, 0]:
+        skip such a batch. Where the device selects, the arguments of `Preprocessor.select` in place of
+        `pixels`.
     """
     good = [item for item in items if "error" not in item]
     if good and "patches" in good[0]:
@@ -102,6 +105,7 @@ def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
         "labels": torch.tensor([item["label"] for item in good], dtype=torch.float32),
         "captions": [item["caption"] for item in good],
         "index": torch.tensor([item["index"] for item in good], dtype=torch.int64),
+        "hashes": torch.tensor([item["hash"] for item in good], dtype=torch.int64),
         "errors": [(item["index"], item["error"]) for item in items if "error" in item],
     }
 

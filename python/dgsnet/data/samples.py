@@ -95,14 +95,41 @@ def find_samples(source: str | Path, split: str | None = None) -> list[Sample]:
     return samples
 
 
+def find_labelled(source: str | Path) -> list[Sample]:
+    """The labelled images of a folder (all splits), a CSV list or shards; none where nothing is labelled.
+
+    Raises:
+        UserError: labels that cannot be read.
+    """
+    source = Path(source)
+    if source.is_dir():
+        return [Sample(path, label, _generator(source, at)) for path, at, label in _labelled(source)]
+    if source.suffix.lower() == ".csv" and source.is_file():
+        with source.open(newline="", encoding="utf-8-sig", errors="replace") as file:
+            columns = next(csv.reader(file), [])
+        return find_samples(source) if {"path", "label"} <= set(columns) else []
+    if source.suffix.lower() == ".tar":
+        records = (record for archive in shards.expand(str(source)) for record in shards.records(archive))
+        labelled = any(
+            {"cls", "json"} & record.texts.keys() or _label(tuple(record.key.split("/")[:-1])) is not None
+            for record in records
+        )
+        return find_samples(source) if labelled else []
+    return []
+
+
+def _labelled(root: Path) -> list[tuple[str, tuple[str, ...], int]]:
+    """Path, folders below the root and label of every image below a class folder."""
+    return [(path, folders, label) for path, folders in _walk(root) if (label := _label(folders)) is not None]
+
+
 def _samples_in_folder(root: Path, split: str | None) -> list[Sample]:
-    found = [
-        (path, folders, label) for path, folders in _walk(root) if (label := _label(folders)) is not None
-    ]
+    found = _labelled(root)
     splits = sorted({folder for _, folders, _ in found for folder in folders if folder in SPLIT_FOLDERS})
     if split is None and len(splits) > 1:
         raise UserError(
-            f"{root}: holds the splits {', '.join(splits)}; choose one as split, or name a folder of one"
+            f"{root}: holds the splits {', '.join(splits)}; choose one with --split (in Python: split=), or "
+            "name a folder of one"
         )
     left_out = set(SPLIT_FOLDERS) - {split} if split else set()
     samples = [

@@ -50,19 +50,24 @@ class Item:
     def __str__(self) -> str:
         return self.name
 
-    def read(self) -> np.ndarray:
-        """Decode it to uint8 [H, W, 3]; images.ImageError, with its name, if it cannot be."""
-        from dgsnet.data.images import ImageError, read_file, read_image
+    def read_bytes(self) -> bytes:
+        """The encoded image; images.ImageError, with its name, if there is none."""
+        from dgsnet.data.images import ImageError, read_file
 
         if self.error:
             raise ImageError(f"{self.name}: {self.error}")
-        data = self.data
-        if data is None:
-            try:
-                data = read_file(self.path, folder=self.folder, offset=self.offset, size=self.size)
-            except ImageError as error:
-                raise ImageError(f"{self.name}: {error}") from None
-        return read_image(data, name=self.name)
+        if self.data is not None:
+            return self.data
+        try:
+            return read_file(self.path, folder=self.folder, offset=self.offset, size=self.size)
+        except ImageError as error:
+            raise ImageError(f"{self.name}: {error}") from None
+
+    def read(self) -> np.ndarray:
+        """Decode it to uint8 [H, W, 3]; images.ImageError, with its name, if it cannot be."""
+        from dgsnet.data.images import read_image
+
+        return read_image(self.read_bytes(), name=self.name)
 
 
 def find_items(paths: Sequence[str | os.PathLike]) -> Iterator[Item]:

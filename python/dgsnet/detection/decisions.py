@@ -285,7 +285,7 @@ def load_calibration(folder: str | Path) -> Calibration | None:
         return None
     except ValueError as error:  # JSON's and Unicode's errors are ValueErrors too
         raise UserError(
-            f"{path} is damaged ({one_line(error)}): remove it, or run dgsnet calibrate again"
+            f"{path} is damaged ({one_line(error)}): remove it, or run dgsnet calibrate with --replace"
         ) from None
 
 

@@ -124,15 +124,18 @@ class Detector:
         """Probability that each image was generated, float32 [N]; calibrated where the model is.
 
         Args:
-            images: one image or a sequence of N; an image is a path, a PIL image or a uint8 array
-                [H, W], [H, W, 3] or [H, W, 4].
+            images: one image or N of them. An image is a path, a PIL image, an encoded image as bytes or a
+                uint8 array [H, W], [H, W, 3] or [H, W, 4]; several are a sequence or one uint8 array
+                [N, H, W, 3] or [N, H, W, 4].
             workers: processes that read and prepare images; None chooses, 0 works in this process.
 
         An image that cannot be read gives NaN, and `errors` tells why under its index.
+
+        Raises:
+            TypeError: something that is no image, told before any is scored.
+            ValueError: an array of another shape or type.
         """
-        if isinstance(images, (str, os.PathLike, np.ndarray)) or hasattr(images, "getbands"):
-            images = [images]
-        images = list(images)
+        images = _listed(images)
         probabilities = np.full(len(images), np.nan, dtype=np.float32)
         self.errors = {}
         for index, (probability, error) in enumerate(self.stream(images, workers=workers)):
@@ -168,6 +171,7 @@ class Detector:
             raise UserError(f"workers is {workers}; it must be 0 or more")
         # batch_size=None hands the prepared images over one by one. The images themselves are the indices
         # sent to the workers: no more of them are taken from `images` than are being prepared.
+        images = images if isinstance(images, list) else map(_image, images)
         prepared: Any = Prepared(self.preprocess, self.views)
         for pixels, error in DataLoader(
             prepared, sampler=images, batch_size=None, num_workers=workers, worker_init_fn=start_worker
@@ -206,6 +210,41 @@ class Detector:
         Without a calibration, "generated" above 0.5 and else "real".
         """
         return decide(probabilities, self.calibration)
+
+
+def _listed(images: Any) -> list[Any]:
+    """What `predict` was given, as a list of images."""
+    if isinstance(images, np.ndarray) and images.ndim == 4:
+        images = list(images)
+    elif isinstance(images, (str, bytes, os.PathLike, np.ndarray)) or hasattr(images, "getbands"):
+        images = [images]
+    elif not isinstance(images, Iterable) or hasattr(images, "read") or _is_tensor(images):
+        images = [images]  # and is refused
+    return [_image(image) for image in images]
+
+
+def _image(image: Any) -> Any:
+    """The same image, or TypeError or ValueError where it is none."""
+    if isinstance(image, np.ndarray):
+        if image.dtype == np.uint8 and (image.ndim == 2 or (image.ndim == 3 and image.shape[2] in (3, 4))):
+            return image
+        raise ValueError(
+            f"an array must be uint8 [H, W], [H, W, 3] or [H, W, 4], got {image.dtype} {list(image.shape)}"
+        )
+    if isinstance(image, (str, bytes, os.PathLike, Item)) or hasattr(image, "getbands"):
+        return image
+    remedy = ""
+    if _is_tensor(image):
+        remedy = "; Detector.logits takes prepared tensors [N, 3, S, S]"
+    elif hasattr(image, "read"):
+        remedy = "; give the file's path, or its content as bytes"
+    raise TypeError(
+        f"an image is a path, bytes, a PIL image or a uint8 array, got {type(image).__name__}{remedy}"
+    )
+
+
+def _is_tensor(value: Any) -> bool:
+    return type(value).__module__.startswith("torch") and hasattr(value, "numpy")
 
 
 class Prepared:

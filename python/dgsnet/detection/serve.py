@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+import os
 import secrets
 import socket
 import sys
@@ -30,7 +31,8 @@ try:
     import uvicorn
     from fastapi import FastAPI, HTTPException, Request, Response
     from fastapi.responses import HTMLResponse, JSONResponse
-    from starlette.middleware.trustedhost import TrustedHostMiddleware
+    from python_multipart.exceptions import FormParserError
+    from python_multipart.multipart import File, FormParser, parse_options_header
 except ImportError:
     raise UserError("the page needs more packages: pip install 'dgs-kernels[serve]'") from None
 
@@ -89,15 +91,16 @@ def create_app(
     """
     # The interactive documentation would load scripts from elsewhere; /openapi.json stays.
     app = FastAPI(title="dgsnet", docs_url=None, redoc_url=None)
-    app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(hosts), www_redirect=False)
     limit = RateLimit(per_minute)
     model = anyio.CapacityLimiter(1)
     facts = _facts(detector) | {"max_bytes": max_bytes}
 
     @app.middleware("http")
     async def guard(request: Request, call_next: Callable) -> Response:
-        origin = request.headers.get("origin")
-        if request.method != "GET" and origin and urlsplit(origin).netloc != request.headers.get("host"):
+        origin, host = request.headers.get("origin"), request.headers.get("host", "")
+        if "*" not in hosts and urlsplit(f"//{host}").hostname not in hosts:
+            response: Response = JSONResponse({"detail": f"this page is not served as {host!r}"}, 400)
+        elif request.method != "GET" and origin and urlsplit(origin).netloc != host:
             response = JSONResponse({"detail": "requests from other sites are refused"}, 403)
         else:
             response = await call_next(request)
@@ -126,6 +129,8 @@ def create_app(
 
     async def answer(function: Callable[[np.ndarray, str], Any], request: Request, name: str) -> Any:
         data = await body(request)
+        if request.headers.get("content-type", "").startswith("multipart/form-data"):
+            name, data = _uploaded(request.headers["content-type"], data, name)
 
         def work() -> Any:
             return function(read_image(data, name=name or "image"), name or "image")
@@ -148,8 +153,10 @@ def create_app(
         draw(heatmap(detector, image), image).savefig(file, format="png")
         return file.getvalue()
 
-    # The image is the body itself: `curl --data-binary @photo.jpg`.
-    binary = {"requestBody": {"required": True, "content": {"application/octet-stream": {}}}}
+    # The image is the body (`curl --data-binary @x.jpg`), or the file of a form (`curl -F file=@x.jpg`).
+    form = {"type": "object", "properties": {"file": {"type": "string", "format": "binary"}}}
+    content = {"application/octet-stream": {}, "multipart/form-data": {"schema": form}}
+    binary = {"requestBody": {"required": True, "content": content}}
 
     @app.post("/api/score", openapi_extra=binary)
     async def score(request: Request, name: str = "") -> dict[str, Any]:
@@ -181,6 +188,29 @@ def create_app(
         return HTMLResponse(html, headers={"Content-Security-Policy": policy})
 
     return app
+
+
+def _uploaded(content_type: str, data: bytes, name: str) -> tuple[str, bytes]:
+    """Name and content of the one file in a form; `name` stands where it is given."""
+    files: list[tuple[str, bytes]] = []
+
+    def take(file: File) -> None:
+        file.file_object.seek(0)
+        files.append((os.fsdecode(file.file_name or b""), file.file_object.read()))
+
+    options = {"MAX_MEMORY_FILE_SIZE": len(data) + 1, "UPLOAD_ERROR_ON_BAD_CTE": True}  # nothing on disk
+    try:
+        boundary = parse_options_header(content_type)[1].get(b"boundary")
+        parser = FormParser(
+            "multipart/form-data", lambda field: None, take, boundary=boundary, config=options
+        )
+        parser.write(data)
+        parser.finalize()
+    except (FormParserError, ValueError) as error:
+        raise HTTPException(400, f"not a form that can be read: {error}") from None
+    if len(files) != 1:
+        raise HTTPException(400, f"expected one file in the form, got {len(files)}")
+    return name or files[0][0], files[0][1]
 
 
 def _facts(detector: Detector) -> dict[str, Any]:

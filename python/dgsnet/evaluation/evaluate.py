@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from dgsnet.detection.decisions import DECIMALS
 from dgsnet.detection.detector import Detector
+from dgsnet.detection.overlap import warn_of_training_images
 from dgsnet.errors import UserError
 from dgsnet.evaluation import robustness
 from dgsnet.evaluation.journal import Journal
@@ -127,6 +128,7 @@ def evaluate_command(
     distortions = _distortions(robustness or ())
     suites = find_suites(data, split)
     detector = Detector.load(model, device, views=views)
+    warn_of_training_images(model, [sample.item for samples in suites.values() for sample in samples])
     result = evaluate(
         detector,
         suites,

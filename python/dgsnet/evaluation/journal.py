@@ -19,6 +19,15 @@ if TYPE_CHECKING:
     from dgsnet.detection.detector import Detector
 
 
+# What a setting that differs means.
+WORDS = {
+    "model": "another model",
+    "preprocessing": "other preprocessing",
+    "views": "another number of views",
+    "images": "other images, or other names of suites",
+}
+
+
 class Journal:
     """An append-only file of logits: a first line of settings, then one JSON line per image and distortion.
 
@@ -89,9 +98,9 @@ class Journal:
     def _check(self, found: Any, settings: dict[str, Any]) -> None:
         if not isinstance(found, dict) or found.keys() != settings.keys():
             raise UserError(f"{self.path} is not the journal of an evaluation: give --out another folder")
-        if other := [key for key in settings if found[key] != settings[key]]:
+        if other := [WORDS[key] for key in settings if found[key] != settings[key]]:
             raise UserError(
-                f"{self.path} holds scores made with other settings ({', '.join(other)}): give --out a new "
+                f"{self.path} holds scores that were made with {' and '.join(other)}: give --out a new "
                 "folder, or delete that file to begin anew"
             )
 

@@ -2,20 +2,22 @@
 
 A model folder holds what training changed and nothing of the backbone: `adapters.safetensors` (the adapters
 and the three heads, with the backbone's fingerprint in its header) and `config.json` (the configuration, with
-preprocessing); after `dgsnet calibrate` also `calibration.json`. Only a converted one carries its backbone,
-`clip.safetensors`. A run folder, as `dgsnet train --out` writes it, holds two model folders, `best` and
-`last`.
+preprocessing); after `dgsnet train` also `training_images.npy` (hashes of the files it was trained on), after
+`dgsnet calibrate` `calibration.json`. Only a converted one carries its backbone, `clip.safetensors`. A run
+folder, as `dgsnet train --out` writes it, holds two model folders, `best` and `last`.
 """
 
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_safetensors
@@ -30,6 +32,8 @@ from dgsnet.model.folders import WEIGHTS_FILE, model_folder
 
 # As `pretrained` in config.json it means the file of this name in the model folder.
 BACKBONE_FILE = "clip.safetensors"
+# Hashes of the training images' files (images.file_hash), int64, ascending.
+TRAINED_ON_FILE = "training_images.npy"
 FORMAT = "dgsnet-1"  # changes when an older program could not read the file rightly
 
 
@@ -132,9 +136,13 @@ def write_model(
     config: Config,
     *,
     backbone: Path | None = None,
+    trained_on: np.ndarray | None = None,
     **extra: Any,
 ) -> Path:
-    """save_model for a model that is not at hand whole: given its trained_state and fingerprint."""
+    """save_model for a model that is not at hand whole: given its trained_state and fingerprint.
+
+    `trained_on`: hashes of the files that it was trained on, int64 [N], ascending.
+    """
     header = {"format": FORMAT, "backbone": backbone_fingerprint, "extra": json.dumps(extra)}
     if backbone:
         config = _with_pretrained(config, BACKBONE_FILE)
@@ -144,6 +152,10 @@ def write_model(
             with open(backbone, "rb+") as file:
                 os.fsync(file.fileno())
             os.rename(backbone, new / BACKBONE_FILE)
+        if trained_on is not None:
+            hashes = io.BytesIO()
+            np.save(hashes, trained_on)
+            write_synced(new / TRAINED_ON_FILE, hashes.getvalue())
         write_synced(new / CONFIG_FILE, config.to_json().encode())
         write_synced(new / WEIGHTS_FILE, to_safetensors(state, metadata=header))
 
@@ -201,6 +213,17 @@ def _with_pretrained(config: Config, pretrained: str) -> Config:
 def read_extra(folder: str | Path) -> dict[str, Any]:
     """What save_model was given as `extra`, of a model folder or of a run folder's best model."""
     return json.loads(_read_weights(model_folder(folder) / WEIGHTS_FILE)[0]["extra"])
+
+
+def trained_on(folder: str | Path) -> np.ndarray:
+    """Hashes of the files that a model was trained on, int64 [N], ascending; none where it does not say."""
+    path = model_folder(folder) / TRAINED_ON_FILE
+    try:
+        return np.load(path, allow_pickle=False)
+    except FileNotFoundError:
+        return np.empty(0, np.int64)
+    except (ValueError, EOFError) as error:
+        raise UserError(f"{path} is damaged ({one_line(error)}): copy it again, or remove it") from None
 
 
 def _read_weights(path: Path) -> tuple[dict[str, str], dict[str, torch.Tensor]]:

@@ -125,6 +125,7 @@ class _Run:
         speed_up(self.model, optim)
         self.position = Position(HEAD if uses_surgery(config) else BRANCHES)
         self.best: list[float] | None = None
+        self.trained_on: set[int] = set()  # hashes of the files that this process has trained on
         self.sharded: Step | None = None  # sharded once, for both stages
         # Sums of the logged values, weighted, and of the weights, since the last logged step.
         self.sums = torch.zeros(len(TRAIN_COLUMNS) + 1, device=accelerator.device)
@@ -235,6 +236,7 @@ class _Run:
             batch = self.watch.next(batches)
             self.damage.add(batch["errors"])
             self.readable |= len(batch["labels"]) > 0
+            self.trained_on.update(batch["hashes"].tolist())
             last = number == len(micro_batches)
             pixels, labels = pixels_on(device, batch, self.preprocess), batch["labels"]
             unsynced = parallel.no_sync if self.sharded else self.accelerator.no_sync
@@ -317,18 +319,30 @@ class _Run:
 
     def _save_model(self, name: str, result: dict[str, float]) -> None:
         trained = trained_state(self.model)  # of a sharded model from all processes
+        hashes = self._all_trained_on()
         if self.accelerator.is_main_process:
             finite: dict[str, Any] = {key: value for key, value in result.items() if math.isfinite(value)}
             write_model(
-                self.out / name, trained, self.backbone, self.config, step=self.position.step, **finite
+                self.out / name,
+                trained,
+                self.backbone,
+                self.config,
+                trained_on=hashes,
+                step=self.position.step,
+                **finite,
             )
+
+    def _all_trained_on(self) -> np.ndarray:
+        """Hashes of the files that any process has trained on, int64, ascending."""
+        parts = gather_object([np.fromiter(self.trained_on, np.int64, len(self.trained_on))])
+        return np.unique(np.concatenate(parts))
 
     def _checkpoint(self, result: dict[str, float] | None = None) -> None:
         """Write the last model, then the state to resume from, which counts on all else being there."""
         sums = self.accelerator.reduce(self.sums, "mean")
         if self.position.stage == BRANCHES and self.position.stage_step:
             self._save_model("last", result or {})
-        trained = trained_state(self.model)
+        trained, hashes = trained_state(self.model), self._all_trained_on()
         optimizer = parallel.optimizer_state(self.optimizer) if self.optimizer else None
         if self.accelerator.is_main_process:
             scaler = self.accelerator.scaler
@@ -343,6 +357,7 @@ class _Run:
                 "metrics_bytes": self.log.sync(),
                 "data": self.data_hash,
                 "backbone": self.backbone,
+                "trained_on": torch.from_numpy(hashes),
             }
             save_state(self.out / STATE_FILE, state)
         self.accelerator.wait_for_everyone()
@@ -364,6 +379,8 @@ class _Run:
         load_trained_state(self.model, state["model"])
         self.position = Position(**state["position"])
         self.best = state["best"]
+        if "trained_on" in state:  # a state of an older version has none
+            self.trained_on = set(state["trained_on"].tolist())
         self.sums.copy_(state["sums"])
         # On another number of processes a step keeps its images, in more or fewer micro-batches.
         self.plan.images = state["images_per_step"]

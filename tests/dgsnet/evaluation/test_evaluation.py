@@ -515,17 +515,19 @@ def test_a_killed_evaluation_goes_on(model, data, tmp_path):
 def test_scores_of_other_settings_are_refused(model, data, tmp_path, capsys):
     run(model, data, tmp_path / "o")
     other = make_model(tmp_path / "other", seed=1)
-    with pytest.raises(UserError, match=r"scores.jsonl holds scores made with other settings \(model\)"):
+    with pytest.raises(UserError, match=r"scores.jsonl holds scores that were made with another model: give"):
         run(other, data, tmp_path / "o")
-    with pytest.raises(UserError, match=r"\(views\)"):
+    with pytest.raises(UserError, match="made with another number of views"):
         run(model, data, tmp_path / "o", views=2)
+    with pytest.raises(UserError, match="made with other images, or other names of suites"):
+        run(model, [f"renamed={data}"], tmp_path / "o")
     (data / "alpha/1_fake/0.png").unlink()
     before = (tmp_path / "o/scores.jsonl").read_bytes()
     capsys.readouterr()
     with pytest.raises(SystemExit) as end:
         cli.main(["evaluate", "--data", str(data), "--model", str(model), "--out", str(tmp_path / "o")])
     message = capsys.readouterr().err
-    assert end.value.code == 2 and "(images)" in message and len(message.splitlines()) == 1
+    assert end.value.code == 2 and "other images" in message and len(message.splitlines()) == 1
     assert (tmp_path / "o/scores.jsonl").read_bytes() == before
 
 
