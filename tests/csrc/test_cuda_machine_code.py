@@ -23,13 +23,13 @@ ARCHITECTURES = ["sm_80", "sm_90", "sm_100"]
 SOURCES = sorted(p.name for p in CUDA.glob("*.cu"))
 
 # Narrow accesses to device memory that an aligned kernel may have: numbers that stand alone, not matrix data.
-# (loads, stores) of: the scale; sums of a row's parts; biases, label; scalars of a row; table entries,
-# sums of a group; rates.
+# (loads, stores) of: the scale; sums of a row's parts; biases, label, offset; scalars of a row; table
+# entries, sums of a group; rates.
 SCALARS = {
     "rows_in_registers": (1, 0),
     "sum_row_parts": (1, 2),
     "project_row_parts": (3, 0),
-    "head_in_registers": (4, 7),
+    "head_rows": (5, 7),
     "head_backward": (8, 0),
     "chunk_sums": (8, 6),
     "project_chunks": (20, 6),
@@ -39,7 +39,7 @@ SCALARS = {
 # Not written for width: small sums, tables, and the twin for rows that no block can hold.
 NOT_WIDE = {"add_chunk_sums", "head_sum_chunks", "head_read_twice", "write_piece", "cut_tensors"}
 
-MEMORY = r"\b(?:(?:LDL|STL)(?:\.\w+)*|(?:LDG|STG|LD|ST)(?:\.\w+)+)"
+MEMORY = r"\b(?:(?:LDL|STL)(?:\.\w+)*|(?:LDG|LDGSTS|STG|LD|ST)(?:\.\w+)+)"
 
 pytestmark = pytest.mark.skipif(NVCC is None, reason="no nvcc on the PATH")
 
@@ -128,6 +128,7 @@ def test_wide_accesses(compiled, source, architecture):
         loads, stores = SCALARS[name]
         narrow_loads = counts["LDG", False] + sum(n for i, n in instructions.items() if "U16" in i)
         assert narrow_loads <= loads, f"{name} loads narrowly: {instructions}"
+        assert not counts["LDGSTS", False], f"{name} copies narrowly: {instructions}"
         assert counts["STG", False] <= stores, f"{name} stores narrowly: {instructions}"
         assert counts["LDG", True] + counts["LD", True] >= 6, f"{name} has no wide loads: {instructions}"
     assert seen >= 2 or source == "tables.cu"  # one for each storage type
