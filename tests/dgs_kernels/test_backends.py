@@ -97,6 +97,7 @@ def test_explain_names_every_backend_and_what_kernels_do_not_take(monkeypatch, c
     monkeypatch.delenv(backends.VARIABLE, raising=False)
     text = dgs_kernels.explain()
     assert capsys.readouterr().out == ""
+    monkeypatch.delitem(sys.modules, "dgs_kernels.__main__", raising=False)
     runpy.run_module("dgs_kernels", run_name="__main__")
     assert capsys.readouterr().out == text + "\n"
     assert "kernels take patches of 32 x 32 pixels, not of float64 images" in text

@@ -35,10 +35,10 @@ def test_help_lists_every_command(capsys):
     "words, told",
     [
         (["fly"], "fly"),
-        (["predict", "--model", "m"], "paths"),
+        (["predict", "--model", "m"], "PATHS"),
         (["predict", "a.jpg"], "model"),
         (["predict", "a.jpg", "--model", "m", "--views", "many"], "views"),
-        (["predict", "a.jpg", "--model", "m", "--no-such", "1"], "no-such"),
+        (["predict", "a.jpg", "--model", "m", "--no-such", "1"], "no_such"),
         (["predict", "a.jpg", "--model", "m", "--out", "scores.xls"], ".parquet"),
         (["predict", "a.jpg", "--model", "m", "--engine", "ray", "--heatmaps", "h"], "--engine local"),
         (["train", "--optim.lr", "fast", "--out", "o"], "optim.lr"),
