@@ -67,7 +67,7 @@ def _rank(rank, world, port, arguments, checkpoints):
     if torch.cuda.is_available():
         place["ACCELERATE_USE_CPU"] = "true"
     os.environ.update({name: str(value) for name, value in place.items()})
-    written, save_state = [], run.save_state
+    written, save_state = [], training_run.save_state
 
     def save(*arguments):
         save_state(*arguments)
