@@ -23,8 +23,9 @@ gpu:
 wheel: install
 	$(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
 
+# Without --quiet, which hides warnings from --strict too, so that nothing would fail.
 docs: install
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 # The stamp is newer than every file that decides what is installed or built. Python compiles what it imports; of
 # the 300 MB of source in the packages that is a small part, so pip does not compile all of it first.
