@@ -23,12 +23,12 @@ ARCHITECTURES = ["sm_80", "sm_90", "sm_100"]
 SOURCES = sorted(p.name for p in CUDA.glob("*.cu"))
 
 # Narrow accesses to device memory that an aligned kernel may have: numbers that stand alone, not matrix data.
-# (loads, stores) of: the scale; sums of a row's parts; biases, label; scalars of a row; table entries, sums of a
-# group; rates.
+# (loads, stores) of: the scale; sums of parts of a row; biases, label; scalars of a row; table entries, sums
+# of a group; rates.
 SCALARS = {
     "rows_in_registers": (1, 0),
     "sum_row_parts": (1, 2),
-    "project_row_parts": (3, 0),
+    "project_row_parts": (5, 0),
     "head_in_registers": (4, 7),
     "head_backward": (8, 0),
     "chunk_sums": (8, 6),
