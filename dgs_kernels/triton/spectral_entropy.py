@@ -31,7 +31,7 @@ def _term(share):
     return share * tl.log2(share + EPS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "columns"])
 def _kernel(
     images_ptr,
     basis_ptr,
