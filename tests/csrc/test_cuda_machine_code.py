@@ -28,7 +28,7 @@ SOURCES = sorted(p.name for p in CUDA.glob("*.cu"))
 SCALARS = {
     "rows_in_registers": (1, 0),
     "sum_row_parts": (1, 2),
-    "project_row_parts": (3, 0),
+    "project_row_parts": (5, 0),
     "head_rows": (5, 7),
     "head_backward": (8, 0),
     "chunk_sums": (8, 6),
