@@ -5,17 +5,13 @@
 namespace dgs::cuda {
 namespace {
 
-// The sums that a thread holds. Up to 8 objectives, those of all pairs. With 16, one half of the block has the pairs
-// within the first eight and within the last eight, the other half has the pairs between them: both read the same
-// numbers at the same time, the second from the L1 cache.
+// Up to 8 objectives, every thread holds the sums of all pairs. With 16, a quarter of the block has the pairs within
+// the first eight, one those within the last eight, and two those between them. All read the same numbers at about the
+// same time, so that most of it comes from the L1 cache.
 template <int Count>
-struct Split {
-  static constexpr int kSums = pairs(Count), kHalves = 1;
-};
-template <>
-struct Split<16> {
-  static constexpr int kSums = 2 * pairs(8), kHalves = 2;
-};
+constexpr int kParts = Count <= 8 ? 1 : 4;
+template <int Count>
+constexpr int kSums = pairs(Count <= 8 ? Count : 8);
 
 // The n-th of the pairs a <= b of `count`.
 __device__ __forceinline__ void find_pair(int n, int count, int& a, int& b) {
@@ -23,19 +19,16 @@ __device__ __forceinline__ void find_pair(int n, int count, int& a, int& b) {
   b = a + n;
 }
 
-// Which pair the n-th sum is of.
+// The pair that the n-th sum of a part is of; b is no objective where it is of none.
 template <int Count>
-__device__ __forceinline__ void find_pair_of(int half, int n, int& a, int& b) {
-  if constexpr (Count <= 8) {
-    find_pair(n, Count, a, b);
-  } else if (half == 0) {
-    const int first = n < pairs(8) ? 0 : 8;
-    find_pair(n < pairs(8) ? n : n - pairs(8), 8, a, b);
-    a += first;
-    b += first;
+__device__ __forceinline__ void find_pair_of(int part, int n, int& a, int& b) {
+  if (part < 2) {
+    find_pair(n, Count <= 8 ? Count : 8, a, b);
+    a += 8 * part;
+    b += 8 * part;
   } else {
-    a = n / 8;
-    b = 8 + n % 8;
+    a = 4 * (part - 2) + n / 8;
+    b = n < 32 ? 8 + n % 8 : max_objectives;
   }
 }
 
@@ -51,11 +44,11 @@ struct Packs {
   }
 };
 
-template <int First, typename T, bool Aligned, int Rows, int N>
+template <typename T, bool Aligned, int Rows, int N>
 __device__ __forceinline__ void add_within(const Packs<T, Aligned, Rows>& x, Compute<T> (&sums)[N]) {
 #pragma unroll
   for (int j = 0; j < kPack<T>; ++j) {
-    int n = First;
+    int n = 0;
 #pragma unroll
     for (int a = 0; a < Rows; ++a)
 #pragma unroll
@@ -63,55 +56,50 @@ __device__ __forceinline__ void add_within(const Packs<T, Aligned, Rows>& x, Com
   }
 }
 
-// Between the first eight and the last eight, of which one at a time is in registers.
-template <typename T, bool Aligned, int N>
-__device__ __forceinline__ void add_between(const Packs<T, Aligned, 8>& x, const ObjectivesChunk<T, Aligned>& chunk,
-                                            int v, int lane, int lanes, Compute<T> (&sums)[N]) {
+template <typename T, bool Aligned, int Rows, int Columns, int N>
+__device__ __forceinline__ void add_between(const Packs<T, Aligned, Rows>& x, const Packs<T, Aligned, Columns>& y,
+                                            Compute<T> (&sums)[N]) {
 #pragma unroll
-  for (int b = 0; b < 8; ++b) {
-    const Packs<T, Aligned, 1> y(chunk, 8 + b, v, lane, lanes);
+  for (int j = 0; j < kPack<T>; ++j)
 #pragma unroll
-    for (int j = 0; j < kPack<T>; ++j)
+    for (int a = 0; a < Rows; ++a)
 #pragma unroll
-      for (int a = 0; a < 8; ++a) sums[a * 8 + b] += widen(x.of[a].at[j]) * widen(y.of[0].at[j]);
-  }
+      for (int b = 0; b < Columns; ++b) sums[a * Columns + b] += widen(x.of[a].at[j]) * widen(y.of[b].at[j]);
 }
 
 template <typename T, bool Aligned, int Count>
-__global__ __launch_bounds__(kListThreads, 1) void chunk_products(const __grid_constant__ ChunkedObjectives p) {
+__global__ __launch_bounds__(kListThreads) void chunk_products(const __grid_constant__ ChunkedObjectives p) {
   using A = Compute<T>;
-  using Within = Packs<T, Aligned, Count <= 8 ? Count : 8>;
-  constexpr int kHalves = Split<Count>::kHalves, kSums = Split<Count>::kSums, kLanes = kListThreads / kHalves;
+  constexpr int kLanes = kListThreads / kParts<Count>, kWarps = kLanes / kWarp, kNumbers = kSums<Count>;
   constexpr int kPacks = static_cast<int>(kChunk<T, Aligned>) / (kLanes * kPack<T>);
-  constexpr int kAtOnce =
-      Aligned && Count < 8 ? 8 / Count : 1;  // packs of each objective that are on their way together
+  constexpr int kAtOnce = Aligned && Count < 8 ? 8 / Count : 1;  // packs of each objective on their way together
   const ObjectivesChunk<T, Aligned> chunk(p.tables, blockIdx.x);
-  const int half = threadIdx.x / kLanes, lane = threadIdx.x % kLanes;
-  A sums[kSums] = {};
-  if (half == 0) {
+  const int part = threadIdx.x / kLanes, lane = threadIdx.x % kLanes;
+  A sums[kNumbers] = {};
+  if (kParts<Count> == 1 || part < 2) {
 #pragma unroll kAtOnce
-    for (int v = 0; v < kPacks; ++v) {
-      add_within<0>(Within(chunk, 0, v, lane, kLanes), sums);
-      if constexpr (kHalves == 2) add_within<pairs(8)>(Within(chunk, 8, v, lane, kLanes), sums);
-    }
-  } else if constexpr (kHalves == 2) {
+    for (int v = 0; v < kPacks; ++v)
+      add_within(Packs<T, Aligned, Count <= 8 ? Count : 8>(chunk, 8 * part, v, lane, kLanes), sums);
+  } else if constexpr (kParts<Count> == 4) {
 #pragma unroll 1
-    for (int v = 0; v < kPacks; ++v) add_between(Within(chunk, 0, v, lane, kLanes), chunk, v, lane, kLanes, sums);
+    for (int v = 0; v < kPacks; ++v)
+      add_between(Packs<T, Aligned, 4>(chunk, 4 * (part - 2), v, lane, kLanes),
+                  Packs<T, Aligned, 8>(chunk, 8, v, lane, kLanes), sums);
   }
 
 #pragma unroll
-  for (int n = 0; n < kSums; ++n)
+  for (int n = 0; n < kNumbers; ++n)
     for (int step = kWarp / 2; step; step /= 2) sums[n] += __shfl_xor_sync(kAllLanes, sums[n], step);
   A* scratch = shared_memory<A>();
   if (threadIdx.x % kWarp == 0)
 #pragma unroll
-    for (int n = 0; n < kSums; ++n) scratch[threadIdx.x / kWarp * kSums + n] = sums[n];
+    for (int n = 0; n < kNumbers; ++n) scratch[threadIdx.x / kWarp * kNumbers + n] = sums[n];
   __syncthreads();
-  if (lane >= kSums) return;
+  if (lane >= kNumbers) return;
   A total = 0;
-  for (int warp = 0; warp < kLanes / kWarp; ++warp) total += scratch[(half * (kLanes / kWarp) + warp) * kSums + lane];
+  for (int warp = 0; warp < kWarps; ++warp) total += scratch[(part * kWarps + warp) * kNumbers + lane];
   int a, b;
-  find_pair_of<Count>(half, lane, a, b);
+  find_pair_of<Count>(part, lane, a, b);
   if (b < p.count) static_cast<A*>(p.tables.partials)[(a * p.count + b) * p.tables.num_chunks + blockIdx.x] = total;
 }
 
@@ -133,7 +121,7 @@ __global__ __launch_bounds__(kListThreads) void add_chunk_products(const __grid_
 template <typename T, int Count>
 const char* sum_chunks(const ChunkedObjectives& p, void* stream) {
   auto sum = p.tables.aligned ? chunk_products<T, true, Count> : chunk_products<T, false, Count>;
-  int scratch = kListThreads / kWarp * Split<Count>::kSums * static_cast<int>(sizeof(Compute<T>));
+  int scratch = kListThreads / kWarp * kSums<Count> * static_cast<int>(sizeof(Compute<T>));
   return launch(sum, p.tables.num_chunks, kListThreads, scratch, stream, p);
 }
 
