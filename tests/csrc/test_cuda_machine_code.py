@@ -29,10 +29,19 @@ SCALARS = {
     "chunk_sums": (8, 6),
     "project_chunks": (20, 6),
     "adamw_chunks": (24, 6),
+    "chunk_products": (30, 2),
+    "combine_chunks": (12, 0),
     "patch_entropy": (0, 1),
 }
 # Not written for width: small sums, tables, and the twin for rows that no block can hold.
-NOT_WIDE = {"add_chunk_sums", "head_sum_chunks", "head_read_twice", "write_piece", "cut_tensors"}
+NOT_WIDE = {
+    "add_chunk_sums",
+    "add_chunk_products",
+    "head_sum_chunks",
+    "head_read_twice",
+    "write_piece",
+    "cut_tensors",
+}
 
 MEMORY = r"\b(?:(?:LDL|STL)(?:\.\w+)*|(?:LDG|STG|LD|ST)(?:\.\w+)+)"
 

@@ -296,10 +296,8 @@ def test_triton_machine_code():
     assert len(kernels) == 8
     for name, kernel in kernels.items():
         count, memory = int(name.split()[-1]), kernel["memory"]
-        stores = memory[
-            "STG.E.128"
-        ]  # one of bf16 or two of fp32 for 8 numbers, more where the loop is unrolled
-        # Alone stand the table's entries for the chunk and the result, and each objective's address and weight.
+        stores = memory["STG.E.128"]  # one of bf16 or two of fp32 for 8 numbers; more in an unrolled loop
+        # Alone stand entries of the table, and each objective's address and weight.
         alone = memory.get("LDG.E", 0) + memory.get("LDG.E.64", 0)
         assert alone <= 5 + 2 * count * stores, kernel
         assert_wide(kernel, wide_loads=count * stores, wide_stores=stores, scalar_loads=alone)
