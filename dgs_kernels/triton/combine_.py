@@ -7,17 +7,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dgs_kernels.triton import project_align_ as lists
-from dgs_kernels.triton.project_align_ import BLOCK, _chunk, _pointer, _read, _write
+from dgs_kernels.triton.project_align_ import BLOCK, _chunk, _pointer, _read, _write, lists_of
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tensors", "weights_stride"])
 def _kernel(
     table_ptr,
-    chunks_ptr,
     weights_ptr,
     tensors,
-    chunks,
     weights_stride,
     COUNT: tl.constexpr,
     TYPE: tl.constexpr,
@@ -26,7 +23,7 @@ def _kernel(
     TAILS: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    tensor, layer, begin, end, numel = _chunk(chunks_ptr, chunks, CHUNK)
+    tensor, layer, begin, end, numel = _chunk(table_ptr, tensors, CHUNK)
     weights_ptr += layer * weights_stride
     out = _pointer(table_ptr, tensors, COUNT, tensor, TYPE, ALIGNED)
     for at in range(begin, end, BLOCK):
@@ -38,24 +35,11 @@ def _kernel(
 
 
 def combine_(grads: list[Tensor], objectives: list[Tensor], weights: Tensor, groups: list[int]) -> None:
-    cut = lists.plan(grads, groups)
-    pointers, aligned = lists.addresses(objectives, grads)
-    chunks, count = cut.chunks.shape[1], weights.shape[-1]
+    tensors, count = len(grads), weights.shape[-1]
     with torch.cuda.device_of(weights):
-        table = lists.upload(pointers, weights.device)
-        if chunks:
-            _kernel[(chunks,)](
-                table,
-                cut.chunks,
-                weights,
-                len(grads),
-                chunks,
-                count if weights.dim() == 2 else 0,
-                COUNT=count,
-                TYPE=lists.POINTERS[grads[0].dtype],
-                ACC=tl.float64 if weights.dtype == torch.float64 else tl.float32,
-                ALIGNED=aligned,
-                TAILS=cut.tails,
-                CHUNK=lists.CHUNK,
-                num_warps=lists.WARPS,
-            )
+        rows = [objectives[i : i + tensors] for i in range(0, len(objectives), tensors)]
+        lists = lists_of(groups, max(groups) + 1, *rows, grads)
+        if lists.chunks:
+            stride = count if weights.dim() == 2 else 0
+            given = (lists.table, weights, tensors, stride)
+            _kernel[(lists.chunks,)](*given, COUNT=count, **lists.constants)

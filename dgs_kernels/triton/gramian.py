@@ -11,8 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dgs_kernels.triton import project_align_ as lists
-from dgs_kernels.triton.project_align_ import _chunk, _pointer
+from dgs_kernels.triton.project_align_ import WARPS, _chunk, _pointer, lists_of
 
 
 @triton.jit
@@ -29,10 +28,9 @@ def _read(pointer, at, numel, ACC: tl.constexpr, TAILS: tl.constexpr, WIDTH: tl.
     return x.to(ACC)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tensors", "chunks"])
 def _chunk_kernel(
     table_ptr,
-    chunks_ptr,
     partials_ptr,
     tensors,
     chunks,
@@ -46,7 +44,7 @@ def _chunk_kernel(
     THREADS: tl.constexpr,
 ):
     """Partial sums [COUNT (COUNT + 1) / 2, chunks] of the products of pairs i <= j."""
-    tensor, _, begin, end, numel = _chunk(chunks_ptr, chunks, CHUNK)
+    tensor, _, begin, end, numel = _chunk(table_ptr, tensors, CHUNK)
     pointers = ()
     for k in tl.static_range(COUNT):
         pointers = pointers + (_pointer(table_ptr, tensors, k, tensor, TYPE, ALIGNED),)
@@ -69,7 +67,7 @@ def _chunk_kernel(
         tl.store(partials_ptr + n * chunks, tl.sum(sums[n], 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["chunks"], do_not_specialize_on_alignment=["begins_ptr"])
 def _layer_kernel(
     partials_ptr, begins_ptr, out_ptr, chunks, COUNT: tl.constexpr, ACC: tl.constexpr, ROWS: tl.constexpr
 ):
@@ -91,34 +89,25 @@ def _layer_kernel(
 
 def launch_shape(count: int) -> dict[str, int]:
     """Numbers of each objective that a program holds at a time, and the threads that hold them."""
-    return {"WIDTH": 2048 if count <= 8 else 1024, "THREADS": 32 * lists.WARPS}
+    return {"WIDTH": 2048 if count <= 8 else 1024, "THREADS": 32 * WARPS}
 
 
 def gramian(objectives: list[Tensor], groups: list[int], out: Tensor) -> None:
     tensors, count = len(groups), out.shape[-1]
-    cut = lists.plan(objectives[:tensors], groups)
-    pointers, aligned = lists.addresses(objectives)
-    chunks = cut.chunks.shape[1]
-    acc = tl.float64 if out.dtype == torch.float64 else tl.float32
     with torch.cuda.device_of(out):
-        table = lists.upload(pointers, out.device)
-        partials = out.new_empty((count * (count + 1) // 2, chunks))
-        if chunks:
-            _chunk_kernel[(chunks,)](
-                table,
-                cut.chunks,
+        rows = [objectives[i : i + tensors] for i in range(0, len(objectives), tensors)]
+        lists = lists_of(groups, len(out), *rows)
+        partials = out.new_empty((count * (count + 1) // 2, lists.chunks))
+        if lists.chunks:
+            _chunk_kernel[(lists.chunks,)](
+                lists.table,
                 partials,
                 tensors,
-                chunks,
+                lists.chunks,
                 COUNT=count,
-                TYPE=lists.POINTERS[objectives[0].dtype],
-                ACC=acc,
-                ALIGNED=aligned,
-                TAILS=cut.tails,
-                CHUNK=lists.CHUNK,
                 **launch_shape(count),
-                num_warps=lists.WARPS,
+                **lists.constants,
             )
         _layer_kernel[(len(out), count * count)](
-            partials, cut.begins, out, chunks, COUNT=count, ACC=acc, ROWS=128
+            partials, lists.begins, out, lists.chunks, COUNT=count, ACC=lists.constants["ACC"], ROWS=128
         )

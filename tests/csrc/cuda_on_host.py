@@ -56,7 +56,10 @@ def order_of_threads(request):
         pytest.skip("a long case runs in one order")
     LIBRARY.shim_set_order(["forward", "reversed", "shuffled"].index(request.param))
     LIBRARY.shim_set_clusters(True)
+    LIBRARY.shim_set_compiled_for(90)
     LIBRARY.shim_set_capturing(False)
+    yield
+    assert LIBRARY.c_left_behind() == 0
 
 
 def compute(dtype):
@@ -118,8 +121,7 @@ def project_align(grad, harmful, beneficial, *, alignment, scale, order, rule, o
 SHAPES = [(0, 5), (1, 1), (3, 1), (67, 5), (3, 123), (5, 768), (3, 1023), (9, 1024), (3, 4096), (1, 16388)]
 
 
-def project_align_case(dtype, rows, dim, *, order, rule, aligned, broadcast=False, shift=0, clusters=True):
-    LIBRARY.shim_set_clusters(clusters)
+def project_align_case(dtype, rows, dim, *, order, rule, aligned, broadcast=False, shift=0):
     grad = make(rows, dim, dtype=dtype, seed=1, shift=shift)
     harmful = make(1 if broadcast else rows, dim, dtype=dtype, seed=2, shift=shift).expand(rows, dim)
     beneficial = make(rows, dim, dtype=dtype, seed=3, shift=shift) if aligned else None
@@ -156,11 +158,42 @@ def test_project_align_misaligned_and_broadcast(dtype):
     project_align_case(dtype, 4, 768, broadcast=True, **options)
 
 
-@pytest.mark.parametrize("clusters", [True, False], ids=["cluster", "twin"])
+def clusters_serve(device, code):
+    """Whether clusters are there: the device may grant them, and the loaded code have their instructions."""
+    LIBRARY.shim_set_clusters(device)
+    LIBRARY.shim_set_compiled_for(code)
+    return device and code >= 90
+
+
+WITH_AND_WITHOUT_CLUSTERS = pytest.mark.parametrize(
+    ("device", "code"),
+    [(True, 90), (False, 80), (True, 80)],
+    ids=["clusters", "no clusters", "clusters, but compiled for 8.0+PTX"],
+)
+
+
+@WITH_AND_WITHOUT_CLUSTERS
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("dim", [20001, 65536, 65537])
-def test_project_align_long_rows(dtype, dim, clusters):
-    project_align_case(dtype, 1, dim, order="align_first", rule="positive", aligned=True, clusters=clusters)
+@pytest.mark.parametrize("dim", [20000, 20001, 65537])
+def test_project_align_long_rows(dtype, dim, device, code):
+    clusters, before = clusters_serve(device, code), launches()
+    project_align_case(dtype, 1, dim, order="align_first", rule="positive", aligned=True)
+    in_registers = clusters and dim * (1 if dim % 2 == 0 else 2) * (dtype.itemsize // 4) <= 131072
+    assert launches() - before == (1 if in_registers else 2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dim", [131072, 131073])
+def test_project_align_longest_row_of_a_cluster(dim):
+    before = launches()
+    project_align_case(torch.float32, 2, dim, order="project_first", rule="full", aligned=True)
+    assert launches() - before == (1 if dim == 131072 else 2)
+
+
+@pytest.mark.slow
+def test_project_align_row_of_millions():
+    """Its parts are several steps long each, and their sums as accurate as plain PyTorch's."""
+    project_align_case(torch.float32, 1, 5_000_003, order="align_first", rule="full", aligned=True)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -181,46 +214,59 @@ def test_project_align_shows_what_is_not_finite(place, value, rule):
 
 
 SurgeryHead = struct("""
-    i32: dtype
+    i32: dtype expert
     ptr: features teacher_features text_features
     i64: features_stride teacher_stride text_stride
-    ptr: labels image_weight teacher_weight text_weight image_bias teacher_bias text_bias
+    ptr: labels offsets image_weight teacher_weight text_weight image_bias teacher_bias text_bias
     i64: batch dim
-    f64: reference_batch_size
-    ptr: losses logits residuals head_grads workspace
+    f64: reference_batch_size distillation
+    ptr: losses logits residuals head_grads differences workspace
 """)
 SurgeryHeadBackward = struct("""
     i32: dtype order
     ptr: residuals image_weight teacher_weight text_weight image_scale alignment_scale
+    ptr: differences distillation_scale
     i64: batch dim
-    f64: reference_batch_size eps
+    f64: reference_batch_size eps distillation
     ptr: grad_features
     i32: wide
 """)
 
 
 def surgery_head_case(
-    dtype, batch, dim, *, reference_batch_size=None, order="align_first", with_text=True, shift=0
+    dtype,
+    batch,
+    dim,
+    *,
+    reference_batch_size=None,
+    order="align_first",
+    with_text=True,
+    expert=False,
+    distillation=0.0,
+    shift=0,
 ):
     wide = compute(dtype)
     features, teacher, text = (make(batch, dim, dtype=dtype, seed=i, shift=shift) for i in range(3))
     text = text if with_text else None
     labels = (torch.arange(batch) % 2).to(wide)
+    offsets = make(batch, dtype=wide, seed=9) if expert else None
     weights = [make(1, dim, dtype=wide, seed=3 + i) * dim**-0.5 for i in range(3)]
     biases = [make(1, dtype=wide, seed=6 + i) for i in range(3)]
     if not with_text:
         weights[2] = biases[2] = None
-    losses, logits, residuals = (nans(*shape, dtype=wide) for shape in [(3,), (3, batch), (3, batch)])
+    losses, logits, residuals = (nans(*shape, dtype=wide) for shape in [(4,), (3, batch), (3, batch)])
     head_grads = nans(2, dim + 1, dtype=wide)
+    differences = nans(batch * dim + shift, dtype=dtype)[shift:] if distillation else None
     LIBRARY.c_surgery_head_workspace.restype = c_int64
     workspace = nans(LIBRARY.c_surgery_head_workspace(c_int64(batch), c_int64(dim)), dtype=wide)
 
     before = launches()
     matrices = [features, teacher, text]
     arguments = SurgeryHead(
-        DTYPES.index(dtype), *map(pointer, matrices), *map(stride, matrices), pointer(labels),
-        *map(pointer, weights), *map(pointer, biases), batch, dim, reference_batch_size or 0,
-        *map(pointer, [losses, logits, residuals, head_grads, workspace]),
+        DTYPES.index(dtype), expert, *map(pointer, matrices), *map(stride, matrices), pointer(labels),
+        pointer(offsets), *map(pointer, weights), *map(pointer, biases), batch, dim,
+        reference_batch_size or 0, distillation,
+        *map(pointer, [losses, logits, residuals, head_grads, differences, workspace]),
     )  # fmt: skip
     call("surgery_head", arguments)
     assert launches() - before <= 2
@@ -228,7 +274,9 @@ def surgery_head_case(
     def forward(to):
         heads = [None if t is None else t.to(to) for pair in zip(weights, biases) for t in pair]
         tensors = [None if t is None else t.to(to) for t in matrices]
-        return reference.surgery_head(*tensors, labels.to(to), *heads, reference_batch_size)
+        return reference.surgery_head(
+            *tensors, labels.to(to), *heads, reference_batch_size, expert, offsets, distillation
+        )
 
     results = losses, logits, residuals, head_grads
     exact = forward(torch.float64)
@@ -236,13 +284,16 @@ def surgery_head_case(
         ["losses", "logits", "residuals", "head_grads"], results, exact, forward(wide)
     ):
         check(result, e, p, size=1.0, what=f"{name} {dtype} {batch}x{dim}")
+    if distillation:
+        differences = differences.view(batch, dim)
+        assert torch.equal(differences, (features.to(wide) - teacher.to(wide)).to(dtype))
 
-    scales = torch.tensor([3.0, 0.7], dtype=wide)
+    scales = torch.tensor([3.0, 0.7, 2.0], dtype=wide)
     out = nans(batch * dim + shift, dtype=dtype)[shift:]
     arguments = SurgeryHeadBackward(
         DTYPES.index(dtype), ORDERS.index(order), pointer(residuals), *map(pointer, weights), pointer(scales),
-        pointer(scales[1:]), batch, dim, reference_batch_size or 0, 1e-6, pointer(out),
-        wide == torch.float64,
+        pointer(scales[1:]), pointer(differences), pointer(scales[2:]), batch, dim, reference_batch_size or 0,
+        1e-6, distillation, pointer(out), wide == torch.float64,
     )  # fmt: skip
     before = launches()
     call("surgery_head_backward", arguments)
@@ -254,9 +305,12 @@ def surgery_head_case(
         return reference.surgery_head_backward(
             residuals.to(to),
             *heads,
-            *scales.to(to),
+            *scales[:2].to(to),
             order=order,
             reference_batch_size=reference_batch_size,
+            differences=differences,
+            distillation_scale=scales[2],
+            distillation=distillation,
             **options,
         )
 
@@ -272,12 +326,20 @@ def surgery_head_case(
 )
 def test_surgery_head_shapes(dtype, shape):
     surgery_head_case(dtype, *shape)
+    surgery_head_case(dtype, *shape, expert=True, distillation=0.3, shift=1)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("shape", [(5, 65537), (1100, 8)], ids=["read twice", "several rows to a team"])
+@pytest.mark.parametrize("shape", [(5, 65537), (1400, 8)], ids=["read twice", "several rows to a team"])
 def test_surgery_head_large(shape):
-    surgery_head_case(torch.float32, *shape)
+    surgery_head_case(torch.float32, *shape, expert=True, distillation=0.3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dim", [776, 777], ids=["staged", "in registers"])
+def test_surgery_head_rows_of_several_warps_one_after_the_other(dim):
+    """A chunk has several rows and a row several warps: what they add up must not meet the next row's."""
+    surgery_head_case(torch.float32, 530, dim)
 
 
 @pytest.mark.parametrize("reference_batch_size", [None, 32])
@@ -287,6 +349,7 @@ def test_surgery_head_options(reference_batch_size, order, with_text):
     options = dict(reference_batch_size=reference_batch_size, order=order, with_text=with_text)
     surgery_head_case(torch.float32, 6, 64, **options)
     surgery_head_case(torch.bfloat16, 6, 64, shift=1, **options)
+    surgery_head_case(torch.float16, 6, 64, expert=True, distillation=0.3, **options)
 
 
 ListTensor = struct("""
@@ -385,13 +448,22 @@ def test_project_align_list_in_three_launches(dtype, last, shift):
     project_align_list_case([768, 16, 4096, 16, last], LAYERS, dtype, launched=3, shift=shift)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("chunks", "launched"), [(2, 1), (8, 1), (9, 3), (16, 3)])
+def test_project_align_list_of_so_many_chunks(chunks, launched):
+    """Of 8192 numbers each; a cluster has 8 blocks."""
+    sizes = [8192 * (chunks - 1), 100, 8092]
+    project_align_list_case(sizes, [0, 1, 0], torch.float32, launched=launched)
+
+
 def test_project_align_list_in_two_calls():
     project_align_list_case([768, 16, 4096, 16, 10000], LAYERS, torch.float32, launched=3, parts=2)
 
 
-def test_project_align_list_without_clusters():
-    LIBRARY.shim_set_clusters(False)
-    project_align_list_case([768, 16, 4096, 16, 20000], LAYERS, torch.float32, launched=3)
+@WITH_AND_WITHOUT_CLUSTERS
+def test_project_align_list_with_and_without_clusters(device, code):
+    launched = 1 if clusters_serve(device, code) else 3
+    project_align_list_case([768, 16, 4096, 16, 20000], LAYERS, torch.float32, launched=launched)
 
 
 @pytest.mark.slow
@@ -458,6 +530,25 @@ def test_tables_are_made_inside_a_captured_graph():
     assert LIBRARY.c_allocations() == held
     LIBRARY.shim_set_capturing(False)
     assert tensors.launches(stream) == 1
+
+
+@pytest.mark.parametrize("which", range(1, MAKE_TABLES + 3 + 1))
+def test_a_failed_launch_is_told_and_leaves_nothing_behind(which):
+    """Nothing half made is kept: the next call is right."""
+    LIBRARY.shim_set_clusters(False)
+    tensors, stream = List([20000, 5], [0, 0]), NEW_STREAM()
+    LIBRARY.shim_fail_launch(which)
+    with pytest.raises(AssertionError, match="invalid launch"):
+        tensors.launches(stream)
+    assert tensors.launches(stream) == 3 + (MAKE_TABLES if which <= MAKE_TABLES else 0)
+
+
+@pytest.mark.parametrize("which", [1, 2])
+def test_a_failed_launch_of_a_long_row_is_told(which):
+    LIBRARY.shim_set_clusters(False)
+    LIBRARY.shim_fail_launch(which)
+    with pytest.raises(AssertionError, match="invalid launch"):
+        project_align_case(torch.float32, 1, 20000, order="align_first", rule="full", aligned=True)
 
 
 @pytest.mark.slow

@@ -31,11 +31,15 @@ from dgs_kernels.triton import (
     spectral_entropy,
     surgery_adamw_,
     surgery_head,
+    surgery_head_backward,
 )
 
 TYPES = {torch.float32: "fp32", torch.float64: "fp64", torch.bfloat16: "bf16", torch.float16: "fp16"}
 # Counts that are no multiple of 16, unlike the sizes and strides of an aligned matrix.
-COUNTS = ("rows", "columns", "batch", "chunk_rows", "program_rows", "programs", "tensors", "chunks")
+COUNTS = (
+    *("rows", "columns", "batch", "chunk_rows", "program_rows", "programs", "tensors", "parts"),
+    *("order", "rule", "maximize"),
+)
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
@@ -72,79 +76,96 @@ def _run(tool: str, *arguments: str) -> str:
     return subprocess.run([TOOLS / tool, *arguments], capture_output=True, text=True, check=True).stdout
 
 
-def project_align_code(dtype: torch.dtype, dim: int, order: int, rule: int, capability: int) -> dict:
-    pointer, double = "*" + TYPES[dtype], dtype == torch.float64
-    types = dict.fromkeys(("grad_ptr", "harmful_ptr", "beneficial_ptr", "out_ptr"), pointer)
-    types |= dict.fromkeys(("rows", "dim", "grad_stride", "harmful_stride", "beneficial_stride"), "i32")
-    types |= {"scale_ptr": "*fp64" if double else "*fp32", "alignment": "fp64", "eps": "fp64"}
-    constants = {"ORDER": order, "RULE": rule, "ACC": tl.float64 if double else tl.float32}
-    if (shape := project_align.launch_shape(1 << 20, dim, dtype)) is None:
-        kernel, constants, warps = (
-            project_align._long_row_kernel,
-            constants | {"DIM": dim, "BLOCK": project_align.CHUNK},
-            8,
-        )
-    else:
-        kernel, constants = project_align._row_kernel, constants | shape[1]
-        warps = constants.pop("num_warps")
-    return machine_code(kernel, types, constants, capability, warps)
-
-
 def project_align_codes(capability: int) -> Iterator[tuple[str, dict]]:
-    cases = [
-        (torch.bfloat16, 768, 0, 0),
-        (torch.float64, 8192, 1, 2),
-        (torch.float32, 16384, 1, 0),
-        (torch.bfloat16, 65536, 0, 2),
-    ]
-    for dtype, dim, order, rule in cases:
-        code = project_align_code(dtype, dim, order, rule, capability)
-        yield f"{TYPES[dtype]} {dim} order {order} rule {rule}", code
+    sizes = ("rows", "dim", "part_size", "parts", "grad_stride", "harmful_stride", "beneficial_stride")
+    for dtype, dim in (
+        (torch.bfloat16, 768),
+        (torch.float64, 8192),
+        (torch.float32, 16384),
+        (torch.bfloat16, 65536),
+    ):
+        pointer, wide = "*" + TYPES[dtype], "fp64" if dtype == torch.float64 else "fp32"
+        types = dict.fromkeys(("grad_ptr", "harmful_ptr", "beneficial_ptr", "out_ptr"), pointer)
+        types |= dict.fromkeys((*sizes, "order", "rule"), "i32")
+        types |= dict.fromkeys(("scale_ptr", "partials_ptr"), "*" + wide)
+        types |= {"alignment": "fp64", "eps": "fp64"}
+        constants = {"ACC": tl.dtype(wide)}
+        if shape := project_align.launch_shape(1 << 20, dim, dtype):
+            kernels = {"rows": project_align._row_kernel}
+            constants |= shape[1]
+        else:
+            kernels = {"sums": project_align._part_sums_kernel, "parts": project_align._part_kernel}
+            constants |= {"BLOCK": project_align.CHUNK, "num_warps": 8}
+        warps = constants.pop("num_warps")
+        for name, kernel in kernels.items():
+            yield f"{name} {TYPES[dtype]} {dim}", machine_code(kernel, types, constants, capability, warps)
+
+
+# Arguments of surgery_head that are None, or constants: with captions as published, without, with an expert.
+HEAD_OPTIONS = {
+    "captions": {"offsets_ptr": None, "differences_ptr": None, "EXPERT": False},
+    "no captions": {"offsets_ptr": None, "differences_ptr": None, "EXPERT": False}
+    | dict.fromkeys(("text_ptr", "text_weight_ptr", "text_bias_ptr")),
+    "expert": {"EXPERT": True},
+}
+HEAD_CASES = (
+    (torch.bfloat16, 768, HEAD_OPTIONS),
+    (torch.float32, 1024, ["captions"]),
+    (torch.float32, 4096, ["captions", "expert"]),
+    (torch.bfloat16, 8192, HEAD_OPTIONS),
+)
 
 
 def surgery_head_codes(capability: int) -> Iterator[tuple[str, dict]]:
     sizes = ("batch", "dim", "chunk_rows", "features_stride", "teacher_stride", "text_stride")
-    for dtype, dim in (
-        (torch.bfloat16, 768),
-        (torch.float32, 1024),
-        (torch.float32, 4096),
-        (torch.bfloat16, 8192),
+    for dtype, dim, option in (
+        (dtype, dim, option) for dtype, dim, options in HEAD_CASES for option in options
     ):
         types = defaultdict(lambda: "*fp32", dict.fromkeys(sizes, "i32"))
-        types |= dict.fromkeys(("features_ptr", "teacher_ptr", "text_ptr"), "*" + TYPES[dtype])
-        constants = {"ACC": tl.float32}
+        matrices = ("features_ptr", "teacher_ptr", "text_ptr", "differences_ptr")
+        types |= dict.fromkeys(matrices, "*" + TYPES[dtype])
+        constants = HEAD_OPTIONS[option] | {"ACC": tl.float32}
         kernels = {}
         if shape := surgery_head.launch_shape(dim, dtype):
             kernels["rows"] = (surgery_head._row_kernel, shape | constants)
         else:
             long = constants | {"BLOCK": surgery_head.CHUNK}
             kernels["long rows"] = (surgery_head._long_row_kernel, long | {"num_warps": 8})
-            kernels["weighted sums"] = (surgery_head._weighted_sums_kernel, long | {"num_warps": 4})
+            if option != "expert":  # which is no matter of this kernel
+                kernels["weighted sums"] = (surgery_head._weighted_sums_kernel, long | {"num_warps": 4})
         for name, (kernel, constants) in kernels.items():
             warps = constants.pop("num_warps")
-            yield f"{name} {TYPES[dtype]} {dim}", machine_code(kernel, types, constants, capability, warps)
+            constants = {n: value for n, value in constants.items() if n in kernel.arg_names}
+            code = machine_code(kernel, types, constants, capability, warps)
+            yield f"{name} {TYPES[dtype]} {dim} {option}", code
+    yield from surgery_head_backward_codes(capability)
+
+
+def surgery_head_backward_codes(capability: int) -> Iterator[tuple[str, dict]]:
     types = defaultdict(lambda: "*fp32", {"batch": "i32", "dim": "i32", "program_rows": "i32", "eps": "fp64"})
-    types |= {"mean": "fp64", "reference_mean": "fp64", "out_ptr": "*bf16"}
-    constants = surgery_head.backward_shape(768) | {
-        "ACC": tl.float32,
-        "PROJECT_FIRST": 0,
-        "products_ptr": None,
-    }
-    warps = constants.pop("num_warps")
-    yield (
-        "backward bf16 768",
-        machine_code(surgery_head._backward_kernel, types, constants, capability, warps),
-    )
+    types |= dict.fromkeys(("mean", "reference_mean", "distillation_mean"), "fp64")
+    types |= dict.fromkeys(("out_ptr", "differences_ptr"), "*bf16")
+    for option, given in {
+        "captions": {"products_ptr": None, "differences_ptr": None, "distillation_scale_ptr": None},
+        "no captions": {"products_ptr": None, "text_weight_ptr": None},
+        "long rows": {},
+    }.items():
+        constants = surgery_head_backward.launch_shape(768) | {"ACC": tl.float32, "PROJECT_FIRST": 0} | given
+        warps = constants.pop("num_warps")
+        code = machine_code(surgery_head_backward._backward_kernel, types, constants, capability, warps)
+        yield f"backward bf16 768 {option}", code
+    constants = {"ACC": tl.float32, "BLOCK": surgery_head_backward.PROGRAM_COLUMNS}
+    code = machine_code(surgery_head_backward._products_kernel, types, constants, capability, 4)
+    yield "products fp32", code
 
 
 def layer_codes(kernels: dict, capability: int) -> Iterator[tuple[str, dict]]:
     """Kernels over lists of aligned tensors without tails; the tables hold int64 numbers."""
     for dtype in (torch.bfloat16, torch.float32):
         types = defaultdict(lambda: "fp64", dict.fromkeys(("partials_ptr", "sums_ptr", "scale_ptr"), "*fp32"))
-        types |= {"table_ptr": "*i64", "chunks_ptr": "*i64", "tensors": "i32", "chunks": "i32"}
+        types |= dict.fromkeys(("tensors", "order", "rule", "maximize"), "i32") | {"table_ptr": "*i64"}
         constants = {"HAS_BENEFICIAL": True, "ALIGNED": True, "TAILS": False, "CHUNK": project_align_.CHUNK}
-        constants |= {"ORDER": 0, "RULE": 0, "MAXIMIZE": False, "ACC": tl.float32}
-        constants["TYPE"] = project_align_.POINTERS[dtype]
+        constants |= {"TYPE": project_align_.POINTERS[dtype], "ACC": tl.float32}
         for name, kernel in kernels.items():
             used = {n: value for n, value in constants.items() if n in kernel.arg_names}
             code = machine_code(kernel, types, used, capability, project_align_.WARPS)
@@ -158,8 +179,8 @@ def project_align__codes(capability: int) -> Iterator[tuple[str, dict]]:
 
 def objectives_codes(kernel, counts, shape, capability: int) -> Iterator[tuple[str, dict]]:
     for dtype, count in itertools.product((torch.bfloat16, torch.float32), counts):
-        types = defaultdict(lambda: "*fp32", {"table_ptr": "*i64", "chunks_ptr": "*i64"})
-        types |= {"tensors": "i32", "chunks": "i32", "weights_stride": "i32"}
+        types = defaultdict(lambda: "*fp32", {"table_ptr": "*i64", "tensors": "i32"})
+        types |= {"chunks": "i32", "weights_stride": "i32"}
         constants = {"COUNT": count, "ALIGNED": True, "TAILS": False, "CHUNK": project_align_.CHUNK}
         constants |= {"TYPE": project_align_.POINTERS[dtype], "ACC": tl.float32} | shape(count)
         code = machine_code(kernel, types, constants, capability, project_align_.WARPS)
