@@ -94,7 +94,7 @@ def project_align_(
     scale = None
     if isinstance(alignment, Tensor):
         alignment, scale = 1.0, alignment
-    layers, count = number_layers(groups, len(grads))
+    layers, count = number_layers("project_align_", groups, len(grads))
     device = grads[0].device if len(grads) else None
     sums = torch.zeros(count, SUMS, dtype=sums_dtype(grads[:1]), device=device)
     lists = (list(grads), list(harmful), list(beneficial or ()))
@@ -119,12 +119,12 @@ def sums_dtype(*lists: Sequence[Tensor]) -> torch.dtype:
     return torch.float64 if torch.float64 in types else torch.float32
 
 
-def number_layers(groups: Sequence[int] | None, count: int) -> tuple[list[int], int]:
-    """Layer numbers 0..G-1 in order of first appearance, and G."""
+def number_layers(name: str, groups: Sequence[int] | None, count: int) -> tuple[list[int], int]:
+    """Layer numbers 0..G-1 in order of first appearance, and G; `name` is the operator's, for the message."""
     if groups is None:
         return list(range(count)), count
     if len(groups) != count:
-        raise ValueError(f"project_align_: groups must name the layer of {count} tensors, got {len(groups)}")
+        raise ValueError(f"{name}: groups must name the layer of {count} tensors, got {len(groups)}")
     numbers: dict[int, int] = {}
     layers = [numbers.setdefault(group, len(numbers)) for group in groups]
     return layers, len(numbers)
@@ -142,25 +142,8 @@ def check(name, grads, harmful, beneficial, groups, sums, scale, eps, order, rul
         raise ValueError(f"{name}: eps must be > 0, got {eps}")
     lists = [("grads", grads), ("harmful", harmful)] + ([("beneficial", beneficial)] if beneficial else [])
     for what, tensors in lists:
-        if len(tensors) != len(grads):
-            raise ValueError(
-                f"{name}: {what} must have {len(grads)} tensors as grads has, got {len(tensors)}"
-            )
-        if not all(map(Tensor.is_same_size, tensors, grads)):
-            i = next(i for i, (t, g) in enumerate(zip(tensors, grads)) if t.shape != g.shape)
-            raise ValueError(
-                f"{name}: {what}[{i}] must have shape {tuple(grads[i].shape)} as grads[{i}], "
-                f"got {tuple(tensors[i].shape)}"
-            )
-        for device, dtype, layout in set(map(_KIND, tensors)):
-            if device != sums.device:
-                raise ValueError(f"{name}: {what} has a tensor on {device}; all must be on {sums.device}")
-            if dtype not in DTYPES:
-                raise TypeError(f"{name}: {what} must be of {', '.join(map(str, DTYPES))}, got {dtype}")
-            if layout != torch.strided:
-                raise TypeError(f"{name}: {what} must be dense tensors, not sparse ones")
-    if len(groups) != len(grads) or (groups and not 0 <= min(groups) <= max(groups) < len(sums)):
-        raise ValueError(f"{name}: groups must hold a number in 0..{len(sums) - 1} for each of the tensors")
+        check_list(name, what, tensors, "grads", grads, sums.device)
+    check_groups(name, groups, len(grads), len(sums))
     if sums.dim() != 2 or sums.shape[1] != SUMS:
         raise ValueError(f"{name}: sums must be [G, {SUMS}], got {tuple(sums.shape)}")
     if scale is not None and (scale.dim() != 0 or scale.device != sums.device):
@@ -168,6 +151,32 @@ def check(name, grads, harmful, beneficial, groups, sums, scale, eps, order, rul
             f"{name}: alignment must be a number or a 0-dim tensor on {sums.device}, "
             f"got shape {tuple(scale.shape)} on {scale.device}"
         )
+
+
+def check_list(name, what, tensors, model_name, model, device) -> None:
+    """Tensors of the model's shapes, dense, on this device, of types that kernels read."""
+    if len(tensors) != len(model):
+        raise ValueError(
+            f"{name}: {what} must have {len(model)} tensors as {model_name} has, got {len(tensors)}"
+        )
+    if not all(map(Tensor.is_same_size, tensors, model)):
+        i = next(i for i, (t, m) in enumerate(zip(tensors, model)) if t.shape != m.shape)
+        raise ValueError(
+            f"{name}: {what}[{i}] must have shape {tuple(model[i].shape)} as {model_name}[{i}], "
+            f"got {tuple(tensors[i].shape)}"
+        )
+    for its_device, dtype, layout in set(map(_KIND, tensors)):
+        if its_device != device:
+            raise ValueError(f"{name}: {what} has a tensor on {its_device}; all must be on {device}")
+        if dtype not in DTYPES:
+            raise TypeError(f"{name}: {what} must be of {', '.join(map(str, DTYPES))}, got {dtype}")
+        if layout != torch.strided:
+            raise TypeError(f"{name}: {what} must be dense tensors, not sparse ones")
+
+
+def check_groups(name, groups, count, num_groups) -> None:
+    if len(groups) != count or (groups and not 0 <= min(groups) <= max(groups) < num_groups):
+        raise ValueError(f"{name}: groups must hold a number in 0..{num_groups - 1} for each of the tensors")
 
 
 def common_layout(dtype: torch.dtype, tensors: Sequence[Tensor], like: Sequence[Tensor]) -> list[Tensor]:
