@@ -71,7 +71,7 @@ class GradientCapture:
         # DDP with gradient_as_bucket_view points .grad into buckets that the next backward overwrites.
         shared = dist.is_available() and dist.is_initialized() and not any(map(_is_sharded, params))
         task = [p.grad.clone() if shared and p.grad is not None else p.grad for p in params]
-        before = {p: _stamp(g) for p, g in captured.items()}
+        before = {p: stamp(g) for p, g in captured.items()}
         self._open = context
         try:
             for p in params:
@@ -94,7 +94,7 @@ class GradientCapture:
                 )
             captured[p] = grad.clone() if shared and captured.get(p) is not grad else grad
         self._check_unreduced()
-        if all(before.get(p) == _stamp(g) for p, g in arrived.items()):
+        if all(before.get(p) == stamp(g) for p, g in arrived.items()):
             raise RuntimeError(
                 f"{context}: no gradient of this optimizer's parameters arrived; call backward() inside, on "
                 "a loss that depends on them"
@@ -159,8 +159,10 @@ class GradientCapture:
             return dict.fromkeys(places, "model")
         return {p: name.rpartition(".")[0] for p, name in names.items()}
 
-    def _release(self) -> dict[Hashable, dict[Tensor, Tensor]]:
-        """What was captured for this step, unscaled, and forget it; {} if nothing was, or it overflowed."""
+    # Using what was captured ------------------------------------------------------------------------------
+
+    def _release(self, unscale: bool = True) -> dict[Hashable, dict[Tensor, Tensor]]:
+        """What was captured for this step, and forget it; {} if nothing was, or it overflowed."""
         if self._open:
             raise RuntimeError(f"optimizer.step() inside {self._open}: leave the context first")
         if self._captured:
@@ -168,7 +170,11 @@ class GradientCapture:
         self._forget_skipped_step()
         captured = dict(self._captured)
         self.clear()
-        if captured and not self._unscale([g for grads in captured.values() for g in grads.values()]):
+        if (
+            unscale
+            and captured
+            and not self._unscale([g for grads in captured.values() for g in grads.values()])
+        ):
             for p in self.parameters():
                 p.grad = None  # so that the optimizer leaves everything as it is: a skipped step
             return {}
@@ -246,7 +252,7 @@ def _is_sharded(x: Tensor) -> bool:
     return hasattr(x, "device_mesh")
 
 
-def _stamp(x: Tensor) -> tuple[int, int]:
+def stamp(x: Tensor) -> tuple[int, int]:
     """What changes when a tensor is written or replaced."""
     return id(x), local(x)._version
 
