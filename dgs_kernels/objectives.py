@@ -188,8 +188,8 @@ class ObjectiveSurgery(BeforeStep):
         """
         if any(p.grad is not None and stamp(p.grad) == made for p, made in self._combined.items()):
             raise RuntimeError(
-                "objective() after combine(): .grad waits for a step; with micro-batches name the objectives, "
-                "objective(name), and call combine() after the last"
+                "objective() after combine(): .grad waits for a step; with micro-batches name the objectives "
+                "and call combine() after the last"
             )
         self._forget_skipped_step()
         running = self.mode == "running"

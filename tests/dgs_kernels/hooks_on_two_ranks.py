@@ -85,7 +85,7 @@ def one_forward(kind, rank, task_first, **options):
         else:
             predictions = model(torch.cat([mine.x, mine.x_harmful, mine.x_beneficial]))[0].chunk(3)
             losses = [task_loss(predictions[0], mine), *map(reference_loss, predictions[1:])]
-            contexts = [contextlib.nullcontext, hook.surgery.harmful, hook.surgery.beneficial]
+            contexts = [contextlib.nullcontext, *hook.contexts()]
             for loss, context in sorted(
                 zip(losses, contexts), key=lambda pair: (pair[0] is losses[0]) != task_first
             ):
