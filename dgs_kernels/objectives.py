@@ -410,6 +410,10 @@ def _end_to_end(folds: list[ObjectiveMetrics]) -> ObjectiveMetrics | None:
     """The metrics of a running sum: an entry for each objective that joined it, and layer."""
     if not folds:
         return None
+    last = folds[-1]
+    if last.objectives[0] == TASK:  # it came last, but is the first so that its tensors stay in .grad
+        flipped = last.gramian.flip(1, 2), last.weights.flip(1)
+        folds = [*folds[:-1], ObjectiveMetrics(last.layers, [RUNNING_SUM, TASK], *flipped)]
     return ObjectiveMetrics(
         [f"{fold.objectives[1]}/{layer}" for fold in folds for layer in fold.layers],
         [RUNNING_SUM, "objective"],
