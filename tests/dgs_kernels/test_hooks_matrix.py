@@ -370,6 +370,54 @@ def test_two_ranks_refused(two_ranks, kind, loop, scenarios, remedy):
         is_refused(loop, kind, two_ranks[scenario, kind], remedy)
 
 
+@pytest.mark.parametrize(
+    "scenario", ["captured_ddp", "captured_without_the_wrapper", "captured_scaler_fsdp2"]
+)
+def test_every_loss_captured_on_two_ranks(two_ranks, scenario):
+    assert_same(two_ranks[scenario, "objectives"], plain("objectives"))
+
+
+@pytest.mark.parametrize(
+    "scenario, granularity",
+    [
+        ("captured_running_ddp", "tensor"),
+        ("captured_running_without_the_wrapper", "tensor"),
+        ("captured_running_fsdp2", "layer"),
+    ],
+)
+def test_running_sum_on_two_ranks(two_ranks, scenario, granularity):
+    model = Net()
+    hook = Hook("objectives", model, mode="running", weighting="pcgrad", granularity=granularity, model=model)
+    for number in range(STEPS):
+        hook.capture(model, batch(number))
+        hook.optimizer.step()
+        hook.optimizer.zero_grad()
+    assert_same(two_ranks[scenario, "objectives"], weights(model))
+
+
+def test_parameters_that_a_loss_reaches_on_one_rank_only(two_ranks):
+    """Gradients are means over ranks, zero where a rank has none; a parameter that no rank reaches rests."""
+    net = torch.nn.ModuleDict({name: torch.nn.Linear(2, 2) for name in ("both", "one")}).double()
+    for p in net.parameters():
+        torch.nn.init.constant_(p, 0.5)
+    params = list(net.parameters())
+    xs = [torch.tensor([1.0, 2.0 + rank], dtype=torch.float64) for rank in range(2)]
+
+    def gradients(routes):
+        hidden = [net["both"](x) for x in xs]
+        total = sum((net["one"](h) if route else h).square().sum() for h, route in zip(hidden, routes)) / 2
+        return list(torch.autograd.grad(total, params))
+
+    objectives = [gradients((True, False)), gradients((True, True))]
+    rows = tl.every_product(reference.gramian(objectives, [0] * 4)[0])
+    for p, grad in zip(params, reference.combine_(objectives[0], objectives, rows, [0] * 4)):
+        p.grad = grad
+    torch.optim.AdamW(params, lr=0.5, eps=0.5).step()
+    *reached, weight, bias = two_ranks["captured_on_some_ranks", "objectives"]
+    torch.testing.assert_close(reached, weights(net))
+    assert (weight == 0.5).all() and (bias == 0.5).all()
+
+
 @pytest.mark.parametrize("loop", ["fsdp2_no_sync", "fsdp2_scaler"])
 def test_features_do_not_care_how_gradients_are_reduced(two_ranks, loop):
     assert_same(two_ranks[loop, "features"], plain("features"))

@@ -89,8 +89,8 @@ class Hook:
             if kind == "parameters":
                 self.surgery = OptimizerSurgery(self.optimizer, alignment=ALIGNMENT, **options)
             elif kind == "objectives":
-                options = {"granularity": "tensor", **options}
-                self.surgery = ObjectiveSurgery(self.optimizer, every_product, **options)
+                options = {"weighting": every_product, "granularity": "tensor", **options}
+                self.surgery = ObjectiveSurgery(self.optimizer, **options)
 
     def contexts(self) -> list:
         """Where the backward of each reference loss runs."""
@@ -108,6 +108,12 @@ class Hook:
         directions = (b.harmful, b.beneficial) if self.kind == "features" else ()
         prediction, alignment_loss = model(b.x, *directions)
         return task_loss(prediction, b) + ALIGNMENT * alignment_loss
+
+    def capture(self, model, b: Batch, backward=torch.Tensor.backward, weight=1.0) -> None:
+        """Every loss as an objective, the task's too."""
+        with self.surgery.objective("task"):
+            backward(self.loss(model, b) * weight)
+        self.references(model, b, backward, weight)
 
     def backward(self, model, b: Batch, backward=torch.Tensor.backward, weight=1.0) -> None:
         self.references(model, b, backward, weight)
