@@ -6,8 +6,8 @@ What an implementation has to do (`dgs_kernels._native.gramian`, `dgs_kernels.tr
 
 objectives are K lists of T tensors one after the other (objective k's tensor i is objectives[k * T + i]),
 2 <= K <= 16, T >= 1, of one dtype and device, contiguous; tensor i has the same shape in every list (0
-numbers are possible). The tensors belong to G groups (layers): `groups[i]` in 0..G-1, in any order; a group may be
-empty. With X [K, D] the tensors of a group, end to end, as they are in each list, it writes all of
+numbers are possible). The tensors belong to G groups (layers): `groups[i]` in 0..G-1, in any order; a group
+may be empty. With X [K, D] the tensors of a group, end to end, as they are in each list, it writes all of
 
     out[G, K, K]:  out[g] = X X^T
 

@@ -290,9 +290,8 @@ def test_surgery_head_options(reference_batch_size, order, with_text):
 
 
 ListTensor = struct("""
-    ptr: grad harmful beneficial
     i64: numel group
-    ptr: param exp_avg exp_avg_sq
+    ptr: grad harmful beneficial param exp_avg exp_avg_sq
 """)
 TensorList = struct("""
     i32: dtype order rule part
