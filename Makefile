@@ -32,6 +32,7 @@ $(VENV)/.installed: $(NATIVE)
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $(SOURCES)
 
 format: install

@@ -57,7 +57,7 @@ def _implementation(operation: str, device_type: str, forced: str | None, case: 
         if reason := obstacle(forced, operation, device_type, case):
             raise BackendError(f"{VARIABLE}={forced} cannot serve {operation} on {device_type}: {reason}")
         return _load(forced, operation)
-    reasons = []
+    reasons: list[str] = []
     for backend in PREFERENCE.get(device_type, ("eager",)):
         reason = obstacle(backend, operation, device_type, case)
         if reason is None:

@@ -5,6 +5,7 @@ What `OptimizerSurgery` and `SurgeryAdamW` share.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
 import torch
@@ -109,16 +110,16 @@ class CapturedGradients(GradientCapture):
         self.alignment, self.eps, self.order, self.rule = alignment, eps, order, rule
         self._last: tuple[list[str], Tensor, float | Tensor] | None = None
 
-    def harmful(self):
+    def harmful(self) -> AbstractContextManager[None]:
         """A context: what `backward()` inside computes becomes the direction to remove; `.grad` stays."""
         return self._capture("harmful", "harmful()")
 
-    def beneficial(self):
+    def beneficial(self) -> AbstractContextManager[None]:
         """A context: what `backward()` inside computes becomes the direction to align with."""
         return self._capture("beneficial", "beneficial()")
 
     @property
-    def options(self) -> tuple:
+    def options(self) -> tuple[Tensor | None, float, float, str, str]:
         """The operators' arguments (scale, alignment, eps, order, rule)."""
         if isinstance(self.alignment, Tensor):
             return self.alignment, 1.0, self.eps, self.order, self.rule
@@ -181,14 +182,15 @@ class CapturedGradients(GradientCapture):
         whole = self.is_whole(work)
         sums = work.empty_sums() if whole else self.sums(work)
         for (device, _), shard in work.shards.items():
-            lists = (shard.grads, shard.harmful, shard.beneficial, shard.groups)
-            run(*lists, sums.to(device), *self.options, "all" if whole else "apply")
+            part = "all" if whole else "apply"
+            here = sums.to(device)
+            run(shard.grads, shard.harmful, shard.beneficial, shard.groups, here, *self.options, part)
         return sums
 
     def remember(self, work: Work | None, sums: Tensor | None) -> None:
         """Keep what metrics are computed from."""
         pull = self.alignment.detach().clone() if isinstance(self.alignment, Tensor) else self.alignment
-        self._last = None if work is None else (work.layers, sums, pull)
+        self._last = None if work is None or sums is None else (work.layers, sums, pull)
 
     def metrics(self) -> SurgeryMetrics | None:
         """What the last step's surgery did to each layer; None if it had nothing to do. Waits for nothing."""
@@ -206,5 +208,5 @@ class CapturedGradients(GradientCapture):
             cosine=gh / (gg.sqrt() * hh.sqrt()).clamp(min=tiny),
             removed=(2 * k * inner - k * k * hh) / energy.clamp(min=tiny),
             conflict=gh < 0,
-            alignment=abs(pull) * bb.sqrt() / gg.sqrt().clamp(min=tiny),
+            alignment=(pull * bb.sqrt()).abs() / gg.sqrt().clamp(min=tiny),
         )

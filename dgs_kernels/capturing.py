@@ -8,10 +8,15 @@ from __future__ import annotations
 import sys
 from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
+from types import FrameType
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 GRANULARITIES = ("tensor", "layer", "model")
 
@@ -47,7 +52,7 @@ class GradientCapture:
         self._layers: dict[Tensor, str] = {}
         self._ranks_checked = not check_ranks
         self._loss_scale: float | None = None
-        self._unscaled = _Unscaled()
+        self._unscaled: Any = _Unscaled()  # all of an optimiser that GradScaler asks for
         for param in self.parameters():
             self._layer(param)
 
@@ -122,7 +127,8 @@ class GradientCapture:
                 "parameters sharded by FSDP2 need model=, to check that no gradient waits unreduced"
             )
         for module in self.model.modules():
-            state = module._get_fsdp_state() if hasattr(module, "_get_fsdp_state") else None
+            find_state = getattr(module, "_get_fsdp_state", None)
+            state = None if find_state is None else find_state()
             groups = getattr(state, "_fsdp_param_groups", None) or [getattr(state, "_fsdp_param_group", None)]
             for param in (p for group in groups if group for p in group.fsdp_params):
                 waiting = getattr(getattr(param, "_unsharded_param", None), "grad", None)
@@ -240,7 +246,8 @@ class GradientCapture:
 
 
 def _called_by_scaler() -> bool:
-    frame, code = sys._getframe(), torch.amp.GradScaler.step.__code__
+    frame: FrameType | None = sys._getframe()
+    code = torch.amp.GradScaler.step.__code__
     while frame is not None:
         if frame.f_code is code:
             return frame.f_locals["self"].is_enabled()
@@ -248,7 +255,7 @@ def _called_by_scaler() -> bool:
     return False
 
 
-def _is_sharded(x: Tensor) -> bool:
+def _is_sharded(x: Tensor) -> TypeGuard[DTensor]:
     return hasattr(x, "device_mesh")
 
 

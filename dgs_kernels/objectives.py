@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -18,6 +19,7 @@ from dgs_kernels.weightings import NAMES, Weighting, weigh
 
 MODES = ("exact", "running")
 TASK, RUNNING_SUM = ".grad", "sum so far"
+Gradient = dict[Tensor, Tensor]  # of parameters
 BUCKETS = 32  # of a gradient's sketch
 REPEATED = 1e-4  # of the gradients' energy: a difference of 1% in norm, as bfloat16 rounds
 
@@ -80,7 +82,7 @@ class _Running:
 class _Part:
     """The gradients of K objectives that live on one device and are split over the same processes."""
 
-    lists: list[list]
+    lists: list[list[Any]]
     groups: list[int] = field(default_factory=list)
 
     def fill(self, shared: bool) -> None:
@@ -145,7 +147,7 @@ class ObjectiveSurgery(BeforeStep):
     def __init__(
         self,
         optimizer: torch.optim.Optimizer,
-        weighting: str | Weighting | Sequence[str | Weighting] = "pcgrad",
+        weighting: str | Weighting | list[str | Weighting] = "pcgrad",
         granularity: str = "model",
         *,
         mode: str = "exact",
@@ -240,12 +242,10 @@ class ObjectiveSurgery(BeforeStep):
         if not captured:
             return
         task = {p: p.grad for p in self.parameters() if p.grad is not None}
-        objectives = {TASK: task, **captured} if task else captured
-        if self.mode == "running" and None not in running.sketches.values():
-            sketches = {**running.sketches, **({TASK: _sketch(task)} if task else {})}
-            rows = torch.stack(list(sketches.values()))
-            self._check_repeated(rows @ rows.T, list(sketches))
-        merged, found = self._merge(objectives, scale)
+        if self.mode == "running":
+            self._check_sketches(running.sketches, task)
+        fresh = [name for name in captured if name != RUNNING_SUM]
+        merged, found = self._merge({TASK: task, **captured} if task else captured, fresh, scale)
         for p, grad in merged.items():
             p.grad = grad
         self._last = found
@@ -255,73 +255,76 @@ class ObjectiveSurgery(BeforeStep):
     @torch.no_grad()
     def _fold(self, name: str) -> None:
         """Let what was captured join the running sum."""
-        alone, found = self._merge({name: self._captured.pop(name)})
+        alone, _ = self._merge({name: self._captured.pop(name)}, [name])
         self._running.sketches[name] = None if self._numbers_checked else _sketch(alone)
         total = self._captured.pop(RUNNING_SUM, None)
         if total is not None:
             alone, found = self._merge({RUNNING_SUM: total, name: alone})
-            self._running.folds.append(found)
+            self._running.folds += [found] if found else []
         self._captured[RUNNING_SUM] = alone
 
     def _merge(
-        self, objectives: dict[str, dict[Tensor, Tensor]], scale: float = 1.0
-    ) -> tuple[dict[Tensor, Tensor], ObjectiveMetrics | None]:
+        self, objectives: dict[str, Gradient], fresh: Sequence[str] = (), scale: float = 1.0
+    ) -> tuple[Gradient, ObjectiveMetrics | None]:
         """One gradient of K, written where the first one's tensors are, and what was found on the way.
 
-        `scale` is what the gradients were multiplied with; weightings shall not see it.
+        `fresh` are those that `process_group` has still to average. `scale` is what all gradients were
+        multiplied with; weightings shall not see it.
         """
-        names, merged = list(objectives), {}
-        numbers: dict[str, int] = {}
-        parts: dict[tuple, _Part] = {}
-        for p in self._reached(list(objectives.values())):
-            grads = [of.get(p) for of in objectives.values()]
-            layer = self._layer(p)
-            if grads[0] is None:
-                grads[0] = torch.zeros_like(next((g for g in grads if g is not None), p))
-            elif grads[0].layout != torch.strided:
-                raise TypeError(f"the gradient of {layer} is sparse; surgery needs dense gradients")
-            merged[p] = grads[0]
-            mine, meshes = place(grads[0], layer)
-            part = parts.setdefault((mine.device, meshes), _Part([[] for _ in names]))
-            part.groups.append(numbers.setdefault(layer, len(numbers)))
-            for tensors, grad in zip(part.lists, grads):
-                tensors.append(None if grad is None else local(grad))
-        for part in parts.values():
-            part.fill(shared=self.process_group is None)
+        names = list(objectives)
+        merged, parts, layers = self._parts(list(objectives.values()))
         if self.process_group is not None:
-            self._average(names, parts)
+            for part in parts.values():
+                for name, tensors in zip(names, part.lists):
+                    if name in fresh:
+                        average(tensors, self.process_group)
         if len(names) == 1:
             return merged, None
-        products = self._gramian(parts, len(numbers), len(names)) / scale**2
+        products = self._gramian(parts, len(layers), len(names)) / scale**2
         if self.mode == "exact":
             self._check_repeated(products.sum(0), names)
-        self._check_ranks({name: norms for name, norms in zip(names, products.diagonal(dim1=1, dim2=2).T)})
-        weights = self._weights(list(numbers), products)
+        self._check_ranks(dict(zip(names, products.diagonal(dim1=1, dim2=2).T)))
+        weights = self._weights(layers, products)
         for (device, _), part in parts.items():
             mine = weights if len(parts) == 1 else weights[list(dict.fromkeys(part.groups))]
             combine_(part.lists[0], part.lists, mine.to(device), groups=part.groups)
-        return merged, ObjectiveMetrics(list(numbers), names, products, weights)
+        return merged, ObjectiveMetrics(layers, names, products, weights)
 
-    def _reached(self, captured: list[dict[Tensor, Tensor]]) -> list[Tensor]:
+    def _parts(self, objectives: list[Gradient]) -> tuple[Gradient, dict[tuple, _Part], list[str]]:
+        """The first gradient, whole; all of them by device and mesh dimensions; and the names of G layers."""
+        whole: Gradient = {}
+        numbers: dict[str, int] = {}
+        parts: dict[tuple, _Part] = {}
+        for p in self._reached(objectives):
+            first, *others = (grads.get(p) for grads in objectives)
+            layer = self._layer(p)
+            if first is None:
+                first = torch.zeros_like(next((g for g in others if g is not None), p))
+            elif first.layout != torch.strided:
+                raise TypeError(f"the gradient of {layer} is sparse; surgery needs dense gradients")
+            whole[p] = first
+            mine, meshes = place(first, layer)
+            part = parts.setdefault((mine.device, meshes), _Part([[] for _ in objectives]))
+            part.groups.append(numbers.setdefault(layer, len(numbers)))
+            for tensors, grad in zip(part.lists, (first, *others)):
+                tensors.append(None if grad is None else local(grad))
+        for part in parts.values():
+            part.fill(shared=self.process_group is None)
+        return whole, parts, list(numbers)
+
+    def _reached(self, objectives: list[Gradient]) -> list[Tensor]:
         """The parameters that a loss has reached: in `process_group`, on any rank."""
         params = self.parameters()
-        reached = [any(p in grads for grads in captured) for p in params]
+        reached = [any(p in grads for grads in objectives) for p in params]
         if self.process_group is not None:
             anywhere = torch.tensor(reached, dtype=torch.uint8, device=params[0].device)
             dist.all_reduce(anywhere, dist.ReduceOp.MAX, self.process_group)
             reached = anywhere.tolist()
         return [p for p, is_reached in zip(params, reached) if is_reached]
 
-    def _average(self, names: list[str], parts: dict[tuple, _Part]) -> None:
-        """Over `process_group`, what has been captured and not averaged before."""
-        for part in parts.values():
-            for name, tensors in zip(names, part.lists):
-                if name not in (TASK, RUNNING_SUM):
-                    average(tensors, self.process_group)
-
     def _gramian(self, parts: dict[tuple, _Part], layers: int, count: int) -> Tensor:
         """[G, K, K], added up over devices and processes."""
-        total = None
+        total: Tensor | None = None
         for (_, meshes), part in parts.items():
             products = gramian(part.lists, groups=part.groups)
             for mesh, dim in meshes:
@@ -331,10 +334,11 @@ class ObjectiveSurgery(BeforeStep):
             if total is None:
                 total = products.new_zeros(layers, count, count, dtype=torch.float64)
             total[list(dict.fromkeys(part.groups))] += products.to(total)
+        assert total is not None, "a gradient was captured"
         return total
 
     def _weights(self, layers: list[str], products: Tensor) -> Tensor:
-        if not isinstance(self.weighting, (list, tuple)):
+        if not isinstance(self.weighting, list):
             return weigh(self.weighting, products, self.generator)
         every = self._all_layers()
         rows = [
@@ -348,9 +352,17 @@ class ObjectiveSurgery(BeforeStep):
 
     # What cannot be right --------------------------------------------------------------------------------
 
+    def _check_sketches(self, sketches: dict[str, Tensor | None], task: Gradient) -> None:
+        """What `_check_repeated` does, where the gradients themselves are gone."""
+        kept = {name: sketch for name, sketch in sketches.items() if sketch is not None}
+        if len(kept) == len(sketches):
+            kept = {TASK: _sketch(task), **kept} if task else kept
+            rows = torch.stack(list(kept.values()))
+            self._check_repeated(rows @ rows.T, list(kept))
+
     def _check_weighting(self) -> None:
         layers = self._all_layers()
-        each = self.weighting if isinstance(self.weighting, (list, tuple)) else [self.weighting]
+        each = self.weighting if isinstance(self.weighting, list) else [self.weighting]
         for weighting in each:
             if not callable(weighting) and weighting not in NAMES:
                 raise ValueError(
@@ -396,14 +408,14 @@ class ObjectiveSurgery(BeforeStep):
                 )
 
 
-def _sketch(grads: dict[Tensor, Tensor]) -> Tensor:
+def _sketch(grads: Gradient) -> Tensor:
     """Sums of a gradient's numbers in a few buckets: linear, and equal only of equal gradients."""
-    rows = []
-    for grad in grads.values():
-        flat = local(grad).reshape(-1)
-        rows.append(nn.functional.pad(flat, (0, -len(flat) % BUCKETS)).view(-1, BUCKETS))
-    sums = [row.sum(0, dtype=torch.float64) for row in rows]
-    return sum(s.to(sums[0].device) for s in sums)
+    flat = [local(grad).reshape(-1) for grad in grads.values()]
+    total = torch.zeros(BUCKETS, dtype=torch.float64, device=flat[0].device)
+    for numbers in flat:
+        rows = nn.functional.pad(numbers, (0, -len(numbers) % BUCKETS)).view(-1, BUCKETS)
+        total += rows.sum(0, dtype=torch.float64).to(total.device)
+    return total
 
 
 def _end_to_end(folds: list[ObjectiveMetrics]) -> ObjectiveMetrics | None:

@@ -97,7 +97,7 @@ def _select(
     if len(seeds) not in (1, batch):
         raise ValueError(f"seed must be one number or one per image ({batch}), got {len(seeds)}")
 
-    height, width = enlarged_size(*images.shape[2:], patch_size, num_patches)
+    height, width = enlarged_size(images.shape[2], images.shape[3], patch_size, num_patches)
     if (height, width) != tuple(images.shape[2:]):
         images = resize_bicubic(images, height, width)
     order = _ranks(spectral_entropy(images, patch_size)).argsort(dim=1, stable=True)
@@ -125,7 +125,7 @@ def cut_patches(image: Tensor, patch_size: int = 32, num_patches: int = 49) -> T
     Returns:
         [rows * columns, patch_size, patch_size, 3] of the image's dtype.
     """
-    height, width = enlarged_size(*image.shape[:2], patch_size, num_patches)
+    height, width = enlarged_size(image.shape[0], image.shape[1], patch_size, num_patches)
     if (height, width) != tuple(image.shape[:2]):
         image = resize_bicubic(image.permute(2, 0, 1)[None], height, width)[0].permute(1, 2, 0)
     rows, columns = height // patch_size, width // patch_size

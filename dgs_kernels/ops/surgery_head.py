@@ -23,7 +23,8 @@ waits for the device.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -198,12 +199,19 @@ class SurgeryHead(nn.Module):
 
 
 def _check(
-    features, teacher_features, text_features, labels, heads, eps, order, reference_batch_size
+    features: Tensor,
+    teacher_features: Tensor,
+    text_features: Tensor | None,
+    labels: Tensor,
+    heads: dict[str, tuple[Tensor | None, Tensor | None]],
+    eps: float,
+    order: str,
+    reference_batch_size: int | None,
 ) -> None:
     if features.dim() != 2 or features.shape[1] == 0:
         raise ValueError(f"surgery_head: features must be [B, D] with D >= 1, got {tuple(features.shape)}")
     batch, dim = features.shape
-    expected = [
+    expected: list[tuple[str, Tensor | None, tuple[int, ...]]] = [
         ("teacher_features", teacher_features, (batch, dim)),
         ("text_features", text_features, (batch, dim)),
         ("labels", labels, (batch,)),
@@ -233,7 +241,9 @@ def _check(
         raise ValueError(f"surgery_head: reference_batch_size must be >= 1, got {reference_batch_size}")
 
 
-def _checked(features, teacher_features, text_features, labels, *rest):
+def _checked(
+    features: Tensor, teacher_features: Tensor, text_features: Tensor | None, labels: Tensor, *rest: Any
+) -> tuple[Any, ...]:
     """The arguments of `reference.surgery_head`, from those of the operator."""
     image_w, image_b, teacher_w, teacher_b, text_w, text_b, eps, order, reference_batch_size = rest
     heads = {"image": (image_w, image_b), "teacher": (teacher_w, teacher_b), "text": (text_w, text_b)}
@@ -243,7 +253,7 @@ def _checked(features, teacher_features, text_features, labels, *rest):
     return features, teacher_features, text_features, labels, *rest[:4], text_w, text_b, reference_batch_size
 
 
-def _kernel(*inputs):
+def _kernel(*inputs: Any) -> tuple[Tensor, ...]:
     serve = backends.implementation("surgery_head", inputs[0].device.type)
     if backends.is_native(serve):
         results = _native(serve, *inputs)
@@ -257,7 +267,7 @@ def _kernel(*inputs):
     # Kernels read one storage type: mixed types, and heads wider than their features, meet in the widest.
     types = {x.dtype for x in matrices if x is not None}
     storage = types.pop() if len(types) == 1 and compute_dtype(matrices[0]) == dtype else dtype
-    laid_out = (
+    laid_out: tuple[Any, ...] = (
         *(_rows(x, storage) for x in matrices),
         *(None if x is None else backends.plain(x.to(dtype).contiguous()) for x in (labels, *heads)),
     )
@@ -268,7 +278,7 @@ def _kernel(*inputs):
     return results
 
 
-def _native(serve, features, *inputs):
+def _native(serve: Callable, features: Tensor, *inputs: Any) -> tuple[Tensor, ...] | None:
     """The results of a native function; None if it does not take these tensors."""
     *others, eps, order, reference_batch_size = inputs
     rest_fits = eps > 0 and order in ORDERS and (reference_batch_size is None or reference_batch_size >= 1)
@@ -293,14 +303,14 @@ def _rows(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return backends.plain(x if x.stride(1) == 1 else x.contiguous())
 
 
-def _fake(*inputs):
+def _fake(*inputs: Any) -> tuple[Tensor, ...]:
     features, teacher_features, text_features, _, image_w, _, teacher_w, _, text_w, _, _ = _checked(*inputs)
     batch, dim = features.shape
     dtype = compute_dtype(features, teacher_features, text_features, image_w, teacher_w, text_w)
     return tuple(features.new_empty(shape, dtype=dtype) for shape in _shapes(batch, dim))
 
 
-def _setup_context(ctx, inputs, output) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     features, _, text_features, _, image_w, _, teacher_w, _, text_w, _, *options = inputs
     ctx.eps, ctx.order, ctx.reference_batch_size = options
     ctx.dtype, ctx.has_text = features.dtype, text_features is not None
@@ -311,8 +321,8 @@ def _setup_context(ctx, inputs, output) -> None:
     ctx.types = tuple(None if x is None else x.dtype for x in inputs[4:10])
 
 
-def _backward(ctx, losses_grad, *_):
-    grads = [None] * 13
+def _backward(ctx: Any, losses_grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    grads: list[Tensor | None] = [None] * 13
     if losses_grad is None:
         return tuple(grads)
     image_w, teacher_w, text_w, residuals, head_grads = ctx.saved_tensors
@@ -347,23 +357,23 @@ def _backward(ctx, losses_grad, *_):
 
 
 def _kernel_backward(
-    residuals,
-    image_weight,
-    teacher_weight,
-    text_weight,
-    image_scale,
-    alignment_scale,
-    out_dtype,
-    eps,
-    order,
-    reference_batch_size,
-):
+    residuals: Tensor,
+    image_weight: Tensor,
+    teacher_weight: Tensor,
+    text_weight: Tensor | None,
+    image_scale: Tensor,
+    alignment_scale: Tensor,
+    out_dtype: torch.dtype,
+    eps: float,
+    order: str,
+    reference_batch_size: int | None,
+) -> Tensor:
     dtype = residuals.dtype
     # Native kernels compute in the type that goes with what they write.
     storage = out_dtype if (out_dtype == torch.float64) == (dtype == torch.float64) else dtype
     out = residuals.new_empty((residuals.shape[1], image_weight.shape[1]), dtype=storage)
     weights = (image_weight, teacher_weight, text_weight)
-    laid_out = (
+    laid_out: tuple[Any, ...] = (
         residuals.contiguous(),
         *(None if x is None else backends.plain(x.to(dtype).contiguous()) for x in weights),
         number(image_scale, dtype),
@@ -382,12 +392,19 @@ def _kernel_backward(
 
 
 def _fake_backward(
-    residuals, image_weight, teacher_weight, text_weight, image_scale, alignment_scale, dtype, *_
-):
+    residuals: Tensor,
+    image_weight: Tensor,
+    teacher_weight: Tensor,
+    text_weight: Tensor | None,
+    image_scale: Tensor,
+    alignment_scale: Tensor,
+    dtype: torch.dtype,
+    *_: Any,
+) -> Tensor:
     return residuals.new_empty((residuals.shape[1], image_weight.shape[1]), dtype=dtype)
 
 
-def _refuse(ctx, *_):
+def _refuse(ctx: Any, *_: Any) -> NoReturn:
     raise RuntimeError("surgery_head cannot be differentiated twice: its gradient is edited, not derived")
 
 
@@ -398,11 +415,11 @@ class _Surgery(torch.autograd.Function):
     backward = staticmethod(_backward)
 
     @staticmethod
-    def forward(*inputs):
+    def forward(*inputs: Any) -> tuple[Tensor, ...]:
         return _kernel(*inputs)
 
 
-def _run(*inputs):
+def _run(*inputs: Any) -> tuple[Tensor, ...]:
     """`dgs::surgery_head`, past torch's dispatcher."""
     return _Surgery.apply(*inputs) if torch.is_grad_enabled() else _kernel(*inputs)
 

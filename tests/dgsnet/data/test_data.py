@@ -11,19 +11,11 @@ import numpy as np
 import pytest
 import torch
 from dgsnet.config import PreprocessConfig
-from dgsnet.data import (
-    DamageReport,
-    ImageDataset,
-    LoaderWatch,
-    Sample,
-    attach_captions,
-    collate,
-    find_samples,
-    make_loader,
-    pixels_on,
-)
+from dgsnet.data.captions import attach_captions
+from dgsnet.data.loading import DamageReport, ImageDataset, LoaderWatch, collate, make_loader, pixels_on
+from dgsnet.data.preprocess import Preprocessor
+from dgsnet.data.samples import Sample, find_samples
 from dgsnet.errors import UserError
-from dgsnet.preprocess import Preprocessor
 from PIL import Image
 
 PREPROCESS = Preprocessor(PreprocessConfig(mode="crop", image_size=16))

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 from dgsnet.config import PreprocessConfig
-from dgsnet.images import ImageError
-from dgsnet.preprocess import NORMALIZATIONS, Preprocessor, content_seed
+from dgsnet.data.images import ImageError
+from dgsnet.data.preprocess import NORMALIZATIONS, Preprocessor, content_seed
 from PIL import Image
 
 from dgs_kernels import backends

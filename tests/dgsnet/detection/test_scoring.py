@@ -15,13 +15,14 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import webdataset
-from dgsnet.checkpoint import build_model, save_model
 from dgsnet.config import Config, ModelConfig, PreprocessConfig
-from dgsnet.detector import Detector
+from dgsnet.data.sources import Item, find_items
+from dgsnet.data.tables import Partial
+from dgsnet.detection.detector import Detector
+from dgsnet.detection.rows import Score
+from dgsnet.detection.scoring import predict_command, score, settings
 from dgsnet.errors import UserError
-from dgsnet.partial import Partial
-from dgsnet.scoring import Score, predict_command, score, settings
-from dgsnet.sources import Item, find_items
+from dgsnet.model.checkpoint import build_model, save_model
 from PIL import Image
 
 from tests.support.fresh import FORKSERVER

@@ -7,12 +7,12 @@ import open_clip
 import pytest
 import torch
 import torch.nn.functional as F
-from dgsnet.checkpoint import load_model, read_extra
 from dgsnet.cli import main
-from dgsnet.convert import convert, read
-from dgsnet.detector import Detector
+from dgsnet.detection.detector import Detector
 from dgsnet.errors import UserError
-from dgsnet.model import BUILTIN_FOLDER
+from dgsnet.exchange.convert import convert, read
+from dgsnet.model.backbones import BUILTIN_FOLDER
+from dgsnet.model.checkpoint import load_model, read_extra
 from safetensors.torch import load_file
 
 from tests.support.tiny import add_quick_gelu
@@ -217,7 +217,7 @@ def test_adapters_that_were_never_trained_count_as_not_merged(tmp_path):
 
 def test_the_published_settings_are_the_default():
     from dgsnet.config import Config, PreprocessConfig
-    from dgsnet.convert import Official, _config
+    from dgsnet.exchange.convert import Official, _config
 
     config = _config("ViT-L-14-quickgelu", "x", Official({}, {}, {}, rank=6, stage=2, merged=False), 6.0)
     assert config.preprocess == PreprocessConfig() == PreprocessConfig("patches", 224, 32, 49, "imagenet")

@@ -13,20 +13,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from dgsnet import checkpoint, cli
+from dgsnet import cli
 from dgsnet.config import Config, DataConfig, ModelConfig, OptimConfig, PreprocessConfig, SurgeryConfig
+from dgsnet.data.images import file_hash
 from dgsnet.errors import UserError
-from dgsnet.training import (
-    BRANCHES,
-    METRICS_FILE,
-    STATE_FILE,
-    Step,
-    StepPlan,
-    largest_batch,
-    layer_surgery,
-    named_parameters,
-    train,
-)
+from dgsnet.model import checkpoint
+from dgsnet.training.log import METRICS_FILE
+from dgsnet.training.plan import BRANCHES, StepPlan
+from dgsnet.training.run import STATE_FILE, train
+from dgsnet.training.setup import largest_batch
+from dgsnet.training.step import Step, layer_surgery, named_parameters
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -76,6 +72,10 @@ def finished(dataset, tmp_path_factory):
     return train(settings(dataset), tmp_path_factory.mktemp("runs") / "finished")
 
 
+def image_hashes(dataset):
+    return sorted(file_hash(path.read_bytes()) for path in (dataset / "train").rglob("*.png"))
+
+
 def weights(run, which="last"):
     return load_file(Path(run) / which / "adapters.safetensors")
 
@@ -113,12 +113,14 @@ def test_it_learns_and_writes_what_the_documentation_says(finished, dataset):
     assert extra["step"] in (8, 12)
     assert extra["val_ap"] == max(float(row["val_ap"]) for row in val(finished)[1:])
     assert (finished / "best" / "adapters.safetensors").stat().st_size < 100_000
+    assert checkpoint.trained_on(finished).tolist() == image_hashes(dataset)
 
 
 def test_the_saved_model_gives_the_validation_metrics(finished, dataset):
-    from dgsnet.data import ImageDataset, collate, find_samples
-    from dgsnet.evaluation import metrics
-    from dgsnet.preprocess import Preprocessor
+    from dgsnet.data.loading import ImageDataset, collate
+    from dgsnet.data.preprocess import Preprocessor
+    from dgsnet.data.samples import find_samples
+    from dgsnet.evaluation.metrics import metrics
 
     model, config = checkpoint.load_model(finished / "last")
     samples = find_samples(dataset, "val")
@@ -234,6 +236,7 @@ def test_two_processes_train_as_one(dataset, tmp_path, mode):
             process.join()
         assert [process.exitcode for process in ranks] == [0] * world
         results.append((_update(run, dataset, config), rows(run)))
+        assert checkpoint.trained_on(run).tolist() == image_hashes(dataset)
     (one, one_rows), (two, two_rows) = results
     assert (one - two).norm() < 1e-3 * one.norm()
     assert [row["step"] for row in one_rows] == [row["step"] for row in two_rows]
@@ -254,6 +257,7 @@ def _assert_as_uninterrupted(run, finished):
     for which in ("best", "last"):
         assert equal(weights(run, which), weights(finished, which))
         assert checkpoint.read_extra(run / which) == checkpoint.read_extra(finished / which)
+        assert checkpoint.trained_on(run / which).tolist() == checkpoint.trained_on(finished / which).tolist()
     assert (run / METRICS_FILE).read_bytes() == (finished / METRICS_FILE).read_bytes()
     assert not [path for path in run.rglob(".*")]
 
