@@ -412,9 +412,10 @@ def _sketch(grads: Gradient) -> Tensor:
     """Sums of a gradient's numbers in a few buckets: linear, and equal only of equal gradients."""
     flat = [local(grad).reshape(-1) for grad in grads.values()]
     total = torch.zeros(BUCKETS, dtype=torch.float64, device=flat[0].device)
-    for numbers in flat:
-        rows = nn.functional.pad(numbers, (0, -len(numbers) % BUCKETS)).view(-1, BUCKETS)
-        total += rows.sum(0, dtype=torch.float64).to(total.device)
+    for numbers in flat:  # in their own type, as a sum in another would copy them
+        whole = len(numbers) // BUCKETS * BUCKETS
+        total += numbers[:whole].view(-1, BUCKETS).sum(0).to(total)
+        total[: len(numbers) - whole] += numbers[whole:].to(total)
     return total
 
 

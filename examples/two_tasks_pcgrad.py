@@ -1,4 +1,4 @@
-"""PCGrad (arXiv 2001.06782): two digits in one picture, two tasks on one trunk, and a plot of the conflict."""
+"""PCGrad (arXiv 2001.06782): two digits in one picture, two tasks on one trunk, a plot of the conflict."""
 
 import sys
 from pathlib import Path
