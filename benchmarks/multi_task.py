@@ -28,11 +28,14 @@ with contextlib.suppress(ImportError):  # the peer, where it is installed
     from torchjd import aggregation
     from torchjd.autojac import backward, jac_to_grad
 
-BATCH, WIDTH = 128, 1024
+BATCH, WIDTH, STEPS = 128, 1024, 20
 METHODS = ("UPGrad", "MGDA", "PCGrad", "AlignedMTL")
 OURS = {"UPGrad": "upgrad", "MGDA": "mgda", "PCGrad": "pcgrad"}
 NUMBERS = (2, 4, 8, 16)  # of objectives
 MEMORY_WIDTH = 3072  # of matrices that malloc gives back to the system
+
+
+DIGITS = load_digits(return_X_y=True)
 
 
 class Digits(nn.Module):
@@ -47,7 +50,7 @@ class Digits(nn.Module):
     def losses(self, x: Tensor, y: Tensor) -> list[Tensor]:
         features = self.trunk(x)
         digit, parity, ink, picture = (head(features) for head in self.heads)
-        odd, mean = (y % 2).float()[:, None], x.mean(1, keepdim=True)
+        odd, mean = (y % 2).to(x)[:, None], x.mean(1, keepdim=True)
         return [
             F.cross_entropy(digit, y),
             F.binary_cross_entropy_with_logits(parity, odd),
@@ -59,8 +62,8 @@ class Digits(nn.Module):
 class Loop:
     """A model, its optimiser, and what makes gradients of its losses."""
 
-    def __init__(self, device: str) -> None:
-        self.model = Digits().to(device)
+    def __init__(self, device: str, dtype: torch.dtype) -> None:
+        self.model = Digits().to(device, dtype)
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.1)
 
     def step(self, x: Tensor, y: Tensor) -> list[Tensor]:
@@ -72,8 +75,8 @@ class Loop:
 
 
 class Ours(Loop):
-    def __init__(self, device: str, weighting: str | nn.Module) -> None:
-        super().__init__(device)
+    def __init__(self, device: str, dtype: torch.dtype, weighting: str | nn.Module) -> None:
+        super().__init__(device, dtype)
         self.surgery = ObjectiveSurgery(self.optimizer, weighting)
 
     def gradient(self, losses: list[Tensor]) -> None:
@@ -83,8 +86,8 @@ class Ours(Loop):
 
 
 class TorchJD(Loop):
-    def __init__(self, device: str, aggregator: nn.Module, chunk: int | None) -> None:
-        super().__init__(device)
+    def __init__(self, device: str, dtype: torch.dtype, aggregator: nn.Module, chunk: int | None) -> None:
+        super().__init__(device, dtype)
         self.aggregator, self.chunk = aggregator, chunk
 
     def gradient(self, losses: list[Tensor]) -> None:
@@ -92,43 +95,57 @@ class TorchJD(Loop):
         jac_to_grad(self.model.parameters(), self.aggregator)
 
 
-def speed(method: str, arguments: argparse.Namespace) -> dict:
-    """Medians of a step's time, and how far the losses part from TorchJD's own."""
-    pixels, labels = (torch.tensor(a, device=arguments.device) for a in load_digits(return_X_y=True))
-    pixels = pixels.float() / 16
+def loops(method: str, device: str, dtype: torch.dtype) -> dict[str, Loop]:
     aggregator = getattr(aggregation, method)
-    loops = {
-        "TorchJD, at once": TorchJD(arguments.device, aggregator(), None),
-        "TorchJD, one by one": TorchJD(arguments.device, aggregator(), 1),
-        "dgs_kernels, TorchJD's weighting": Ours(arguments.device, aggregator().gramian_weighting),
+    found: dict[str, Loop] = {
+        "TorchJD, at once": TorchJD(device, dtype, aggregator(), None),
+        "TorchJD, one by one": TorchJD(device, dtype, aggregator(), 1),
+        "dgs_kernels, TorchJD's weighting": Ours(device, dtype, aggregator().gramian_weighting),
     }
-    if method in OURS:
-        loops["dgs_kernels"] = Ours(arguments.device, OURS[method])
-    seconds: dict[str, list[float]] = {name: [] for name in loops}
-    losses: dict[str, list[Tensor]] = {}
+    return found | ({"dgs_kernels": Ours(device, dtype, OURS[method])} if method in OURS else {})
+
+
+def batch(step: int, device: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    pixels, labels = DIGITS
+    rows = torch.randint(len(labels), (BATCH,), generator=torch.Generator().manual_seed(step))
+    torch.manual_seed(step)  # for the random orders of TorchJD's PCGrad
+    return torch.tensor(pixels[rows], device=device).to(dtype) / 16, torch.tensor(labels[rows], device=device)
+
+
+def same_losses(method: str, device: str) -> float:
+    """How far the losses with TorchJD's weighting part from TorchJD's own, after some steps in float64."""
+    found = loops(method, device, torch.float64)
+    theirs, ours = found["TorchJD, at once"], found["dgs_kernels, TorchJD's weighting"]
+    for step in range(STEPS):
+        last = [torch.stack(loop.step(*batch(step, device, torch.float64))) for loop in (theirs, ours)]
+    return ((last[1] - last[0]) / last[0]).abs().max().item()
+
+
+def speed(method: str, arguments: argparse.Namespace) -> dict:
+    """Medians of a step's time: of the processor's on a CPU."""
+    running = loops(method, arguments.device, torch.float32)
+    seconds: dict[str, list[float]] = {name: [] for name in running}
     clock = time.process_time if arguments.device == "cpu" else time.perf_counter
     started = time.perf_counter()
     for step in itertools.count():
-        if step >= 20 and time.perf_counter() - started > arguments.seconds:
+        if step >= STEPS and time.perf_counter() - started > arguments.seconds:
             break
-        rows = torch.randint(len(labels), (BATCH,), generator=torch.Generator().manual_seed(step))
-        for name, loop in loops.items():
-            torch.manual_seed(step)  # for the random orders of TorchJD's PCGrad
+        for name, loop in running.items():
+            x, y = batch(step, arguments.device, torch.float32)
             begin = clock()
-            losses[name] = loop.step(pixels[rows], labels[rows])
+            loop.step(x, y)
             if arguments.device == "cuda":
                 torch.cuda.synchronize()
             seconds[name].append(clock() - begin)
-    reference = torch.stack(losses["TorchJD, at once"])
-    variants = {
-        name: {
-            "median_ms": statistics.median(seconds[name][5:]) * 1e3,
-            "losses": torch.stack(last).tolist(),
-            "relative_difference": ((torch.stack(last) - reference) / reference).abs().max().item(),
-        }
-        for name, last in losses.items()
+    return {
+        "benchmark": "multi_task",
+        "method": method,
+        "device": arguments.device,
+        "threads": arguments.threads[0],
+        "steps": step,
+        "median_ms": {name: statistics.median(times[5:]) * 1e3 for name, times in seconds.items()},
+        "losses_relative_difference": same_losses(method, arguments.device),
     }
-    return {"benchmark": "multi_task", "method": method, "steps": step, "variants": variants}
 
 
 def peak(device: str, run: Callable[[], None]) -> int:
@@ -190,11 +207,12 @@ def results(arguments: argparse.Namespace) -> list[dict]:
     found = []
     for method in METHODS:
         found.append(speed(method, arguments))
-        base = found[-1]["variants"]["TorchJD, at once"]["median_ms"]
-        print(f"\n{method}, four tasks of the digits, {found[-1]['steps']} steps")
-        for name, v in found[-1]["variants"].items():
-            ratio = base / v["median_ms"]
-            print(f"  {name:34}{v['median_ms']:9.2f} ms{ratio:7.2f}x  losses {v['relative_difference']:.1e}")
+        times = found[-1]["median_ms"]
+        print(f"\n{method}, four tasks of the digits, medians of {found[-1]['steps']} steps")
+        for name, time_of in times.items():
+            print(f"  {name:34}{time_of:9.2f} ms{times['TorchJD, at once'] / time_of:7.2f}x")
+        difference = found[-1]["losses_relative_difference"]
+        print(f"  losses with TorchJD's weighting, {STEPS} steps in float64: {difference:.1e} apart")
     print("\npeak memory of a step, in gradients")
     for count in NUMBERS:
         found.append(memory(count, arguments))
