@@ -61,8 +61,8 @@ if [ -n "$capability" ]; then
   bench() { stage "bench_$1" "$2" "$python" -m benchmarks "${@:3}" --device cuda --out "$out/$1.json"; }
   bench rows 80 project_align surgery_head --rows 65536 --dtype float32 bfloat16 --seconds 3
   bench sizes 80 project_align surgery_head --rows 32 512 8192 --seconds 2
-  bench layers 45 project_align_ surgery_adamw_ --rows 395520 --seconds 3
-  bench lora 30 project_align_ surgery_adamw_ --rows 144 --seconds 2
+  bench layers 60 project_align_ surgery_adamw_ gramian --rows 395520 --seconds 3
+  bench lora 40 project_align_ surgery_adamw_ gramian --rows 144 --seconds 2
   bench steps 20 optimizer_step --rows 144 --seconds 2
   bench conflict 20 conflict --rows 1 --dim 50331648 --seconds 2
   bench entropy 20 spectral_entropy --rows 16384 --seconds 2

@@ -17,7 +17,15 @@ ROOT = Path(__file__).resolve().parents[2]
 OLDER = "2.13.0"
 NEEDS = ("numpy", "pytest", "hypothesis")
 CPU_TORCH = "https://download.pytorch.org/whl/cpu"
-OPERATIONS = ("project_align", "project_align_", "surgery_head", "spectral_entropy", "surgery_adamw_")
+OPERATIONS = (
+    "project_align",
+    "project_align_",
+    "gramian",
+    "combine_",
+    "surgery_head",
+    "spectral_entropy",
+    "surgery_adamw_",
+)
 # Every operation through the native library: layouts, options, schemas, errors, and a few cases of accuracy.
 SELECTED = "cpu-cpu and not accuracy or opcheck or errors or (accuracy and cpu-cpu and 3-123)"
 WHAT_IS_TESTED = """
