@@ -146,10 +146,11 @@ def _marked(weights: Tensor, gramian: Tensor) -> Tensor:
 
 def _on_the_host(solve: Callable, gramian: Tensor) -> Tensor:
     """`solve(root, norms)` for every layer that can be solved: root.T @ root is the Gramian at length one."""
-    cosines, norms = (x.cpu().numpy() for x in _cosines(gramian))
+    host = gramian.cpu()  # the one wait for the device
+    cosines, norms = (x.numpy() for x in _cosines(host))
     tolerance = gramian.shape[1] * torch.finfo(gramian.dtype).eps
     weights = np.full(norms.shape, np.nan)
-    for g in np.flatnonzero(np.isfinite(gramian.sum((1, 2)).cpu().numpy())):
+    for g in np.flatnonzero(host.isfinite().all(2).all(1).numpy()):
         values, vectors = np.linalg.eigh(cosines[g])
         values[values <= tolerance * values[-1]] = 0  # of rounding
         weights[g] = solve(np.sqrt(values)[:, None] * vectors.T, norms[g])

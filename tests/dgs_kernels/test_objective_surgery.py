@@ -210,6 +210,26 @@ def test_running_mode(count, task):
         assert_grads(model, combination(gradients(small_model(), 0, 2), "pcgrad", [0] * 4))
 
 
+def test_running_mode_with_a_scaler():
+    """PCGrad does not see the scale; an overflow of one loss skips the step, and nothing of it stays."""
+    model, optimizer, _ = make(dtype=torch.float32)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    surgery = ObjectiveSurgery(optimizer, mode="running", scaler=scaler)
+    for factor in (torch.inf, 1.0):
+        first, second, task = losses(model, 0)
+        capture(surgery, [scaler.scale(first), scaler.scale(second * factor)])
+        scaler.scale(task).backward()
+        before = copy.deepcopy(model)
+        scaler.step(optimizer)
+        scaler.update()
+        if factor == 1:
+            objectives = gradients(before, 0)
+            assert_grads(model, running_sum(objectives), rtol=1e-4, atol=1e-5)
+        optimizer.zero_grad()
+        moved = any((a != b).any() for a, b in zip(model.parameters(), before.parameters()))
+        assert moved == (factor == 1) and scaler.get_scale() == 512
+
+
 def test_running_mode_refuses_what_it_cannot_do():
     with pytest.raises(ValueError, match="running"):
         make("mgda", mode="running")
