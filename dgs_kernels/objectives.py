@@ -299,7 +299,7 @@ class ObjectiveSurgery(BeforeStep):
             first, *others = (grads.get(p) for grads in objectives)
             layer = self._layer(p)
             if first is None:
-                first = torch.zeros_like(next((g for g in others if g is not None), p))
+                first = torch.zeros_like(p)
             elif first.layout != torch.strided:
                 raise TypeError(f"the gradient of {layer} is sparse; surgery needs dense gradients")
             whole[p] = first

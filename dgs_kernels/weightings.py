@@ -72,8 +72,7 @@ def ogd(gramian: Tensor) -> Tensor:
     basis = cosines.new_zeros(len(cosines), 0, count)
     for k in [*range(1, count), 0]:
         row = unit[k].repeat(len(cosines), 1, 1)
-        for _ in range(2):  # the second time takes what rounding has left
-            row = row - (row @ cosines @ basis.mT) @ basis
+        row = row - (row @ cosines @ basis.mT) @ basis
         energy = (row @ cosines @ row.mT).clamp(min=0)
         row = torch.where(energy > tolerance, row if k == 0 else row / energy.sqrt(), 0.0)
         basis = torch.cat([basis, row], 1)
@@ -88,7 +87,8 @@ def gem(gramian: Tensor) -> Tensor:
     """
     if gramian.shape[1] == 2:
         g = gramian.double()
-        away = torch.where(g[:, 0, 1] < 0, -g[:, 0, 1] / g[:, 1, 1], 0.0)
+        conflict = (g[:, 0, 1] < 0) & (g[:, 1, 1] > 0)
+        away = torch.where(conflict, -g[:, 0, 1] / g[:, 1, 1], 0.0)
         return _marked(torch.stack([torch.ones_like(away), away], 1), gramian)
     return _on_the_host(_gem, gramian)
 
@@ -113,8 +113,9 @@ def upgrad(gramian: Tensor) -> Tensor:
     """
     if gramian.shape[1] == 2:
         g = gramian.double()
-        norms = g.diagonal(dim1=1, dim2=2)
-        away = torch.where(g[:, :1, 1] < 0, -g[:, :1, 1] / norms, 0.0)
+        energy = g.diagonal(dim1=1, dim2=2)
+        conflict = (g[:, :1, 1] < 0) & (energy > 0)
+        away = torch.where(conflict, -g[:, :1, 1] / energy, 0.0)
         return _marked((1 + away) / 2, gramian)
     return _on_the_host(_upgrad, gramian)
 
