@@ -596,13 +596,14 @@ def objectives_case(count, sizes, groups, dtype, *, shift=0, in_place=False, one
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("count", [2, 3, 7, 16])
+@pytest.mark.parametrize("count", [2, 16])
 def test_objectives(dtype, count):
     objectives_case(count, [768, 32, 9000], [0, 1, 0], dtype)
 
 
-@pytest.mark.parametrize("count", [*range(2, 17)])
-def test_objectives_of_every_number(count):
+@pytest.mark.parametrize("count", [3, 4, 5, 8, 9, 15])
+def test_objectives_of_other_numbers(count):
+    """Up to a kernel's own number, and just beyond that of the kernel before it."""
     objectives_case(count, [40], [0], torch.float32)
 
 
@@ -611,7 +612,7 @@ def test_objectives_of_every_number(count):
 def test_objectives_of_odd_tensors(dtype, count):
     """Empty, misaligned and of odd lengths; in place of one of them; the same weights for all layers."""
     objectives_case(count, [767, 1, 4099, 0, 16], LAYERS, dtype, shift=1, in_place=True)
-    objectives_case(count, [8, 0, 5000, 0, 16], [0, 3, 0, 2, 3], dtype, one_weight=True)
+    objectives_case(count, [8, 0, 5000, 0, 16], [0, 1, 0, 2, 1], dtype, one_weight=True)
 
 
 SpectralEntropy = struct("""

@@ -43,13 +43,15 @@ def assert_accurate(out, lists, weights, groups) -> None:
             inner = reference.compute_dtype(result)
             size = max(float(x[t].double().abs().max()) for x in lists) * float(weights.abs().max())
             rounding = torch.finfo(inner).eps * len(lists) * size
+            if os.environ.get(backends.VARIABLE) == "triton" and result.device.type == "cpu":
+                rounding += torch.finfo(result.dtype).eps * w.abs().max()  # its interpreter cuts off bfloat16
             allowed = 2 * (p.double() - w).abs().max() + rounding
             assert (result.double() - w).abs().max() <= allowed
 
 
 @everywhere
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("count", [2, 3, 16])
+@pytest.mark.parametrize("count", [2, 5])
 def test_accuracy(backend, dtype, count):
     lists = objectives(count, dtype=dtype, device=backend)
     weights = draw_weights(count, dtype=reference.compute_dtype(lists[0][0]), device=backend)

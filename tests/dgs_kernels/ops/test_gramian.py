@@ -46,7 +46,7 @@ def assert_accurate(out, lists, groups) -> None:
 
 @everywhere
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("count", [2, 3, 5, 16])
+@pytest.mark.parametrize("count", [2, 5])
 def test_accuracy(backend, dtype, count, nan_filled):
     lists = objectives(count, dtype=dtype, device=backend)
     assert_accurate(gramian(lists, groups=GROUPS), lists, GROUPS)
@@ -62,8 +62,8 @@ def test_every_number_of_objectives(backend, count):
 @everywhere
 def test_layers_that_many_threads_share(backend, nan_filled):
     """The number of threads changes no bit; a piece that a thread takes begins and ends inside of tensors."""
-    shapes, groups = ((140001,), (7,), (300, 700), (3, 41)), (0, 1, 1, 2)
-    lists = objectives(3, shapes, device=backend)
+    shapes, groups = ((70001,), (7,), (100, 700), (3, 41)), (0, 1, 1, 2)
+    lists = objectives(2, shapes, device=backend)
     out, threads = gramian(lists, groups=groups), torch.get_num_threads()
     assert_accurate(out, lists, groups)
     torch.set_num_threads(3 - min(threads, 2))
