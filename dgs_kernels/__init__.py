@@ -3,6 +3,7 @@
 from dgs_kernels import reference
 from dgs_kernels.backends import BackendError, explain
 from dgs_kernels.hooks import OptimizerSurgery, gradient_surgery
+from dgs_kernels.objectives import ObjectiveSurgery
 from dgs_kernels.ops.combine_ import combine_
 from dgs_kernels.ops.gramian import gramian
 from dgs_kernels.ops.project_align import project_align
@@ -14,6 +15,7 @@ from dgs_kernels.optim import SurgeryAdamW
 
 __all__ = [
     "BackendError",
+    "ObjectiveSurgery",
     "OptimizerSurgery",
     "SurgeryAdamW",
     "SurgeryHead",
