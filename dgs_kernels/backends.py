@@ -141,8 +141,7 @@ def _triton_obstacle(operation: str, device_type: str) -> str | None:
 
 
 def _triton_file(operation: str) -> str:
-    """A backward stands beside its forward."""
-    return f"dgs_kernels.triton.{operation.removesuffix('_backward')}"
+    return f"dgs_kernels.triton.{operation}"
 
 
 def explain() -> str:

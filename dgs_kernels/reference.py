@@ -16,6 +16,7 @@ from torch import Tensor
 
 ORDERS = ("align_first", "project_first")
 RULES = ("positive", "full", "conflict")
+TEXT_ROLES = ("project", "expert", "both")
 LUMA = (0.299, 0.587, 0.114)
 ENTROPY_EPS = 1e-12
 
@@ -204,15 +205,21 @@ def surgery_head(
     text_weight: Tensor | None,
     text_bias: Tensor | None,
     reference_batch_size: int | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    expert: bool = False,
+    offsets: Tensor | None = None,
+    distillation: float = 0.0,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Forward of the three branches: everything that needs the feature matrices, in one reading of them.
 
     Returns, in the computing type and each stacked in the order image, text, teacher:
 
-    - losses [3]: image loss, text loss, alignment loss (means over the batch);
+    - losses [4]: image loss, text loss, alignment loss, distillation loss (means over the batch);
     - logits [3, B];
-    - residuals [3, B]: sigmoid(logit) - label, all that the backward needs to know of a sample;
-    - head_grads [2, D + 1]: gradient of image and text loss with respect to weight and bias of their head.
+    - residuals [3, B]: sigmoid(logit) - label, all that the backward needs to know of a sample. The image's
+      logit is taken with `offsets` [B] added to it and, of an expert, the text's logit;
+    - head_grads [2, D + 1]: gradient of image and text loss with respect to weight and bias of their head;
+    - differences [B, D] in the features' type: features - teacher_features, which are the distillation
+      loss's gradient but for a factor; [0, D] where `distillation`, the weight in that loss, is 0.
 
     A gradient of the mean loss with respect to a feature row is residual / B * weight, so the beneficial row
     is |residual / R| * min(+-teacher_weight, 0), with R the reference batch size (B if None).
@@ -235,9 +242,12 @@ def surgery_head(
         else:
             text_logits = x @ text_weight.to(dtype)[0] + text_bias.to(dtype)
         logits = torch.stack([image_logits, text_logits, teacher_logits])
-        residuals = logits.sigmoid() - y
+        seen = image_logits + text_logits if expert else image_logits
+        seen = seen if offsets is None else seen + offsets.to(dtype)
+        judged = torch.stack([seen, text_logits, teacher_logits])
+        residuals = judged.sigmoid() - y
         image_loss, text_loss, _ = F.binary_cross_entropy_with_logits(
-            logits, y.expand_as(logits), reduction="none"
+            judged, y.expand_as(judged), reduction="none"
         ).sum(1)
         dots = torch.where(residuals[2] > 0, rises, falls)
         alignment_loss = residuals[2].abs() @ dots / (reference_batch_size or max(batch, 1))
@@ -248,8 +258,13 @@ def surgery_head(
             residuals[1], text_loss, text_grad = 0, torch.zeros_like(image_loss), torch.zeros_like(image_grad)
         else:
             text_grad = torch.cat([residuals[1] @ x, biases[1:2]])
-    losses = torch.stack([image_loss, text_loss, alignment_loss]) * mean
-    return losses, logits, residuals, torch.stack([image_grad, text_grad]) * mean
+    differences, distillation_loss = f.new_empty(0, f.shape[1]), torch.zeros_like(image_loss)
+    if distillation:
+        differences = f - t
+        distillation_loss = differences.square().sum() * (distillation / (2 * f.shape[1]))
+    losses = torch.stack([image_loss, text_loss, alignment_loss, distillation_loss]) * mean
+    head_grads = torch.stack([image_grad, text_grad]) * mean
+    return losses, logits, residuals, head_grads, differences.to(features.dtype)
 
 
 def surgery_head_backward(
@@ -263,16 +278,20 @@ def surgery_head_backward(
     eps: float = 1e-6,
     order: str = "align_first",
     reference_batch_size: int | None = None,
+    differences: Tensor | None = None,
+    distillation_scale: Tensor | None = None,
+    distillation: float = 0.0,
 ) -> Tensor:
     """Gradient with respect to the features [B, D], after the surgery, from three scalars per row.
 
-    `image_scale` and `alignment_scale` (0-dim) are the gradients that arrive at the image loss and the
-    alignment loss. Every row of the result is a combination of three of five vectors::
+    `image_scale`, `alignment_scale` and `distillation_scale` (0-dim) are the gradients that arrive at the
+    losses. Every row of the result is a combination of three of five vectors::
 
         image * w_image + pull * min(+-w_teacher, 0) - push * relu(+-w_text)
 
     The signs are those of the row's residuals. The harmful unit vector is k * relu(+-w_text) with
-    k = |c| / (|c| * ||relu(+-w_text)|| + eps) and c = text residual / R.
+    k = |c| / (|c| * ||relu(+-w_text)|| + eps) and c = text residual / R. Without `text_weight` nothing is
+    projected. `differences` [B, D] add their share of the distillation loss, whose weight is `distillation`.
     """
     dtype = residuals.dtype
     batch = max(residuals.shape[1], 1)
@@ -298,7 +317,11 @@ def surgery_head_backward(
             norms = torch.stack([products[3, 0], products[4, 1]]).sqrt()
             k = c / (c * torch.where(positive, norms[0], norms[1]) + eps)
             shares += _by_sign(text_residual, -torch.where(positive, inner[0], inner[1]) * k * k)
-        return (torch.stack(shares).T @ stacked).to(out_dtype)
+        rows = torch.stack(shares).T @ stacked
+        if differences is not None and distillation_scale is not None:
+            weight = distillation_scale.to(dtype) * (distillation / (rows.shape[1] * batch))
+            rows = rows + weight * differences.to(dtype)
+        return rows.to(out_dtype)
 
 
 def _by_sign(sign: Tensor, share: Tensor) -> list[Tensor]:
@@ -311,7 +334,7 @@ def _by_sign(sign: Tensor, share: Tensor) -> list[Tensor]:
 def official_graph(
     features: Tensor,
     teacher_features: Tensor,
-    text_features: Tensor,
+    text_features: Tensor | None,
     labels: Tensor,
     image_weight: Tensor,
     image_bias: Tensor,
@@ -323,7 +346,10 @@ def official_graph(
     order: str = "align_first",
     eps: float = 1e-6,
     reference_batch_size: int | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    text: str = "project",
+    offsets: Tensor | None = None,
+    distillation: float = 0.0,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The published algorithm written naively: two `autograd.grad` calls and a hook on the features.
 
     What `surgery_head` computes in closed form; arguments and results are those of
@@ -331,21 +357,28 @@ def official_graph(
     """
     y = labels.to(features.dtype)
     teacher = teacher_features.detach().requires_grad_()
-    text = text_features if text_features.requires_grad else text_features.detach().requires_grad_()
     teacher_logits = F.linear(teacher, teacher_weight, teacher_bias).squeeze(1)
-    text_logits = F.linear(text, text_weight, text_bias).squeeze(1)
-    text_loss = F.binary_cross_entropy_with_logits(text_logits, y)
     teacher_loss = F.binary_cross_entropy_with_logits(teacher_logits, y)
-    (harmful,) = torch.autograd.grad(text_loss, text, retain_graph=True)
     (beneficial,) = torch.autograd.grad(teacher_loss, teacher)
+    harmful, text_loss, text_logits = torch.zeros_like(features), features.new_zeros(()), torch.zeros_like(y)
+    if text_features is not None:
+        seen = text_features if text_features.requires_grad else text_features.detach().requires_grad_()
+        text_logits = F.linear(seen, text_weight, text_bias).squeeze(1)
+        text_loss = F.binary_cross_entropy_with_logits(text_logits, y)
+        if text != "expert":
+            (harmful,) = torch.autograd.grad(text_loss, seen, retain_graph=True)
     rescale = 1.0 if reference_batch_size is None else len(y) / reference_batch_size
 
     seen, alignment = gradient_surgery(
         features, harmful * rescale, beneficial * rescale, eps=eps, order=order
     )
     image_logits = F.linear(seen, image_weight, image_bias).squeeze(1)
-    image_loss = F.binary_cross_entropy_with_logits(image_logits, y)
-    return image_loss, text_loss, alignment, image_logits, text_logits, teacher_logits
+    judged = image_logits if text == "project" else image_logits + text_logits.detach()
+    judged = judged if offsets is None else judged + offsets
+    image_loss = F.binary_cross_entropy_with_logits(judged, y)
+    distances = (features - teacher_features.detach()).square().sum(1)
+    distillation_loss = distillation / (2 * features.shape[1]) * distances.mean()
+    return image_loss, text_loss, alignment, image_logits, text_logits, teacher_logits, distillation_loss
 
 
 def luma(images: Tensor) -> Tensor:

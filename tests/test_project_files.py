@@ -48,6 +48,23 @@ def test_actionlint_fails_on_a_broken_workflow(old, new, tmp_path):
     assert actionlint(workflow).returncode == 1
 
 
+@pytest.mark.parametrize("link", ["gone.md", "../GONE.md", "method.md#nowhere"])
+def test_make_docs_fails_on_a_dead_link(link, tmp_path):
+    command = re.search(r"\$\(BIN\)/(mkdocs build[^#\n]*)", (ROOT / "Makefile").read_text())[1].split()
+    (tmp_path / "docs").mkdir()
+    shutil.copy(ROOT / "docs" / "outside.py", tmp_path / "docs")
+    (tmp_path / "docs" / "method.md").write_text("# The method")
+    config = (ROOT / "mkdocs.yml").read_text().split("\nplugins:")[0]  # its rules, without the API reference
+    (tmp_path / "mkdocs.yml").write_text(config + "\nplugins: []\n")
+
+    def build(text: str) -> int:
+        (tmp_path / "docs" / "index.md").write_text(text)
+        return subprocess.run([BIN / command[0], *command[1:]], cwd=tmp_path, capture_output=True).returncode
+
+    assert build("[the method](method.md)") == 0
+    assert build(f"[dead]({link})") == 1
+
+
 def test_pre_commit_calls_the_tools_of_the_lint():
     makefile = (ROOT / "Makefile").read_text()
     lint = re.search(r"^lint:.*?\n((?:\t.*\n)+)", makefile, flags=re.MULTILINE)[1]

@@ -1,6 +1,7 @@
 // surgery_head on the CPU. Forward: the features are read from memory once, four samples at a time; their inner
 // products make their residuals, and while the rows are still in the cache they are added to the head gradients.
-// Backward: a row of the result is a sum of three vectors that stay in the cache, so memory is only written.
+// Backward: a row of the result is a sum of three vectors that stay in the cache, so memory is only written, and
+// read only where a distillation loss has left what it needs.
 #include "../surgery_head.h"
 
 #include <algorithm>
@@ -65,19 +66,36 @@ DGS_INLINE void add_loop(const Rows<T> x, F a, F b, F c, F d, F* sums, int64_t s
     sums[i] += a * F(load(x.a[i])) + b * F(load(x.b[i])) + c * F(load(x.c[i])) + d * F(load(x.d[i]));
 }
 
-// A row of the backward's result: image * w + pull * min(+-v, 0) + push * relu(+-u), the signs of v and u given.
-template <typename F>
+// Leaves x - y in `out`; the sum of the squares.
+template <typename T>
+DGS_INLINE double subtract_loop(const T* x, const T* y, T* out, int64_t size) {
+  using F = decltype(load(T()));
+  F sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t i = 0; i < size; ++i) {
+    const F difference = load(x[i]) - load(y[i]);
+    sum += difference * difference;
+    store(&out[i], difference);
+  }
+  return sum;
+}
+
+// A row of the backward's result: image * w + pull * min(+-v, 0) + push * relu(+-u) + distill * d, the signs of v
+// and u given.
+template <typename T, typename F>
 struct Mix {
   const F *w, *v, *u;  // u may be null
-  F image, pull, push, v_sign, u_sign;
+  const T* d;          // may be null
+  F image, pull, push, distill, v_sign, u_sign;
 };
 
-template <bool text, typename T, typename F>
-DGS_INLINE void mix_loop(const Mix<F> m, T* out, int64_t size) {
+template <bool text, bool distills, typename T, typename F>
+DGS_INLINE void mix_loop(const Mix<T, F> m, T* out, int64_t size) {
 #pragma omp simd
   for (int64_t i = 0; i < size; ++i) {
     F x = m.image * m.w[i] + m.pull * negative_part(m.v_sign * m.v[i]);
     if constexpr (text) x += m.push * positive_part(m.u_sign * m.u[i]);
+    if constexpr (distills) x += m.distill * F(load(m.d[i]));
     store(&out[i], decltype(load(T()))(x));
   }
 }
@@ -87,15 +105,19 @@ DGS_INLINE void mix_loop(const Mix<F> m, T* out, int64_t size) {
   DGS_MULTIVERSION void add(const Rows<T>& x, int count, const F* factors, F* sums, int64_t size) {       \
     if (count == at_once) return add_loop(x, factors[0], factors[1], factors[2], factors[3], sums, size); \
     for (int n = 0; n < count; ++n) add_loop(n == 0 ? x.a : n == 1 ? x.b : x.c, factors[n], sums, size);  \
+  }                                                                                                       \
+  DGS_MULTIVERSION double subtract(const T* x, const T* y, T* out, int64_t size) {                        \
+    return subtract_loop(x, y, out, size);                                                                \
   }
 DGS_KERNELS(float, float)
 DGS_KERNELS(double, double)
 DGS_KERNELS(bf16, float)
 #undef DGS_KERNELS
 
-#define DGS_KERNELS(T, F)                                                      \
-  DGS_MULTIVERSION void mix(const Mix<F>& m, T* out, int64_t size) {           \
-    return m.u ? mix_loop<true>(m, out, size) : mix_loop<false>(m, out, size); \
+#define DGS_KERNELS(T, F)                                                                           \
+  DGS_MULTIVERSION void mix(const Mix<T, F>& m, T* out, int64_t size) {                             \
+    if (m.d) return m.u ? mix_loop<true, true>(m, out, size) : mix_loop<false, true>(m, out, size); \
+    return m.u ? mix_loop<true, false>(m, out, size) : mix_loop<false, false>(m, out, size);        \
   }
 DGS_KERNELS(float, float)
 DGS_KERNELS(double, float)
@@ -123,7 +145,7 @@ class Forward {
   // What a run of samples adds to the results. Samples are cut into runs by their number alone: sums inside a
   // run and over the runs are in the same order on any number of threads.
   struct Run {
-    double losses[3] = {}, biases[2] = {};
+    double losses[4] = {}, biases[2] = {};
     std::vector<F> grads;  // [2, dim]
   };
 
@@ -150,10 +172,10 @@ class Forward {
     const double mean = 1.0 / std::max<int64_t>(a_.batch, 1);
     Run total;
     for (const Run& run : runs) {
-      for (int n = 0; n < 3; ++n) total.losses[n] += run.losses[n];
+      for (int n = 0; n < 4; ++n) total.losses[n] += run.losses[n];
       for (int n = 0; n < 2; ++n) total.biases[n] += run.biases[n];
     }
-    for (int n = 0; n < 3; ++n) static_cast<F*>(a_.losses)[n] = F(total.losses[n] * mean);
+    for (int n = 0; n < 4; ++n) static_cast<F*>(a_.losses)[n] = F(total.losses[n] * mean);
     F* grads = static_cast<F*>(a_.head_grads);
     for (int n = 0; n < 2; ++n) grads[n * (a_.dim + 1) + a_.dim] = F(total.biases[n] * mean);
     // One run's gradients after the other, as they lie in memory.
@@ -205,17 +227,20 @@ class Forward {
     });
   }
 
-  // Writes the samples' logits and residuals, in the order image, text, teacher; adds up the losses.
+  // Writes the samples' logits and residuals, in the order image, text, teacher; adds up the losses, to which the
+  // logits are shifted.
   struct Branch {
     F residuals[at_once] = {};
+    Four logits = {};
   };
-  Branch branch(int which, const Group& group, const Four& dots, const void* bias, Run& run) const {
+  Branch branch(int which, const Group& group, const Four& dots, const Four& shifts, const void* bias, Run& run) const {
     Branch result;
     for (int n = 0; n < group.count; ++n) {
-      const double label = vector(a_.labels)[group.sample(n)], logit = dots.of[n] + double(*vector(bias));
+      const double own = result.logits.of[n] = dots.of[n] + double(*vector(bias)), logit = own + shifts.of[n];
+      const double label = vector(a_.labels)[group.sample(n)];
       const double small = std::exp(-std::fabs(logit)), sigmoid = (logit < 0 ? small : 1) / (1 + small);
       const F residual = result.residuals[n] = F(sigmoid - label);
-      static_cast<F*>(a_.logits)[which * a_.batch + group.sample(n)] = F(logit);
+      static_cast<F*>(a_.logits)[which * a_.batch + group.sample(n)] = F(own);
       static_cast<F*>(a_.residuals)[which * a_.batch + group.sample(n)] = residual;
       if (which == 2) continue;
       run.losses[which] += positive_part(logit) - logit * label + std::log1p(small);
@@ -231,27 +256,52 @@ class Forward {
     });
   }
 
+  // Keeps features - teacher_features; the sum of the squares.
+  double differences(const Group& group) const {
+    double sum = 0;
+    for (int n = 0; n < group.count; ++n)
+      for_blocks(a_.dim, [&](int64_t begin, int64_t size) {
+        const int64_t sample = group.sample(n);
+        const Widened<T, block> x(a_.features, sample * a_.features_stride + begin, size);
+        const Widened<T, block> y(a_.teacher_features, sample * a_.teacher_stride + begin, size);
+        Widened<T, block> out(a_.differences, sample * a_.dim + begin, size, /*read=*/false);
+        sum += subtract(x.data, y.data, out.data, size);
+        out.write_back();
+      });
+    return sum;
+  }
+
+  // What is added to the image's logits in its loss.
+  Four shifts(const Group& group, const Branch& text) const {
+    Four shifts = a_.expert ? text.logits : Four{};
+    for (int n = 0; a_.offsets && n < group.count; ++n) shifts.of[n] += vector(a_.offsets)[group.sample(n)];
+    return shifts;
+  }
+
   void add_samples(const Group& group, Run& run) const {
     Four image[3] = {}, text[1] = {}, teacher[1] = {};
-    dots(a_.features, a_.features_stride, group, {vector(a_.image_weight), rises_.data(), falls_.data()}, image);
-    add_rows(a_.features, a_.features_stride, group, branch(0, group, image[0], a_.image_bias, run), run.grads.data());
-
+    Branch of_text;
     if (a_.text_features) {
       dots(a_.text_features, a_.text_stride, group, {vector(a_.text_weight)}, text);
-      add_rows(a_.text_features, a_.text_stride, group, branch(1, group, text[0], a_.text_bias, run),
-               run.grads.data() + a_.dim);
+      of_text = branch(1, group, text[0], {}, a_.text_bias, run);
+      add_rows(a_.text_features, a_.text_stride, group, of_text, run.grads.data() + a_.dim);
     } else {
       for (int n = 0; n < group.count; ++n)
         static_cast<F*>(a_.logits)[a_.batch + group.sample(n)] =
             static_cast<F*>(a_.residuals)[a_.batch + group.sample(n)] = 0;
     }
 
+    dots(a_.features, a_.features_stride, group, {vector(a_.image_weight), rises_.data(), falls_.data()}, image);
+    add_rows(a_.features, a_.features_stride, group,
+             branch(0, group, image[0], shifts(group, of_text), a_.image_bias, run), run.grads.data());
+
     dots(a_.teacher_features, a_.teacher_stride, group, {vector(a_.teacher_weight)}, teacher);
-    const Branch of = branch(2, group, teacher[0], a_.teacher_bias, run);
+    const Branch of = branch(2, group, teacher[0], {}, a_.teacher_bias, run);
     for (int n = 0; n < group.count; ++n) {
       const double residual = of.residuals[n];
       run.losses[2] += std::fabs(residual) / reference_ * image[residual > 0 ? 1 : 2].of[n];
     }
+    if (a_.differences) run.losses[3] += a_.distillation / (2.0 * a_.dim) * differences(group);
   }
 };
 
@@ -291,6 +341,7 @@ void backward(const SurgeryHeadBackward& a, ParallelFor parallel_for) {
   const double reference = a.reference_batch_size ? a.reference_batch_size : std::max<int64_t>(a.batch, 1);
   const double image_scale = *vector(a.image_scale) / double(a.batch);
   const double pull_scale = *vector(a.alignment_scale) / (reference * a.batch);
+  const double distill = a.differences ? a.distillation / (double(a.dim) * a.batch) * *vector(a.distillation_scale) : 0;
   Products products[2];  // [u is negative]
   for (int64_t i = 0; u && i < a.dim; ++i)
     for (int negative = 0; negative < 2; ++negative) {
@@ -315,7 +366,10 @@ void backward(const SurgeryHeadBackward& a, ParallelFor parallel_for) {
     }
     const F v_sign = residual(2) > 0 ? 1 : -1, u_sign = residual(1) > 0 ? 1 : -1;
     for_blocks(a.dim, [&](int64_t begin, int64_t size) {
-      const Mix<F> row{w + begin, v + begin, u ? u + begin : nullptr, F(image), F(pull), F(push), v_sign, u_sign};
+      const Widened<T, block> d(a.differences, sample * a.dim + begin, size);
+      const Mix<std::remove_pointer_t<decltype(d.data)>, F> row{
+          w + begin, v + begin, u ? u + begin : nullptr, d.data, F(image), F(pull), F(push), F(distill),
+          v_sign,    u_sign};
       alignas(64) T cached[block];
       Widened<T, block> out(streamed ? cached : a.grad_features, streamed ? 0 : sample * a.dim + begin, size,
                             /*read=*/false);

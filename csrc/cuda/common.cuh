@@ -188,7 +188,11 @@ const char* launch(void (*kernel)(P), int64_t blocks, int threads, int shared_by
   config.stream = static_cast<cudaStream_t>(stream);
   config.attrs = &attribute;
   config.numAttrs = cluster > 1;
-  if (cudaLaunchKernelEx(&config, kernel, params) == cudaSuccess) return nullptr;
+  cudaError_t error = cudaSuccess;
+  if (shared_bytes > 48 << 10)  // what is granted without asking
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+  if (error == cudaSuccess) error = cudaLaunchKernelEx(&config, kernel, params);
+  if (error == cudaSuccess) return nullptr;
   return cudaGetErrorString(cudaGetLastError());  // which also forgets it: the next call of others is none the worse
 }
 

@@ -33,6 +33,7 @@ inline uint3 threadIdx, blockIdx;
 inline dim3 blockDim, gridDim;
 
 enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1 };
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
 enum cudaDeviceAttr { cudaDevAttrClusterLaunch = 120 };
 enum cudaStreamCaptureStatus { cudaStreamCaptureStatusNone, cudaStreamCaptureStatusActive };
 enum cudaLaunchAttributeID { cudaLaunchAttributeClusterDimension = 4 };
@@ -63,6 +64,9 @@ void block_barrier();
 void cluster_barrier();
 uint64_t exchange(uint64_t value, unsigned source_lane);  // what source_lane passed, after a warp barrier
 unsigned ballot(bool predicate);
+void copy(void* to, const void* from, size_t bytes);  // lands at once or when it is waited for, as the order has it
+void commit_copies();
+void wait_for_copies(size_t prior);
 extern bool has_clusters;
 extern int compiled_for;  // the virtual architecture of the code that was loaded, as 90
 extern bool capturing;
@@ -85,6 +89,10 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
 }
 inline const char* cudaGetErrorString(cudaError_t) { return "invalid launch"; }
 inline cudaError_t cudaGetLastError() { return cudaErrorInvalidValue; }
+template <typename Kernel>
+cudaError_t cudaFuncSetAttribute(Kernel*, cudaFuncAttribute, int) {
+  return cudaSuccess;
+}
 inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
   return *value = shim::has_clusters, cudaSuccess;

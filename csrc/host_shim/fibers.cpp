@@ -1,6 +1,7 @@
 // Runs CUDA kernels on the CPU: every thread of a cluster of blocks is a fiber of this one thread of the host.
 // A fiber runs until it waits at a barrier or a shuffle. Shared memory starts as NaN. The order of blocks and
-// of threads can be turned round, to show that no result depends on it.
+// of threads can be turned round, to show that no result depends on it. Then asynchronous copies land as late as
+// they may, where in the forward order they land at once: neither a read too early nor a copy too early goes unseen.
 #include <cuda_runtime.h>
 #include <sanitizer/common_interface_defs.h>
 #include <ucontext.h>
@@ -39,6 +40,11 @@ struct Block {
   std::vector<Warp> warps;
   std::unique_ptr<unsigned char, decltype(&std::free)> shared{nullptr, &std::free};
 };
+struct Copy {
+  void* to;
+  const void* from;
+  size_t bytes, group;
+};
 struct Fiber {  // lives on from launch to launch, since making one takes system calls
   std::unique_ptr<char[]> stack = std::make_unique<char[]>(kStackBytes);
   ucontext_t start;
@@ -50,6 +56,8 @@ struct Fiber {  // lives on from launch to launch, since making one takes system
   bool done;
   const unsigned* waits_for;  // waits while this generation is the one it arrived in
   unsigned generation;
+  std::vector<Copy> copies;  // on their way
+  size_t committed;          // groups of copies
 };
 
 enum Order { kForward, kReversed, kShuffled };
@@ -140,6 +148,8 @@ void run_cluster(unsigned first_block, unsigned size, unsigned threads, size_t s
     fibers[i]->thread = i % threads;
     fibers[i]->done = false;
     fibers[i]->waits_for = nullptr;
+    fibers[i]->copies.clear();
+    fibers[i]->committed = 0;
   }
   for (size_t running = count, progress = 1; running;) {
     if (!progress) {
@@ -202,6 +212,22 @@ unsigned ballot(bool predicate) {
   unsigned votes = 0;
   for (int lane = 0; lane < kWarp; ++lane) votes |= static_cast<unsigned>(slots[lane]) << lane;
   return votes;
+}
+
+void copy(void* to, const void* from, size_t bytes) {
+  if (order == kForward)
+    std::memcpy(to, from, bytes);
+  else
+    self->copies.push_back({to, from, bytes, self->committed});
+}
+
+void commit_copies() { ++self->committed; }
+
+void wait_for_copies(size_t prior) {
+  auto first = self->copies.begin(), end = first;
+  for (; end != self->copies.end() && end->group + prior < self->committed; ++end)
+    std::memcpy(end->to, end->from, end->bytes);
+  self->copies.erase(first, end);
 }
 
 }  // namespace shim

@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
+#include <limits>
 #include <optional>
 #include <string>
 #include <thread>
@@ -337,7 +338,8 @@ py::array surgery_adamw_(py::object params, py::object grads, py::object exp_avg
 constexpr const char* surgery_head_doc =
     R"(surgery_head(features, teacher_features, text_features, labels, image_weight,
              image_bias, teacher_weight, teacher_bias, text_weight, text_bias, *, alignment=0.2,
-             order='align_first', eps=1e-6, reference_batch_size=None) -> SurgeryHeadOutput
+             order='align_first', eps=1e-6, reference_batch_size=None, text='project', offsets=None,
+             distillation=0.0) -> SurgeryHeadOutput
 
 DGS-Net's three branches on linear heads (arXiv 2511.13108) in closed form: losses, logits and gradients.
 
@@ -353,12 +355,17 @@ Args:
     order: 'align_first' or 'project_first'.
     eps: added to the norm of the harmful gradient, > 0.
     reference_batch_size: the batch size as which the strength of the surgery counts; None: B.
+    text: 'project' removes the text's harmful direction; 'expert' instead adds the text's logits, as constants, to
+        the image's in the image loss; 'both' does both.
+    offsets: [B] further constants that are added to the image's logits in the image loss, or None.
+    distillation: weight >= 0 of distillation / (2 D) * mean of ||f - f_teacher||^2, whose gradient comes after the
+        surgery.
 
 Returns:
-    SurgeryHeadOutput, a named tuple. image_loss, text_loss and alignment_loss are numbers, means over the batch;
-    image_logits, text_logits and teacher_logits [B]; features_grad [B, D] of features' dtype, image_weight_grad
-    [D], image_bias_grad, text_weight_grad [D] and text_bias_grad are the gradients of
-    image_loss + text_loss + alignment * alignment_loss, that of features after the surgery.
+    SurgeryHeadOutput, a named tuple. image_loss, text_loss, alignment_loss and distillation_loss are numbers, means
+    over the batch; image_logits, text_logits and teacher_logits [B] are of each head alone; features_grad [B, D] of
+    features' dtype, image_weight_grad [D], image_bias_grad, text_weight_grad [D] and text_bias_grad are the gradients
+    of image_loss + text_loss + alignment * alignment_loss + distillation_loss, that of features after the surgery.
 
 Raises:
     ValueError, TypeError: a shape, dtype, layout or option that does not fit.
@@ -397,8 +404,13 @@ py::array numbers_of(const Argument& at, py::handle object, int64_t count, const
 
 py::object surgery_head(const py::object& output, py::object features_, py::object teacher_, py::object text_,
                         py::object labels_, const std::vector<py::object>& heads, double alignment,
-                        const std::string& order, double eps, std::optional<int64_t> reference_batch_size) {
+                        const std::string& order, double eps, std::optional<int64_t> reference_batch_size,
+                        const std::string& role, const py::object& offsets_, double distillation) {
   const char* const name = "surgery_head";
+  require(role == "project" || role == "expert" || role == "both",
+          "{}: text must be 'project', 'expert' or 'both', got '{}'", name, role);
+  require(distillation >= 0 && distillation < std::numeric_limits<double>::infinity(),
+          "{}: distillation must be a finite number >= 0, got {}", name, distillation);
   check_eps(name, "eps", eps);
   require(reference_batch_size.value_or(1) >= 1, "{}: reference_batch_size must be >= 1, got {}", name,
           reference_batch_size.value_or(0));
@@ -415,6 +427,7 @@ py::object surgery_head(const py::object& output, py::object features_, py::obje
              c = rows_of({name, "text_features"}, text);
 
   const py::array labels = numbers_of({name, "labels"}, labels_, batch, type);
+  const py::array offsets = offsets_.is_none() ? labels : numbers_of({name, "offsets"}, offsets_, batch, type);
   static const char* const names[] = {"image_weight", "image_bias",  "teacher_weight",
                                       "teacher_bias", "text_weight", "text_bias"};
   std::vector<py::array> kept;
@@ -424,10 +437,13 @@ py::object surgery_head(const py::object& output, py::object features_, py::obje
     at[n] = kept.back().data();
   }
   const auto made = [&](std::vector<py::ssize_t> shape) { return py::array(type, std::move(shape)); };
-  py::array losses = made({3}), logits = made({3, batch}), residuals = made({3, batch}), grads = made({2, dim + 1});
+  py::array losses = made({4}), logits = made({3, batch}), residuals = made({3, batch}), grads = made({2, dim + 1});
   py::array features_grad(features.dtype(), std::vector<py::ssize_t>{batch, dim});
   const py::array scales = numbers_of({name, "alignment"}, py::make_tuple(1.0, alignment), 2, type);
+  // The forward leaves the differences where the backward finds them, and replaces them by the gradient.
+  void* const differences = distillation ? features_grad.mutable_data() : nullptr;
   const dgs::SurgeryHead forward{.dtype = dtype,
+                                 .expert = role != "project",
                                  .features = f.data,
                                  .teacher_features = t.data,
                                  .text_features = has_text ? c.data : nullptr,
@@ -435,6 +451,7 @@ py::object surgery_head(const py::object& output, py::object features_, py::obje
                                  .teacher_stride = t.stride,
                                  .text_stride = c.stride,
                                  .labels = labels.data(),
+                                 .offsets = offsets_.is_none() ? nullptr : offsets.data(),
                                  .image_weight = at[0],
                                  .teacher_weight = at[2],
                                  .text_weight = at[4],
@@ -444,23 +461,28 @@ py::object surgery_head(const py::object& output, py::object features_, py::obje
                                  .batch = batch,
                                  .dim = dim,
                                  .reference_batch_size = double(reference_batch_size.value_or(0)),
+                                 .distillation = distillation,
                                  .losses = losses.mutable_data(),
                                  .logits = logits.mutable_data(),
                                  .residuals = residuals.mutable_data(),
                                  .head_grads = grads.mutable_data(),
+                                 .differences = differences,
                                  .workspace = nullptr};
   const dgs::SurgeryHeadBackward backward{.dtype = dtype,
                                           .order = order_of(name, order),
                                           .residuals = residuals.data(),
                                           .image_weight = at[0],
                                           .teacher_weight = at[2],
-                                          .text_weight = at[4],
+                                          .text_weight = role == "expert" ? nullptr : at[4],
                                           .image_scale = scales.data(0),
                                           .alignment_scale = scales.data(1),
+                                          .differences = differences,
+                                          .distillation_scale = scales.data(0),
                                           .batch = batch,
                                           .dim = dim,
                                           .reference_batch_size = forward.reference_batch_size,
                                           .eps = eps,
+                                          .distillation = distillation,
                                           .grad_features = features_grad.mutable_data(),
                                           .wide = dtype == DType::f64};
   without_gil([&] {
@@ -472,7 +494,7 @@ py::object surgery_head(const py::object& output, py::object features_, py::obje
   return output(losses[py::int_(0)], losses[py::int_(1)], losses[py::int_(2)], logits[py::int_(0)],
                 none_without_text(logits[py::int_(1)]), logits[py::int_(2)], features_grad, weights(0),
                 grads[py::make_tuple(0, dim)], none_without_text(weights(1)),
-                none_without_text(grads[py::make_tuple(1, dim)]));
+                none_without_text(grads[py::make_tuple(1, dim)]), losses[py::int_(3)]);
 }
 
 constexpr const char* spectral_entropy_doc = R"(spectral_entropy(images) -> numpy.ndarray
@@ -550,7 +572,7 @@ PYBIND11_MODULE(dgs_numpy, m) {
                                 .attr("namedtuple")("SurgeryHeadOutput",
                                                     "image_loss text_loss alignment_loss image_logits text_logits "
                                                     "teacher_logits features_grad image_weight_grad image_bias_grad "
-                                                    "text_weight_grad text_bias_grad",
+                                                    "text_weight_grad text_bias_grad distillation_loss",
                                                     "module"_a = "dgs_numpy");
   output.attr("__doc__") = "What surgery_head returns; see there.";
   m.attr("SurgeryHeadOutput") = output;
@@ -559,14 +581,16 @@ PYBIND11_MODULE(dgs_numpy, m) {
       [output](py::object features, py::object teacher, py::object text, py::object labels, py::object image_weight,
                py::object image_bias, py::object teacher_weight, py::object teacher_bias, py::object text_weight,
                py::object text_bias, double alignment, const std::string& order, double eps,
-               std::optional<int64_t> reference_batch_size) {
+               std::optional<int64_t> reference_batch_size, const std::string& role, const py::object& offsets,
+               double distillation) {
         return surgery_head(output, features, teacher, text, labels,
                             {image_weight, image_bias, teacher_weight, teacher_bias, text_weight, text_bias}, alignment,
-                            order, eps, reference_batch_size);
+                            order, eps, reference_batch_size, role, offsets, distillation);
       },
       "features"_a, "teacher_features"_a, "text_features"_a, "labels"_a, "image_weight"_a, "image_bias"_a,
       "teacher_weight"_a, "teacher_bias"_a, "text_weight"_a, "text_bias"_a, py::kw_only(), "alignment"_a = 0.2,
-      surgery[2], surgery[1], "reference_batch_size"_a = py::none(), surgery_head_doc);
+      surgery[2], surgery[1], "reference_batch_size"_a = py::none(), "text"_a = "project", "offsets"_a = py::none(),
+      "distillation"_a = 0.0, surgery_head_doc);
   m.def("spectral_entropy", &spectral_entropy, "images"_a, spectral_entropy_doc);
 
   m.def(

@@ -260,15 +260,18 @@ bool project_align(Arguments arguments) {
 
 bool surgery_head(Arguments arguments) {
   View features, teacher, text, labels, image_weight, image_bias, teacher_weight, teacher_bias, text_weight, text_bias;
-  View losses, logits, residuals, head_grads;
+  View losses, logits, residuals, head_grads, differences, offsets;
   if (!arguments.view(features) || !arguments.view(teacher) || !arguments.optional(text) || !arguments.view(labels))
     return false;
   for (View* head : {&image_weight, &image_bias, &teacher_weight, &teacher_bias})
     if (!arguments.view(*head)) return false;
   if (!arguments.optional(text_weight) || !arguments.optional(text_bias)) return false;
-  for (View* result : {&losses, &logits, &residuals, &head_grads})
+  for (View* result : {&losses, &logits, &residuals, &head_grads, &differences})
     if (!arguments.view(*result)) return false;
   const double reference_batch_size = arguments.real();
+  const bool expert = arguments.truth();
+  if (!arguments.optional(offsets)) return false;
+  const double distillation = arguments.real();
   const auto dtype = dtype_of(features.dtype);
   dgs::SurgeryHead call{};
   if (PyErr_Occurred() || !dtype || features.ndim != 2 || !features.rows(call.batch, call.features_stride) ||
@@ -285,14 +288,18 @@ bool surgery_head(Arguments arguments) {
   };
   if (!fit(labels, call.batch) || !fit(image_weight, call.dim) || !fit(teacher_weight, call.dim) ||
       !fit(image_bias, 1) || !fit(teacher_bias, 1) || !fit_text(text_weight, call.dim) || !fit_text(text_bias, 1) ||
-      !fit(losses, 3) || !fit(logits, 3 * call.batch) || !fit(residuals, 3 * call.batch) ||
-      !fit(head_grads, 2 * (call.dim + 1)))
+      !(offsets.absent || fit(offsets, call.batch)) || !fit(losses, 4) || !fit(logits, 3 * call.batch) ||
+      !fit(residuals, 3 * call.batch) || !fit(head_grads, 2 * (call.dim + 1)) ||
+      !same(differences.dtype, features.dtype) || !same(differences.device, features.device) ||
+      !differences.contiguous() || differences.numel() != (distillation ? call.batch * call.dim : 0))
     return false;
   call.dtype = *dtype;
+  call.expert = expert;
   call.features = features.at();
   call.teacher_features = teacher.at();
   call.text_features = text.at();
   call.labels = labels.at();
+  call.offsets = offsets.at();
   call.image_weight = image_weight.at();
   call.teacher_weight = teacher_weight.at();
   call.text_weight = text_weight.at();
@@ -300,10 +307,12 @@ bool surgery_head(Arguments arguments) {
   call.teacher_bias = teacher_bias.at();
   call.text_bias = text_bias.at();
   call.reference_batch_size = reference_batch_size;
+  call.distillation = distillation;
   call.losses = losses.at();
   call.logits = logits.at();
   call.residuals = residuals.at();
   call.head_grads = head_grads.at();
+  call.differences = distillation ? differences.at() : nullptr;
   return launch(
       features.device, [&] { dgs::cpu::surgery_head(call, dgs::torch_runtime::parallel_for); },
       [&](const auto& allocate, void* stream) {
@@ -316,6 +325,7 @@ bool surgery_head(Arguments arguments) {
 
 bool surgery_head_backward(Arguments arguments) {
   View residuals, image_weight, teacher_weight, text_weight, image_scale, alignment_scale, out;
+  View differences, distillation_scale;
   if (!arguments.view(residuals) || !arguments.view(image_weight) || !arguments.view(teacher_weight) ||
       !arguments.optional(text_weight) || !arguments.view(image_scale) || !arguments.view(alignment_scale) ||
       !arguments.view(out))
@@ -323,13 +333,16 @@ bool surgery_head_backward(Arguments arguments) {
   const double eps = arguments.real();
   const int64_t order = arguments.integer();
   const double reference_batch_size = arguments.real();
+  if (!arguments.optional(differences) || !arguments.optional(distillation_scale)) return false;
+  const double distillation = arguments.real();
   const auto dtype = dtype_of(out.dtype);
   if (PyErr_Occurred() || !dtype || out.ndim != 2 || !out.contiguous() || order < 0 || order > 1 || !(eps > 0))
     return false;
   const int64_t batch = out.shape[0], dim = out.shape[1];
   const auto fit = [&](const View& x, int64_t count) { return numbers(x, count, computing_type(*dtype), out.device); };
   if (!fit(residuals, 3 * batch) || !fit(image_weight, dim) || !fit(teacher_weight, dim) ||
-      !(text_weight.absent || fit(text_weight, dim)) || !fit(image_scale, 1) || !fit(alignment_scale, 1))
+      !(text_weight.absent || fit(text_weight, dim)) || !fit(image_scale, 1) || !fit(alignment_scale, 1) ||
+      !(differences.absent ? distillation_scale.absent : alike(differences, out) && fit(distillation_scale, 1)))
     return false;
   const dgs::SurgeryHeadBackward call{.dtype = *dtype,
                                       .order = static_cast<dgs::Order>(order),
@@ -339,10 +352,13 @@ bool surgery_head_backward(Arguments arguments) {
                                       .text_weight = text_weight.at(),
                                       .image_scale = image_scale.at(),
                                       .alignment_scale = alignment_scale.at(),
+                                      .differences = differences.at(),
+                                      .distillation_scale = distillation_scale.at(),
                                       .batch = batch,
                                       .dim = dim,
                                       .reference_batch_size = reference_batch_size,
                                       .eps = eps,
+                                      .distillation = distillation,
                                       .grad_features = out.at(),
                                       .wide = *dtype == DType::f64};
   return out.numel() == 0 ||
@@ -468,15 +484,16 @@ PyMethodDef method(const char* name, const char* signature) {
 PyMethodDef methods[] = {
     method<function<project_align, 9>>(
         "project_align", "project_align(grad, harmful, beneficial, scale, out, alignment, eps, order, rule) -> bool"),
-    method<function<surgery_head, 15>>(
+    method<function<surgery_head, 19>>(
         "surgery_head",
         "surgery_head(features, teacher_features, text_features, labels, image_weight, image_bias, "
         "teacher_weight, teacher_bias, text_weight, text_bias, losses, logits, residuals, head_grads, "
-        "reference_batch_size) -> bool"),
-    method<function<surgery_head_backward, 10>>(
+        "differences, reference_batch_size, expert, offsets, distillation) -> bool"),
+    method<function<surgery_head_backward, 13>>(
         "surgery_head_backward",
         "surgery_head_backward(residuals, image_weight, teacher_weight, text_weight, image_scale, "
-        "alignment_scale, out, eps, order, reference_batch_size) -> bool"),
+        "alignment_scale, out, eps, order, reference_batch_size, differences, distillation_scale, "
+        "distillation) -> bool"),
     method<function<spectral_entropy, 3>>("spectral_entropy", "spectral_entropy(images, out, patch_size) -> bool"),
     method<function<project_align_, 11>>(
         "project_align_",

@@ -84,7 +84,7 @@ def _layer_sums(g: list[Tensor], h: list[Tensor], b: list[Tensor], groups: list[
     return sums
 
 
-def surgery_head(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def surgery_head(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     return reference.surgery_head(*arguments)
 
 
@@ -99,6 +99,9 @@ def surgery_head_backward(
     eps: float,
     order: int,
     reference_batch_size: int | None,
+    differences: Tensor | None,
+    distillation_scale: Tensor | None,
+    distillation: float,
 ) -> None:
     out.copy_(
         reference.surgery_head_backward(
@@ -112,6 +115,9 @@ def surgery_head_backward(
             eps,
             ORDERS[order],
             reference_batch_size,
+            differences,
+            distillation_scale,
+            distillation,
         )
     )
 

@@ -5,20 +5,23 @@ results it is given, and checks everything)::
 
     surgery_head(Tensor features, Tensor teacher_features, Tensor? text_features, Tensor labels,
                  Tensor image_weight, Tensor image_bias, Tensor teacher_weight, Tensor teacher_bias,
-                 Tensor? text_weight, Tensor? text_bias, int? reference_batch_size)
-        -> (Tensor losses, Tensor logits, Tensor residuals, Tensor head_grads)
+                 Tensor? text_weight, Tensor? text_bias, int? reference_batch_size, bool expert,
+                 Tensor? offsets, float distillation)
+        -> (Tensor losses, Tensor logits, Tensor residuals, Tensor head_grads, Tensor differences)
     surgery_head_backward(Tensor residuals, Tensor image_weight, Tensor teacher_weight, Tensor? text_weight,
                           Tensor image_scale, Tensor alignment_scale, Tensor(a!) out, float eps, int order,
-                          int? reference_batch_size) -> ()
+                          int? reference_batch_size, Tensor? differences, Tensor? distillation_scale,
+                          float distillation) -> ()
 
 The formulas are those of the same names in `reference.py`. The feature matrices [B, D] have one dtype and
-unit stride inside a row, the stride between rows is any (0 too). Everything else is contiguous and of the
-computing type C: float64 for float64 features, else float32. labels [B], weights [1, D], biases [1]; losses
-[3], logits and residuals [3, B] in the order image, text, teacher, head_grads [2, D + 1]. Text features,
-weight and bias are there or absent together. B may be 0: then all sums are 0. The backward fills `out`
-[B, D], contiguous and of any of the four storage types, from residuals [3, B], weights and two 0-dim scales
-of type C; order is the place in `reference.ORDERS`. Sums are in a fixed order, without atomics, and nothing
-waits for the device.
+unit stride inside a row, the stride between rows is any (0 too). Everything else is contiguous; differences
+are [B, D] in the features' type, or [0, D] where distillation is 0, all others of the computing type C:
+float64 for float64 features, else float32. labels and offsets [B], weights [1, D], biases [1]; losses [4],
+logits and residuals [3, B] in the order image, text, teacher, head_grads [2, D + 1]. Text features, weight
+and bias are there or absent together. B may be 0: then all sums are 0. The backward fills `out` [B, D],
+contiguous and of any of the four storage types, from residuals [3, B], weights and 0-dim scales of type C,
+and from differences of its own type; order is the place in `reference.ORDERS`. Sums are in a fixed order,
+without atomics, and nothing waits for the device.
 """
 
 from __future__ import annotations
@@ -31,20 +34,22 @@ from torch import Tensor, nn
 
 from dgs_kernels import backends
 from dgs_kernels.ops.project_align import number
-from dgs_kernels.reference import ORDERS, compute_dtype
+from dgs_kernels.reference import ORDERS, TEXT_ROLES, compute_dtype
 
 _library = torch.library.Library("dgs", "FRAGMENT")
 _library.define(
     "surgery_head(Tensor features, Tensor teacher_features, Tensor? text_features, Tensor labels, "
     "Tensor image_weight, Tensor image_bias, Tensor teacher_weight, Tensor teacher_bias, "
-    "Tensor? text_weight, Tensor? text_bias, float eps, str order, int? reference_batch_size) "
-    "-> (Tensor losses, Tensor logits, Tensor residuals, Tensor head_grads)",
+    "Tensor? text_weight, Tensor? text_bias, float eps, str order, int? reference_batch_size, "
+    "str text, Tensor? offsets, float distillation) "
+    "-> (Tensor losses, Tensor logits, Tensor residuals, Tensor head_grads, Tensor differences)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _library.define(
     "surgery_head_backward(Tensor residuals, Tensor image_weight, Tensor teacher_weight, "
     "Tensor? text_weight, Tensor image_scale, Tensor alignment_scale, ScalarType out_dtype, "
-    "float eps, str order, int? reference_batch_size) -> Tensor",
+    "float eps, str order, int? reference_batch_size, Tensor? differences, "
+    "Tensor? distillation_scale, float distillation) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
@@ -53,8 +58,9 @@ class SurgeryHeadOutput(NamedTuple):
     """What the three branches say about a batch of B samples.
 
     The losses are 0-dim means over the batch, to be summed as
-    `image_loss + text_loss + weight * alignment_loss`. The logits [B] are detached: the losses carry every
-    gradient. Without text features `text_loss` is 0 and `text_logits` is None.
+    `image_loss + text_loss + weight * alignment_loss + distillation_loss`; the last carries its weight
+    already and is 0 without distillation. The logits [B] are those of each head alone, and detached: the
+    losses carry every gradient. Without text features `text_loss` is 0 and `text_logits` is None.
     """
 
     image_loss: Tensor
@@ -63,6 +69,7 @@ class SurgeryHeadOutput(NamedTuple):
     image_logits: Tensor
     text_logits: Tensor | None
     teacher_logits: Tensor
+    distillation_loss: Tensor
 
 
 def surgery_head(
@@ -80,13 +87,17 @@ def surgery_head(
     order: str = "align_first",
     eps: float = 1e-6,
     reference_batch_size: int | None = None,
+    text: str = "project",
+    offsets: Tensor | None = None,
+    distillation: float = 0.0,
 ) -> SurgeryHeadOutput:
     """DGS-Net's student, teacher and text branch on linear heads, with the gradient surgery in closed form.
 
     With linear heads both reference gradients of a sample are multiples of a head's weight, so no
     `autograd.grad` and no [B, D] reference gradients are needed: the features are read once, forward, and
     their surgered gradient is written once, backward, from three scalars per sample. Results equal those of
-    `reference.official_graph`, which is arXiv 2511.13108 as published.
+    `reference.official_graph`, which is arXiv 2511.13108 as published. What `text`, `offsets` and
+    `distillation` add is not in that paper; docs/method.md derives it.
 
     Args:
         features: [B, D] student features, not normalised. They receive the surgered gradient.
@@ -101,6 +112,13 @@ def surgery_head(
         reference_batch_size: R takes the two reference gradients as if the batch were R, which makes the
             strength of the surgery independent of batch size, ranks and accumulation. None is the official
             formula, whose alignment fades as 1/B. R = 32 is the official strength at its batch of 32.
+        text: what the text branch does to the image branch. "project", the published method: its harmful
+            direction is projected out. "expert": its logit is added, as a constant, to the image's logit in
+            the image loss (a product of experts), and nothing is projected. "both" does both.
+        offsets: [B], any real dtype, further constants added to the image's logit in the image loss.
+        distillation: weight >= 0 of a loss that pulls the features to the teacher's,
+            distillation / (2 D) * mean over the batch of ||f - f_teacher||^2. Its gradient is added after
+            the surgery. Above 0 a matrix [B, D] is kept for the backward.
 
     Returns:
         SurgeryHeadOutput. Losses and logits are float32 (float64 if any input is) also under autocast.
@@ -121,7 +139,7 @@ def surgery_head(
         torch.Size([8, 16])
     """
     run = _op if backends.watched() or torch._C._are_functorch_transforms_active() else _run
-    losses, logits, _, _ = run(
+    losses, logits, *_ = run(
         features,
         teacher_features,
         text_features,
@@ -135,8 +153,11 @@ def surgery_head(
         eps,
         order,
         reference_batch_size,
+        text,
+        offsets,
+        distillation,
     )
-    image_loss, text_loss, alignment_loss = losses.unbind()
+    image_loss, text_loss, alignment_loss, distillation_loss = losses.unbind()
     image_logits, text_logits, teacher_logits = logits.detach().unbind()
     return SurgeryHeadOutput(
         image_loss,
@@ -145,6 +166,7 @@ def surgery_head(
         image_logits,
         None if text_features is None else text_logits,
         teacher_logits,
+        distillation_loss,
     )
 
 
@@ -179,6 +201,9 @@ class SurgeryHead(nn.Module):
         order: str = "align_first",
         eps: float = 1e-6,
         reference_batch_size: int | None = None,
+        text: str = "project",
+        offsets: Tensor | None = None,
+        distillation: float = 0.0,
     ) -> SurgeryHeadOutput:
         """`surgery_head` with this module's weights."""
         return surgery_head(
@@ -195,6 +220,9 @@ class SurgeryHead(nn.Module):
             order=order,
             eps=eps,
             reference_batch_size=reference_batch_size,
+            text=text,
+            offsets=offsets,
+            distillation=distillation,
         )
 
 
@@ -204,9 +232,8 @@ def _check(
     text_features: Tensor | None,
     labels: Tensor,
     heads: dict[str, tuple[Tensor | None, Tensor | None]],
-    eps: float,
-    order: str,
-    reference_batch_size: int | None,
+    offsets: Tensor | None,
+    *options: Any,
 ) -> None:
     if features.dim() != 2 or features.shape[1] == 0:
         raise ValueError(f"surgery_head: features must be [B, D] with D >= 1, got {tuple(features.shape)}")
@@ -216,6 +243,8 @@ def _check(
         ("text_features", text_features, (batch, dim)),
         ("labels", labels, (batch,)),
     ]
+    if offsets is not None:
+        expected.append(("offsets", offsets, (batch,)))
     for name, (weight, bias) in heads.items():
         expected += [(f"{name}_weight", weight, (1, dim)), (f"{name}_bias", bias, (1,))]
     for name, tensor, shape in expected:
@@ -227,30 +256,45 @@ def _check(
             raise ValueError(f"surgery_head: {name} must have shape {shape}, got {tuple(tensor.shape)}")
         if tensor.device != features.device:
             raise ValueError(f"surgery_head: {name} is on {tensor.device} and features on {features.device}")
-        if name != "labels" and not tensor.dtype.is_floating_point:
+        if name in ("labels", "offsets"):
+            if tensor.dtype.is_complex:
+                raise TypeError(f"surgery_head: {name} must be real, got {tensor.dtype}")
+        elif not tensor.dtype.is_floating_point:
             raise TypeError(f"surgery_head: {name} must be a floating-point tensor, got {tensor.dtype}")
     if not features.dtype.is_floating_point:
         raise TypeError(f"surgery_head: features must be a floating-point tensor, got {features.dtype}")
-    if labels.dtype.is_complex:
-        raise TypeError(f"surgery_head: labels must be real, got {labels.dtype}")
+    _check_options(*options)
+
+
+def _check_options(
+    eps: float, order: str, reference_batch_size: int | None, text: str, distillation: float
+) -> None:
     if order not in ORDERS:
         raise ValueError(f"surgery_head: order must be one of {', '.join(ORDERS)}, got {order!r}")
     if not eps > 0:
         raise ValueError(f"surgery_head: eps must be > 0, got {eps}")
     if reference_batch_size is not None and reference_batch_size < 1:
         raise ValueError(f"surgery_head: reference_batch_size must be >= 1, got {reference_batch_size}")
+    if text not in TEXT_ROLES:
+        raise ValueError(f"surgery_head: text must be one of {', '.join(TEXT_ROLES)}, got {text!r}")
+    if not 0 <= distillation < float("inf"):
+        raise ValueError(f"surgery_head: distillation must be a finite number >= 0, got {distillation}")
 
 
 def _checked(
     features: Tensor, teacher_features: Tensor, text_features: Tensor | None, labels: Tensor, *rest: Any
 ) -> tuple[Any, ...]:
     """The arguments of `reference.surgery_head`, from those of the operator."""
-    image_w, image_b, teacher_w, teacher_b, text_w, text_b, eps, order, reference_batch_size = rest
+    image_w, image_b, teacher_w, teacher_b, text_w, text_b, *others = rest
+    eps, order, reference_batch_size, text, offsets, distillation = others
     heads = {"image": (image_w, image_b), "teacher": (teacher_w, teacher_b), "text": (text_w, text_b)}
-    _check(features, teacher_features, text_features, labels, heads, eps, order, reference_batch_size)
+    options = (eps, order, reference_batch_size, text, distillation)
+    _check(features, teacher_features, text_features, labels, heads, offsets, *options)
     if text_features is None:
         text_w = text_b = None
-    return features, teacher_features, text_features, labels, *rest[:4], text_w, text_b, reference_batch_size
+    matrices = (features, teacher_features, text_features)
+    weights = (image_w, image_b, teacher_w, teacher_b, text_w, text_b)
+    return *matrices, labels, *weights, reference_batch_size, text != "project", offsets, distillation
 
 
 def _kernel(*inputs: Any) -> tuple[Tensor, ...]:
@@ -259,40 +303,57 @@ def _kernel(*inputs: Any) -> tuple[Tensor, ...]:
         results = _native(serve, *inputs)
         if results is not None:
             return results
-    *matrices, labels, image_w, image_b, teacher_w, teacher_b, text_w, text_b, reference_batch_size = (
-        _checked(*inputs)
+    *matrices, labels = (arguments := _checked(*inputs))[:4]
+    *heads, reference_batch_size, expert, offsets, distillation = arguments[4:]
+    dtype, storage = _types(*matrices, *heads)
+    labels, offsets, *heads = (
+        None if x is None else backends.plain(x.to(dtype).contiguous()) for x in (labels, offsets, *heads)
     )
-    heads = (image_w, image_b, teacher_w, teacher_b, text_w, text_b)
-    dtype = compute_dtype(*matrices, image_w, teacher_w, text_w)
-    # Kernels read one storage type: mixed types, and heads wider than their features, meet in the widest.
-    types = {x.dtype for x in matrices if x is not None}
-    storage = types.pop() if len(types) == 1 and compute_dtype(matrices[0]) == dtype else dtype
-    laid_out: tuple[Any, ...] = (
-        *(_rows(x, storage) for x in matrices),
-        *(None if x is None else backends.plain(x.to(dtype).contiguous()) for x in (labels, *heads)),
-    )
+    matrices = [_rows(x, storage) for x in matrices]
     if not backends.is_native(serve):
-        return serve(*laid_out, reference_batch_size)
-    results = _native(serve, *laid_out, *inputs[10:])
+        return serve(*matrices, labels, *heads, reference_batch_size, expert, offsets, distillation)
+    results = _native(serve, *matrices, labels, *heads, *inputs[10:14], offsets, distillation)
     assert results is not None, "a native function takes what has been checked and laid out"
     return results
 
 
+def _types(
+    features: Tensor, teacher_features: Tensor, text_features: Tensor | None, *heads: Tensor | None
+) -> tuple[torch.dtype, torch.dtype]:
+    """The computing type, and the one in which kernels read the feature matrices."""
+    matrices = (features, teacher_features, text_features)
+    dtype = compute_dtype(*matrices, *heads[::2])  # of the weights, not of the biases
+    # Kernels read one storage type: mixed types, and heads wider than their features, meet in the widest.
+    types = {x.dtype for x in matrices if x is not None}
+    return dtype, types.pop() if len(types) == 1 and compute_dtype(features) == dtype else dtype
+
+
 def _native(serve: Callable, features: Tensor, *inputs: Any) -> tuple[Tensor, ...] | None:
     """The results of a native function; None if it does not take these tensors."""
-    *others, eps, order, reference_batch_size = inputs
-    rest_fits = eps > 0 and order in ORDERS and (reference_batch_size is None or reference_batch_size >= 1)
-    if features.dim() != 2 or not rest_fits:
+    *others, eps, order, reference_batch_size, text, offsets, distillation = inputs
+    _check_options(eps, order, reference_batch_size, text, distillation)
+    if features.dim() != 2:
         return None
-    batch, dim = features.shape
     dtype = torch.float64 if features.dtype == torch.float64 else torch.float32
-    results = tuple(features.new_empty(shape, dtype=dtype) for shape in _shapes(batch, dim))
-    return results if serve(features, *others, *results, reference_batch_size or 0) else None
+    results = _results(features, dtype, features.dtype, distillation)
+    options = (reference_batch_size or 0, text != "project", offsets, distillation)
+    return results if serve(features, *others, *results, *options) else None
 
 
-def _shapes(batch: int, dim: int) -> tuple[tuple[int, ...], ...]:
-    """Of losses, logits, residuals and head_grads."""
-    return (3,), (3, batch), (3, batch), (2, dim + 1)
+def _results(
+    features: Tensor, dtype: torch.dtype, storage: torch.dtype, distillation: float
+) -> tuple[Tensor, ...]:
+    """Memory for losses, logits, residuals, head_grads and differences."""
+    batch, dim = features.shape
+    shapes: tuple[tuple[int, ...], ...] = (
+        (4,),
+        (3, batch),
+        (3, batch),
+        (2, dim + 1),
+        (batch if distillation else 0, dim),
+    )
+    types = (dtype, dtype, dtype, dtype, storage)
+    return tuple(features.new_empty(shape, dtype=of) for shape, of in zip(shapes, types))
 
 
 def _rows(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
@@ -304,29 +365,27 @@ def _rows(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 
 
 def _fake(*inputs: Any) -> tuple[Tensor, ...]:
-    features, teacher_features, text_features, _, image_w, _, teacher_w, _, text_w, _, _ = _checked(*inputs)
-    batch, dim = features.shape
-    dtype = compute_dtype(features, teacher_features, text_features, image_w, teacher_w, text_w)
-    return tuple(features.new_empty(shape, dtype=dtype) for shape in _shapes(batch, dim))
+    *matrices, _ = (arguments := _checked(*inputs))[:4]
+    return _results(matrices[0], *_types(*matrices, *arguments[4:10]), distillation=arguments[-1])
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     features, _, text_features, _, image_w, _, teacher_w, _, text_w, _, *options = inputs
-    ctx.eps, ctx.order, ctx.reference_batch_size = options
-    ctx.dtype, ctx.has_text = features.dtype, text_features is not None
-    ctx.text_dtype = text_features.dtype if ctx.has_text else None
+    ctx.eps, ctx.order, ctx.reference_batch_size, text, _, ctx.distillation = options
+    ctx.dtype, ctx.projects = features.dtype, text_features is not None and text != "expert"
+    ctx.text_dtype = None if text_features is None else text_features.dtype
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(image_w, teacher_w, text_w, output[2], output[3])
+    ctx.save_for_backward(image_w, teacher_w, text_w, *output[2:])
     ctx.types = tuple(None if x is None else x.dtype for x in inputs[4:10])
 
 
 def _backward(ctx: Any, losses_grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-    grads: list[Tensor | None] = [None] * 13
+    grads: list[Tensor | None] = [None] * 16
     if losses_grad is None:
         return tuple(grads)
-    image_w, teacher_w, text_w, residuals, head_grads = ctx.saved_tensors
-    image_scale, text_scale, alignment_scale = losses_grad.unbind()
+    image_w, teacher_w, text_w, residuals, head_grads, differences = ctx.saved_tensors
+    image_scale, text_scale, alignment_scale, distillation_scale = losses_grad.unbind()
     needs = ctx.needs_input_grad
     if needs[0]:
         run = _op_backward if torch.is_grad_enabled() or backends.watched() else _kernel_backward
@@ -334,13 +393,16 @@ def _backward(ctx: Any, losses_grad: Tensor | None, *_: Any) -> tuple[Tensor | N
             residuals,
             image_w,
             teacher_w,
-            text_w if ctx.has_text else None,
+            text_w if ctx.projects else None,
             image_scale,
             alignment_scale,
             ctx.dtype,
             ctx.eps,
             ctx.order,
             ctx.reference_batch_size,
+            differences if ctx.distillation else None,
+            distillation_scale if ctx.distillation else None,
+            ctx.distillation,
         )
     if needs[2]:
         weight = text_w.to(residuals.dtype) * (text_scale / max(residuals.shape[1], 1))
@@ -367,10 +429,14 @@ def _kernel_backward(
     eps: float,
     order: str,
     reference_batch_size: int | None,
+    differences: Tensor | None,
+    distillation_scale: Tensor | None,
+    distillation: float,
 ) -> Tensor:
     dtype = residuals.dtype
-    # Native kernels compute in the type that goes with what they write.
+    # Native kernels compute in the type that goes with what they write, and read differences of that type.
     storage = out_dtype if (out_dtype == torch.float64) == (dtype == torch.float64) else dtype
+    storage = storage if differences is None else differences.dtype
     out = residuals.new_empty((residuals.shape[1], image_weight.shape[1]), dtype=storage)
     weights = (image_weight, teacher_weight, text_weight)
     laid_out: tuple[Any, ...] = (
@@ -382,12 +448,14 @@ def _kernel_backward(
         eps,
         ORDERS.index(order),
     )
+    scale = None if distillation_scale is None else number(distillation_scale, dtype)
+    pull = (None if differences is None else differences.contiguous(), scale, distillation)
     serve = backends.implementation("surgery_head_backward", residuals.device.type)
     if backends.is_native(serve):
-        served = serve(*laid_out, reference_batch_size or 0)
+        served = serve(*laid_out, reference_batch_size or 0, *pull)
         assert served, "a native function takes what has been checked and laid out"
     else:
-        serve(*laid_out, reference_batch_size)
+        serve(*laid_out, reference_batch_size, *pull)
     return out if storage == out_dtype else out.to(out_dtype)
 
 
@@ -415,7 +483,7 @@ class _Surgery(torch.autograd.Function):
     backward = staticmethod(_backward)
 
     @staticmethod
-    def forward(*inputs: Any) -> tuple[Tensor, ...]:
+    def forward(*inputs: Any) -> Any:
         return _kernel(*inputs)
 
 

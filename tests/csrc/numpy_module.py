@@ -46,24 +46,38 @@ def adamw(param, grad, average, square, step, lr, betas, eps, weight_decay, maxi
     return param * (1 - lr * weight_decay) - lr / (1 - betas[0] ** step) * average / root, average, square
 
 
-def surgery_head(features, teacher, text, labels, heads, alignment, order, eps, reference_batch_size):
+def surgery_head(
+    features,
+    teacher,
+    text,
+    labels,
+    heads,
+    alignment,
+    order,
+    eps,
+    reference_batch_size,
+    role="project",
+    offsets=None,
+    distillation=0.0,
+):
     """The published graph, its gradients written out."""
     (w, b), (v, a), (u, c) = heads
     batch = len(labels)
     counted = reference_batch_size or batch
 
-    def branch(x, weight, bias):
-        z = x @ weight + bias
+    def branch(x, weight, bias, shift=0.0):
+        own = x @ weight + bias
+        z = own + shift
         loss = np.maximum(z, 0) - z * labels + np.log1p(np.exp(-abs(z)))
-        return z, loss.mean(), 1 / (1 + np.exp(-z)) - labels
+        return own, loss.mean(), 1 / (1 + np.exp(-z)) - labels
 
-    (z, loss, r), (tz, _, tr), (cz, text_loss, cr) = (
-        branch(*x) for x in ((features, w, b), (teacher, v, a), (text, u, c))
-    )
+    cz, text_loss, cr = branch(text, u, c)
+    shift = (0 if role == "project" else cz) + (0 if offsets is None else offsets)
+    (z, loss, r), (tz, _, tr) = branch(features, w, b, shift), branch(teacher, v, a)
     beneficial = np.minimum(tr[:, None] / counted * v, 0)
     grad = project_align(
         r[:, None] / batch * w,
-        cr[:, None] / counted * u,
+        cr[:, None] / counted * u * (role != "expert"),
         beneficial,
         alignment=alignment / batch,
         eps=eps,
@@ -71,7 +85,10 @@ def surgery_head(features, teacher, text, labels, heads, alignment, order, eps, 
     )
     aligned = (features * beneficial).sum(1).mean()
     own = r @ features / batch, r.mean(), cr @ text / batch, cr.mean()
-    return loss, text_loss, aligned, z, cz, tz, grad, *own
+    distance = features - teacher
+    grad = grad + distillation / (features.shape[1] * batch) * distance
+    pull = distillation / 2 * (distance**2).mean()
+    return loss, text_loss, aligned, z, cz, tz, grad, *own, pull
 
 
 def spectral_entropy(images):
@@ -230,13 +247,20 @@ def head_problem(batch, dim, dtype):
 @pytest.mark.parametrize("batch, dim", [(1, 1), (33, 768), (300, 7)])
 def test_surgery_head(dtype, tolerance, batch, dim):
     f, t, c, labels, heads = head_problem(batch, dim, dtype)
-    for order, reference_batch_size in product(ORDERS, (None, 32)):
+    published = ("project", None, 0.0)
+    expert, both = (("expert", draw(batch, seed=2), 0.3), ("both", None, 5.0))
+    for order, reference_batch_size, extra in (
+        ("align_first", None, published),
+        ("project_first", 32, published),
+        ("align_first", 32, expert),
+        ("project_first", None, both),
+    ):
         options = {
             "alignment": 0.3,
             "order": order,
             "eps": 1e-6,
             "reference_batch_size": reference_batch_size,
-        }
+        } | dict(zip(("text", "offsets", "distillation"), extra))
         flat = [x for head in heads for x in head]
         out = dgs_numpy.surgery_head(f, t, c, labels, *flat, **options)
         wide = [x.astype(np.float64) for x in (f, t, c)]

@@ -22,7 +22,14 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from dgs_kernels.triton import project_align, project_align_, spectral_entropy, surgery_adamw_, surgery_head
+from dgs_kernels.triton import (
+    project_align,
+    project_align_,
+    spectral_entropy,
+    surgery_adamw_,
+    surgery_head,
+    surgery_head_backward,
+)
 
 TYPES = {torch.float32: "fp32", torch.float64: "fp64", torch.bfloat16: "bf16", torch.float16: "fp16"}
 # Counts that are no multiple of 16, unlike the sizes and strides of an aligned matrix.
@@ -91,39 +98,62 @@ def project_align_codes(capability: int) -> Iterator[tuple[str, dict]]:
             yield f"{name} {TYPES[dtype]} {dim}", machine_code(kernel, types, constants, capability, warps)
 
 
+# Arguments of surgery_head that are None, or constants: with captions as published, without, with an expert.
+HEAD_OPTIONS = {
+    "captions": {"offsets_ptr": None, "differences_ptr": None, "EXPERT": False},
+    "no captions": {"offsets_ptr": None, "differences_ptr": None, "EXPERT": False}
+    | dict.fromkeys(("text_ptr", "text_weight_ptr", "text_bias_ptr")),
+    "expert": {"EXPERT": True},
+}
+HEAD_CASES = (
+    (torch.bfloat16, 768, HEAD_OPTIONS),
+    (torch.float32, 1024, ["captions"]),
+    (torch.float32, 4096, ["captions", "expert"]),
+    (torch.bfloat16, 8192, HEAD_OPTIONS),
+)
+
+
 def surgery_head_codes(capability: int) -> Iterator[tuple[str, dict]]:
     sizes = ("batch", "dim", "chunk_rows", "features_stride", "teacher_stride", "text_stride")
-    for dtype, dim in (
-        (torch.bfloat16, 768),
-        (torch.float32, 1024),
-        (torch.float32, 4096),
-        (torch.bfloat16, 8192),
+    for dtype, dim, option in (
+        (dtype, dim, option) for dtype, dim, options in HEAD_CASES for option in options
     ):
         types = defaultdict(lambda: "*fp32", dict.fromkeys(sizes, "i32"))
-        types |= dict.fromkeys(("features_ptr", "teacher_ptr", "text_ptr"), "*" + TYPES[dtype])
-        constants = {"ACC": tl.float32}
+        matrices = ("features_ptr", "teacher_ptr", "text_ptr", "differences_ptr")
+        types |= dict.fromkeys(matrices, "*" + TYPES[dtype])
+        constants = HEAD_OPTIONS[option] | {"ACC": tl.float32}
         kernels = {}
         if shape := surgery_head.launch_shape(dim, dtype):
             kernels["rows"] = (surgery_head._row_kernel, shape | constants)
         else:
             long = constants | {"BLOCK": surgery_head.CHUNK}
             kernels["long rows"] = (surgery_head._long_row_kernel, long | {"num_warps": 8})
-            kernels["weighted sums"] = (surgery_head._weighted_sums_kernel, long | {"num_warps": 4})
+            if option != "expert":  # which is no matter of this kernel
+                kernels["weighted sums"] = (surgery_head._weighted_sums_kernel, long | {"num_warps": 4})
         for name, (kernel, constants) in kernels.items():
             warps = constants.pop("num_warps")
-            yield f"{name} {TYPES[dtype]} {dim}", machine_code(kernel, types, constants, capability, warps)
+            constants = {n: value for n, value in constants.items() if n in kernel.arg_names}
+            code = machine_code(kernel, types, constants, capability, warps)
+            yield f"{name} {TYPES[dtype]} {dim} {option}", code
+    yield from surgery_head_backward_codes(capability)
+
+
+def surgery_head_backward_codes(capability: int) -> Iterator[tuple[str, dict]]:
     types = defaultdict(lambda: "*fp32", {"batch": "i32", "dim": "i32", "program_rows": "i32", "eps": "fp64"})
-    types |= {"mean": "fp64", "reference_mean": "fp64", "out_ptr": "*bf16"}
-    constants = surgery_head.backward_shape(768) | {
-        "ACC": tl.float32,
-        "PROJECT_FIRST": 0,
-        "products_ptr": None,
-    }
-    warps = constants.pop("num_warps")
-    yield (
-        "backward bf16 768",
-        machine_code(surgery_head._backward_kernel, types, constants, capability, warps),
-    )
+    types |= dict.fromkeys(("mean", "reference_mean", "distillation_mean"), "fp64")
+    types |= dict.fromkeys(("out_ptr", "differences_ptr"), "*bf16")
+    for option, given in {
+        "captions": {"products_ptr": None, "differences_ptr": None, "distillation_scale_ptr": None},
+        "no captions": {"products_ptr": None, "text_weight_ptr": None},
+        "long rows": {},
+    }.items():
+        constants = surgery_head_backward.launch_shape(768) | {"ACC": tl.float32, "PROJECT_FIRST": 0} | given
+        warps = constants.pop("num_warps")
+        code = machine_code(surgery_head_backward._backward_kernel, types, constants, capability, warps)
+        yield f"backward bf16 768 {option}", code
+    constants = {"ACC": tl.float32, "BLOCK": surgery_head_backward.PROGRAM_COLUMNS}
+    code = machine_code(surgery_head_backward._products_kernel, types, constants, capability, 4)
+    yield "products fp32", code
 
 
 def layer_codes(kernels: dict, capability: int) -> Iterator[tuple[str, dict]]:

@@ -14,8 +14,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dgs_kernels import SurgeryHead, reference, surgery_head
-from dgs_kernels.reference import ORDERS
+from dgs_kernels import SurgeryHead, SurgeryHeadOutput, reference, surgery_head
+from dgs_kernels.reference import ORDERS, TEXT_ROLES
 from tests.conftest import on_backends
 
 DIM = 24
@@ -43,13 +43,12 @@ def problem(batch, *, labels="mixed", logits=None, dtype=torch.float64, seed=0):
     return [image.requires_grad_(), teacher, text.requires_grad_(), y, *heads]
 
 
-def outcome(function, inputs, weights=(1.0, 1.0, 0.2), **options):
+def outcome(function, inputs, weights=(1.0, 1.0, 0.2, 1.0), **options):
     """Losses, logits and the gradients of the weighted sum, by name; gradients of inputs start anew."""
-    inputs = [x.detach().clone().requires_grad_(x.requires_grad) for x in inputs]
+    inputs = [None if x is None else x.detach().clone().requires_grad_(x.requires_grad) for x in inputs]
     out = function(*inputs, **options)
-    sum(w * loss for w, loss in zip(weights, out[:3])).backward()
-    names = ("image_loss", "text_loss", "alignment_loss", "image_logits", "text_logits", "teacher_logits")
-    results = {name: x.detach() for name, x in zip(names, out)}
+    sum(w * loss for w, loss in zip(weights, (*out[:3], out[6]))).backward()
+    results = {name: x.detach() for name, x in zip(SurgeryHeadOutput._fields, out) if x is not None}
     for at, name in (
         (0, "features"),
         (2, "text"),
@@ -58,7 +57,8 @@ def outcome(function, inputs, weights=(1.0, 1.0, 0.2), **options):
         (8, "text_w"),
         (9, "text_b"),
     ):
-        results[name] = inputs[at].grad
+        if inputs[2] is not None or not name.startswith("text"):
+            results[name] = inputs[at].grad
     return results
 
 
@@ -72,11 +72,14 @@ def assert_equal(ours, theirs, tolerance=1e-12, loss_rounding=0.0):
 
 def test_opcheck_of_the_backward():
     inputs = [x.float() if x.is_floating_point() else x for x in problem(3)]
-    residuals = torch.ops.dgs.surgery_head(*inputs, 1e-6, "align_first", None)[2]
+    outputs = torch.ops.dgs.surgery_head(*inputs, 1e-6, "align_first", None, "both", None, 0.3)
+    residuals, differences = outputs[2].detach(), outputs[4].detach()
     scales = (torch.tensor(1.0), torch.tensor(0.2))
-    for dtype in (torch.float32, torch.bfloat16):
-        rest = (*scales, dtype, 1e-6, "align_first", None)
-        arguments = (residuals.detach(), *(inputs[i].detach() for i in (4, 6, 8)), *rest)
+    for dtype, pull in product(
+        (torch.float32, torch.bfloat16), ((None, None, 0.0), (differences, scales[0], 0.3))
+    ):
+        arguments = (residuals, *(inputs[i].detach() for i in (4, 6, 8)), *scales)
+        arguments += (dtype, 1e-6, "align_first", None, *pull)
         torch.library.opcheck(torch.ops.dgs.surgery_head_backward.default, arguments)
 
 
@@ -85,11 +88,13 @@ def test_opcheck_of_the_backward():
 
 def small_kernels(monkeypatch):
     """Triton's kernels for long rows and for many chunks, at sizes that its interpreter can bear."""
-    from dgs_kernels.triton import surgery_head as kernels
+    from dgs_kernels.triton import surgery_head as forward
+    from dgs_kernels.triton import surgery_head_backward as backward
 
     for name, value in (("WIDEST_ROW", 16), ("TILE", 64), ("PROGRAMS", 3), ("CHUNK", 16)):
-        monkeypatch.setattr(kernels, name, value)
-    monkeypatch.setattr(kernels, "BACKWARD_COLUMNS", 16)
+        monkeypatch.setattr(forward, name, value)
+    for name, value in (("TILE", 64), ("PROGRAMS", 3), ("PROGRAM_COLUMNS", 16)):
+        monkeypatch.setattr(backward, name, value)
 
 
 def tensors(batch, dim, dtype, device, seed=0):
@@ -137,9 +142,12 @@ def assert_accurate(inputs, **options):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("batch, dim", [(1, 1), (70, 5), (3, 123), (9, 768), (2, 1023)])
 def test_accuracy(backend, dtype, batch, dim, nan_filled):
-    for order, reference_batch_size in ((ORDERS[0], None), (ORDERS[1], 32)):
-        inputs = tensors(batch, dim, dtype, backend, seed=batch)
-        assert_accurate(inputs, order=order, reference_batch_size=reference_batch_size)
+    inputs = tensors(batch, dim, dtype, backend, seed=batch)
+    for order, reference_batch_size, options in (
+        (ORDERS[0], None, {}),
+        (ORDERS[1], 32, {"text": "expert", "distillation": 0.3}),
+    ):
+        assert_accurate(inputs, order=order, reference_batch_size=reference_batch_size, **options)
 
 
 @everywhere
@@ -148,8 +156,9 @@ def test_long_rows_and_many_chunks(backend, dtype, nan_filled, monkeypatch):
     if "triton" in os.environ["DGS_KERNELS_BACKEND"]:
         small_kernels(monkeypatch)
     for batch, dim in ((23, 45), (300, 7)) if backend == "cpu" else ((23, 4097), (5000, 33)):
-        for order in ORDERS:
-            assert_accurate(tensors(batch, dim, dtype, backend), order=order)
+        inputs = tensors(batch, dim, dtype, backend)
+        assert_accurate(inputs, order=ORDERS[0])
+        assert_accurate(inputs, order=ORDERS[1], text="both", distillation=0.3)
 
 
 @everywhere
@@ -223,6 +232,23 @@ def test_what_is_not_finite_stays_visible(backend):
 
 
 @everywhere
+def test_a_confident_sample_has_a_small_loss(backend):
+    """log(1 + e^-|z|) of a large logit would be off by percents, or 0."""
+    if os.environ["DGS_KERNELS_BACKEND"] == "eager":
+        pytest.skip("PyTorch's own cross-entropy is log(1 + e^-|z|)")
+    inputs = [x.detach() for x in tensors(40, 24, torch.float32, backend)]
+    for at in (0, 2):
+        inputs[at] = torch.zeros_like(inputs[at])
+        inputs[at][:, 0] = (2 * inputs[3] - 1) * 15 / inputs[4 + 2 * at][0, 0]
+    for bias in (inputs[5], inputs[9]):
+        bias.zero_()
+    out = surgery_head(*inputs)
+    want = torch.full((), -15.0, dtype=torch.float64).exp().log1p()
+    for loss in (out.image_loss, out.text_loss):
+        assert loss.item() == pytest.approx(want.item(), rel=1e-4)
+
+
+@everywhere
 def test_runs_twice_alike(backend):
     inputs = tensors(65, 77, torch.float32, backend)
     assert_equal(outcome(surgery_head, inputs), outcome(surgery_head, inputs), 0)
@@ -236,16 +262,18 @@ def test_triton_machine_code():
     result = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert result.returncode == 0, result.stderr
     kernels = [json.loads(line) for line in result.stdout.splitlines()]
-    assert len(kernels) == 12
+    assert len(kernels) == 30
     for kernel in kernels:
         memory = kernel["memory"]
         assert kernel["stack"] == 0 and not any(n.startswith(("LDL", "STL")) for n in memory), kernel
         # Narrow loads are of single numbers: labels, biases, residuals, scales. None is repeated along a row.
         narrow = sum(n for name, n in memory.items() if name.startswith("LDG") and ".128" not in name)
-        assert narrow <= 8 and memory["LDG.E.128"] >= 4, kernel
+        backward, products = ("backward" in kernel["kernel"], 8 if "long rows" in kernel["kernel"] else 0)
+        assert narrow <= 9 + products and memory["LDG.E.128"] >= 2, kernel
         # Partial sums are written once per chunk, where they fit; the result 16 bytes at a time.
         stores = {n for n in memory if n.startswith("STG")}
-        assert "backward" not in kernel["kernel"] or stores == {"STG.E.128"}, kernel
+        assert not backward or stores == {"STG.E.128"}, kernel
+        assert "expert" not in kernel["kernel"] or backward or "STG.E.128" in stores, kernel
 
 
 # Against the official graph, in float64
@@ -270,20 +298,71 @@ def test_equals_the_official_graph(served_by, batch, order, reference_batch_size
         assert_equal(ours, official, loss_rounding=loss_rounding)
 
 
+@pytest.mark.parametrize("with_text", [True, False])
+@pytest.mark.parametrize("text", TEXT_ROLES)
+@pytest.mark.parametrize("served_by", ["eager", "best"])
+def test_experts_and_distillation_equal_the_official_graph(served_by, text, with_text, monkeypatch):
+    if served_by == "eager":
+        monkeypatch.setenv("DGS_KERNELS_BACKEND", "eager")
+    for batch, order, reference_batch_size in product((1, 37), ORDERS, (None, 32)):
+        inputs = problem(batch, seed=batch)
+        offsets = torch.linspace(-3, 3, batch, dtype=torch.float64)
+        inputs[2] = inputs[2] if with_text else None
+        for options in (
+            {"offsets": offsets, "distillation": 0.3},
+            {"offsets": offsets},
+            {"distillation": 7.0},
+            {},
+        ):
+            options |= {"text": text, "order": order, "reference_batch_size": reference_batch_size}
+            official = outcome(reference.official_graph, inputs, **options)
+            if not with_text:
+                del official["text_logits"]
+            ours = outcome(surgery_head, inputs, **options)
+            assert ours.keys() == official.keys()
+            assert_equal(ours, official)
+
+
+def test_what_experts_and_distillation_do():
+    """Each option alone, against what it promises in words."""
+    inputs = problem(12)
+    plain = outcome(surgery_head, inputs)
+    expert, both = (outcome(surgery_head, inputs, text=text) for text in ("expert", "both"))
+    for name in ("image_logits", "text_logits", "text_loss", "text", "text_w", "alignment_loss"):
+        assert torch.equal(expert[name], plain[name]) and torch.equal(both[name], plain[name]), name
+    # A text logit as a constant is an offset; so an expert is what offsets do where nothing is projected.
+    assert_equal(outcome(surgery_head, inputs, offsets=plain["text_logits"]), both)
+    without = [*inputs[:2], None, *inputs[3:]]
+    offset = outcome(surgery_head, without, offsets=plain["text_logits"])
+    torch.testing.assert_close(offset["features"], expert["features"], rtol=1e-12, atol=0)
+    # A pull to the teacher adds its own gradient to that of the features, and changes nothing else.
+    pulled = outcome(surgery_head, inputs, distillation=0.3)
+    assert torch.equal(pulled["image_loss"], plain["image_loss"])
+    difference = (inputs[0] - inputs[1]).detach()
+    assert pulled["distillation_loss"] == pytest.approx(
+        (0.3 / (2 * DIM) * difference.square().sum() / 12).item()
+    )
+    torch.testing.assert_close(pulled["features"] - plain["features"], 0.3 / (DIM * 12) * difference)
+    assert plain["distillation_loss"] == 0
+
+
 @given(
     batch=st.integers(1, 9),
     order=st.sampled_from(ORDERS),
     eps=st.sampled_from([1e-12, 1e-6, 1e-2]),
     reference_batch_size=st.sampled_from([None, 1, 7, 65536]),
-    weights=st.tuples(*[st.sampled_from([0.0, 0.2, 1.0, 65536.0])] * 3),
+    weights=st.tuples(*[st.sampled_from([0.0, 0.2, 1.0, 65536.0])] * 4),
+    text=st.sampled_from(TEXT_ROLES),
+    distillation=st.sampled_from([0.0, 0.3, 100.0]),
     seed=st.integers(0, 1000),
 )
 @settings(max_examples=60, deadline=None)
-def test_any_weights(batch, order, eps, reference_batch_size, weights, seed):
+def test_any_weights(batch, order, eps, reference_batch_size, weights, text, distillation, seed):
     """The gradients that arrive at the losses carry weights and scales; the surgery follows them."""
     inputs = problem(batch, seed=seed)
     inputs[3] = torch.rand(batch, dtype=torch.float64)  # soft labels
     options = {"order": order, "eps": eps, "reference_batch_size": reference_batch_size}
+    options |= {"text": text, "distillation": distillation}
     ours = outcome(surgery_head, inputs, weights, **options)
     assert_equal(ours, outcome(reference.official_graph, inputs, weights, **options))
 
@@ -379,9 +458,11 @@ def beneficial_of(inputs):
 def test_only_what_is_trained_receives_a_gradient():
     inputs = problem(4)
     inputs[1].requires_grad_()
-    out = surgery_head(*inputs)
-    assert not any(x.requires_grad for x in out[3:])
-    (out.image_loss + out.text_loss + out.alignment_loss).backward()
+    offsets = torch.zeros(4, requires_grad=True)
+    out = surgery_head(*inputs, text="both", offsets=offsets, distillation=0.3)
+    assert not any(x.requires_grad for x in out[3:6])
+    (out.image_loss + out.text_loss + out.alignment_loss + out.distillation_loss).backward()
+    assert offsets.grad is None
     assert [x.grad is not None for x in inputs if x.is_floating_point()] == [
         *(True, False, True),
         *(True, True),
@@ -451,7 +532,8 @@ def test_a_result_larger_than_caches(dtype, nan_filled):
     def gradient(chosen):
         # The reference batch and the scales make a row's result independent of how many there are.
         scales = (scale * chosen.shape[1], scale * chosen.shape[1])
-        return torch.ops.dgs.surgery_head_backward(chosen, *heads, *scales, dtype, 1e-6, "align_first", 32)
+        options = (dtype, 1e-6, "align_first", 32, None, None, 0.0)
+        return torch.ops.dgs.surgery_head_backward(chosen, *heads, *scales, *options)
 
     together = gradient(residuals)
     assert together.nbytes >= 8 << 20
@@ -459,10 +541,11 @@ def test_a_result_larger_than_caches(dtype, nan_filled):
         torch.testing.assert_close(together[row], gradient(residuals[:, row : row + 1])[0])
 
 
-def test_refuses_a_second_derivative():
+@pytest.mark.parametrize("name", ["image_loss", "distillation_loss"])
+def test_refuses_a_second_derivative(name):
     inputs = problem(3)
-    out = surgery_head(*inputs)
-    (grad,) = torch.autograd.grad(out.image_loss, inputs[0], create_graph=True)
+    out = surgery_head(*inputs, text="both", distillation=0.3)
+    (grad,) = torch.autograd.grad(getattr(out, name), inputs[0], create_graph=True)
     with pytest.raises(RuntimeError, match="cannot be differentiated twice"):
         grad.sum().backward()
 
@@ -491,18 +574,25 @@ def test_opcheck():
     inputs = [x.float() if x.is_floating_point() else x for x in problem(3)]
     inputs = [x.detach().requires_grad_(x.requires_grad) for x in inputs]
     op = torch.ops.dgs.surgery_head.default
-    torch.library.opcheck(op, (*inputs, 1e-6, "align_first", 32))
+    offsets = torch.randn(3)
+    torch.library.opcheck(op, (*inputs, 1e-6, "align_first", 32, "project", None, 0.0))
+    torch.library.opcheck(op, (*inputs, 1e-6, "align_first", 32, "both", offsets, 0.3))
     inputs[2] = None
-    torch.library.opcheck(op, (*inputs, 1e-6, "project_first", None))
+    torch.library.opcheck(op, (*inputs, 1e-6, "project_first", None, "expert", offsets, 0.0))
 
 
-def test_compiles_whole():
+@pytest.mark.parametrize(
+    "options", [{}, {"text": "expert", "distillation": 0.3}], ids=["published", "expert"]
+)
+def test_compiles_whole(options):
     head = SurgeryHead(DIM).double()
     features, teacher, text, labels = (x.detach() for x in problem(4)[:4])
+    if options:
+        options = options | {"offsets": torch.linspace(-1, 1, 4)}
 
     def step(features):
-        out = head(features * 2, teacher, text, labels)
-        return out.image_loss + out.text_loss + 0.2 * out.alignment_loss
+        out = head(features * 2, teacher, text, labels, **options)
+        return out.image_loss + out.text_loss + 0.2 * out.alignment_loss + out.distillation_loss
 
     ours, theirs = features.clone().requires_grad_(), features.clone().requires_grad_()
     step(ours).backward()
@@ -535,6 +625,11 @@ def test_errors(at, value, words):
         ({"order": "first"}, "order must be one of"),
         ({"eps": 0.0}, "eps must be > 0"),
         ({"reference_batch_size": 0}, "reference_batch_size must be >= 1, got 0"),
+        ({"text": "offset"}, "text must be one of project, expert, both, got 'offset'"),
+        ({"distillation": -0.1}, "distillation must be a finite number >= 0, got -0.1"),
+        ({"distillation": torch.nan}, "distillation must be a finite number >= 0, got nan"),
+        ({"distillation": torch.inf}, "distillation must be a finite number >= 0, got inf"),
+        ({"offsets": torch.zeros(2, 1)}, r"offsets must have shape \(2,\), got \(2, 1\)"),
     ],
 )
 def test_option_errors(options, words):

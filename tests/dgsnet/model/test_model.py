@@ -109,10 +109,20 @@ def test_step_equals_the_official_algorithm(order):
 
 
 @pytest.mark.slow
-def test_step_equals_the_official_algorithm_at_full_size():
-    config = ModelConfig(name="ViT-L-14-quickgelu", pretrained="", lora_dropout=0.0)
-    worst, model = step_difference(config, torch.float32, "align_first", b_scale=0.01)
+def test_step_equals_the_official_algorithm_at_full_width(tmp_path):
+    """The published CLIP in all but the number of blocks: four of 24, and two of the text encoder's 12."""
+    shorter = open_clip.get_model_config("ViT-L-14-quickgelu")
+    shorter["vision_cfg"]["layers"], shorter["text_cfg"]["layers"] = 4, 2
+    (tmp_path / "ViT-L-14-shorter.json").write_text(json.dumps(shorter))
+    open_clip.add_model_config(tmp_path / "ViT-L-14-shorter.json")
+    config = ModelConfig(name="ViT-L-14-shorter", pretrained="", lora_dropout=0.0)
+    worst, _ = step_difference(config, torch.float32, "align_first", b_scale=0.01)
     assert worst < 1e-4
+
+
+def test_all_blocks_of_the_published_model_are_adapted():
+    with torch.device("meta"):
+        model = DGSNet(ModelConfig(pretrained=""), with_text=False)
     assert sum(tensor.numel() for tensor in model.adapter_state().values()) == 884_736
     assert len(model.trainable_parameters()) == 24 * 3 * 2 + 4
 

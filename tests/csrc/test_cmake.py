@@ -1,4 +1,4 @@
-"""dgs_numpy, the CPU kernels on NumPy arrays: built by CMake, tested where torch is not imported."""
+"""The CMake build: the kernels' own tests, and dgs_numpy, the kernels on NumPy arrays without torch."""
 
 from __future__ import annotations
 
@@ -27,15 +27,35 @@ def run(*command: str | Path, **environment: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    """The folder of a build made as docs/numpy.md says."""
+def build(tmp_path_factory) -> Path:
+    """The folder of a build that knows no Python."""
     for tool in ("cmake", "ninja"):
         if shutil.which(tool) is None:
             pytest.skip(f"needs {tool}")
+    build = tmp_path_factory.mktemp("cmake")
+    run("cmake", "-G", "Ninja", "-S", HERE.parents[1], "-B", build)
+    return build
+
+
+@pytest.mark.slow
+def test_kernels(build):
+    run("cmake", "--build", build)
+    run("ctest", "--test-dir", build, "--output-on-failure", "--no-tests=error")
+
+
+@pytest.fixture(scope="module")
+def folder(build) -> Path:
+    """The same folder, where dgs_numpy is then built as docs/numpy.md says."""
     pytest.importorskip("pybind11")
-    build = tmp_path_factory.mktemp("dgs_numpy")
-    python = f"-DPython_EXECUTABLE={sys.executable}"
-    run("cmake", "-G", "Ninja", "-S", HERE.parents[1], "-B", build, "-DDGS_PYTHON=ON", python)
+    run(
+        "cmake",
+        "-S",
+        HERE.parents[1],
+        "-B",
+        build,
+        "-DDGS_PYTHON=ON",
+        f"-DPython_EXECUTABLE={sys.executable}",
+    )
     run("cmake", "--build", build, "--target", "dgs_numpy")
     return build
 
