@@ -154,8 +154,8 @@ def name_and_type(mangled):
 def loads_in_flight(code):
     """The most 16-byte loads of a thread under way at once, in the order of the code.
 
-    One is under way from where it is issued to the first instruction that touches a register of it; a copy into
-    shared memory, to the first that waits for its group of copies.
+    One is under way from where it is issued to the first instruction that touches a register of it; a copy
+    into shared memory, to the first that waits for its group of copies.
     """
     most, pending, groups = 0, [], [0]
     for line in code.splitlines():
