@@ -163,9 +163,10 @@ def name_and_type(mangled):
 def loads_in_flight(code):
     """The most 16-byte loads of a thread under way at once, in the order of the code.
 
-    One is under way from where it is issued to the first instruction that touches a register of it.
+    One is under way from where it is issued to the first instruction that touches a register of it; a copy
+    into shared memory, to the first that waits for its group of copies.
     """
-    most, pending = 0, []
+    most, pending, groups = 0, [], [0]
     for line in code.splitlines():
         if not (found := re.search(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z]\S*)(.*?);", line)):
             continue
@@ -174,7 +175,13 @@ def loads_in_flight(code):
         if re.match(r"(LDG|LD)\.E\S*128", found[1]):
             first = int(re.match(r"\s*R(\d+)", found[2])[1])
             pending.append(set(range(first, first + 4)))
-            most = max(most, len(pending))
+        elif re.match(r"LDGSTS\.\S*128", found[1]):
+            groups[-1] += 1
+        elif found[1] == "LDGDEPBAR":
+            groups.append(0)
+        elif waits := re.match(r"DEPBAR\.LE SB0, (0x[0-9a-f]+)", found[1] + found[2]):
+            groups = groups[-1 - int(waits[1], 16) :]
+        most = max(most, len(pending) + sum(groups))
     return most
 
 

@@ -55,4 +55,5 @@ def test_every_launch_compiles():
     errors = [f"{o['launch']['kernel']}: {o['error']}\n  {o['launch']}" for o in outcomes if o["error"]]
     assert not errors, "\n".join(errors[:10])
     compiled = {(o["launch"]["module"], o["launch"]["kernel"]) for o in outcomes}
-    assert not launched_kernels() - compiled, "kernels that no test of the suite launches"
+    missing = sorted(launched_kernels() - compiled)
+    assert not missing, f"no test of the suite has launched {missing}"
