@@ -120,8 +120,11 @@ def is_native(implementation: Callable) -> bool:
 
 
 def plain(x: torch.Tensor) -> torch.Tensor:
-    """The same tensor, of no subclass."""
-    return x if type(x) in (torch.Tensor, torch.nn.Parameter) else x.as_subclass(torch.Tensor)
+    """The same tensor, of no subclass; a copy where memory does not hold its numbers as they are.
+
+    In the imaginary part of a conjugate, torch changes the signs as it reads them.
+    """
+    return (x if type(x) in (torch.Tensor, torch.nn.Parameter) else x.as_subclass(torch.Tensor)).resolve_neg()
 
 
 def _load(backend: str, operation: str) -> Callable:

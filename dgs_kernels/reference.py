@@ -257,13 +257,14 @@ def surgery_head(
 
     A gradient of the mean loss with respect to a feature row is residual / B * weight, so the beneficial row
     is |residual / R| * min(+-teacher_weight, 0), with R the reference batch size (B if None).
-    Without text features the text rows are zeros.
+    Without text features the text rows are zeros. A label outside 0 to 1 makes NaN of what depends on it.
     """
     heads = (image_weight, teacher_weight, text_weight)
     dtype = compute_dtype(features, teacher_features, text_features, *heads)
     batch = features.shape[0]
     mean = 1 / max(batch, 1)
     y, f, t, w = (x.to(dtype) for x in (labels, features, teacher_features, teacher_weight))
+    y = y.where((y >= 0) & (y <= 1), torch.nan)
 
     with _full_precision(features):
         vectors = torch.cat([image_weight.to(dtype), w.clamp(max=0), (-w).clamp(max=0)])

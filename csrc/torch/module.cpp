@@ -12,9 +12,11 @@
 #include <ATen/dlpack.h>
 
 #include <algorithm>
+#include <cmath>
 #include <exception>
 #include <initializer_list>
 #include <optional>
+#include <utility>
 #include <vector>
 
 #include "objectives.h"
@@ -26,7 +28,7 @@ namespace {
 using dgs::DType;
 
 const DLPackExchangeAPI* exchange;
-PyObject *tensor_type, *parameter_type;
+PyObject *tensor_type, *parameter_type, *is_neg;
 
 bool same(DLDataType a, DLDataType b) { return a.code == b.code && a.bits == b.bits && a.lanes == b.lanes; }
 bool same(DLDevice a, DLDevice b) { return a.device_type == b.device_type && a.device_id == b.device_id; }
@@ -47,9 +49,18 @@ struct View : DLTensor {
   bool of(PyObject* object) {
     PyObject* type = reinterpret_cast<PyObject*>(Py_TYPE(object));
     if (type != tensor_type && type != parameter_type) return false;
-    if (exchange->dltensor_from_py_object_no_sync(object, this) == 0) return true;
+    if (exchange->dltensor_from_py_object_no_sync(object, this) == 0) return !negated(object);
     PyErr_Clear();  // it has no memory, or none that it could show
     return false;
+  }
+
+  // Whether torch reads the numbers with their signs changed, as in the imaginary part of a conjugate. Those lie two
+  // apart in memory, so of contiguous tensors only one of a single number can be such a view.
+  bool negated(PyObject* object) const {
+    if (numel() != 1) return false;
+    PyObject* const answer = PyObject_CallFunctionObjArgs(is_neg, object, nullptr);
+    Py_XDECREF(answer);
+    return answer != Py_False;
   }
 
   bool of_optional(PyObject* object) {
@@ -93,7 +104,12 @@ class Arguments {
   PyObject* object() { return *next_++; }
   bool view(View& view) { return view.of(object()); }
   bool optional(View& view) { return view.of_optional(object()); }
-  double real() { return PyFloat_AsDouble(object()); }
+  double real() {
+    PyObject* const number = object();
+    if (PyFloat_Check(number) || PyLong_Check(number)) return PyFloat_AsDouble(number);
+    PyErr_SetString(PyExc_TypeError, "expected a number");  // not a tensor, which would have to be waited for
+    return 0;
+  }
   int64_t integer() { return PyLong_AsLongLong(object()); }
   bool truth() { return PyObject_IsTrue(object()) == 1; }
 
@@ -129,8 +145,27 @@ bool alike(const std::vector<View>& list, const std::vector<View>& wanted) {
                     [](const View& x, const View& y) { return alike(x, y); });
 }
 
+// Whether some of these contiguous tensors share memory.
+bool overlap(const std::vector<View>& list) {
+  std::vector<std::pair<char*, char*>> spans;
+  spans.reserve(list.size());
+  for (const View& x : list)
+    if (char* const begin = static_cast<char*>(x.at()); x.numel())
+      spans.emplace_back(begin, begin + x.numel() * (x.dtype.bits / 8));
+  std::sort(spans.begin(), spans.end());
+  return std::adjacent_find(spans.begin(), spans.end(),
+                            [](const auto& x, const auto& y) { return y.first < x.second; }) != spans.end();
+}
+
+bool positive(double x) { return x > 0 && std::isfinite(x); }
+
 // The type that kernels compute in, and that their scalars have.
 DLDataType computing_type(DType dtype) { return {kDLFloat, uint8_t(dtype == DType::f64 ? 64 : 32), 1}; }
+
+// Whether it is a number of this type.
+bool scalar(const View& x, DLDataType type, DLDevice device) {
+  return x.ndim == 0 && same(x.dtype, type) && same(x.device, device);
+}
 
 // Whether it is `count` numbers of this type in a row.
 bool numbers(const View& x, int64_t count, DLDataType type, DLDevice device) {
@@ -157,14 +192,17 @@ struct List {
     if (PyErr_Occurred()) return false;
 
     const auto dtype = dtype_of(grads[0].dtype);
-    if (!dtype || order < 0 || order > 1 || rule < 0 || rule > 2 || part < 0 || part > 2 || !(eps > 0)) return false;
+    if (!dtype || order < 0 || order > 1 || rule < 0 || rule > 2 || part < 0 || part > 2 || !positive(eps) ||
+        !std::isfinite(alignment))
+      return false;
     device = grads[0].device;
     const DLDataType computing = computing_type(*dtype);
     if (sums.ndim != 2 || !numbers(sums, sums.shape[0] * dgs::group_sums, computing, device) ||
-        !(scale.absent || numbers(scale, 1, computing, device)) || groups.size() != grads.size() ||
+        !(scale.absent || scalar(scale, computing, device)) || groups.size() != grads.size() ||
         !alike(harmful, grads) || !(beneficial.empty() || alike(beneficial, grads)))
       return false;
 
+    if (overlap(grads)) return false;
     const int64_t num_groups = sums.shape[0];
     tensors.reserve(grads.size());
     for (size_t i = 0; i < grads.size(); ++i) {
@@ -241,8 +279,8 @@ bool project_align(Arguments arguments) {
   if (PyErr_Occurred() || !dtype || !grad.rows(call.rows, call.grad_stride) || !alike(out, grad) ||
       !direction_of(grad, harmful, call.harmful_stride) ||
       !(beneficial.absent || direction_of(grad, beneficial, call.beneficial_stride)) ||
-      !(scale.absent || numbers(scale, 1, computing_type(*dtype), grad.device)) || order < 0 || order > 1 || rule < 0 ||
-      rule > 2 || !(call.eps > 0))
+      !(scale.absent || scalar(scale, computing_type(*dtype), grad.device)) || order < 0 || order > 1 || rule < 0 ||
+      rule > 2 || !positive(call.eps) || !std::isfinite(call.alignment))
     return false;
   call.grad = grad.at();
   call.harmful = harmful.at();
@@ -257,6 +295,15 @@ bool project_align(Arguments arguments) {
          launch(
              grad.device, [&] { dgs::cpu::project_align(call, dgs::torch_runtime::parallel_for); },
              [&](const auto& allocate, void* stream) { return dgs::cuda::project_align(call, allocate, stream); });
+}
+
+// Whether all are in [0, 1]; of numbers on a GPU the kernel finds out.
+bool probabilities(const View& x) {
+  if (x.device.device_type != kDLCPU) return true;
+  const auto within = [&](const auto* numbers) {
+    return std::all_of(numbers, numbers + x.numel(), [](auto p) { return p >= 0 && p <= 1; });
+  };
+  return x.dtype.bits == 64 ? within(static_cast<double*>(x.at())) : within(static_cast<float*>(x.at()));
 }
 
 bool surgery_head(Arguments arguments) {
@@ -284,13 +331,15 @@ bool surgery_head(Arguments arguments) {
   const auto fit = [&](const View& x, int64_t count) {
     return numbers(x, count, computing_type(*dtype), features.device);
   };
-  const auto fit_text = [&](const View& x, int64_t count) {
-    return text.absent ? x.absent : !x.absent && fit(x, count);
+  const auto fit_head = [&](const View& weight, const View& bias) {
+    return weight.ndim == 2 && weight.shape[0] == 1 && fit(weight, call.dim) && bias.ndim == 1 && fit(bias, 1);
   };
-  if (!fit(labels, call.batch) || !fit(image_weight, call.dim) || !fit(teacher_weight, call.dim) ||
-      !fit(image_bias, 1) || !fit(teacher_bias, 1) || !fit_text(text_weight, call.dim) || !fit_text(text_bias, 1) ||
-      !(offsets.absent || fit(offsets, call.batch)) || !fit(losses, 4) || !fit(logits, 3 * call.batch) ||
-      !fit(residuals, 3 * call.batch) || !fit(head_grads, 2 * (call.dim + 1)) ||
+  const bool fit_text = text.absent ? text_weight.absent && text_bias.absent
+                                    : !text_weight.absent && !text_bias.absent && fit_head(text_weight, text_bias);
+  if (labels.ndim != 1 || !fit(labels, call.batch) || !probabilities(labels) || !fit_head(image_weight, image_bias) ||
+      !fit_head(teacher_weight, teacher_bias) || !fit_text ||
+      !(offsets.absent || (offsets.ndim == 1 && fit(offsets, call.batch))) || !fit(losses, 4) ||
+      !fit(logits, 3 * call.batch) || !fit(residuals, 3 * call.batch) || !fit(head_grads, 2 * (call.dim + 1)) ||
       !same(differences.dtype, features.dtype) || !same(differences.device, features.device) ||
       !differences.contiguous() || differences.numel() != (distillation ? call.batch * call.dim : 0))
     return false;
@@ -337,7 +386,7 @@ bool surgery_head_backward(Arguments arguments) {
   if (!arguments.optional(differences) || !arguments.optional(distillation_scale)) return false;
   const double distillation = arguments.real();
   const auto dtype = dtype_of(out.dtype);
-  if (PyErr_Occurred() || !dtype || out.ndim != 2 || !out.contiguous() || order < 0 || order > 1 || !(eps > 0))
+  if (PyErr_Occurred() || !dtype || out.ndim != 2 || !out.contiguous() || order < 0 || order > 1 || !positive(eps))
     return false;
   const int64_t batch = out.shape[0], dim = out.shape[1];
   const auto fit = [&](const View& x, int64_t count) { return numbers(x, count, computing_type(*dtype), out.device); };
@@ -635,8 +684,9 @@ PyMODINIT_FUNC PyInit__native() {
                                    "The kernels on torch's tensors; `devices` says for which.", -1, methods};
   tensor_type = find("torch", {"Tensor"});
   parameter_type = find("torch", {"nn", "Parameter"});
+  is_neg = find("torch", {"Tensor", "is_neg"});
   PyObject* const capsule = find("torch", {"Tensor", "__dlpack_c_exchange_api__"});
-  if (!tensor_type || !parameter_type || !capsule) return nullptr;
+  if (!tensor_type || !parameter_type || !is_neg || !capsule) return nullptr;
   exchange = static_cast<const DLPackExchangeAPI*>(PyCapsule_GetPointer(capsule, "dlpack_exchange_api"));
   if (!exchange) return nullptr;
   if (exchange->header.version.major != DLPACK_MAJOR_VERSION || !exchange->dltensor_from_py_object_no_sync) {

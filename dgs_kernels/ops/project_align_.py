@@ -38,6 +38,7 @@ import torch
 from torch import Tensor
 
 from dgs_kernels import backends
+from dgs_kernels.ops.arguments import check_choice, check_items, check_options, refuse_forward_mode
 from dgs_kernels.ops.project_align import DTYPES, code, number
 from dgs_kernels.reference import ORDERS, RULES
 
@@ -92,17 +93,39 @@ def project_align_(
         >>> grads
         [tensor([0.]), tensor([4.])]
     """
+    lists = _lists(grads, harmful, beneficial)
     strength, scale = (1.0, alignment) if isinstance(alignment, Tensor) else (alignment, None)
     layers, count = number_layers("project_align_", groups, len(grads))
-    device = grads[0].device if len(grads) else None
+    device = grads[0].device if grads and isinstance(grads[0], Tensor) else None
     sums = torch.zeros(count, SUMS, dtype=sums_dtype(grads[:1]), device=device)
-    lists = (list(grads), list(harmful), list(beneficial or ()))
     options = (scale, strength, eps, order, rule, "all")
+    refuse_forward_mode("project_align_", *grads)
     with torch.no_grad():
         if not _served_past_torch(*lists, layers, sums, *options):
+            check_items("project_align_", grads=lists[0], harmful=lists[1], beneficial=lists[2])
+            check_options("project_align_", device, alignment, eps, order, rule)
             sums = sums.to(sums_dtype(*lists))
             _op(*lists, layers, sums, *options)
     return sums
+
+
+def _lists(grads: object, harmful: object, beneficial: object) -> tuple[list[Tensor], ...]:
+    """The arguments as lists, of tensors if they are right; none of what is written has a graph behind it."""
+    lists = []
+    for name, tensors in (("grads", grads), ("harmful", harmful), ("beneficial", beneficial)):
+        if tensors is None and name == "beneficial":
+            tensors = ()
+        if not isinstance(tensors, (list, tuple)):
+            raise TypeError(
+                f"project_align_: {name} must be a list of tensors, got {type(tensors).__qualname__}"
+            )
+        lists.append(list(tensors))
+    if any(getattr(x, "requires_grad", False) for x in lists[0]):
+        raise ValueError(
+            "project_align_: grads must not require grad, to be edited in place: pass .grad of parameters, "
+            "or detach() them"
+        )
+    return tuple(lists)
 
 
 def run(
@@ -149,31 +172,44 @@ def check(
     groups: Sequence[int],
     sums: Tensor,
     scale: Tensor | None,
+    alignment: float,
     eps: float,
     order: str,
     rule: str,
     part: str,
 ) -> None:
     """Shapes, dtypes, devices and options; `name` is the operator's, for the messages."""
-    if order not in ORDERS:
-        raise ValueError(f"{name}: order must be one of {', '.join(ORDERS)}, got {order!r}")
-    if rule not in RULES:
-        raise ValueError(f"{name}: rule must be one of {', '.join(RULES)}, got {rule!r}")
-    if part not in PARTS:
-        raise ValueError(f"{name}: part must be one of {', '.join(PARTS)}, got {part!r}")
-    if not eps > 0:
-        raise ValueError(f"{name}: eps must be > 0, got {eps}")
+    check_choice(name, "part", part, PARTS)
+    check_options(name, sums.device, alignment if scale is None else scale, eps, order, rule)
     lists = [("grads", grads), ("harmful", harmful)] + ([("beneficial", beneficial)] if beneficial else [])
     for what, tensors in lists:
         check_list(name, what, tensors, "grads", grads, sums.device)
     check_groups(name, groups, len(grads), len(sums))
     if sums.dim() != 2 or sums.shape[1] != SUMS:
         raise ValueError(f"{name}: sums must be [G, {SUMS}], got {tuple(sums.shape)}")
-    if scale is not None and (scale.dim() != 0 or scale.device != sums.device):
-        raise ValueError(
-            f"{name}: alignment must be a number or a 0-dim tensor on {sums.device}, "
-            f"got shape {tuple(scale.shape)} on {scale.device}"
-        )
+
+
+def _refuse_shared_memory(grads: Sequence[Tensor]) -> None:
+    """Raise where an edit of one number would be one of another."""
+    by_memory: dict[int, list[int]] = {}
+    for i, x in enumerate(grads):
+        if x.numel():
+            by_memory.setdefault(x.untyped_storage().data_ptr(), []).append(i)
+    for indices in by_memory.values():
+        if len(indices) == 1 and grads[indices[0]].is_contiguous():
+            continue
+        places = torch.cat([_places(grads[i]) for i in indices])
+        if len(places.unique()) < len(places):
+            names = " and ".join(f"grads[{i}]" for i in indices)
+            raise ValueError(f"project_align_: numbers of {names} share memory: clone what overlaps")
+
+
+def _places(x: Tensor) -> Tensor:
+    """Where in its storage, in bytes, the numbers of a tensor begin; a CPU tensor."""
+    places = torch.tensor(x.storage_offset())
+    for size, stride in zip(x.shape, x.stride()):
+        places = places[..., None] + torch.arange(size) * stride
+    return places.flatten() * x.element_size()
 
 
 def check_list(name, what, tensors, model_name, model, device) -> None:
@@ -206,16 +242,18 @@ def common_layout(dtype: torch.dtype, tensors: Sequence[Tensor], like: Sequence[
     """`tensors` in one dtype and with the strides of `like`, copied only where they are not."""
     return [
         t
-        if t.dtype == dtype and ((t.is_contiguous() and g.is_contiguous()) or t.stride() == g.stride())
+        if t.dtype == dtype
+        and ((t.is_contiguous() and g.is_contiguous()) or t.stride() == g.stride())
+        and not t.is_neg()
         else torch.empty_like(g, dtype=dtype).copy_(t)
         for t, g in zip(tensors, like)
     ]
 
 
 def dense(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """`tensors` without holes or overlaps, each copied only where it has some."""
+    """`tensors` without holes, overlaps or changed signs, each copied only where it has some."""
     has_none = torch.ops.aten.is_non_overlapping_and_dense
-    return [t if t.is_contiguous() or has_none(t) else t.contiguous() for t in tensors]
+    return [(t if t.is_contiguous() or has_none(t) else t.contiguous()).resolve_neg() for t in tensors]
 
 
 def codes(order: str, rule: str, part: str) -> tuple[int, ...]:
@@ -258,9 +296,12 @@ def _kernel(
 ) -> None:
     if _served_as_it_is(grads, harmful, beneficial, groups, sums, scale, alignment, eps, order, rule, part):
         return
-    check("project_align_", grads, harmful, beneficial, groups, sums, scale, eps, order, rule, part)
+    check(
+        "project_align_", grads, harmful, beneficial, groups, sums, scale, alignment, eps, order, rule, part
+    )
     if not grads:
         return
+    _refuse_shared_memory(grads)
     # Kernels read one type: mixed types meet in their common type, and the results return to grads'.
     types = {t.dtype for tensors in (grads, harmful, beneficial) for t in tensors}
     dtype = types.pop() if len(types) == 1 else sums.dtype
@@ -291,9 +332,14 @@ def _fake(
     rule: str,
     part: str,
 ) -> None:
-    check("project_align_", grads, harmful, beneficial, groups, sums, scale, eps, order, rule, part)
+    check(
+        "project_align_", grads, harmful, beneficial, groups, sums, scale, alignment, eps, order, rule, part
+    )
 
 
 _library.impl("project_align_", _kernel, "CompositeExplicitAutograd")
+_library.impl(
+    "project_align_", torch.library.fallthrough_kernel, "Negative"
+)  # the kernel sees to negated views
 torch.library.register_fake("dgs::project_align_", _fake, lib=_library)
 _op = torch.ops.dgs.project_align_.default
