@@ -20,11 +20,12 @@ ARCHITECTURES = ["sm_80", "sm_90", "sm_100"]
 SOURCES = sorted(p.name for p in CUDA.glob("*.cu"))
 
 # Narrow accesses to device memory that an aligned kernel may have: numbers that stand alone, not matrix data.
-# (loads, stores) of: scale; biases, label, offset; scalars of a row; table entries, sums of a group; rates.
+# (loads, stores) of: scale; biases, label, offset; scalars of a row, sums of a chunk; table entries,
+# sums of a group; rates.
 SCALARS = {
     "rows_in_registers": (1, 0),
     "rows_read_twice": (1, 0),
-    "head_rows": (5, 7),
+    "head_rows": (5, 19),
     "head_backward": (8, 0),
     "chunk_sums": (8, 6),
     "project_chunks": (20, 6),
