@@ -26,7 +26,7 @@ SCALARS = {
     "rows_in_registers": (1, 0),
     "rows_read_twice": (1, 0),
     "head_rows": (5, 19),
-    "head_backward": (8, 0),
+    "head_backward": (9, 0),
     "chunk_sums": (8, 6),
     "project_chunks": (20, 6),
     "adamw_chunks": (24, 6),
