@@ -3,14 +3,18 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 
-.PHONY: demo test gpu wheel install lint format clean
+.PHONY: demo test gpu wheel docs install lint format clean
+
+# Tests that follow the others: one compiles what those launched, one takes times with nothing beside it.
+LAST := tests/dgs_kernels/ops/test_triton_compiles.py tests/dgs_kernels/test_speed.py
 
 demo: install
 	$(BIN)/python -m dgsnet demo --out runs/demo
 
-test: lint
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --ignore tests/dgs_kernels/test_speed.py
-	$(BIN)/python -m pytest tests/dgs_kernels/test_speed.py  # times, with nothing beside them
+# Two processes with two threads each: on two cores, a thread that waits must not spin where another could run.
+test: lint docs
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(addprefix --ignore ,$(LAST))
+	$(BIN)/python -m pytest $(LAST)
 
 # On a machine with a CUDA device; takes the packages of $(PYTHON), installs nothing, leaves everything in OUT.
 gpu:
@@ -19,20 +23,27 @@ gpu:
 wheel: install
 	$(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
 
-# The stamp is newer than every file that decides what is installed or built.
+# Without --quiet, which hides warnings from --strict too, so that nothing would fail.
+docs: install
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+# The stamp is newer than every file that decides what is installed or built. Python compiles what it imports; of
+# the 300 MB of source in the packages that is a small part, so pip does not compile all of it first.
 install: $(VENV)/.installed
 SOURCES := $(shell find csrc -type f 2>/dev/null)
 NATIVE := setup.py pyproject.toml $(SOURCES)
 $(VENV)/.installed: $(NATIVE)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check "setuptools>=77" wheel ninja "torch>=2.10"
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-build-isolation --editable ".[test]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile "setuptools>=77" wheel ninja "torch>=2.10"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile --no-build-isolation --editable ".[test]"
 	touch $@
 
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $(SOURCES)
+	$(BIN)/actionlint -shellcheck=  # from .github/workflows; whether shellcheck is installed must not matter
 
 format: install
 	$(BIN)/ruff check --fix . && $(BIN)/ruff format .

@@ -19,7 +19,7 @@ import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from setuptools import Extension, setup
+from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
@@ -176,12 +176,11 @@ class BuildNative(build_ext):
 
 CXX, NVCC = plan()
 setup(
-    packages=["dgs_kernels", "dgs_kernels.ops", "dgs_kernels.triton", "dgsnet", "dgsnet.builtin"],
+    packages=[*find_packages(include=["dgs_kernels*"]), *find_packages("python")],
     package_dir={"dgs_kernels": "dgs_kernels", "dgsnet": "python/dgsnet"},
     package_data={
         "dgs_kernels": ["py.typed"],
-        "dgsnet": ["*.html", "py.typed"],
-        "dgsnet.builtin": ["*.json", "*.safetensors"],
+        "dgsnet": ["py.typed", "*/*.html", "builtin/*.json", "builtin/*.safetensors"],
     },
     cmdclass={"build_ext": BuildNative},
     # In auto mode a compiler that fails leaves a pure Python install, with its error printed.

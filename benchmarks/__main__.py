@@ -14,7 +14,7 @@ import torch
 
 from benchmarks import harness
 
-APART = ("harness", "plots", "train_step")  # no operations
+APART = ("harness", "plots", "smoke", "train_step")  # no operations
 OPERATIONS = sorted(file.stem for file in Path(__file__).parent.glob("[a-z]*.py") if file.stem not in APART)
 
 
@@ -61,6 +61,9 @@ def main() -> None:
             results.append(result)
             write(a, results)
     print(f"\nwritten: {a.out}")
+    faults = {(r["operation"], name) for r in results for name in r.get("faults", ())}
+    if ours := sorted(f"{operation}: {name}" for operation, name in faults if name.startswith(harness.OURS)):
+        sys.exit(f"wrong or failed: {', '.join(ours)}")
 
 
 def write(arguments: argparse.Namespace, results: list[dict]) -> None:

@@ -19,9 +19,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from dgsnet.config import PreprocessConfig
-from dgsnet.data import ImageDataset, Sample, make_loader
-from dgsnet.images import read_image
-from dgsnet.preprocess import Preprocessor
+from dgsnet.data.images import read_image
+from dgsnet.data.loading import ImageDataset, make_loader
+from dgsnet.data.preprocess import Preprocessor
+from dgsnet.data.samples import Sample
 from PIL import Image
 
 from benchmarks import harness

@@ -2,13 +2,21 @@
 
 An operation's file has a function `case(rows, dim, dtype, device) -> Case`. The harness checks each variant
 against the exact result, then runs all of them in turn, round after round, on inputs that rotate, so that
-whatever else the machine does falls on all alike. The yardstick is `torch.clone` moving as many bytes.
+whatever else the machine does falls on all alike. The yardstick is `torch.clone` moving as many bytes. A
+variant that is wrong, or raises an error, is reported as such, and the others go on.
+
+On a GPU, times are the device's: a kernel that only waits goes first, so that all of a call is enqueued
+before the device comes to it. The host's time for a call stands in a column of its own.
 """
 
 from __future__ import annotations
 
 import datetime
+import functools
+import importlib.metadata
+import importlib.util
 import itertools
+import math
 import os
 import platform
 import statistics
@@ -24,8 +32,11 @@ from torch import Tensor
 import dgs_kernels
 from dgs_kernels import backends
 
+OURS = "dgs_kernels"  # what names of our variants begin with
 CLONE, COPY, EAGER, COMPILED = "clone", "copy_ (nothing allocated)", "eager", "torch.compile"
 MIN_ROUNDS = 9
+HOST_CALLS = 9
+LONGEST_HEAD_START = 0.05  # seconds; calls of the host that take longer are timed with it
 
 
 @dataclass(frozen=True)
@@ -53,7 +64,7 @@ def per_backend(operation: str, device: str, call: Callable[..., Tensor]) -> dic
     served = [b for b in backends.BACKENDS if b != "eager" and not backends.obstacle(b, operation, device)]
     if not served:
         raise SystemExit(f"no backend but eager serves {operation} on {device}; see dgs_kernels.explain()")
-    return {f"dgs_kernels ({backend})": through(backend, call) for backend in served}
+    return {f"{OURS} ({backend})": through(backend, call) for backend in served}
 
 
 def through(backend: str, call: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -92,17 +103,17 @@ def measure(case: Case, device: str, seconds: float) -> dict:
     sets = [case.inputs()]
     input_bytes = sum(t.untyped_storage().nbytes() for t in sets[0])
     sets += [case.inputs() for _ in range(rotation(input_bytes, device) - 1)]
-    errors = verify(case, sets[0])
+    errors, faults = verify(case, sets[0])
+    calls = {name: (fn, sets) for name, fn in case.variants.items() if name not in faults}
 
     # clone reads half of the bytes it moves and writes the other half.
-    flat = torch.empty(case.bytes_moved // 2, dtype=torch.uint8, device=device)
-    sources = [torch.ones_like(flat) for _ in range(rotation(flat.nbytes, device))]
-    calls = {name: (fn, sets) for name, fn in case.variants.items()}
+    half = case.bytes_moved // 2
+    sources = [torch.ones(half, dtype=torch.uint8, device=device) for _ in range(rotation(2 * half, device))]
+    targets = [torch.empty_like(s) for s in sources]
     calls[CLONE] = (torch.clone, [(s,) for s in sources])
-    calls[COPY] = (flat.copy_, [(s,) for s in sources])
+    calls[COPY] = (Tensor.copy_, list(zip(targets, sources)))
 
-    for fn, tensors in calls.values():
-        fn(*tensors[0])
+    host = {name: host_seconds(device, fn, tensors) for name, (fn, tensors) in calls.items()}
     samples: dict[str, list[tuple[float, float]]] = {name: [] for name in calls}
     started = time.perf_counter()
     for i in itertools.count():
@@ -111,28 +122,61 @@ def measure(case: Case, device: str, seconds: float) -> dict:
         for place, (name, (fn, tensors)) in enumerate(calls.items()):
             # Each on another set: what one variant has just read lies in the cache for the next.
             turn = i + place * len(tensors) // len(calls)
-            samples[name].append(timed(device, fn, tensors[turn % len(tensors)]))
+            samples[name].append(timed(device, fn, tensors[turn % len(tensors)], head_start=2 * host[name]))
 
     results = {name: summary(samples[name], case.bytes_moved) for name in calls}
     for name, result in results.items():
         result["max_error"] = errors.get(name)
+        result["host_ms"] = host[name] * 1e3
         result["bandwidth_over_clone"] = results[CLONE]["median_ms"] / result["median_ms"]
-        result["speed_over_eager"] = results[EAGER]["median_ms"] / result["median_ms"]
+        if EAGER in results:
+            result["speed_over_eager"] = results[EAGER]["median_ms"] / result["median_ms"]
     return {
         "operation": case.operation,
         "bytes_moved": case.bytes_moved,
         "rotated_bytes": input_bytes * len(sets),
         "beyond_cache": input_bytes * len(sets) > cache_bytes(device),
+        "card": card() if device == "cuda" else None,
         "variants": results,
+        "faults": faults,
     }
 
 
-def timed(device: str, fn: Callable[..., Tensor], tensors: tuple[Tensor, ...]) -> tuple[float, float]:
-    """Seconds by the clock, and on a CPU of processor time in all threads: other processes lengthen only the
-    first."""
+def host_seconds(device: str, fn: Callable[..., Tensor], sets: Sequence[tuple[Tensor, ...]]) -> float:
+    """Median time of a call on the host, which on a GPU has done no more then than enqueue its work."""
+    times = []
+    for i in range(HOST_CALLS if device == "cuda" else 1):
+        if device == "cuda":
+            torch.cuda.synchronize()
+        started = time.perf_counter()
+        fn(*sets[i % len(sets)])
+        times.append(time.perf_counter() - started)
+    return statistics.median(times)
+
+
+@functools.cache
+def cycles_per_second() -> float:
+    """Of the kernel that waits."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda._sleep(1000)
+    start.record()
+    torch.cuda._sleep(20_000_000)
+    end.record()
+    end.synchronize()
+    return 20_000_000 / (start.elapsed_time(end) / 1e3)
+
+
+def timed(
+    device: str, fn: Callable[..., Tensor], tensors: tuple[Tensor, ...], head_start: float = 0.0
+) -> tuple[float, float]:
+    """Seconds, and on a CPU those of processor time in all threads: other processes lengthen only the first.
+
+    On a GPU it waits for `head_start` seconds, and a few microseconds more, before it begins with the call.
+    """
     if device == "cuda":
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize()
+        torch.cuda._sleep(int(min(head_start + 20e-6, LONGEST_HEAD_START) * cycles_per_second()))
         start.record()
         fn(*tensors)
         end.record()
@@ -159,18 +203,29 @@ def summary(samples: list[tuple[float, float]], bytes_moved: int) -> dict:
     }
 
 
-def verify(case: Case, tensors: tuple[Tensor, ...]) -> dict[str, float]:
-    """Largest error of each variant; at most twice eager's, or a rounding of the result, may it be."""
+def verify(case: Case, tensors: tuple[Tensor, ...]) -> tuple[dict[str, float], dict[str, str]]:
+    """Largest error of each variant, and what is wrong with those that are.
+
+    At most twice eager's may it be, or a rounding of the result.
+    """
     exact = result_of(case, case.exact, [t.double() if t.is_floating_point() else t for t in tensors])
-    fresh = [t.clone for t in tensors] if case.edited else [lambda t=t: t for t in tensors]
-    outputs = {name: result_of(case, fn, [t() for t in fresh]) for name, fn in case.variants.items()}
-    errors = {name: (out.double() - exact).abs().max().item() for name, out in outputs.items()}
-    rounding = torch.finfo(outputs[EAGER].dtype).eps * exact.abs().max().item()
-    for name, error in errors.items():
-        allowed = exact.abs().max().item() / 1e3 if name in case.others else 2 * errors[EAGER] + rounding
-        if not error <= allowed:
-            raise SystemExit(f"{case.operation}: {name} is wrong by {error:.3g} (eager: {errors[EAGER]:.3g})")
-    return errors
+    largest = exact.abs().max().item()
+    errors: dict[str, float] = {}
+    faults: dict[str, str] = {}
+    rounding = 0.0
+    for name, fn in sorted(case.variants.items(), key=lambda item: item[0] != EAGER):  # eager's error first
+        try:
+            out = result_of(case, fn, [t.clone() for t in tensors] if case.edited else tensors)
+            errors[name] = (out.double() - exact).abs().max().item()
+        except Exception as error:  # of another library too, or of memory
+            faults[name] = f"failed: {type(error).__name__}: {str(error).strip().splitlines()[:1]}"
+            continue
+        rounding = rounding or torch.finfo(out.dtype).eps * largest
+        judged = EAGER in errors and name not in case.others
+        allowed = 2 * errors[EAGER] + rounding if judged else largest / 1e3
+        if not errors[name] <= allowed:
+            faults[name] = f"wrong by {errors[name]:.3g}, allowed {allowed:.3g}"
+    return errors, faults
 
 
 def result_of(case: Case, fn: Callable[..., Tensor], tensors: Sequence[Tensor]) -> Tensor:
@@ -211,26 +266,42 @@ def machine(device: str) -> dict:
     }
     if device == "cuda":
         properties = torch.cuda.get_device_properties(0)
-        facts |= {"gpu": properties.name, "cuda": torch.version.cuda, "driver": driver()}
+        facts |= {
+            "gpu": properties.name,
+            "multiprocessors": properties.multi_processor_count,
+            "cuda": torch.version.cuda,
+            "triton": importlib.metadata.version("triton") if importlib.util.find_spec("triton") else None,
+            "card": card(),
+        }
     return facts
 
 
-def driver() -> str | None:
-    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+CARD = (
+    *("driver_version", "clocks.sm", "clocks.mem", "clocks.max.sm", "clocks.max.mem"),
+    *("temperature.gpu", "power.draw", "clocks_event_reasons.active"),
+)
+
+
+def card() -> dict[str, str] | None:
+    """What the driver says of the first device right now."""
+    command = ["nvidia-smi", "--id=0", f"--query-gpu={','.join(CARD)}", "--format=csv,noheader"]
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        line = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     except (OSError, subprocess.CalledProcessError):
         return None
+    return dict(zip(CARD, (value.strip() for value in line.split(","))))
 
 
 def table(result: dict) -> str:
-    head = f"{'':28}{'median ms':>11}{'p10':>9}{'p90':>9}{'cpu ms':>9}{'GB/s':>8}{'x clone':>9}{'x eager':>9}"
-    lines = [head]
+    columns = f"{'median ms':>11}{'p10':>9}{'p90':>9}{'host ms':>9}{'cpu ms':>9}{'GB/s':>8}"
+    lines = [f"{'':28}{columns}{'x clone':>9}{'x eager':>9}"]
     for name, v in result["variants"].items():
         lines.append(
-            f"{name:28}{v['median_ms']:11.3f}{v['p10_ms']:9.3f}{v['p90_ms']:9.3f}{v['cpu_median_ms']:9.3f}"
-            f"{v['gb_per_s']:8.1f}{v['bandwidth_over_clone']:9.2f}{v['speed_over_eager']:9.2f}"
+            f"{name:28}{v['median_ms']:11.4f}{v['p10_ms']:9.4f}{v['p90_ms']:9.4f}{v['host_ms']:9.4f}"
+            f"{v['cpu_median_ms']:9.3f}{v['gb_per_s']:8.1f}{v['bandwidth_over_clone']:9.2f}"
+            f"{v.get('speed_over_eager', math.nan):9.2f}"
         )
+    lines += [f"{name:28} {fault}" for name, fault in result["faults"].items()]
     if not result["beyond_cache"]:
         lines.append("note: the rotated inputs fit the cache (too little free memory for more)")
     return "\n".join(lines)

@@ -1,8 +1,8 @@
 """`python -m benchmarks.plots FOLDER --results FILE...`: a table of all results, and plots for each device.
 
-One shows the share of `torch.clone`'s bandwidth at equal bytes that every variant reached, another the time
-against the number of rows, for operations measured at three sizes or more. Results that are not of operations
-on tensors (a training step, the data path) have tables of their own and are left out.
+One shows the share of `torch.clone`'s bandwidth at equal bytes that every variant reached, another that
+share and the time against the number of rows, for operations measured at three sizes or more. Results that
+are not of operations on tensors (a training step, the data path) have tables of their own and are left out.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import re
 from pathlib import Path
 
 import matplotlib
@@ -34,8 +35,8 @@ def label(result: dict) -> str:
 def table(results: list[dict]) -> str:
     """A Markdown table: every case and variant with its time, bandwidth and ratios."""
     lines = [
-        "| case | variant | median ms | p10 to p90 | GB/s | share of clone | x eager |",
-        "|---" * 7 + "|",
+        "| case | variant | median ms | p10 to p90 | host ms | GB/s | share of clone | x eager |",
+        "|---" * 8 + "|",
     ]
     for result in results:
         for name, v in result["variants"].items():
@@ -44,11 +45,14 @@ def table(results: list[dict]) -> str:
                 name,
                 f"{v['median_ms']:.3f}",
                 f"{v['p10_ms']:.3f} to {v['p90_ms']:.3f}",
+                f"{v['host_ms']:.3f}" if "host_ms" in v else "",
                 f"{v['gb_per_s']:.1f}",
                 f"{v['bandwidth_over_clone']:.2f}",
-                f"{v['speed_over_eager']:.1f}",
+                f"{v['speed_over_eager']:.1f}" if "speed_over_eager" in v else "",
             )
             lines.append(f"| {' | '.join(cells)} |")
+        for name, fault in result.get("faults", {}).items():
+            lines.append(f"| {label(result)} | {name} | {fault} |" + " |" * 5)
     return "\n".join(lines)
 
 
@@ -96,21 +100,24 @@ def plot_sizes(families: dict[str, list[dict]], title: str, path: Path) -> None:
     names = list(dict.fromkeys(n for f in families.values() for r in f for n in r["variants"] if n != COPY))
     colours = dict(zip(names, itertools.cycle(COLOURS)))
     figure, grid = plt.subplots(
-        1, len(families), figsize=(4.6 * len(families), 4.4), layout="constrained", squeeze=False
+        2, len(families), figsize=(4.6 * len(families), 7.2), layout="constrained", squeeze=False
     )
-    for axes, (name, family) in zip(grid[0], families.items()):
-        for variant in names:
-            points = [(r["rows"], r["variants"][variant]) for r in family if variant in r["variants"]]
-            if points:
-                rows, times = [p[0] for p in points], [p[1]["median_ms"] for p in points]
-                line = (
-                    {"linestyle": "--", "color": "black"} if variant == CLONE else {"color": colours[variant]}
-                )
-                axes.plot(rows, times, marker="o", markersize=3, label=variant, **line)
-        axes.set(xscale="log", yscale="log", xlabel="rows", ylabel="median ms")
-        axes.set_title(name, fontsize=9, loc="left")
-        axes.spines[["top", "right"]].set_visible(False)
-    lines = {line.get_label(): line for axes in grid[0] for line in axes.get_lines()}
+    shown = {"bandwidth_over_clone": "share of clone", "median_ms": "median ms"}
+    for (name, family), column in zip(families.items(), grid.T):
+        for axes, (figured, words) in zip(column, shown.items()):
+            for variant in names:
+                points = [
+                    (r["rows"], r["variants"][variant][figured]) for r in family if variant in r["variants"]
+                ]
+                if points:
+                    style = {"linestyle": "--", "color": "black"} if variant == CLONE else {}
+                    style = {"color": colours[variant]} | style
+                    axes.plot(*zip(*points), marker="o", markersize=3, label=variant, **style)
+            axes.set(xscale="log", xlabel="rows", ylabel=words)
+            axes.spines[["top", "right"]].set_visible(False)
+        column[1].set_yscale("log")
+        column[0].set_title(name, fontsize=9, loc="left")
+    lines = {line.get_label(): line for axes in grid.flat for line in axes.get_lines()}
     figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=3, fontsize=8)
     figure.suptitle(title, fontsize=10)
     figure.savefig(path, dpi=150)
@@ -136,6 +143,8 @@ def main() -> None:
         if not results:
             continue
         kind = results[0]["device"]
+        if kind != "cpu":  # a file for each card
+            kind = "_".join(re.findall(r"\w+", device.split(",")[0])).lower()
         families = by_size(results)
         if families:
             plot_sizes(families, device, arguments.folder / f"{kind}_sizes.png")

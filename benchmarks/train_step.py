@@ -28,15 +28,16 @@ import numpy as np
 import open_clip
 import torch
 import torch.nn.functional as F
-from dgsnet import model as dgsnet_model
 from dgsnet.builtin.crops import sample_crop
 from dgsnet.builtin.photographs import PHOTOGRAPHS
-from dgsnet.captions_cache import CaptionFeatures
 from dgsnet.config import ModelConfig, OptimConfig, PreprocessConfig, SurgeryConfig
-from dgsnet.images import read_image
-from dgsnet.model import DGSNet
-from dgsnet.preprocess import NORMALIZATIONS, Preprocessor
-from dgsnet.training import BRANCHES, Step, layer_surgery, named_parameters, speed_up
+from dgsnet.data.images import read_image
+from dgsnet.data.preprocess import NORMALIZATIONS, Preprocessor
+from dgsnet.model import adapters, backbones
+from dgsnet.model.dgsnet import DGSNet
+from dgsnet.training.frozen import CaptionFeatures
+from dgsnet.training.plan import BRANCHES
+from dgsnet.training.step import Step, layer_surgery, named_parameters, speed_up
 from PIL import Image
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -154,7 +155,7 @@ class Official:
 
     def __init__(self, settings: Settings, bf16: bool = False, dropout: float = DROPOUT) -> None:
         self.settings, device = settings, settings.device
-        dgsnet_model._model_config(settings.model)  # registers the built-in one
+        backbones._model_config(settings.model)  # registers the built-in one
         self.tokenizer = open_clip.get_tokenizer(settings.model)
         self.clip = open_clip.create_model(settings.model).requires_grad_(False)
         self.frozen = copy.deepcopy(self.clip).to(device).train()
@@ -325,7 +326,7 @@ class Ceiling:
     """The matrix product of [N x L, width] with [width, 4 width] alone, in fp32 and in bf16."""
 
     def __init__(self, settings: Settings) -> None:
-        vision = dgsnet_model._model_config(settings.model)["vision_cfg"]
+        vision = backbones._model_config(settings.model)["vision_cfg"]
         tokens = (vision["image_size"] // vision["patch_size"]) ** 2 + 1
         width, rows = vision["width"], settings.batch * tokens
         self.settings, self.flop = settings, 2 * rows * width * 4 * width
@@ -350,10 +351,10 @@ class Ceiling:
 
 # Choices of ours, each undone alone: name to what replaces it.
 ABLATIONS: dict[str, Callable[[], None]] = {
-    "own LoRA forward": lambda: setattr(dgsnet_model, "_adapted", lambda linear, x: linear(x)),
-    "dropout from 16 random bits": lambda: setattr(dgsnet_model, "_dropout", lambda x, dropout: dropout(x)),
+    "own LoRA forward": lambda: setattr(adapters, "_adapted", lambda linear, x: linear(x)),
+    "dropout from 16 random bits": lambda: setattr(adapters, "_dropout", lambda x, dropout: dropout(x)),
     "attention by its formula": lambda: setattr(
-        dgsnet_model, "_attention", lambda q, k, v, m: F.scaled_dot_product_attention(q, k, v, attn_mask=m)
+        adapters, "_attention", lambda q, k, v, m: F.scaled_dot_product_attention(q, k, v, attn_mask=m)
     ),
 }
 VARIANTS = {

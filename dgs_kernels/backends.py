@@ -22,6 +22,12 @@ VARIABLE = "DGS_KERNELS_BACKEND"
 BACKENDS = ("cuda", "triton", "cpu", "eager")
 OPERATIONS = ("project_align", "project_align_", "surgery_head", "spectral_entropy", "surgery_adamw_")
 
+KERNEL_PATCH_SIZE = 32  # the one that DGS-Net uses
+# What the kernels of an operation take; eager PyTorch serves the rest.
+LIMITS = {
+    "spectral_entropy": f"patches of {KERNEL_PATCH_SIZE} x {KERNEL_PATCH_SIZE} pixels, not of float64 images"
+}
+
 # Best first. Devices not named here are served by eager PyTorch.
 PREFERENCE = {"cuda": ("cuda", "triton", "eager"), "cpu": ("cpu", "eager"), "xpu": ("triton", "eager")}
 
@@ -49,7 +55,7 @@ def _implementation(operation: str, device_type: str, forced: str | None, case: 
         if reason := obstacle(forced, operation, device_type, case):
             raise BackendError(f"{VARIABLE}={forced} cannot serve {operation} on {device_type}: {reason}")
         return _load(forced, operation)
-    reasons = []
+    reasons: list[str] = []
     for backend in PREFERENCE.get(device_type, ("eager",)):
         reason = obstacle(backend, operation, device_type, case)
         if reason is None:
@@ -145,11 +151,13 @@ def _triton_file(operation: str) -> str:
 
 
 def explain() -> str:
-    """Print, and return, which backend serves each operation on each device, and why the others do not.
+    """Which backend serves each operation on each device, why the others do not, and what kernels take.
+
+    `python -m dgs_kernels` prints it.
 
     Example:
         >>> import dgs_kernels
-        >>> text = dgs_kernels.explain()  # doctest: +ELLIPSIS
+        >>> print(dgs_kernels.explain())  # doctest: +ELLIPSIS
         dgs_kernels ...
     """
     forced = os.environ.get(VARIABLE)
@@ -163,9 +171,8 @@ def explain() -> str:
                 chosen = forced if obstacles.get(forced, "unknown") is None else "none: an error"
             else:
                 chosen = next(b for b in PREFERENCE[device] if obstacles[b] is None)
-            lines.append(f"  {operation}: {chosen}")
+            limit = f"; kernels take {LIMITS[operation]}" if operation in LIMITS else ""
+            lines.append(f"  {operation}: {chosen}{limit}")
             for backend, reason in obstacles.items():
                 lines.append(f"    {backend:7s}{reason or 'available'}")
-    text = "\n".join(lines)
-    print(text)
-    return text
+    return "\n".join(lines)

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
+from types import FrameType
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 import torch.distributed as dist
@@ -17,6 +19,9 @@ from torch import Tensor, nn
 from dgs_kernels.ops.eager import projection
 from dgs_kernels.ops.project_align_ import SUMS, run, sums_dtype
 from dgs_kernels.reference import ORDERS, RULES
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 GRANULARITIES = ("tensor", "layer", "model")
 
@@ -124,7 +129,7 @@ class CapturedGradients:
         self._ranks_checked = not check_ranks
         self._loss_scale: float | None = None
         self._last: tuple[list[str], Tensor, float | Tensor] | None = None
-        self._unscaled = _Unscaled()
+        self._unscaled: Any = _Unscaled()  # all of an optimiser that GradScaler asks for
         for param in self.parameters():
             self._layer(param)
 
@@ -138,11 +143,11 @@ class CapturedGradients:
 
     # Capturing -------------------------------------------------------------------------------------------
 
-    def harmful(self):
+    def harmful(self) -> AbstractContextManager[None]:
         """A context: what `backward()` inside computes becomes the direction to remove; `.grad` stays."""
         return self._capture("harmful")
 
-    def beneficial(self):
+    def beneficial(self) -> AbstractContextManager[None]:
         """A context: what `backward()` inside computes becomes the direction to align with."""
         return self._capture("beneficial")
 
@@ -206,7 +211,8 @@ class CapturedGradients:
                 "parameters sharded by FSDP2 need model=, to check that no gradient waits unreduced"
             )
         for module in self.model.modules():
-            state = module._get_fsdp_state() if hasattr(module, "_get_fsdp_state") else None
+            find_state = getattr(module, "_get_fsdp_state", None)
+            state = None if find_state is None else find_state()
             groups = getattr(state, "_fsdp_param_groups", None) or [getattr(state, "_fsdp_param_group", None)]
             for param in (p for group in groups if group for p in group.fsdp_params):
                 waiting = getattr(getattr(param, "_unsharded_param", None), "grad", None)
@@ -246,7 +252,7 @@ class CapturedGradients:
     # Operating -------------------------------------------------------------------------------------------
 
     @property
-    def options(self) -> tuple:
+    def options(self) -> tuple[Tensor | None, float, float, str, str]:
         """The operators' arguments (scale, alignment, eps, order, rule)."""
         if isinstance(self.alignment, Tensor):
             return self.alignment, 1.0, self.eps, self.order, self.rule
@@ -318,14 +324,15 @@ class CapturedGradients:
         whole = self.is_whole(work)
         sums = work.empty_sums() if whole else self.sums(work)
         for (device, _), shard in work.shards.items():
-            lists = (shard.grads, shard.harmful, shard.beneficial, shard.groups)
-            run(*lists, sums.to(device), *self.options, "all" if whole else "apply")
+            part = "all" if whole else "apply"
+            here = sums.to(device)
+            run(shard.grads, shard.harmful, shard.beneficial, shard.groups, here, *self.options, part)
         return sums
 
     def remember(self, work: Work | None, sums: Tensor | None) -> None:
         """Keep what metrics are computed from."""
         pull = self.alignment.detach().clone() if isinstance(self.alignment, Tensor) else self.alignment
-        self._last = None if work is None else (work.layers, sums, pull)
+        self._last = None if work is None or sums is None else (work.layers, sums, pull)
 
     def metrics(self) -> SurgeryMetrics | None:
         """What the last step's surgery did to each layer; None if it had nothing to do. Waits for nothing."""
@@ -343,7 +350,7 @@ class CapturedGradients:
             cosine=gh / (gg.sqrt() * hh.sqrt()).clamp(min=tiny),
             removed=(2 * k * inner - k * k * hh) / energy.clamp(min=tiny),
             conflict=gh < 0,
-            alignment=abs(pull) * bb.sqrt() / gg.sqrt().clamp(min=tiny),
+            alignment=(pull * bb.sqrt()).abs() / gg.sqrt().clamp(min=tiny),
         )
 
     # What cannot be right --------------------------------------------------------------------------------
@@ -403,7 +410,8 @@ class CapturedGradients:
 
 
 def _called_by_scaler() -> bool:
-    frame, code = sys._getframe(), torch.amp.GradScaler.step.__code__
+    frame: FrameType | None = sys._getframe()
+    code = torch.amp.GradScaler.step.__code__
     while frame is not None:
         if frame.f_code is code:
             return frame.f_locals["self"].is_enabled()
@@ -411,7 +419,7 @@ def _called_by_scaler() -> bool:
     return False
 
 
-def _is_sharded(x: Tensor) -> bool:
+def _is_sharded(x: Tensor) -> TypeGuard[DTensor]:
     return hasattr(x, "device_mesh")
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, NoReturn
+
 import torch
 from torch import Tensor
 
@@ -55,25 +57,27 @@ class _GradientSurgery(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(features, harmful, beneficial, eps, order, rule):
+    def forward(
+        features: Tensor, harmful: Tensor, beneficial: Tensor | None, eps: float, order: str, rule: str
+    ) -> tuple[Tensor, Tensor]:
         return features.view_as(features), reference.alignment_loss(features, beneficial)
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
         features, harmful, beneficial, ctx.eps, ctx.order, ctx.rule = inputs
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(harmful, beneficial)
         ctx.shape, ctx.dtype, ctx.device = features.shape, features.dtype, features.device
 
     @staticmethod
-    def backward(ctx, grad, loss_grad):
+    def backward(ctx: Any, grad: Tensor | None, loss_grad: Tensor | None) -> tuple[Tensor | None, ...]:
         harmful, beneficial = ctx.saved_tensors
         nothing = (None,) * 5
         if grad is None and (loss_grad is None or beneficial is None):
             return None, *nothing
         if grad is None:
             grad = torch.zeros(ctx.shape, dtype=ctx.dtype, device=ctx.device)
-        alignment = 0.0
+        alignment: float | Tensor = 0.0
         if loss_grad is None:
             beneficial = None
         elif beneficial is not None:
@@ -123,7 +127,7 @@ class OptimizerSurgery(CapturedGradients):
         tensor([0., 1.])
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, **options) -> None:
+    def __init__(self, optimizer: torch.optim.Optimizer, **options: Any) -> None:
         inner = getattr(optimizer, "optimizer", None)
         if isinstance(inner, torch.optim.Optimizer):
             raise TypeError(
@@ -133,15 +137,17 @@ class OptimizerSurgery(CapturedGradients):
             raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
         super().__init__(optimizer, **options)
         self._handle = optimizer.register_step_pre_hook(self._before_step)
-        optimizer.__reduce_ex__ = _refuse_copy
+        vars(optimizer)["__reduce_ex__"] = _refuse_copy
 
     def remove(self) -> None:
         """Undo it: the optimiser steps with plain gradients again."""
         self._handle.remove()
-        self.optimizer.__dict__.pop("__reduce_ex__", None)
+        vars(self.optimizer).pop("__reduce_ex__", None)
         self.clear()
 
-    def _before_step(self, optimizer, args, kwargs):
+    def _before_step(
+        self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         closure = args[1] if len(args) > 1 else kwargs.get("closure")
         if closure is None:
             self._edit()
@@ -160,10 +166,10 @@ class OptimizerSurgery(CapturedGradients):
 class _Once:
     """A closure that has run; optimisers that evaluate it again would step on gradients without surgery."""
 
-    def __init__(self, loss) -> None:
+    def __init__(self, loss: Any) -> None:
         self.loss, self.called = loss, False
 
-    def __call__(self):
+    def __call__(self) -> Any:
         if self.called:
             raise RuntimeError(
                 "this optimizer evaluates its closure several times in a step, as LBFGS does: surgery needs "
@@ -173,7 +179,7 @@ class _Once:
         return self.loss
 
 
-def _refuse_copy(protocol):
+def _refuse_copy(protocol: Any) -> NoReturn:
     raise TypeError(
         "this optimizer carries OptimizerSurgery, which a copy or pickle would lose: call surgery.remove() "
         "first, or save optimizer.state_dict()"

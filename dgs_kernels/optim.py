@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any, NoReturn
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim.adamw import adamw
+from torch.optim.optimizer import ParamsT
 
 from dgs_kernels.captured import CapturedGradients, SurgeryMetrics, Work, local
 from dgs_kernels.ops import surgery_adamw_
@@ -43,7 +48,7 @@ class SurgeryAdamW(torch.optim.AdamW):
 
     def __init__(
         self,
-        params,
+        params: ParamsT,
         lr: float | Tensor = 1e-3,
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
@@ -89,11 +94,11 @@ class SurgeryAdamW(torch.optim.AdamW):
             check_ranks=check_ranks,
         )
 
-    def harmful(self):
+    def harmful(self) -> AbstractContextManager[None]:
         """See `OptimizerSurgery.harmful`."""
         return self.surgery.harmful()
 
-    def beneficial(self):
+    def beneficial(self) -> AbstractContextManager[None]:
         """See `OptimizerSurgery.beneficial`."""
         return self.surgery.beneficial()
 
@@ -101,18 +106,18 @@ class SurgeryAdamW(torch.optim.AdamW):
         """See `OptimizerSurgery.metrics`."""
         return self.surgery.metrics()
 
-    def register_step_pre_hook(self, hook):
+    def register_step_pre_hook(self, hook: Any) -> NoReturn:
         """Refused: it would see gradients before the surgery, which is inside the step and never written."""
         raise RuntimeError(
             "SurgeryAdamW operates inside its step, where no hook sees gradients: clip before step(), or, "
             "to hook what the surgery leaves, use OptimizerSurgery on torch.optim.AdamW"
         )
 
-    def __getstate__(self):
+    def __getstate__(self) -> dict[str, Any]:
         return super().__getstate__() | {"surgery": self.surgery}
 
     @torch.no_grad()
-    def step(self, closure=None):
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step; `closure`, if given, computes loss and gradients first, and its loss is returned."""
         loss = None
         if closure is not None:
@@ -165,7 +170,7 @@ class SurgeryAdamW(torch.optim.AdamW):
         averages, squares, steps = self._state(params)
         adamw(
             params,
-            [p.grad for p in params],
+            [p.grad for p in params if p.grad is not None],
             averages,
             squares,
             [],

@@ -99,7 +99,9 @@ def project_align_(
     out: list[Tensor] = list(grads)
     for layer in layers(groups):
         row = project_align(
-            *(_row(tensors, layer) for tensors in (grads, harmful, beneficial)),
+            _row(grads, layer),
+            _row(harmful, layer),
+            None if beneficial is None else _row(beneficial, layer),
             alignment=alignment,
             eps=eps,
             order=order,
@@ -132,8 +134,8 @@ def layer_sums(
     return torch.stack(rows)
 
 
-def _row(tensors: Sequence[Tensor] | None, layer: list[int]) -> Tensor | None:
-    return None if tensors is None else torch.cat([tensors[i].reshape(-1) for i in layer])
+def _row(tensors: Sequence[Tensor], layer: list[int]) -> Tensor:
+    return torch.cat([tensors[i].reshape(-1) for i in layer])
 
 
 def adamw_step(
@@ -234,10 +236,10 @@ def surgery_head(
         image, rises, falls = (vectors @ f.T).unbind()
         image_logits = image + image_bias.to(dtype)
         teacher_logits = t @ w[0] + teacher_bias.to(dtype)
-        if text_features is None:
+        x = None if text_features is None else text_features.to(dtype)
+        if x is None or text_weight is None or text_bias is None:
             text_logits = torch.zeros_like(image)
         else:
-            x = text_features.to(dtype)
             text_logits = x @ text_weight.to(dtype)[0] + text_bias.to(dtype)
         logits = torch.stack([image_logits, text_logits, teacher_logits])
         seen = image_logits + text_logits if expert else image_logits
@@ -252,7 +254,7 @@ def surgery_head(
 
         biases = residuals.sum(1)
         image_grad = torch.cat([residuals[0] @ f, biases[:1]])
-        if text_features is None:
+        if x is None:
             residuals[1], text_loss, text_grad = 0, torch.zeros_like(image_loss), torch.zeros_like(image_grad)
         else:
             text_grad = torch.cat([residuals[1] @ x, biases[1:2]])

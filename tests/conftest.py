@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import sys
 
@@ -31,6 +32,18 @@ def cache(tmp_path_factory: pytest.TempPathFactory):
     """What training keeps on disk stays out of the user's own cache."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def noted_launches():
+    """What the interpreter runs is noted, for test_triton_compiles.py to compile."""
+    if os.environ.get("TRITON_INTERPRET") != "1" or importlib.util.find_spec("triton") is None:
+        yield
+        return
+    from tests.support import triton_launches
+
+    with triton_launches.noted():
         yield
 
 

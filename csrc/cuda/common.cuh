@@ -155,11 +155,9 @@ __device__ __forceinline__ void cluster_done(int blocks) {
 #endif
 }
 
-inline bool has_clusters() {
-  int device = 0, value = 0;
-  return cudaGetDevice(&device) == cudaSuccess &&
-         cudaDeviceGetAttribute(&value, cudaDevAttrClusterLaunch, device) == cudaSuccess && value;
-}
+// Whether the current device grants clusters and the code that was loaded for it has their instructions: code for sm_80
+// that the driver compiles anew for a later device has none. All kernels of the library are compiled alike.
+bool has_clusters();
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 // The smallest power of two that is at least n, within [1, limit].
@@ -194,7 +192,8 @@ const char* launch(void (*kernel)(P), int64_t blocks, int threads, int shared_by
   if (shared_bytes > 48 << 10)  // what is granted without asking
     error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
   if (error == cudaSuccess) error = cudaLaunchKernelEx(&config, kernel, params);
-  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+  if (error == cudaSuccess) return nullptr;
+  return cudaGetErrorString(cudaGetLastError());  // which also forgets it: the next call of others is none the worse
 }
 
 // Calls run with a value of the storage type.

@@ -16,10 +16,12 @@
 namespace dgs::cuda {
 
 // Device memory that lasts as long as the pointer. It may be used again as soon as nothing holds it, by what is
-// enqueued after that.
-using Allocate = std::function<std::shared_ptr<void>(int64_t bytes)>;
+// enqueued after that. Memory for longer than the call comes from outside of the pools that captured graphs and
+// torch.compile allocate from.
+enum class Lifetime { call, longer };
+using Allocate = std::function<std::shared_ptr<void>(int64_t bytes, Lifetime)>;
 
-const char* project_align(const ProjectAlign&, void* stream);
+const char* project_align(const ProjectAlign&, const Allocate&, void* stream);
 const char* surgery_head(const SurgeryHead&, void* stream);
 const char* surgery_head_backward(const SurgeryHeadBackward&, void* stream);
 int64_t surgery_head_workspace(int64_t batch, int64_t dim);

@@ -1,21 +1,29 @@
-// project_align on a GPU: one launch, every element read once and written once.
+// project_align on a GPU: one launch, every element read once and written once, save in rows that are too long.
 //
 // A row belongs to 1 to 512 threads, or to a cluster of up to 8 blocks of 512 that add up their sums through
 // distributed shared memory; either way it stays in registers between the inner products and the update.
-// Rows that are longer still, and long rows on devices without clusters, take the plain twin: one block per
-// row, which reads it twice, the second time mostly from L2.
+// Rows that are longer still, and long rows where there are no clusters, are cut into parts, one block's each: a first
+// launch leaves the parts' sums, and a second, every block of which adds up those of its row, reads the row again.
 #include "share.cuh"
 
 namespace dgs::cuda {
 namespace {
 
 constexpr int kThreads = 128;      // where a row needs at most a warp
-constexpr int kTwinThreads = 256;  // of the plain twin
+constexpr int kPartThreads = 256;  // on a part of a long row
+// Enough for every multiprocessor to have several, and few enough for each block to add up all sums of its row.
+constexpr int64_t kMostParts = 512;
 
 struct Rows {
   ProjectAlign args;
   int lanes;    // threads per row and block
   int cluster;  // blocks per row
+};
+
+struct LongRows {
+  ProjectAlign args;
+  int64_t parts, part_size;  // of a row
+  void* partials;            // [rows, parts, 2] of the compute type
 };
 
 template <typename A>
@@ -58,35 +66,86 @@ __global__ __launch_bounds__(kMaxThreads) void rows_in_registers(const __grid_co
   cluster_done(p.cluster);
 }
 
+// A part of a row: consecutive numbers of it, one block's.
 template <typename T, bool Aligned>
-__global__ __launch_bounds__(kTwinThreads, 1) void rows_read_twice(const __grid_constant__ Rows p) {
+struct PartOfRow {
+  static constexpr int64_t kStep = kPartThreads * kShare<T, Aligned>;
+  Row<T> at;
+  int64_t row, part, count;
+
+  __device__ __forceinline__ explicit PartOfRow(const LongRows& p)
+      : at(p.args, blockIdx.x / p.parts, blockIdx.x % p.parts * p.part_size),
+        row(blockIdx.x / p.parts),
+        part(blockIdx.x % p.parts),
+        count(p.args.dim - part * p.part_size < p.part_size ? p.args.dim - part * p.part_size : p.part_size) {}
+
+  __device__ __forceinline__ void read(Share<T, Aligned>& share, int64_t i, const SurgeryOptions<Compute<T>>& options,
+                                       Compute<T> (&sums)[2]) const {
+    share.read(at.grad + i, at.harmful + i, at.beneficial ? at.beneficial + i : nullptr, count - i, threadIdx.x,
+               kPartThreads, options, sums);
+  }
+};
+
+template <typename T, bool Aligned>
+__global__ __launch_bounds__(kPartThreads, 1) void sum_row_parts(const __grid_constant__ LongRows p) {
   using A = Compute<T>;
-  Row<T> at(p.args, blockIdx.x, 0);
-  SurgeryOptions<A> options = options_of<A>(p.args);
-  constexpr int64_t kStep = kTwinThreads * kShare<T, Aligned>;
+  const PartOfRow<T, Aligned> part(p);
+  const SurgeryOptions<A> options = options_of<A>(p.args);
   A sums[2] = {};
   Share<T, Aligned> share;
-  for (int64_t i = 0; i < p.args.dim; i += kStep)
-    share.read(at.grad + i, at.harmful + i, at.beneficial ? at.beneficial + i : nullptr, p.args.dim - i, threadIdx.x,
-               kTwinThreads, options, sums);
-  sum_over(kTwinThreads, sums, shared_memory<A>());
-  A k = projection(sums[0], sqrt(sums[1]), options.eps, options.rule);
-  for (int64_t i = 0; i < p.args.dim; i += kStep) {
-    share.read(at.grad + i, at.harmful + i, at.beneficial ? at.beneficial + i : nullptr, p.args.dim - i, threadIdx.x,
-               kTwinThreads, options, sums);
-    share.write(at.out + i, k, p.args.dim - i, threadIdx.x, kTwinThreads, options.rule);
+  for (int64_t i = 0; i < part.count; i += part.kStep) part.read(share, i, options, sums);
+  sum_over(kPartThreads, sums, shared_memory<A>());
+  if (threadIdx.x == 0)
+#pragma unroll
+    for (int n = 0; n < 2; ++n) static_cast<A*>(p.partials)[int64_t(blockIdx.x) * 2 + n] = sums[n];
+}
+
+template <typename T, bool Aligned>
+__global__ __launch_bounds__(kPartThreads, 1) void project_row_parts(const __grid_constant__ LongRows p) {
+  using A = Compute<T>;
+  const PartOfRow<T, Aligned> part(p);
+  const SurgeryOptions<A> options = options_of<A>(p.args);
+  const A* partials = static_cast<const A*>(p.partials) + part.row * p.parts * 2;
+  A sums[2] = {}, unused[2] = {};
+#pragma unroll
+  for (int v = 0; v < kMostParts / kPartThreads; ++v) {
+    const int n = v * kPartThreads + threadIdx.x;
+#pragma unroll
+    for (int k = 0; k < 2; ++k)
+      if (n < p.parts) sums[k] += partials[n * 2 + k];
+  }
+  sum_over(kPartThreads, sums, shared_memory<A>());
+  const A k = projection(sums[0], sqrt(sums[1]), options.eps, options.rule);
+  Share<T, Aligned> share;
+  for (int64_t i = 0; i < part.count; i += part.kStep) {
+    part.read(share, i, options, unused);
+    share.write(part.at.out + i, k, part.count - i, threadIdx.x, kPartThreads, options.rule);
   }
 }
 
 template <typename T, bool Aligned>
-const char* run(const ProjectAlign& args, void* stream) {
+const char* run_in_parts(const ProjectAlign& args, const Allocate& allocate, void* stream) {
+  using A = Compute<T>;
+  constexpr int64_t kStep = PartOfRow<T, Aligned>::kStep;
+  const int64_t part_size = ceil_div(ceil_div(args.dim, kMostParts), kStep) * kStep;
+  const int64_t parts = ceil_div(args.dim, part_size);
+  const auto partials = allocate(args.rows * parts * 2 * sizeof(A), Lifetime::call);
+  const LongRows rows{args, parts, part_size, partials.get()};
+  const int scratch = scratch_bytes<A>(2, kPartThreads);
+  const char* error = launch(sum_row_parts<T, Aligned>, args.rows * parts, kPartThreads, scratch, stream, rows);
+  if (error) return error;
+  return launch(project_row_parts<T, Aligned>, args.rows * parts, kPartThreads, scratch, stream, rows);
+}
+
+template <typename T, bool Aligned>
+const char* run(const ProjectAlign& args, const Allocate& allocate, void* stream) {
   int64_t shares = ceil_div(args.dim, kShare<T, Aligned>);
   int lanes = power_of_two(shares, kMaxThreads);
   int cluster = power_of_two(ceil_div(shares, kMaxThreads), kMaxCluster);
+  bool fits = shares <= int64_t(lanes) * cluster && (cluster == 1 || has_clusters());
+  if (!fits) return run_in_parts<T, Aligned>(args, allocate, stream);
   int scratch = scratch_bytes<Compute<T>>(2, kMaxThreads);
   Rows rows{args, lanes, cluster};
-  bool fits = shares <= int64_t(lanes) * cluster && (cluster == 1 || has_clusters());
-  if (!fits) return launch(rows_read_twice<T, Aligned>, args.rows, kTwinThreads, scratch, stream, rows);
   int threads = lanes > kWarp ? lanes : kThreads;
   int64_t blocks = ceil_div(args.rows, threads / lanes) * cluster;
   return launch(rows_in_registers<T, Aligned>, blocks, threads, scratch, stream, rows, cluster);
@@ -94,7 +153,7 @@ const char* run(const ProjectAlign& args, void* stream) {
 
 }  // namespace
 
-const char* project_align(const ProjectAlign& args, void* stream) {
+const char* project_align(const ProjectAlign& args, const Allocate& allocate, void* stream) {
   return dispatch(args.dtype, [&](auto zero) {
     using T = decltype(zero);
     constexpr int64_t size = sizeof(T);
@@ -102,7 +161,7 @@ const char* project_align(const ProjectAlign& args, void* stream) {
                    is_aligned(args.harmful, args.harmful_stride * size) &&
                    is_aligned(args.beneficial, args.beneficial_stride * size) &&
                    is_aligned(args.out, args.out_stride * size);
-    return aligned ? run<T, true>(args, stream) : run<T, false>(args, stream);
+    return aligned ? run<T, true>(args, allocate, stream) : run<T, false>(args, allocate, stream);
   });
 }
 

@@ -61,7 +61,7 @@ std::shared_ptr<void> send_rates(const AdamW& options, const std::vector<int64_t
   std::vector<Rates> sorted;
   for (int64_t i : order) sorted.push_back(options.rates[i]);
   const int64_t bytes = sorted.size() * sizeof(Rates);
-  std::shared_ptr<void> memory = allocate(bytes);
+  std::shared_ptr<void> memory = allocate(bytes, Lifetime::call);
   error = write_bytes(memory.get(), sorted.data(), bytes, stream);
   return memory;
 }

@@ -56,8 +56,8 @@ __global__ void cut_tensors(const __grid_constant__ Cut p) {
 
 constexpr int64_t round_up(int64_t bytes) { return ceil_div(bytes, 16) * 16; }
 
-std::shared_ptr<const KeptTables> make(const TensorList& list, const Allocate& allocate, void* stream,
-                                       const char*& error) {
+std::shared_ptr<const KeptTables> make(const TensorList& list, const Allocate& allocate, Lifetime lifetime,
+                                       void* stream, const char*& error) {
   const ListTensor* tensors = list.tensors;
   const int64_t count = list.num_tensors, groups = list.num_groups;
   const int64_t width = list.dtype == DType::f64 ? 8 : list.dtype == DType::f32 ? 4 : 2, pack = 16 / width;
@@ -92,7 +92,7 @@ std::shared_ptr<const KeptTables> make(const TensorList& list, const Allocate& a
   std::memcpy(&sent[begin_at], begin.data(), begin.size() * 8);
   std::memcpy(&sent[groups_at], group_begin.data(), group_begin.size() * 8);
 
-  made->memory = allocate(partials_at + num_chunks * group_sums * (width == 8 ? 8 : 4));
+  made->memory = allocate(partials_at + num_chunks * group_sums * (width == 8 ? 8 : 4), lifetime);
   unsigned char* memory = static_cast<unsigned char*>(made->memory.get());
   Chunk* chunks = reinterpret_cast<Chunk*>(memory + chunks_at);
   made->device = {reinterpret_cast<const ListTensor*>(memory),
@@ -125,6 +125,14 @@ struct Key {
 
 }  // namespace
 
+bool has_clusters() {
+  int device = 0, value = 0;
+  cudaFuncAttributes loaded{};
+  return cudaGetDevice(&device) == cudaSuccess &&
+         cudaDeviceGetAttribute(&value, cudaDevAttrClusterLaunch, device) == cudaSuccess && value &&
+         cudaFuncGetAttributes(&loaded, cut_tensors) == cudaSuccess && loaded.ptxVersion >= 90;
+}
+
 const char* write_bytes(void* to, const void* from, int64_t bytes, void* stream) {
   constexpr int64_t limit = sizeof(Piece::bits);
   for (int64_t at = 0; at < bytes; at += limit) {
@@ -146,14 +154,14 @@ std::shared_ptr<const KeptTables> tables_of(const TensorList& list, const Alloca
   cudaError_t status = cudaStreamIsCapturing(static_cast<cudaStream_t>(stream), &capture);
   if (status == cudaSuccess) status = cudaGetDevice(&key.device);
   if (status != cudaSuccess) return error = cudaGetErrorString(status), nullptr;
-  if (capture != cudaStreamCaptureStatusNone) return make(list, allocate, stream, error);
+  if (capture != cudaStreamCaptureStatusNone) return make(list, allocate, Lifetime::call, stream, error);
 
   const std::lock_guard lock(mutex);
   auto found = std::find_if(kept.begin(), kept.end(), [&](const auto& entry) { return entry.first.fits(key); });
   if (found != kept.end()) {
     kept.splice(kept.begin(), kept, found);
   } else {
-    auto made = make(list, allocate, stream, error);
+    auto made = make(list, allocate, Lifetime::longer, stream, error);
     if (!made) return nullptr;
     kept.emplace_front(std::move(key), std::move(made));
     if (kept.size() > kKept) kept.pop_back();

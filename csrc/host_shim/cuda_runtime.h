@@ -68,6 +68,7 @@ void copy(void* to, const void* from, size_t bytes);  // lands at once or when i
 void commit_copies();
 void wait_for_copies(size_t prior);
 extern bool has_clusters;
+extern int compiled_for;  // the virtual architecture of the code that was loaded, as 90
 extern bool capturing;
 
 template <typename T>
@@ -87,6 +88,7 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
   return shim::run(*config, [=] { kernel(arguments...); });
 }
 inline const char* cudaGetErrorString(cudaError_t) { return "invalid launch"; }
+inline cudaError_t cudaGetLastError() { return cudaErrorInvalidValue; }
 template <typename Kernel>
 cudaError_t cudaFuncSetAttribute(Kernel*, cudaFuncAttribute, int) {
   return cudaSuccess;
@@ -94,6 +96,13 @@ cudaError_t cudaFuncSetAttribute(Kernel*, cudaFuncAttribute, int) {
 inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
   return *value = shim::has_clusters, cudaSuccess;
+}
+struct cudaFuncAttributes {
+  int ptxVersion;
+};
+template <typename F>
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, F*) {
+  return attributes->ptxVersion = shim::compiled_for, cudaSuccess;
 }
 inline cudaError_t cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus* status) {
   return *status = cudaStreamCaptureStatus(shim::capturing), cudaSuccess;

@@ -8,13 +8,14 @@ using namespace dgs::cuda;
 
 namespace {
 
-int allocations = 0;
+int allocations[2] = {};  // that are held, of each lifetime
 
 // Exactly as much as is asked for, so that the sanitizer sees what lies beyond.
-std::shared_ptr<void> allocate(int64_t bytes) {
-  ++allocations;
-  return {std::malloc(bytes), [](void* memory) {
-            --allocations;
+std::shared_ptr<void> allocate(int64_t bytes, Lifetime lifetime) {
+  int& held = allocations[lifetime == Lifetime::longer];
+  ++held;
+  return {std::malloc(bytes), [&held](void* memory) {
+            --held;
             std::free(memory);
           }};
 }
@@ -22,7 +23,7 @@ std::shared_ptr<void> allocate(int64_t bytes) {
 }  // namespace
 
 extern "C" {
-const char* c_project_align(const ProjectAlign* args) { return project_align(*args, nullptr); }
+const char* c_project_align(const ProjectAlign* args) { return project_align(*args, allocate, nullptr); }
 const char* c_surgery_head(const SurgeryHead* args) { return surgery_head(*args, nullptr); }
 const char* c_surgery_head_backward(const SurgeryHeadBackward* args) { return surgery_head_backward(*args, nullptr); }
 int64_t c_surgery_head_workspace(int64_t batch, int64_t dim) { return surgery_head_workspace(batch, dim); }
@@ -30,6 +31,7 @@ const char* c_project_align_(const TensorList* list, void* stream) { return proj
 const char* c_surgery_adamw_(const TensorList* list, const AdamW* options, void* stream) {
   return surgery_adamw_(*list, *options, allocate, stream);
 }
-int c_allocations() { return allocations; }  // that are held
+int c_allocations() { return allocations[1]; }  // that outlive calls
+int c_left_behind() { return allocations[0]; }  // that should not have
 const char* c_spectral_entropy(const SpectralEntropy* args) { return spectral_entropy(*args, nullptr); }
 }

@@ -17,6 +17,7 @@
 namespace shim {
 
 bool has_clusters = true;
+int compiled_for = 90;
 bool capturing = false;
 
 namespace {
@@ -62,6 +63,7 @@ struct Fiber {  // lives on from launch to launch, since making one takes system
 enum Order { kForward, kReversed, kShuffled };
 int order = kForward;
 int launches = 0;
+int until_failure = 0;  // launches; 0: none fails
 Fiber* self = nullptr;
 void* scheduler[5];
 const void* scheduler_stack;
@@ -179,8 +181,9 @@ cudaError_t run(const cudaLaunchConfig_t& config, const std::function<void()>& t
   unsigned grid = config.gridDim.x, threads = config.blockDim.x;
   bool one_dimensional = config.gridDim.y * config.gridDim.z * config.blockDim.y * config.blockDim.z == 1;
   if (!one_dimensional || !grid || !threads || threads > 1024 || threads % kWarp || size > 8 || grid % size ||
-      (size > 1 && !has_clusters) || config.dynamicSmemBytes > kSharedMemoryLimit)
+      (size > 1 && (!has_clusters || compiled_for < 90)) || config.dynamicSmemBytes > kSharedMemoryLimit)
     return cudaErrorInvalidValue;
+  if (until_failure && !--until_failure) return cudaErrorInvalidValue;
   ++launches;
   body = &thread_body;
   gridDim = config.gridDim;
@@ -238,5 +241,7 @@ void wait_for_copies(size_t prior) {
 // For the tests, through ctypes.
 extern "C" void shim_set_order(int order) { shim::order = order; }
 extern "C" void shim_set_clusters(bool available) { shim::has_clusters = available; }
+extern "C" void shim_set_compiled_for(int architecture) { shim::compiled_for = architecture; }
 extern "C" void shim_set_capturing(bool capturing) { shim::capturing = capturing; }
+extern "C" void shim_fail_launch(int which) { shim::until_failure = which; }
 extern "C" int shim_launches() { return shim::launches; }

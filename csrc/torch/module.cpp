@@ -252,9 +252,10 @@ bool project_align(Arguments arguments) {
   call.order = static_cast<dgs::Order>(order);
   call.rule = static_cast<dgs::Rule>(rule);
   call.dtype = *dtype;
-  return call.rows == 0 || launch(
-                               grad.device, [&] { dgs::cpu::project_align(call, dgs::torch_runtime::parallel_for); },
-                               [&](const auto&, void* stream) { return dgs::cuda::project_align(call, stream); });
+  return call.rows == 0 ||
+         launch(
+             grad.device, [&] { dgs::cpu::project_align(call, dgs::torch_runtime::parallel_for); },
+             [&](const auto& allocate, void* stream) { return dgs::cuda::project_align(call, allocate, stream); });
 }
 
 bool surgery_head(Arguments arguments) {
@@ -316,7 +317,7 @@ bool surgery_head(Arguments arguments) {
       features.device, [&] { dgs::cpu::surgery_head(call, dgs::torch_runtime::parallel_for); },
       [&](const auto& allocate, void* stream) {
         const int64_t size = dgs::cuda::surgery_head_workspace(call.batch, call.dim);
-        const auto workspace = allocate(size * (computing_type(call.dtype).bits / 8));
+        const auto workspace = allocate(size * (computing_type(call.dtype).bits / 8), dgs::cuda::Lifetime::call);
         call.workspace = workspace.get();
         return dgs::cuda::surgery_head(call, stream);
       });

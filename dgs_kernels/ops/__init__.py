@@ -1,0 +1,1 @@
+"""The operations: schema, shape rules, gradients and documentation, one file each."""

@@ -22,10 +22,9 @@ def project_align(
     order: int,
     rule: int,
 ) -> Tensor:
-    if scale is not None:
-        alignment = alignment * scale
+    pull = alignment if scale is None else alignment * scale
     out = reference.project_align(
-        grad, harmful, beneficial, alignment=alignment, eps=eps, order=ORDERS[order], rule=RULES[rule]
+        grad, harmful, beneficial, alignment=pull, eps=eps, order=ORDERS[order], rule=RULES[rule]
     )
     return out.contiguous()
 
@@ -44,8 +43,8 @@ def project_align_(
     part: int,
 ) -> None:
     g, h, b = ([t.to(sums.dtype) for t in tensors] for tensors in (grads, harmful, beneficial))
-    h = torch._foreach_clamp_min(h, 0.0) if RULES[rule] == "positive" else h
-    b = torch._foreach_clamp_max(b, 0.0) if b else b
+    h = list(torch._foreach_clamp_min(h, 0.0)) if RULES[rule] == "positive" else h
+    b = list(torch._foreach_clamp_max(b, 0.0)) if b else b
     if part != 2:
         sums.copy_(_layer_sums(g, h, b, groups, len(sums)))
     if part == 1:
@@ -53,8 +52,7 @@ def project_align_(
     pull = alignment if scale is None else alignment * scale
     shares = (-projection(sums, pull, eps, order, rule)).unbind()
     if b:
-        b = torch._foreach_mul(b, pull)
-        torch._foreach_add_(g, b)
+        torch._foreach_add_(g, torch._foreach_mul(b, pull))
     torch._foreach_addcmul_(g, h, [shares[group] for group in groups])
     if g[0].dtype != grads[0].dtype:
         torch._foreach_copy_(grads, g)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -65,26 +68,35 @@ def project_align(
         return reference.project_align(
             grad, harmful, beneficial, alignment=alignment, eps=eps, order=order, rule=rule
         )
-    scale = None
-    if isinstance(alignment, Tensor):
-        alignment, scale = 1.0, alignment
+    strength, scale = (1.0, alignment) if isinstance(alignment, Tensor) else (alignment, None)
     differentiated = torch.is_grad_enabled() and (
         grad.requires_grad or (scale is not None and scale.requires_grad)
     )
     if differentiated or backends.watched():
-        return _op(grad, harmful, beneficial, scale, alignment, eps, order, rule)
+        return _op(grad, harmful, beneficial, scale, strength, eps, order, rule)
     serve = backends.implementation("project_align", grad.device.type)
     if backends.is_native(serve):
-        out = _native(serve, grad, harmful, beneficial, scale, alignment, eps, order, rule)
+        out = _native(serve, grad, harmful, beneficial, scale, strength, eps, order, rule)
         if out is not None:
             return out
     # The autograd formula is Python: entering it to find that there is nothing to do would double the
     # host time of a small call.
     with torch._C._AutoDispatchBelowAutograd():
-        return _op(grad, harmful, beneficial, scale, alignment, eps, order, rule)
+        return _op(grad, harmful, beneficial, scale, strength, eps, order, rule)
 
 
-def check(grad, harmful, beneficial, scale, eps, order, rule, *, caller="project_align", name="grad") -> None:
+def check(
+    grad: Tensor,
+    harmful: Tensor,
+    beneficial: Tensor | None,
+    scale: Tensor | None,
+    eps: float,
+    order: str,
+    rule: str,
+    *,
+    caller: str = "project_align",
+    name: str = "grad",
+) -> None:
     """Raise what the docstrings promise; `name` is what the caller calls its first argument."""
     shape, device = grad.shape, grad.device
     if not shape or shape[-1] == 0:
@@ -136,7 +148,17 @@ def _rows(x: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
     return backends.plain(x if x.dim() == 2 else x.reshape(-1, shape[-1]))
 
 
-def _native(serve, grad, harmful, beneficial, scale, alignment, eps, order, rule) -> Tensor | None:
+def _native(
+    serve: Callable,
+    grad: Tensor,
+    harmful: Tensor,
+    beneficial: Tensor | None,
+    scale: Tensor | None,
+    alignment: float,
+    eps: float,
+    order: str,
+    rule: str,
+) -> Tensor | None:
     """The result of a native function; None if it does not take these tensors."""
     out = torch.empty_like(grad, memory_format=torch.contiguous_format)
     options = (alignment, eps, code(ORDERS, order), code(RULES, rule))
@@ -153,14 +175,27 @@ def code(names: tuple[str, ...], name: str) -> int:
     return names.index(name) if name in names else -1
 
 
-def _kernel(grad, harmful, beneficial, scale, alignment, eps, order, rule) -> Tensor:
+def _kernel(
+    grad: Tensor,
+    harmful: Tensor,
+    beneficial: Tensor | None,
+    scale: Tensor | None,
+    alignment: float,
+    eps: float,
+    order: str,
+    rule: str,
+) -> Tensor:
     check(grad, harmful, beneficial, scale, eps, order, rule)
     shape, dtype = grad.shape, grad.dtype
     # Kernels read one type; mixed types meet in their common type, and the result returns to grad's.
     if harmful.dtype != dtype or (beneficial is not None and beneficial.dtype != dtype):
         dtype = compute_dtype(grad, harmful, beneficial)
     scale = number(scale, compute_dtype(grad, harmful, beneficial))
-    rows = [None if x is None else _rows(x, shape, dtype) for x in (grad, harmful, beneficial)]
+    rows = (
+        _rows(grad, shape, dtype),
+        _rows(harmful, shape, dtype),
+        None if beneficial is None else _rows(beneficial, shape, dtype),
+    )
     serve = backends.implementation("project_align", grad.device.type)
     if backends.is_native(serve):
         out = _native(serve, *rows, scale, alignment, eps, order, rule)
@@ -172,17 +207,26 @@ def _kernel(grad, harmful, beneficial, scale, alignment, eps, order, rule) -> Te
     return out if out.dtype == grad.dtype else out.to(grad.dtype)
 
 
-def _fake(grad, harmful, beneficial, scale, alignment, eps, order, rule) -> Tensor:
+def _fake(
+    grad: Tensor,
+    harmful: Tensor,
+    beneficial: Tensor | None,
+    scale: Tensor | None,
+    alignment: float,
+    eps: float,
+    order: str,
+    rule: str,
+) -> Tensor:
     check(grad, harmful, beneficial, scale, eps, order, rule)
     return grad.new_empty(grad.shape)
 
 
-def _setup_context(ctx, inputs, output) -> None:
+def _setup_context(ctx: Any, inputs: Sequence[Any], output: Tensor) -> None:
     grad, harmful, beneficial, scale, ctx.alignment, ctx.eps, ctx.order, ctx.rule = inputs
     ctx.save_for_backward(grad if ctx.rule == "conflict" else None, harmful, beneficial, scale)
 
 
-def _backward(ctx, cotangent):
+def _backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:
     """The forward is P grad + alignment * scale * P b (or b): linear, and the projection P is symmetric."""
     grad, harmful, beneficial, scale = ctx.saved_tensors
     wants_grad, _, _, wants_scale = ctx.needs_input_grad[:4]
@@ -199,7 +243,9 @@ def _backward(ctx, cotangent):
     return (projected if wants_grad else None), None, None, grad_scale, None, None, None, None
 
 
-def _conflicts(ctx, grad, harmful, beneficial, scale) -> Tensor:
+def _conflicts(
+    ctx: Any, grad: Tensor, harmful: Tensor, beneficial: Tensor | None, scale: Tensor | None
+) -> Tensor:
     """The rows [..., 1] that the forward projected under the conflict rule."""
     dtype = compute_dtype(grad, harmful, beneficial)
     x = grad.detach().to(dtype)

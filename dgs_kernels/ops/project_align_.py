@@ -32,6 +32,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -91,14 +92,12 @@ def project_align_(
         >>> grads
         [tensor([0.]), tensor([4.])]
     """
-    scale = None
-    if isinstance(alignment, Tensor):
-        alignment, scale = 1.0, alignment
+    strength, scale = (1.0, alignment) if isinstance(alignment, Tensor) else (alignment, None)
     layers, count = number_layers(groups, len(grads))
     device = grads[0].device if len(grads) else None
     sums = torch.zeros(count, SUMS, dtype=sums_dtype(grads[:1]), device=device)
     lists = (list(grads), list(harmful), list(beneficial or ()))
-    options = (scale, alignment, eps, order, rule, "all")
+    options = (scale, strength, eps, order, rule, "all")
     with torch.no_grad():
         if not _served_past_torch(*lists, layers, sums, *options):
             sums = sums.to(sums_dtype(*lists))
@@ -106,7 +105,19 @@ def project_align_(
     return sums
 
 
-def run(grads, harmful, beneficial, groups, sums, scale, alignment, eps, order, rule, part="all") -> None:
+def run(
+    grads: list[Tensor],
+    harmful: list[Tensor],
+    beneficial: list[Tensor],
+    groups: list[int],
+    sums: Tensor,
+    scale: Tensor | None,
+    alignment: float,
+    eps: float,
+    order: str,
+    rule: str,
+    part: str,
+) -> None:
     """`dgs::project_align_`, but past it where a native function takes the lists as they are."""
     arguments = (grads, harmful, beneficial, groups, sums, scale, alignment, eps, order, rule, part)
     if not _served_past_torch(*arguments):
@@ -130,7 +141,19 @@ def number_layers(groups: Sequence[int] | None, count: int) -> tuple[list[int], 
     return layers, len(numbers)
 
 
-def check(name, grads, harmful, beneficial, groups, sums, scale, eps, order, rule, part) -> None:
+def check(
+    name: str,
+    grads: Sequence[Tensor],
+    harmful: Sequence[Tensor],
+    beneficial: Sequence[Tensor],
+    groups: Sequence[int],
+    sums: Tensor,
+    scale: Tensor | None,
+    eps: float,
+    order: str,
+    rule: str,
+    part: str,
+) -> None:
     """Shapes, dtypes, devices and options; `name` is the operator's, for the messages."""
     if order not in ORDERS:
         raise ValueError(f"{name}: order must be one of {', '.join(ORDERS)}, got {order!r}")
@@ -197,18 +220,33 @@ def in_a_row(tensors: Sequence[Tensor]) -> list[Tensor]:
     return [t if t.is_contiguous() else t.as_strided((t.numel(),), (1,)) for t in plain]
 
 
-def _served_past_torch(*arguments) -> bool:
+def _served_past_torch(*arguments: Any) -> bool:
     return not backends.watched() and _served_as_it_is(*arguments)
 
 
-def _served_as_it_is(grads, harmful, beneficial, groups, sums, scale, alignment, eps, *names) -> bool:
+def _served_as_it_is(*arguments: Any) -> bool:
+    *lists, sums, scale, alignment, eps, order, rule, part = arguments
+    if not lists[0]:  # of no device either, which a backend could be chosen for
+        return False
     serve = backends.implementation("project_align_", sums.device.type)
     scale = number(scale, sums.dtype)
-    lists = (grads, harmful, beneficial, groups)
-    return backends.is_native(serve) and serve(*lists, sums, scale, alignment, eps, *codes(*names))
+    options = (alignment, eps, *codes(order, rule, part))
+    return backends.is_native(serve) and serve(*lists, sums, scale, *options)
 
 
-def _kernel(grads, harmful, beneficial, groups, sums, scale, alignment, eps, order, rule, part) -> None:
+def _kernel(
+    grads: list[Tensor],
+    harmful: list[Tensor],
+    beneficial: list[Tensor],
+    groups: list[int],
+    sums: Tensor,
+    scale: Tensor | None,
+    alignment: float,
+    eps: float,
+    order: str,
+    rule: str,
+    part: str,
+) -> None:
     if _served_as_it_is(grads, harmful, beneficial, groups, sums, scale, alignment, eps, order, rule, part):
         return
     check("project_align_", grads, harmful, beneficial, groups, sums, scale, eps, order, rule, part)
@@ -231,7 +269,19 @@ def _kernel(grads, harmful, beneficial, groups, sums, scale, alignment, eps, ord
                 grad.copy_(edited)
 
 
-def _fake(grads, harmful, beneficial, groups, sums, scale, alignment, eps, order, rule, part) -> None:
+def _fake(
+    grads: list[Tensor],
+    harmful: list[Tensor],
+    beneficial: list[Tensor],
+    groups: list[int],
+    sums: Tensor,
+    scale: Tensor | None,
+    alignment: float,
+    eps: float,
+    order: str,
+    rule: str,
+    part: str,
+) -> None:
     check("project_align_", grads, harmful, beneficial, groups, sums, scale, eps, order, rule, part)
 
 

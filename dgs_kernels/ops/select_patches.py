@@ -97,16 +97,21 @@ def _select(
     if len(seeds) not in (1, batch):
         raise ValueError(f"seed must be one number or one per image ({batch}), got {len(seeds)}")
 
-    height, width = enlarged_size(*images.shape[2:], patch_size, num_patches)
+    height, width = enlarged_size(images.shape[2], images.shape[3], patch_size, num_patches)
     if (height, width) != tuple(images.shape[2:]):
         images = resize_bicubic(images, height, width)
     order = _ranks(spectral_entropy(images, patch_size)).argsort(dim=1, stable=True)
-    low = 24 * num_patches // 49
+    low = _lowest(num_patches)
     chosen = torch.cat([order[:, :low], order[:, order.shape[1] - (num_patches - low) :]], dim=1)
     # In row-major order before the shuffle, so that the mosaic depends on which patches are chosen and not
     # on how rounding ranks two of them.
     chosen = chosen.sort(dim=1).values
     return images, chosen.gather(1, permutations(seeds, num_patches).expand(batch, -1))
+
+
+def _lowest(num_patches: int) -> int:
+    """How many of a mosaic's patches are the least complex ones: 24 of 49, as in DGS-Net."""
+    return 24 * num_patches // 49
 
 
 def _ranks(entropy: Tensor) -> Tensor:
@@ -125,7 +130,7 @@ def cut_patches(image: Tensor, patch_size: int = 32, num_patches: int = 49) -> T
     Returns:
         [rows * columns, patch_size, patch_size, 3] of the image's dtype.
     """
-    height, width = enlarged_size(*image.shape[:2], patch_size, num_patches)
+    height, width = enlarged_size(image.shape[0], image.shape[1], patch_size, num_patches)
     if (height, width) != tuple(image.shape[:2]):
         image = resize_bicubic(image.permute(2, 0, 1)[None], height, width)[0].permute(1, 2, 0)
     rows, columns = height // patch_size, width // patch_size
@@ -166,7 +171,7 @@ def mosaics(patches: Tensor, counts: Tensor, num_patches: int = 49, *, seeds: Te
     order = _ranks(entropy).argsort(stable=True)
     order = order[image[order].argsort(stable=True)]  # by image, then by entropy, then by place
     ends = counts.cumsum(0)[:, None]
-    low, kept = 24 * num_patches // 49, torch.arange(num_patches, device=device)
+    low, kept = _lowest(num_patches), torch.arange(num_patches, device=device)
     place = torch.where(kept < low, ends - counts[:, None], ends - num_patches) + kept
     chosen = order[place].sort(dim=1).values.gather(1, permutations(seeds, num_patches))
     size = patches.shape[1]

@@ -27,7 +27,10 @@ The native function checks all of this and returns whether it served the call, a
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+from torch import Tensor
 
 from dgs_kernels import backends
 from dgs_kernels.ops.project_align import number
@@ -43,7 +46,18 @@ _library.define(
 )
 
 
-def _check(params, grads, exp_avgs, exp_avg_sqs, steps, harmful, beneficial, groups, sums, *rest) -> None:
+def _check(
+    params: list[Tensor],
+    grads: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    steps: list[Tensor],
+    harmful: list[Tensor],
+    beneficial: list[Tensor],
+    groups: list[int],
+    sums: Tensor,
+    *rest: Any,
+) -> None:
     scale, _, surgery_eps, order, rule, part, *_ = rest
     name = "surgery_adamw_"
     check(name, grads, harmful, beneficial, groups, sums, scale, surgery_eps, order, rule, part)
@@ -62,14 +76,16 @@ def _check(params, grads, exp_avgs, exp_avg_sqs, steps, harmful, beneficial, gro
         raise ValueError(f"{name}: steps must be {len(grads)} 0-dim float tensors on the CPU")
 
 
-def run(*arguments) -> None:
+def run(*arguments: Any) -> None:
     """`dgs::surgery_adamw_`, but past it where a native function takes the tensors as they are."""
     if backends.watched() or not _served_as_it_is(*arguments):
         _op(*arguments)
 
 
-def _served_as_it_is(*arguments) -> bool:
+def _served_as_it_is(*arguments: Any) -> bool:
     *lists, sums, scale, alignment, surgery_eps, order, rule, part = arguments[:15]
+    if not lists[0]:  # of no device either, which a backend could be chosen for
+        return False
     if sums.is_cuda and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
             "surgery_adamw_: steps are counted on the host, so a captured graph would repeat this one; "
@@ -81,11 +97,11 @@ def _served_as_it_is(*arguments) -> bool:
     return backends.is_native(serve) and serve(*lists, sums, scale, *options)
 
 
-def _kernel(params, grads, exp_avgs, exp_avg_sqs, steps, harmful, beneficial, groups, sums, *rest) -> None:
-    arguments = (params, grads, exp_avgs, exp_avg_sqs, steps, harmful, beneficial, groups, sums, *rest)
+def _kernel(*arguments: Any) -> None:
     if _served_as_it_is(*arguments):
         return
     _check(*arguments)
+    params, grads, exp_avgs, exp_avg_sqs, steps, harmful, beneficial, groups, sums, *rest = arguments
     if not grads:
         return
     scale, alignment, surgery_eps, order, rule, part, *hyper = rest

@@ -26,7 +26,8 @@ without atomics, and nothing waits for the device.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -225,11 +226,19 @@ class SurgeryHead(nn.Module):
         )
 
 
-def _check(features, teacher_features, text_features, labels, heads, offsets, *options) -> None:
+def _check(
+    features: Tensor,
+    teacher_features: Tensor,
+    text_features: Tensor | None,
+    labels: Tensor,
+    heads: dict[str, tuple[Tensor | None, Tensor | None]],
+    offsets: Tensor | None,
+    *options: Any,
+) -> None:
     if features.dim() != 2 or features.shape[1] == 0:
         raise ValueError(f"surgery_head: features must be [B, D] with D >= 1, got {tuple(features.shape)}")
     batch, dim = features.shape
-    expected = [
+    expected: list[tuple[str, Tensor | None, tuple[int, ...]]] = [
         ("teacher_features", teacher_features, (batch, dim)),
         ("text_features", text_features, (batch, dim)),
         ("labels", labels, (batch,)),
@@ -257,7 +266,9 @@ def _check(features, teacher_features, text_features, labels, heads, offsets, *o
     _check_options(*options)
 
 
-def _check_options(eps, order, reference_batch_size, text, distillation) -> None:
+def _check_options(
+    eps: float, order: str, reference_batch_size: int | None, text: str, distillation: float
+) -> None:
     if order not in ORDERS:
         raise ValueError(f"surgery_head: order must be one of {', '.join(ORDERS)}, got {order!r}")
     if not eps > 0:
@@ -270,21 +281,23 @@ def _check_options(eps, order, reference_batch_size, text, distillation) -> None
         raise ValueError(f"surgery_head: distillation must be a finite number >= 0, got {distillation}")
 
 
-def _checked(features, teacher_features, text_features, labels, *rest):
+def _checked(
+    features: Tensor, teacher_features: Tensor, text_features: Tensor | None, labels: Tensor, *rest: Any
+) -> tuple[Any, ...]:
     """The arguments of `reference.surgery_head`, from those of the operator."""
-    *heads, eps, order, reference_batch_size, text, offsets, distillation = rest
-    image_w, image_b, teacher_w, teacher_b, text_w, text_b = heads
-    named = {"image": (image_w, image_b), "teacher": (teacher_w, teacher_b), "text": (text_w, text_b)}
+    image_w, image_b, teacher_w, teacher_b, text_w, text_b, *others = rest
+    eps, order, reference_batch_size, text, offsets, distillation = others
+    heads = {"image": (image_w, image_b), "teacher": (teacher_w, teacher_b), "text": (text_w, text_b)}
     options = (eps, order, reference_batch_size, text, distillation)
-    _check(features, teacher_features, text_features, labels, named, offsets, *options)
+    _check(features, teacher_features, text_features, labels, heads, offsets, *options)
     if text_features is None:
         text_w = text_b = None
-    heads = (image_w, image_b, teacher_w, teacher_b, text_w, text_b)
-    options = (reference_batch_size, text != "project", offsets, distillation)
-    return features, teacher_features, text_features, labels, *heads, *options
+    matrices = (features, teacher_features, text_features)
+    weights = (image_w, image_b, teacher_w, teacher_b, text_w, text_b)
+    return *matrices, labels, *weights, reference_batch_size, text != "project", offsets, distillation
 
 
-def _kernel(*inputs):
+def _kernel(*inputs: Any) -> tuple[Tensor, ...]:
     serve = backends.implementation("surgery_head", inputs[0].device.type)
     if backends.is_native(serve):
         results = _native(serve, *inputs)
@@ -304,16 +317,18 @@ def _kernel(*inputs):
     return results
 
 
-def _types(features, teacher_features, text_features, image_w, _, teacher_w, __, text_w, ___):
+def _types(
+    features: Tensor, teacher_features: Tensor, text_features: Tensor | None, *heads: Tensor | None
+) -> tuple[torch.dtype, torch.dtype]:
     """The computing type, and the one in which kernels read the feature matrices."""
     matrices = (features, teacher_features, text_features)
-    dtype = compute_dtype(*matrices, image_w, teacher_w, text_w)
+    dtype = compute_dtype(*matrices, *heads[::2])  # of the weights, not of the biases
     # Kernels read one storage type: mixed types, and heads wider than their features, meet in the widest.
     types = {x.dtype for x in matrices if x is not None}
     return dtype, types.pop() if len(types) == 1 and compute_dtype(features) == dtype else dtype
 
 
-def _native(serve, features, *inputs):
+def _native(serve: Callable, features: Tensor, *inputs: Any) -> tuple[Tensor, ...] | None:
     """The results of a native function; None if it does not take these tensors."""
     *others, eps, order, reference_batch_size, text, offsets, distillation = inputs
     _check_options(eps, order, reference_batch_size, text, distillation)
@@ -325,10 +340,18 @@ def _native(serve, features, *inputs):
     return results if serve(features, *others, *results, *options) else None
 
 
-def _results(features: Tensor, dtype: torch.dtype, storage: torch.dtype, distillation: float):
+def _results(
+    features: Tensor, dtype: torch.dtype, storage: torch.dtype, distillation: float
+) -> tuple[Tensor, ...]:
     """Memory for losses, logits, residuals, head_grads and differences."""
     batch, dim = features.shape
-    shapes = (4,), (3, batch), (3, batch), (2, dim + 1), (batch if distillation else 0, dim)
+    shapes: tuple[tuple[int, ...], ...] = (
+        (4,),
+        (3, batch),
+        (3, batch),
+        (2, dim + 1),
+        (batch if distillation else 0, dim),
+    )
     types = (dtype, dtype, dtype, dtype, storage)
     return tuple(features.new_empty(shape, dtype=of) for shape, of in zip(shapes, types))
 
@@ -341,12 +364,12 @@ def _rows(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     return backends.plain(x if x.stride(1) == 1 else x.contiguous())
 
 
-def _fake(*inputs):
+def _fake(*inputs: Any) -> tuple[Tensor, ...]:
     *matrices, _ = (arguments := _checked(*inputs))[:4]
     return _results(matrices[0], *_types(*matrices, *arguments[4:10]), distillation=arguments[-1])
 
 
-def _setup_context(ctx, inputs, output) -> None:
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     features, _, text_features, _, image_w, _, teacher_w, _, text_w, _, *options = inputs
     ctx.eps, ctx.order, ctx.reference_batch_size, text, _, ctx.distillation = options
     ctx.dtype, ctx.projects = features.dtype, text_features is not None and text != "expert"
@@ -357,8 +380,8 @@ def _setup_context(ctx, inputs, output) -> None:
     ctx.types = tuple(None if x is None else x.dtype for x in inputs[4:10])
 
 
-def _backward(ctx, losses_grad, *_):
-    grads = [None] * 16
+def _backward(ctx: Any, losses_grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    grads: list[Tensor | None] = [None] * 16
     if losses_grad is None:
         return tuple(grads)
     image_w, teacher_w, text_w, residuals, head_grads, differences = ctx.saved_tensors
@@ -377,7 +400,8 @@ def _backward(ctx, losses_grad, *_):
             ctx.eps,
             ctx.order,
             ctx.reference_batch_size,
-            *((differences, distillation_scale) if ctx.distillation else (None, None)),
+            differences if ctx.distillation else None,
+            distillation_scale if ctx.distillation else None,
             ctx.distillation,
         )
     if needs[2]:
@@ -395,27 +419,27 @@ def _backward(ctx, losses_grad, *_):
 
 
 def _kernel_backward(
-    residuals,
-    image_weight,
-    teacher_weight,
-    text_weight,
-    image_scale,
-    alignment_scale,
-    out_dtype,
-    eps,
-    order,
-    reference_batch_size,
-    differences,
-    distillation_scale,
-    distillation,
-):
+    residuals: Tensor,
+    image_weight: Tensor,
+    teacher_weight: Tensor,
+    text_weight: Tensor | None,
+    image_scale: Tensor,
+    alignment_scale: Tensor,
+    out_dtype: torch.dtype,
+    eps: float,
+    order: str,
+    reference_batch_size: int | None,
+    differences: Tensor | None,
+    distillation_scale: Tensor | None,
+    distillation: float,
+) -> Tensor:
     dtype = residuals.dtype
     # Native kernels compute in the type that goes with what they write, and read differences of that type.
     storage = out_dtype if (out_dtype == torch.float64) == (dtype == torch.float64) else dtype
     storage = storage if differences is None else differences.dtype
     out = residuals.new_empty((residuals.shape[1], image_weight.shape[1]), dtype=storage)
     weights = (image_weight, teacher_weight, text_weight)
-    laid_out = (
+    laid_out: tuple[Any, ...] = (
         residuals.contiguous(),
         *(None if x is None else backends.plain(x.to(dtype).contiguous()) for x in weights),
         number(image_scale, dtype),
@@ -436,12 +460,19 @@ def _kernel_backward(
 
 
 def _fake_backward(
-    residuals, image_weight, teacher_weight, text_weight, image_scale, alignment_scale, dtype, *_
-):
+    residuals: Tensor,
+    image_weight: Tensor,
+    teacher_weight: Tensor,
+    text_weight: Tensor | None,
+    image_scale: Tensor,
+    alignment_scale: Tensor,
+    dtype: torch.dtype,
+    *_: Any,
+) -> Tensor:
     return residuals.new_empty((residuals.shape[1], image_weight.shape[1]), dtype=dtype)
 
 
-def _refuse(ctx, *_):
+def _refuse(ctx: Any, *_: Any) -> NoReturn:
     raise RuntimeError("surgery_head cannot be differentiated twice: its gradient is edited, not derived")
 
 
@@ -452,11 +483,11 @@ class _Surgery(torch.autograd.Function):
     backward = staticmethod(_backward)
 
     @staticmethod
-    def forward(*inputs):
+    def forward(*inputs: Any) -> Any:
         return _kernel(*inputs)
 
 
-def _run(*inputs):
+def _run(*inputs: Any) -> tuple[Tensor, ...]:
     """`dgs::surgery_head`, past torch's dispatcher."""
     return _Surgery.apply(*inputs) if torch.is_grad_enabled() else _kernel(*inputs)
 

@@ -1,0 +1,1 @@
+"""The portable GPU kernels, one file per operation."""

@@ -1,7 +1,9 @@
 """Gradient surgery on rows in Triton: the portable GPU kernels behind `dgs::project_align`.
 
 A row that fits in registers is read once and written once: 3 reads and 1 write of rows x D, or 1 and 1 with
-broadcast directions, whose rows stay in cache. A longer row is read twice, first for its inner products.
+broadcast directions, whose rows stay in cache. A longer row is cut into parts, one program's each, and read
+twice: a first launch leaves the parts' sums, and a second, every program of which adds up those of its row,
+edits it.
 """
 
 from __future__ import annotations
@@ -11,12 +13,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dgs_kernels.triton.rounding import divide, root
+
 # Widest row, in bytes of the computing type, that one program keeps in registers: 16 warps, 128 bytes a
 # thread for each of two rows at a time. Twice that spills.
 WIDEST_ROW = 65536
-# Elements per program below which several short rows share one.
+# Elements per program below which several short rows share one, and how many it has of each row at least.
 TILE = 1024
+NARROWEST_BLOCK = 64
+# Numbers of a longer row that a program works on at a time, and the most parts of a row: enough for every
+# multiprocessor to have several, and few enough for each program to add up all sums of its row.
 CHUNK = 4096
+MOST_PARTS = tl.constexpr(512)
 
 PROJECT_FIRST = tl.constexpr(1)  # place in reference.ORDERS
 POSITIVE = tl.constexpr(0)  # places in reference.RULES
@@ -24,9 +32,9 @@ CONFLICT = tl.constexpr(2)
 
 
 @triton.jit
-def _direction(harmful, RULE: tl.constexpr):
+def _direction(harmful, rule):
     # Comparisons that are false for NaN keep it, which tl.maximum would not.
-    return tl.where(harmful < 0, 0.0, harmful) if RULE == POSITIVE else harmful
+    return tl.where((rule == POSITIVE) & (harmful < 0), 0.0, harmful)
 
 
 @triton.jit
@@ -38,15 +46,16 @@ def _strength(alignment, scale_ptr, ACC: tl.constexpr):
 
 
 @triton.jit
-def _coefficient(inner, square, eps, RULE: tl.constexpr, ACC: tl.constexpr):
+def _coefficient(inner, square, eps, rule, ACC: tl.constexpr):
     """What to subtract of the harmful row: <x, u> / (||h|| + eps)."""
-    inverse = 1.0 / (tl.sqrt(square) + (tl.full((), 1.0, tl.float64) * eps).to(ACC))
-    if RULE == CONFLICT:
-        inner = tl.where(inner > 0, 0.0, inner)
-    return inner * inverse * inverse
+    norm = root(square) + (tl.full((), 1.0, tl.float64) * eps).to(ACC)
+    inner = tl.where((rule == CONFLICT) & (inner > 0), 0.0, inner)
+    return divide(divide(inner, norm), norm)
 
 
-@triton.jit
+# Options and counts are no constants: each would multiply the number of kernels that are compiled, and a
+# comparison in a register costs nothing beside a memory access.
+@triton.jit(do_not_specialize=["rows", "order", "rule"])
 def _row_kernel(
     grad_ptr,
     harmful_ptr,
@@ -60,8 +69,8 @@ def _row_kernel(
     beneficial_stride,
     alignment: tl.float64,
     eps: tl.float64,
-    ORDER: tl.constexpr,
-    RULE: tl.constexpr,
+    order,
+    rule,
     ACC: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -72,78 +81,112 @@ def _row_kernel(
 
     x = tl.load(grad_ptr + row * grad_stride + column, mask, 0.0).to(ACC)
     h = tl.load(harmful_ptr + row * harmful_stride + column, mask, 0.0).to(ACC)
-    h = _direction(h, RULE)
+    h = _direction(h, rule)
+    moved = x
     if beneficial_ptr is not None:
         b = tl.load(beneficial_ptr + row * beneficial_stride + column, mask, 0.0).to(ACC)
-        pull = _strength(alignment, scale_ptr, ACC) * tl.where(b > 0, 0.0, b)
-        if ORDER != PROJECT_FIRST:
-            x += pull
+        moved += _strength(alignment, scale_ptr, ACC) * tl.where(b > 0, 0.0, b)
+        x = tl.where(order == PROJECT_FIRST, x, moved)
     inner, square = tl.sum(x * h, 1, keep_dims=True), tl.sum(h * h, 1, keep_dims=True)
-    x -= _coefficient(inner, square, eps, RULE, ACC) * h
-    if beneficial_ptr is not None and ORDER == PROJECT_FIRST:
-        x += pull
-    tl.store(out_ptr + row * dim + column, x, mask)
+    moved -= _coefficient(inner, square, eps, rule, ACC) * h
+    tl.store(out_ptr + row * dim + column, moved, mask)
 
 
-@triton.jit
-def _long_row_kernel(
+@triton.jit(do_not_specialize=["parts", "order", "rule"])
+def _part_sums_kernel(
     grad_ptr,
     harmful_ptr,
     beneficial_ptr,
     scale_ptr,
+    partials_ptr,
+    dim,
+    part_size,
+    parts,
+    grad_stride,
+    harmful_stride,
+    beneficial_stride,
+    alignment: tl.float64,
+    order,
+    rule,
+    ACC: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """<x, h> and <h, h> of a part of a row, to partials [rows, parts, 2]."""
+    row, begin = tl.program_id(0).to(tl.int64) // parts, (tl.program_id(0) % parts).to(tl.int64) * part_size
+    if beneficial_ptr is not None:
+        strength = _strength(alignment, scale_ptr, ACC)
+    inner, square = tl.zeros((BLOCK,), ACC), tl.zeros((BLOCK,), ACC)
+    for start in range(begin, tl.minimum(begin + part_size, dim), BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        mask = column < dim
+        x = tl.load(grad_ptr + row * grad_stride + column, mask, 0.0).to(ACC)
+        h = _direction(tl.load(harmful_ptr + row * harmful_stride + column, mask, 0.0).to(ACC), rule)
+        # The first is a constant, the second none: joined by "and", neither would be.
+        if beneficial_ptr is not None:  # noqa: SIM102
+            if order != PROJECT_FIRST:
+                b = tl.load(beneficial_ptr + row * beneficial_stride + column, mask, 0.0).to(ACC)
+                x += strength * tl.where(b > 0, 0.0, b)
+        inner += x * h
+        square += h * h
+    partials_ptr += tl.program_id(0).to(tl.int64) * 2
+    tl.store(partials_ptr, tl.sum(inner, 0))
+    tl.store(partials_ptr + 1, tl.sum(square, 0))
+
+
+@triton.jit(do_not_specialize=["parts", "rule"])
+def _part_kernel(
+    grad_ptr,
+    harmful_ptr,
+    beneficial_ptr,
+    scale_ptr,
+    partials_ptr,
     out_ptr,
+    dim,
+    part_size,
+    parts,
     grad_stride,
     harmful_stride,
     beneficial_stride,
     alignment: tl.float64,
     eps: tl.float64,
-    ORDER: tl.constexpr,
-    RULE: tl.constexpr,
+    rule,
     ACC: tl.constexpr,
-    DIM: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64)
-    grad_ptr += row * grad_stride
-    harmful_ptr += row * harmful_stride
-    out_ptr += row * DIM
+    row, begin = tl.program_id(0).to(tl.int64) // parts, (tl.program_id(0) % parts).to(tl.int64) * part_size
     if beneficial_ptr is not None:
-        beneficial_ptr += row * beneficial_stride
         strength = _strength(alignment, scale_ptr, ACC)
-
-    inner, square = tl.zeros((BLOCK,), ACC), tl.zeros((BLOCK,), ACC)
-    for start in range(0, DIM, BLOCK):
+    part = tl.arange(0, MOST_PARTS)
+    partials_ptr += (row * parts + part) * 2
+    inner = tl.sum(tl.load(partials_ptr, part < parts, 0.0), 0)
+    square = tl.sum(tl.load(partials_ptr + 1, part < parts, 0.0), 0)
+    coefficient = _coefficient(inner, square, eps, rule, ACC)
+    for start in range(begin, tl.minimum(begin + part_size, dim), BLOCK):
         column = start + tl.arange(0, BLOCK)
-        mask = column < DIM
-        x = tl.load(grad_ptr + column, mask, 0.0).to(ACC)
-        h = _direction(tl.load(harmful_ptr + column, mask, 0.0).to(ACC), RULE)
-        if beneficial_ptr is not None and ORDER != PROJECT_FIRST:
-            b = tl.load(beneficial_ptr + column, mask, 0.0).to(ACC)
-            x += strength * tl.where(b > 0, 0.0, b)
-        inner += x * h
-        square += h * h
-    coefficient = _coefficient(tl.sum(inner, 0), tl.sum(square, 0), eps, RULE, ACC)
-
-    for start in range(0, DIM, BLOCK):
-        column = start + tl.arange(0, BLOCK)
-        mask = column < DIM
-        x = tl.load(grad_ptr + column, mask, 0.0).to(ACC)
-        h = _direction(tl.load(harmful_ptr + column, mask, 0.0).to(ACC), RULE)
+        mask = column < dim
+        x = tl.load(grad_ptr + row * grad_stride + column, mask, 0.0).to(ACC)
+        h = _direction(tl.load(harmful_ptr + row * harmful_stride + column, mask, 0.0).to(ACC), rule)
         x -= coefficient * h
         if beneficial_ptr is not None:
-            b = tl.load(beneficial_ptr + column, mask, 0.0).to(ACC)
+            b = tl.load(beneficial_ptr + row * beneficial_stride + column, mask, 0.0).to(ACC)
             x += strength * tl.where(b > 0, 0.0, b)
-        tl.store(out_ptr + column, x, mask)
+        tl.store(out_ptr + row * dim + column, x, mask)
 
 
 def launch_shape(rows: int, dim: int, dtype: torch.dtype) -> tuple[tuple[int], dict[str, int]] | None:
     """Grid and constants of the row kernel; None for rows too long for it."""
-    block = triton.next_power_of_2(dim)
+    block = max(NARROWEST_BLOCK, triton.next_power_of_2(dim))
     if block * (8 if dtype == torch.float64 else 4) > WIDEST_ROW:
         return None
     tile = max(1, TILE // block)
     warps = min(16, max(4, block // 512))
     return (triton.cdiv(rows, tile),), {"ROWS": tile, "BLOCK": block, "num_warps": warps}
+
+
+def cut(dim: int) -> tuple[int, int]:
+    """Size and number of a long row's parts."""
+    size = triton.cdiv(triton.cdiv(dim, MOST_PARTS.value), CHUNK) * CHUNK
+    return size, triton.cdiv(dim, size)
 
 
 def project_align(
@@ -160,15 +203,20 @@ def project_align(
     out = torch.empty((rows, dim), dtype=grad.dtype, device=grad.device)
     if rows == 0:
         return out
-    tensors = (grad, harmful, beneficial, scale, out)
+    given = (grad, harmful, beneficial, None if beneficial is None else scale)
     strides = (grad.stride(0), harmful.stride(0), 0 if beneficial is None else beneficial.stride(0))
-    options = {"ORDER": order, "RULE": rule, "ACC": tl.float64 if grad.dtype == torch.float64 else tl.float32}
+    acc, wide = (tl.float64, torch.float64) if grad.dtype == torch.float64 else (tl.float32, torch.float32)
     with torch.cuda.device_of(grad):
-        if (shape := launch_shape(rows, dim, grad.dtype)) is None:
-            _long_row_kernel[(rows,)](
-                *tensors, *strides, alignment, eps, **options, DIM=dim, BLOCK=CHUNK, num_warps=8
-            )
-        else:
+        if shape := launch_shape(rows, dim, grad.dtype):
             grid, constants = shape
-            _row_kernel[grid](*tensors, rows, dim, *strides, alignment, eps, **options, **constants)
+            _row_kernel[grid](
+                *given, out, rows, dim, *strides, alignment, eps, order, rule, ACC=acc, **constants
+            )
+            return out
+        part_size, parts = cut(dim)
+        partials = torch.empty((rows, parts, 2), dtype=wide, device=grad.device)
+        sizes = (dim, part_size, parts, *strides, alignment)
+        constants = {"ACC": acc, "BLOCK": CHUNK, "num_warps": 8}
+        _part_sums_kernel[(rows * parts,)](*given, partials, *sizes, order, rule, **constants)
+        _part_kernel[(rows * parts,)](*given, partials, out, *sizes, eps, rule, **constants)
     return out

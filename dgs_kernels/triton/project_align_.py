@@ -2,8 +2,8 @@
 
 Every tensor is cut into chunks. The first launch leaves partial sums of each chunk, the second adds up those
 of a layer in a fixed order, the third reads everything again and edits the gradients: 4 reads and 1 write
-without alignment, 6 and 1 with it, whatever the number of tensors. The tensors' addresses lie in a table on
-the device, sent without waiting.
+without alignment, 6 and 1 with it, whatever the number of tensors. Sizes and addresses lie in a table on the
+device, made anew by every call and sent without waiting; a program finds its chunk's tensor there by itself.
 """
 
 from __future__ import annotations
@@ -17,12 +17,16 @@ import triton.language as tl
 from torch import Tensor
 
 from dgs_kernels.triton.project_align import CONFLICT, PROJECT_FIRST, _direction, _strength
+from dgs_kernels.triton.rounding import divide, root
 
 # Numbers of a tensor that a program works on, and those it holds at a time: 8 in each of 256 threads.
 CHUNK = 8192
 BLOCK = tl.constexpr(2048)
 WARPS = 8
 SUMS = tl.constexpr(6)
+# Rows of a table before those of addresses, and tensors looked at together when a program looks for its own.
+ADDRESSES = tl.constexpr(3)
+SEARCHED = tl.constexpr(1024)
 POINTERS = {
     torch.float32: tl.float32,
     torch.float64: tl.float64,
@@ -32,17 +36,22 @@ POINTERS = {
 
 
 @triton.jit
-def _chunk(chunks_ptr, chunks, CHUNK: tl.constexpr):
+def _chunk(table_ptr, tensors, CHUNK: tl.constexpr):
     """Tensor, layer, first and last number of this program's chunk, and the size of its tensor."""
-    chunks_ptr += tl.program_id(0)
-    begin = tl.load(chunks_ptr + 2 * chunks) * CHUNK
-    numel = tl.load(chunks_ptr + 3 * chunks)
-    return tl.load(chunks_ptr), tl.load(chunks_ptr + chunks), begin, tl.minimum(begin + CHUNK, numel), numel
+    chunk = tl.program_id(0)
+    tensor = 0  # as many tensors end before the chunk
+    for first in range(0, tensors, SEARCHED):
+        i = first + tl.arange(0, SEARCHED)
+        tensor += tl.sum((tl.load(table_ptr + i, i < tensors, chunk + 1) <= chunk).to(tl.int32), 0)
+    begin = (chunk - tl.load(table_ptr + tensor - 1, tensor > 0, 0)) * CHUNK
+    numel = tl.load(table_ptr + tensors + tensor)
+    layer = tl.load(table_ptr + 2 * tensors + tensor)
+    return tensor, layer, begin, tl.minimum(begin + CHUNK, numel), numel
 
 
 @triton.jit
 def _pointer(table_ptr, tensors, which: tl.constexpr, tensor, TYPE: tl.constexpr, ALIGNED: tl.constexpr):
-    pointer = tl.load(table_ptr + which * tensors + tensor).to(tl.pointer_type(TYPE))
+    pointer = tl.load(table_ptr + (ADDRESSES + which) * tensors + tensor).to(tl.pointer_type(TYPE))
     return tl.multiple_of(pointer, 16) if ALIGNED else pointer
 
 
@@ -78,15 +87,13 @@ def _negative(x):
     return tl.where(x > 0, 0.0, x)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tensors", "rule"])
 def _chunk_kernel(
     table_ptr,
-    chunks_ptr,
     partials_ptr,
     tensors,
-    chunks,
+    rule,
     HAS_BENEFICIAL: tl.constexpr,
-    RULE: tl.constexpr,
     TYPE: tl.constexpr,
     ACC: tl.constexpr,
     ALIGNED: tl.constexpr,
@@ -94,7 +101,7 @@ def _chunk_kernel(
     CHUNK: tl.constexpr,
 ):
     """Partial sums [chunks, 6] of <g, h>, <h, h>, <g, g>, <b, h>, <b, b>, <g, b>."""
-    tensor, _, begin, end, numel = _chunk(chunks_ptr, chunks, CHUNK)
+    tensor, _, begin, end, numel = _chunk(table_ptr, tensors, CHUNK)
     grad = _pointer(table_ptr, tensors, 0, tensor, TYPE, ALIGNED)
     harmful = _pointer(table_ptr, tensors, 1, tensor, TYPE, ALIGNED)
     beneficial = _pointer(table_ptr, tensors, 2, tensor, TYPE, ALIGNED) if HAS_BENEFICIAL else harmful
@@ -102,7 +109,7 @@ def _chunk_kernel(
     gh, hh, gg, bh, bb, gb = none, none, none, none, none, none
     for at in range(begin, end, BLOCK):
         g = _read(grad, at, numel, ACC, TAILS)
-        h = _direction(_read(harmful, at, numel, ACC, TAILS), RULE)
+        h = _direction(_read(harmful, at, numel, ACC, TAILS), rule)
         gh += g * h
         hh += h * h
         gg += g * g
@@ -120,7 +127,7 @@ def _chunk_kernel(
     tl.store(partials_ptr + 5, tl.sum(gb, 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["begins_ptr"])
 def _layer_kernel(partials_ptr, begins_ptr, sums_ptr, ACC: tl.constexpr, ROWS: tl.constexpr):
     """The sums of one layer from those of its chunks, which stand next to each other."""
     layer = tl.program_id(0)
@@ -135,130 +142,121 @@ def _layer_kernel(partials_ptr, begins_ptr, sums_ptr, ACC: tl.constexpr, ROWS: t
 
 
 @triton.jit
-def _share(sums_ptr, layer, strength, eps, ORDER: tl.constexpr, RULE: tl.constexpr, ACC: tl.constexpr):
+def _share(sums_ptr, layer, strength, eps, order, rule, ACC: tl.constexpr):
     """k, of which k h is subtracted from the layer."""
     sums_ptr += layer * SUMS
     inner = tl.load(sums_ptr)
-    if ORDER != PROJECT_FIRST:
-        inner += strength * tl.load(sums_ptr + 3)
-    if RULE == CONFLICT:
-        inner = tl.where(inner > 0, 0.0, inner)
-    norm = tl.sqrt(tl.load(sums_ptr + 1)) + (tl.full((), 1.0, tl.float64) * eps).to(ACC)
-    return inner / norm / norm
+    inner += tl.where(order == PROJECT_FIRST, 0.0, strength * tl.load(sums_ptr + 3))
+    inner = tl.where((rule == CONFLICT) & (inner > 0), 0.0, inner)
+    norm = root(tl.load(sums_ptr + 1)) + (tl.full((), 1.0, tl.float64) * eps).to(ACC)
+    return divide(divide(inner, norm), norm)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tensors", "order", "rule"])
 def _apply_kernel(
     table_ptr,
-    chunks_ptr,
     sums_ptr,
     scale_ptr,
     tensors,
-    chunks,
     alignment: tl.float64,
     eps: tl.float64,
+    order,
+    rule,
     HAS_BENEFICIAL: tl.constexpr,
-    ORDER: tl.constexpr,
-    RULE: tl.constexpr,
     TYPE: tl.constexpr,
     ACC: tl.constexpr,
     ALIGNED: tl.constexpr,
     TAILS: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    tensor, layer, begin, end, numel = _chunk(chunks_ptr, chunks, CHUNK)
+    tensor, layer, begin, end, numel = _chunk(table_ptr, tensors, CHUNK)
     grad = _pointer(table_ptr, tensors, 0, tensor, TYPE, ALIGNED)
     harmful = _pointer(table_ptr, tensors, 1, tensor, TYPE, ALIGNED)
     beneficial = _pointer(table_ptr, tensors, 2, tensor, TYPE, ALIGNED) if HAS_BENEFICIAL else harmful
     strength = _strength(alignment, scale_ptr, ACC)
-    share = _share(sums_ptr, layer, strength, eps, ORDER, RULE, ACC)
+    share = _share(sums_ptr, layer, strength, eps, order, rule, ACC)
     for at in range(begin, end, BLOCK):
         g = _read(grad, at, numel, ACC, TAILS)
-        h = _direction(_read(harmful, at, numel, ACC, TAILS), RULE)
+        h = _direction(_read(harmful, at, numel, ACC, TAILS), rule)
         if HAS_BENEFICIAL:
             g += strength * _negative(_read(beneficial, at, numel, ACC, TAILS))
         _write(grad, at, numel, g - share * h, TAILS)
 
 
-class Plan(NamedTuple):
-    """How tensors of given sizes are cut, on the device."""
+class Lists(NamedTuple):
+    """Lists of tensors as kernels see them, the tensors sorted by layer and cut into chunks."""
 
-    chunks: Tensor  # [4, C] int64: tensor, layer, number of the chunk in its tensor, size of the tensor
+    table: Tensor  # [3 + lists (+ extra), T] int64: a tensor's last chunk + 1, size, layer, addresses, extra
     begins: Tensor  # [G + 1] int64: a layer's chunks are begins[g] to begins[g + 1]
-    tails: bool  # whether some tensor does not end with a full block
+    tensors: int
+    chunks: int
+    constants: dict[str, object]
 
 
-_plans: dict[tuple, Plan] = {}
-_spare: dict[int, Tensor] = {}
-_captured: list[Tensor] = []
+def lists_of(
+    groups: Sequence[int],
+    num_groups: int,
+    *lists: Sequence[Tensor],
+    extra: Sequence[Sequence[int]] = (),
+) -> Lists:
+    """Lists of tensors of the same sizes, on their device; `extra` are rows of further numbers of each.
+
+    Nothing of it is kept for the next call: no stream could come upon a table that another one is still
+    writing, and a captured graph depends on nothing outside. ALIGNED is whether all addresses divide by 16,
+    TAILS whether some tensor does not end with a full block, or may as well not.
+    """
+    first = lists[0]
+    order = sorted(range(len(first)), key=groups.__getitem__)
+    numels, layers = [first[i].numel() for i in order], [groups[i] for i in order]
+    ends: list[int] = []
+    begins = [0] * (num_groups + 1)
+    for numel, layer in zip(numels, layers):
+        ends.append((ends[-1] if ends else 0) + triton.cdiv(numel, CHUNK))
+        begins[layer + 1] = ends[-1]
+    for layer in range(num_groups):  # of those without tensors
+        begins[layer + 1] = max(begins[layer], begins[layer + 1])
+    addresses = [tensors[i].data_ptr() for tensors in lists for i in order]
+    rest = [row[i] for row in extra for i in order]
+    sent = send(ends + numels + layers + addresses + rest + begins, first[0].device)
+    aligned = not any(address % 16 for address in addresses)
+    constants = {
+        "TYPE": POINTERS[first[0].dtype],
+        "ACC": tl.float64 if first[0].dtype == torch.float64 else tl.float32,
+        "ALIGNED": aligned,
+        "TAILS": not aligned or any(n % BLOCK.value for n in numels),
+        "CHUNK": CHUNK,
+        "num_warps": WARPS,
+    }
+    return Lists(sent[: -len(begins)], sent[-len(begins) :], len(first), ends[-1], constants)
 
 
-def plan(tensors: Sequence[Tensor], groups: Sequence[int]) -> Plan:
-    """The chunks of these tensors, sorted by layer; kept for the next call."""
-    numels, device = tuple(t.numel() for t in tensors), tensors[0].device
-    key = (numels, tuple(groups), device, CHUNK)
-    if (known := _plans.get(key)) is not None:
-        return known
-    by_layer = sorted(range(len(numels)), key=groups.__getitem__)
-    chunks = [(i, groups[i], c, numels[i]) for i in by_layer for c in range(triton.cdiv(numels[i], CHUNK))]
-    begins = [0] * (max(groups) + 2)
-    for _, layer, _, _ in chunks:
-        begins[layer + 1] += 1
-    for layer in range(len(begins) - 1):
-        begins[layer + 1] += begins[layer]
-    columns = [number for column in zip(*chunks) for number in column]
-    table = upload(columns + begins, device)
-    found = Plan(
-        table[: len(columns)].view(4, -1), table[len(columns) :], any(n % BLOCK.value for n in numels)
-    )
-    if not _capturing(device):  # there, the table holds numbers only once the graph runs
-        if len(_plans) >= 64:
-            _plans.clear()
-        _plans[key] = found
-    return found
-
-
-def upload(numbers: list[int], device: torch.device) -> Tensor:
+def send(numbers: list[int], device: torch.device) -> Tensor:
     """int64 numbers on the device, without waiting for it.
 
-    A captured graph copies them again whenever it runs, so it keeps its pinned memory for itself. None can be
-    allocated under capture: each call outside leaves some of its size for one inside.
+    Under capture they are scalar arguments of kernels, as a graph would read memory of the host anew whenever
+    it runs.
     """
     if device.type != "cuda":
         return torch.tensor(numbers, dtype=torch.int64, device=device)
-    if _capturing(device):
-        host = _spare.pop(len(numbers), None)
-        if host is None:
-            raise RuntimeError(
-                "dgs_kernels: run the step once on these tensors before each capture of a graph"
-            )
-        _captured.append(host.copy_(torch.tensor(numbers, dtype=torch.int64)))
-    else:
-        host = torch.tensor(numbers, dtype=torch.int64).pin_memory()
-        if len(numbers) not in _spare:
-            _spare[len(numbers)] = torch.empty_like(host, pin_memory=True)
-    return host.to(device, non_blocking=True)
+    if not torch.cuda.is_current_stream_capturing():
+        return torch.tensor(numbers, dtype=torch.int64).pin_memory().to(device, non_blocking=True)
+    return as_arguments(numbers, device)
 
 
-def _capturing(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+def as_arguments(numbers: list[int], device: torch.device) -> Tensor:
+    sent = torch.zeros(len(numbers), dtype=torch.int64, device=device)
+    torch._foreach_add_(sent.unbind(), numbers)
+    return sent
 
 
-def addresses(*lists: Sequence[Tensor]) -> tuple[list[int], bool]:
-    """Addresses of the tensors, and whether all divide by 16."""
-    found = [t.data_ptr() for tensors in lists for t in tensors]
-    return found, not any(address % 16 for address in found)
-
-
-def layer_sums(table: Tensor, cut: Plan, count: int, sums: Tensor, constants: dict[str, object]) -> None:
+def layer_sums(lists: Lists, sums: Tensor, rule: int, has_beneficial: bool) -> None:
     """The first two launches."""
-    chunks = cut.chunks.shape[1]
-    partials = sums.new_empty((chunks, SUMS.value))
-    if chunks:
-        _chunk_kernel[(chunks,)](
-            table, cut.chunks, partials, count, chunks, **constants, CHUNK=CHUNK, num_warps=WARPS
+    partials = sums.new_empty((lists.chunks, SUMS.value))
+    if lists.chunks:
+        _chunk_kernel[(lists.chunks,)](
+            lists.table, partials, lists.tensors, rule, HAS_BENEFICIAL=has_beneficial, **lists.constants
         )
-    _layer_kernel[(len(sums),)](partials, cut.begins, sums, ACC=constants["ACC"], ROWS=128)
+    _layer_kernel[(len(sums),)](partials, lists.begins, sums, ACC=lists.constants["ACC"], ROWS=128)
 
 
 def project_align_(
@@ -274,33 +272,10 @@ def project_align_(
     rule: int,
     part: int,
 ) -> None:
-    cut = plan(grads, groups)
-    pointers, aligned = addresses(grads, harmful, beneficial)
-    constants = {
-        "HAS_BENEFICIAL": bool(beneficial),
-        "RULE": rule,
-        "TYPE": POINTERS[grads[0].dtype],
-        "ACC": tl.float64 if sums.dtype == torch.float64 else tl.float32,
-        "ALIGNED": aligned,
-        "TAILS": cut.tails,
-    }
     with torch.cuda.device_of(sums):
-        table = upload(pointers, sums.device)
+        lists = lists_of(groups, len(sums), grads, harmful, *([beneficial] if beneficial else []))
         if part != 2:
-            layer_sums(table, cut, len(grads), sums, constants)
-        chunks = cut.chunks.shape[1]
-        if part != 1 and chunks:
-            _apply_kernel[(chunks,)](
-                table,
-                cut.chunks,
-                sums,
-                scale,
-                len(grads),
-                chunks,
-                alignment,
-                eps,
-                **constants,
-                ORDER=order,
-                CHUNK=CHUNK,
-                num_warps=WARPS,
-            )
+            layer_sums(lists, sums, rule, bool(beneficial))
+        if part != 1 and lists.chunks:
+            given = (lists.table, sums, scale, lists.tensors, alignment, eps, order, rule)
+            _apply_kernel[(lists.chunks,)](*given, HAS_BENEFICIAL=bool(beneficial), **lists.constants)

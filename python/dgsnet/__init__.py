@@ -5,6 +5,6 @@
 array([0.03121], dtype=float32)
 """
 
-from dgsnet.detector import Detector
+from dgsnet.detection.detector import Detector
 
 __all__ = ["Detector"]

@@ -1,6 +1,6 @@
 """`python -m dgsnet`, the same as the command `dgsnet`."""
 
-from .cli import main
+from dgsnet.cli import main
 
 if __name__ == "__main__":
     main()

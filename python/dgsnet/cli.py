@@ -9,13 +9,15 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NoReturn
 
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
-from .config import CONFIG_FILE, Config
-from .errors import UserError
+from dgsnet.config import CONFIG_FILE, Config, read_config
+from dgsnet.errors import UserError
+from dgsnet.model.catalogue import BUILTIN_NAME, BUILTIN_SETTINGS
 
 
 @dataclass
@@ -35,16 +37,20 @@ class Command:
 # `train` alone has a configuration file.
 COMMANDS = {
     "train": Command("train a detector", "dgsnet.cli", "train_command"),
-    "evaluate": Command("measure a detector on labelled images", "dgsnet.evaluation", "evaluate_command"),
-    "predict": Command("score images", "dgsnet.scoring", "predict_command"),
-    "calibrate": Command(
-        "set the threshold for a false-positive rate", "dgsnet.calibration", "calibrate_command"
+    "evaluate": Command(
+        "measure a detector on labelled images", "dgsnet.evaluation.evaluate", "evaluate_command"
     ),
-    "convert": Command("import the authors' published weights", "dgsnet.convert", "convert_command"),
-    "export": Command("write a detector for other programs", "dgsnet.export", "export_command"),
-    "serve": Command("show a page to drop images on", "dgsnet.serve", "serve_command"),
-    "caption": Command("write captions for training", "dgsnet.captions", "caption_command"),
-    "demo": Command("train and compare detectors on the built-in data", "dgsnet.demo", "demo_command"),
+    "predict": Command("score images", "dgsnet.detection.scoring", "predict_command"),
+    "calibrate": Command(
+        "set the threshold for a false-positive rate", "dgsnet.detection.calibrate", "calibrate_command"
+    ),
+    "convert": Command("import the authors' published weights", "dgsnet.exchange.convert", "convert_command"),
+    "export": Command("write a detector for other programs", "dgsnet.exchange.export", "export_command"),
+    "serve": Command("show a page to drop images on", "dgsnet.detection.serve", "serve_command"),
+    "caption": Command("write captions for training", "dgsnet.data.captioning", "caption_command"),
+    "demo": Command(
+        "train and compare detectors on the built-in data", "dgsnet.demo.command", "demo_command"
+    ),
 }
 POSITIONAL = ("paths", "checkpoint")
 LISTS = (list[str], list[str] | None)
@@ -60,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         >>> main(["train", "--data.train", "photos", "--out", "runs/mine"])  # doctest: +SKIP
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    argv = [re.sub(r"^--surgery(?==|$)", "--surgery.mode", word) for word in argv]  # its short spelling
+    argv = [_option(word) for word in argv]
     warnings.formatwarning = lambda message, *_, **__: f"dgsnet: warning: {message}\n"  # without code
     try:
         _run(argv)
@@ -84,31 +90,39 @@ def train_command(config: Config, out: Path, resume: bool = False) -> None:
         resume: go on where a run was stopped or killed; its own configuration is used. Starts a new run when
             there is none in `out`, so the same command line serves a restarted job.
     """
-    from .training import train
+    from dgsnet.training.train import train
 
     train(config, out, resume=resume)
 
 
 def _run(argv: list[str]) -> None:
-    name = next((word for word in argv if not word.startswith("-")), None)
+    name = next((word for word in argv if not word.startswith("-")), "")
     command = COMMANDS.get(name)
     parser = ArgumentParser(
-        prog="dgsnet", description="Train and use a detector of generated images.", exit_on_error=False
+        prog="dgsnet",
+        description="Train and use a detector of generated images.",
+        version=version("dgs-kernels"),
+        exit_on_error=False,
     )
     subcommands = parser.add_subcommands(dest="command")
     for other, entry in COMMANDS.items():
-        chosen = _arguments(name, command) if entry is command else ArgumentParser(exit_on_error=False)
+        chosen = _arguments(name, entry) if entry is command else ArgumentParser(exit_on_error=False)
         subcommands.add_subcommand(other, chosen, help=entry.summary)
     if name == "train":
         return _train(parser, subcommands.choices["train"], argv)
     arguments = vars(parser.parse_args(argv)[name])
+    assert command  # else the parser has refused the words
     command.load()(**{key: value for key, value in arguments.items() if not key.startswith("__")})
 
 
 def _arguments(name: str, command: Command) -> ArgumentParser:
     """The parser of one command, from its function's signature."""
     function = command.load()
-    parser = ArgumentParser(exit_on_error=False, description=inspect.getdoc(function).partition("\n")[0])
+    # jsonargparse would import what a module imports for type checkers alone, torch among it.
+    function.__annotations__ = inspect.get_annotations(function, eval_str=True)
+    parser = ArgumentParser(
+        exit_on_error=False, description=(inspect.getdoc(function) or "").partition("\n")[0]
+    )
     if name == "train":
         parser.add_argument("--config", action="config", help="YAML file of the settings below")
         parser.add_class_arguments(Config)
@@ -125,7 +139,7 @@ def _arguments(name: str, command: Command) -> ArgumentParser:
             flag = f"--{parameter.name}"
             parser.add_argument(flag, action="store_true", help=_parameter_help(function, parameter.name))
             continue
-        options = {"nargs": "+"} if parameter.annotation in LISTS else {}
+        options: dict[str, Any] = {"nargs": "+"} if parameter.annotation in LISTS else {}
         if parameter.name not in POSITIONAL:
             options["required"] = parameter.default is inspect.Parameter.empty
         flag = parameter.name if parameter.name in POSITIONAL else f"--{parameter.name}"
@@ -134,21 +148,33 @@ def _arguments(name: str, command: Command) -> ArgumentParser:
     return parser
 
 
+def _option(word: str) -> str:
+    """An option as the parsers know it: hyphens are underscores, and --surgery is --surgery.mode."""
+    if not word.startswith("--"):
+        return word
+    name, equals, value = word[2:].partition("=")
+    name = name.replace("-", "_")
+    return f"--{'surgery.mode' if name == 'surgery' else name}{equals}{value}"
+
+
 def _parameter_help(function: Callable[..., Any], name: str) -> str:
     from docstring_parser import parse
 
-    return next((p.description for p in parse(function.__doc__).params if p.arg_name == name), "")
+    described = parse(function.__doc__ or "").params
+    return next((p.description or "" for p in described if p.arg_name == name), "")
 
 
 def _train(parser: ArgumentParser, train_parser: ArgumentParser, argv: list[str]) -> None:
-    arguments = parser.parse_args(argv).train
-    saved = Path(arguments.out) / CONFIG_FILE
-    if arguments.resume and saved.is_file():
-        from .checkpoint import read_config
-
-        # The run's own settings become the defaults: only what the command line changes differs from them.
+    # A look ahead, in which printing the settings must neither end the program nor need a folder.
+    words = [word for word in argv if not word.startswith("--print_config")]
+    ahead = parser.parse_args(words if words == argv else [*words, "--out", ""]).train
+    saved = Path(ahead.out) / CONFIG_FILE
+    # What goes with a run or a model becomes the defaults: only what is said otherwise differs from it.
+    if ahead.resume and saved.is_file():
         train_parser.set_defaults(read_config(saved).flat())
-        arguments = parser.parse_args(argv).train
+    elif ahead.model.name == BUILTIN_NAME:
+        train_parser.set_defaults(BUILTIN_SETTINGS)
+    arguments = parser.parse_args(argv).train
     train_command(_to_config(arguments), Path(arguments.out), arguments.resume)
 
 
@@ -166,6 +192,7 @@ def _plain(message: str, argv: list[str]) -> str:
     """jsonargparse's message in the words of the command line, with where to look."""
     message = re.sub(r"<class '(\w+)'>|typing\.(\w+)", r"\1\2", message)
     message = re.sub(rf"\b({'|'.join(COMMANDS)})\.", "--", message).replace("Parser key", "setting")
+    message = re.sub(rf"--({'|'.join(POSITIONAL)})\b", lambda found: found[1].upper(), message)
     if message.startswith("Problems parsing config"):
         files = re.findall(r"--config[= ](\S+)", " ".join(argv))
         message = message.replace("config", " or ".join(files), 1)

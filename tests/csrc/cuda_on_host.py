@@ -56,7 +56,10 @@ def order_of_threads(request):
         pytest.skip("a long case runs in one order")
     LIBRARY.shim_set_order(["forward", "reversed", "shuffled"].index(request.param))
     LIBRARY.shim_set_clusters(True)
+    LIBRARY.shim_set_compiled_for(90)
     LIBRARY.shim_set_capturing(False)
+    yield
+    assert LIBRARY.c_left_behind() == 0
 
 
 def compute(dtype):
@@ -118,8 +121,7 @@ def project_align(grad, harmful, beneficial, *, alignment, scale, order, rule, o
 SHAPES = [(0, 5), (1, 1), (3, 1), (67, 5), (3, 123), (5, 768), (3, 1023), (9, 1024), (3, 4096), (1, 16388)]
 
 
-def project_align_case(dtype, rows, dim, *, order, rule, aligned, broadcast=False, shift=0, clusters=True):
-    LIBRARY.shim_set_clusters(clusters)
+def project_align_case(dtype, rows, dim, *, order, rule, aligned, broadcast=False, shift=0):
     grad = make(rows, dim, dtype=dtype, seed=1, shift=shift)
     harmful = make(1 if broadcast else rows, dim, dtype=dtype, seed=2, shift=shift).expand(rows, dim)
     beneficial = make(rows, dim, dtype=dtype, seed=3, shift=shift) if aligned else None
@@ -156,11 +158,42 @@ def test_project_align_misaligned_and_broadcast(dtype):
     project_align_case(dtype, 4, 768, broadcast=True, **options)
 
 
-@pytest.mark.parametrize("clusters", [True, False], ids=["cluster", "twin"])
+def clusters_serve(device, code):
+    """Whether clusters are there: the device may grant them, and the loaded code have their instructions."""
+    LIBRARY.shim_set_clusters(device)
+    LIBRARY.shim_set_compiled_for(code)
+    return device and code >= 90
+
+
+WITH_AND_WITHOUT_CLUSTERS = pytest.mark.parametrize(
+    ("device", "code"),
+    [(True, 90), (False, 80), (True, 80)],
+    ids=["clusters", "no clusters", "clusters, but compiled for 8.0+PTX"],
+)
+
+
+@WITH_AND_WITHOUT_CLUSTERS
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("dim", [20001, 65536, 65537])
-def test_project_align_long_rows(dtype, dim, clusters):
-    project_align_case(dtype, 1, dim, order="align_first", rule="positive", aligned=True, clusters=clusters)
+@pytest.mark.parametrize("dim", [20000, 20001, 65537])
+def test_project_align_long_rows(dtype, dim, device, code):
+    clusters, before = clusters_serve(device, code), launches()
+    project_align_case(dtype, 1, dim, order="align_first", rule="positive", aligned=True)
+    in_registers = clusters and dim * (1 if dim % 2 == 0 else 2) * (dtype.itemsize // 4) <= 131072
+    assert launches() - before == (1 if in_registers else 2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dim", [131072, 131073])
+def test_project_align_longest_row_of_a_cluster(dim):
+    before = launches()
+    project_align_case(torch.float32, 2, dim, order="project_first", rule="full", aligned=True)
+    assert launches() - before == (1 if dim == 131072 else 2)
+
+
+@pytest.mark.slow
+def test_project_align_row_of_millions():
+    """Its parts are several steps long each, and their sums as accurate as plain PyTorch's."""
+    project_align_case(torch.float32, 1, 5_000_003, order="align_first", rule="full", aligned=True)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -416,13 +449,22 @@ def test_project_align_list_in_three_launches(dtype, last, shift):
     project_align_list_case([768, 16, 4096, 16, last], LAYERS, dtype, launched=3, shift=shift)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("chunks", "launched"), [(2, 1), (8, 1), (9, 3), (16, 3)])
+def test_project_align_list_of_so_many_chunks(chunks, launched):
+    """Of 8192 numbers each; a cluster has 8 blocks."""
+    sizes = [8192 * (chunks - 1), 100, 8092]
+    project_align_list_case(sizes, [0, 1, 0], torch.float32, launched=launched)
+
+
 def test_project_align_list_in_two_calls():
     project_align_list_case([768, 16, 4096, 16, 10000], LAYERS, torch.float32, launched=3, parts=2)
 
 
-def test_project_align_list_without_clusters():
-    LIBRARY.shim_set_clusters(False)
-    project_align_list_case([768, 16, 4096, 16, 20000], LAYERS, torch.float32, launched=3)
+@WITH_AND_WITHOUT_CLUSTERS
+def test_project_align_list_with_and_without_clusters(device, code):
+    launched = 1 if clusters_serve(device, code) else 3
+    project_align_list_case([768, 16, 4096, 16, 20000], LAYERS, torch.float32, launched=launched)
 
 
 @pytest.mark.slow
@@ -489,6 +531,25 @@ def test_tables_are_made_inside_a_captured_graph():
     assert LIBRARY.c_allocations() == held
     LIBRARY.shim_set_capturing(False)
     assert tensors.launches(stream) == 1
+
+
+@pytest.mark.parametrize("which", range(1, MAKE_TABLES + 3 + 1))
+def test_a_failed_launch_is_told_and_leaves_nothing_behind(which):
+    """Nothing half made is kept: the next call is right."""
+    LIBRARY.shim_set_clusters(False)
+    tensors, stream = List([20000, 5], [0, 0]), NEW_STREAM()
+    LIBRARY.shim_fail_launch(which)
+    with pytest.raises(AssertionError, match="invalid launch"):
+        tensors.launches(stream)
+    assert tensors.launches(stream) == 3 + (MAKE_TABLES if which <= MAKE_TABLES else 0)
+
+
+@pytest.mark.parametrize("which", [1, 2])
+def test_a_failed_launch_of_a_long_row_is_told(which):
+    LIBRARY.shim_set_clusters(False)
+    LIBRARY.shim_fail_launch(which)
+    with pytest.raises(AssertionError, match="invalid launch"):
+        project_align_case(torch.float32, 1, 20000, order="align_first", rule="full", aligned=True)
 
 
 @pytest.mark.slow

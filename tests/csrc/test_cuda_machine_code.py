@@ -1,5 +1,8 @@
 """Compiles the CUDA kernels and reads the machine code: no spills, no local memory, and on the aligned path
-no load or store of matrix data narrower than 16 bytes. Needs nvcc, but no GPU."""
+no load or store of matrix data narrower than 16 bytes. Needs nvcc, but no GPU.
+
+`python -m tests.csrc.test_cuda_machine_code` writes the table in docs/kernels.md anew.
+"""
 
 import hashlib
 import importlib.util
@@ -20,11 +23,12 @@ ARCHITECTURES = ["sm_80", "sm_90", "sm_100"]
 SOURCES = sorted(p.name for p in CUDA.glob("*.cu"))
 
 # Narrow accesses to device memory that an aligned kernel may have: numbers that stand alone, not matrix data.
-# (loads, stores) of: scale; biases, label, offset; scalars of a row, sums of a chunk; table entries,
-# sums of a group; rates.
+# (loads, stores) of: the scale; sums of a row's parts; biases, label, offset; scalars of a row and sums of a
+# chunk; table entries, sums of a group; rates.
 SCALARS = {
     "rows_in_registers": (1, 0),
-    "rows_read_twice": (1, 0),
+    "sum_row_parts": (1, 2),
+    "project_row_parts": (5, 0),
     "head_rows": (5, 19),
     "head_backward": (9, 0),
     "chunk_sums": (8, 6),
@@ -56,7 +60,7 @@ def output(*command):
     return done.stdout
 
 
-def compile_all():
+def compile_all(architectures=tuple(ARCHITECTURES)):
     """{(source, architecture): (cubin, what ptxas said)}, compiled again only when a source has changed."""
     sources = [p for p in sorted((ROOT / "csrc").rglob("*")) if p.suffix in (".cu", ".cuh", ".h")]
     key = hashlib.sha256(b"".join(p.read_bytes() for p in sources)).hexdigest()[:16]
@@ -75,7 +79,7 @@ def compile_all():
         return job, (cubin, log.read_text())
 
     with ThreadPoolExecutor(2) as pool:
-        return dict(pool.map(build, [(s, a) for s in SOURCES for a in ARCHITECTURES]))
+        return dict(pool.map(build, [(s, a) for s in SOURCES for a in architectures]))
 
 
 @pytest.fixture(scope="module")
@@ -128,3 +132,109 @@ def test_wide_accesses(compiled, source, architecture):
         assert counts["STG", False] <= stores, f"{name} stores narrowly: {instructions}"
         assert counts["LDG", True] + counts["LD", True] >= 6, f"{name} has no wide loads: {instructions}"
     assert seen >= 2 or source == "tables.cu"  # one for each storage type
+
+
+# What a multiprocessor of sm_90 has: registers in each of four parts, threads, blocks.
+PART_REGISTERS, PARTS, MOST_THREADS, MOST_BLOCKS = 16384, 4, 2048, 32
+TYPES = {"f": "fp32", "d": "fp64", "13__nv_bfloat16": "bf16", "6__half": "fp16"}
+TABLE = ROOT / "docs" / "kernels.md"
+HEADING = "| kernel | fp32 | fp64 | bf16 | fp16 |"
+
+
+def name_and_type(mangled):
+    """The kernel's name, its storage type if it has one, and whether it is the variant of narrow accesses."""
+    rest = mangled.removeprefix("_ZN")
+    while match := re.match(r"\d+", rest):
+        length = int(match[0])
+        name, rest = rest[match.end() :][:length], rest[match.end() + length :]
+    argument = re.match(r"I(f|d|13__nv_bfloat16|6__half)", rest)
+    return name, TYPES[argument[1]] if argument else "", "Lb0E" in rest
+
+
+def loads_in_flight(code):
+    """The most 16-byte loads of a thread under way at once, in the order of the code.
+
+    One is under way from where it is issued to the first instruction that touches a register of it; an
+    asynchronous copy, to the wait for its group.
+    """
+    most, pending, groups = 0, [], [0]
+    for line in code.splitlines():
+        if not (found := re.search(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z]\S*)(.*?);", line)):
+            continue
+        touched = {int(r) for r in re.findall(r"\bR(\d+)", found[2])}
+        pending = [registers for registers in pending if not registers & touched]
+        if re.match(r"(LDG|LD)\.E\S*128", found[1]):
+            first = int(re.match(r"\s*R(\d+)", found[2])[1])
+            pending.append(set(range(first, first + 4)))
+        elif found[1].startswith("LDGSTS"):
+            groups[-1] += 1
+        elif found[1] == "LDGDEPBAR":
+            groups.append(0)
+        elif found[1].startswith("DEPBAR") and (prior := re.search(r"SB0, 0x(\w+)", found[2])):
+            groups = groups[-1 - int(prior[1], 16) :]
+        most = max(most, len(pending) + sum(groups))
+    return most
+
+
+def resources(cubin, said):
+    """{(kernel, type): (registers, blocks that fit a multiprocessor, its KiB in flight)} of wide variants."""
+    registers = dict(re.findall(r"Function properties for (\S+)\n.*\n.*Used (\d+) registers", said))
+    elf, sass = (output(find_cuobjdump(), flag, str(cubin)) for flag in ("--dump-elf", "--dump-sass"))
+    threads = {
+        part.split(maxsplit=1)[0]: int(re.search(r"EIATTR_MAX_THREADS\n.*\n\s*Value:\s*(\w+)", part)[1], 16)
+        for part in elf.split(".nv.info.")[1:]
+        if "EIATTR_MAX_THREADS" in part
+    }
+    found = {}
+    for part in sass.split("Function : ")[1:]:
+        mangled = part.split(maxsplit=1)[0]
+        name, dtype, narrow = name_and_type(mangled)
+        if narrow or not (in_flight := loads_in_flight(part)):
+            continue
+        used = -(-int(registers[mangled]) // 8) * 8
+        warps = threads[mangled] // 32
+        fitting = PARTS * (PART_REGISTERS // (used * 32)) // warps
+        blocks = min(fitting, MOST_THREADS // threads[mangled], MOST_BLOCKS)
+        found[name, dtype] = (
+            int(registers[mangled]),
+            blocks,
+            in_flight * 16 * threads[mangled] * blocks // 1024,
+        )
+    return found
+
+
+def table(compiled):
+    found = {}
+    for (_, architecture), (cubin, said) in compiled.items():
+        if architecture == "sm_90":
+            found |= resources(cubin, said)
+    lines = [HEADING, "|---" * 5 + "|"]
+    for name in sorted({name for name, _ in found}):
+        cells = [found.get((name, dtype)) for dtype in TYPES.values()]
+        if any(cells):
+            texts = ["{} · {} · {}".format(*cell) if cell else "" for cell in cells]
+            lines.append(f"| `{name}` | {' | '.join(texts)} |")
+    return "\n".join(lines)
+
+
+def nvcc_version():
+    return re.search(r"release ([\d.]+)", output(NVCC, "--version"))[1]
+
+
+def written_table():
+    text = TABLE.read_text()
+    return re.search(re.escape(HEADING) + r"\n(\|.*\n)+", text)[0].strip(), f"nvcc {nvcc_version()}" in text
+
+
+@pytest.mark.skipif(find_cuobjdump() is None, reason="no cuobjdump, neither CUDA's nor Triton's")
+def test_documented_resources(compiled):
+    written, same_compiler = written_table()
+    if not same_compiler:
+        pytest.skip("the table in docs/kernels.md was made by another release of nvcc")
+    assert table(compiled) == written, "python -m tests.csrc.test_cuda_machine_code writes it anew"
+
+
+if __name__ == "__main__":
+    written, _ = written_table()
+    text = TABLE.read_text().replace(written, table(compile_all(["sm_90"])))
+    TABLE.write_text(re.sub(r"nvcc \d+\.\d+", f"nvcc {nvcc_version()}", text))

@@ -1,4 +1,4 @@
-"""The build: setup.py where compilers or torch are missing, the native library it makes, the CMake build."""
+"""The build: setup.py where compilers or torch are missing, and the native library it makes."""
 
 from __future__ import annotations
 
@@ -126,32 +126,6 @@ def test_broken_compiler(source):
     assert build(source, DGS_KERNELS_BUILD="cpu").returncode
 
 
-@needs_compiler
-@pytest.mark.slow
-def test_wheel(source, tmp_path):
-    """One wheel for all Pythons; its library names no Python, and torch only through libtorch.so."""
-    result = build(source, DGS_KERNELS_BUILD="cpu")
-    assert result.returncode == 0, result.stderr
-    (wheel,) = (source / "dist").glob("*.whl")
-    assert "-cp310-abi3-linux_" in wheel.name
-    zipfile.ZipFile(wheel).extract("dgs_kernels/_native.abi3.so", tmp_path)
-    library = tmp_path / "dgs_kernels" / "_native.abi3.so"
-    content = library.read_bytes()
-    assert b"libtorch.so" in content
-    assert not any(name in content for name in (b"libtorch_cuda", b"libc10", b"libpython"))
-    code = f"""
-import importlib.util, torch
-spec = importlib.util.spec_from_file_location("_native", {str(library)!r})
-native = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(native)
-x, out = torch.eye(3), torch.ones(3, 3)
-served = native.project_align(x, x, None, None, out, 1.0, 1e-6, 0, 0)
-print(native.devices == "cpu" and served and out.abs().max().item() < 1e-5)
-"""
-    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert loaded.stdout.strip() == "True", loaded.stderr
-
-
 # The library of this checkout
 
 
@@ -257,20 +231,3 @@ def test_what_does_not_fit_is_left_alone(native):
         assert not out.any()
     with pytest.raises(TypeError, match="expected 9 arguments, got 1"):
         serve(x)
-
-
-# Without Python
-
-
-@needs_compiler
-@pytest.mark.slow
-def test_cmake(tmp_path):
-    if shutil.which("cmake") is None:
-        pytest.skip("needs cmake")
-    for command in (
-        ["cmake", "-S", str(ROOT), "-B", str(tmp_path)],
-        ["cmake", "--build", str(tmp_path), "--parallel", "2"],
-        ["ctest", "--test-dir", str(tmp_path), "--output-on-failure", "--no-tests=error"],
-    ):
-        done = subprocess.run(command, capture_output=True, text=True)
-        assert done.returncode == 0, done.stdout + done.stderr

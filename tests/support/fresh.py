@@ -9,4 +9,4 @@ from __future__ import annotations
 import multiprocessing
 
 FORKSERVER = multiprocessing.get_context("forkserver")
-FORKSERVER.set_forkserver_preload(["dgsnet.training", "dgsnet.cli"])
+FORKSERVER.set_forkserver_preload(["dgsnet.training.run", "dgsnet.cli"])

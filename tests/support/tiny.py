@@ -5,8 +5,8 @@ from pathlib import Path
 
 import open_clip
 import torch
-from dgsnet.checkpoint import build_model, save_model
 from dgsnet.config import Config, ModelConfig, PreprocessConfig
+from dgsnet.model.checkpoint import build_model, save_model
 
 CROP = PreprocessConfig(mode="crop", image_size=32)
 PATCHES = PreprocessConfig(mode="patches", image_size=32, patch_size=8, num_patches=16)

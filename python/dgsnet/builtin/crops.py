@@ -39,7 +39,7 @@ class Quality:
     jpeg: int
     gain: float
     offset: float
-    words: tuple[str, str, str]
+    words: tuple[str, ...]
 
     @classmethod
     def draw(cls, rng: np.random.Generator, shares: tuple[tuple[float, ...], ...] | None = None) -> Quality:

@@ -68,7 +68,7 @@ def _unpool(image: Tensor) -> Tensor:
     """Max-pooling undone at the places that the maxima came from; gaps are filled from their neighbours."""
     kernel = _separable([0.2, 0.7, 1.0, 0.7, 0.2])
     pooled, where = F.max_pool2d(image, 2, return_indices=True)
-    sparse, mask = (F.max_unpool2d(values, where, 2) for values in (pooled, torch.ones_like(pooled)))
+    sparse, mask = (F.max_unpool2d(values, where, [2, 2]) for values in (pooled, torch.ones_like(pooled)))
     total, count = (_on_channels(lambda c: F.conv2d(c, kernel, padding=2), part) for part in (sparse, mask))
     return total / count
 

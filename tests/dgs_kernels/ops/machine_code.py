@@ -33,7 +33,10 @@ from dgs_kernels.triton import (
 
 TYPES = {torch.float32: "fp32", torch.float64: "fp64", torch.bfloat16: "bf16", torch.float16: "fp16"}
 # Counts that are no multiple of 16, unlike the sizes and strides of an aligned matrix.
-COUNTS = ("rows", "columns", "batch", "chunk_rows", "program_rows", "programs", "tensors", "chunks")
+COUNTS = (
+    *("rows", "columns", "batch", "chunk_rows", "program_rows", "programs", "tensors", "parts"),
+    *("order", "rule", "maximize"),
+)
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
@@ -70,34 +73,29 @@ def _run(tool: str, *arguments: str) -> str:
     return subprocess.run([TOOLS / tool, *arguments], capture_output=True, text=True, check=True).stdout
 
 
-def project_align_code(dtype: torch.dtype, dim: int, order: int, rule: int, capability: int) -> dict:
-    pointer, double = "*" + TYPES[dtype], dtype == torch.float64
-    types = dict.fromkeys(("grad_ptr", "harmful_ptr", "beneficial_ptr", "out_ptr"), pointer)
-    types |= dict.fromkeys(("rows", "dim", "grad_stride", "harmful_stride", "beneficial_stride"), "i32")
-    types |= {"scale_ptr": "*fp64" if double else "*fp32", "alignment": "fp64", "eps": "fp64"}
-    constants = {"ORDER": order, "RULE": rule, "ACC": tl.float64 if double else tl.float32}
-    if (shape := project_align.launch_shape(1 << 20, dim, dtype)) is None:
-        kernel, constants, warps = (
-            project_align._long_row_kernel,
-            constants | {"DIM": dim, "BLOCK": project_align.CHUNK},
-            8,
-        )
-    else:
-        kernel, constants = project_align._row_kernel, constants | shape[1]
-        warps = constants.pop("num_warps")
-    return machine_code(kernel, types, constants, capability, warps)
-
-
 def project_align_codes(capability: int) -> Iterator[tuple[str, dict]]:
-    cases = [
-        (torch.bfloat16, 768, 0, 0),
-        (torch.float64, 8192, 1, 2),
-        (torch.float32, 16384, 1, 0),
-        (torch.bfloat16, 65536, 0, 2),
-    ]
-    for dtype, dim, order, rule in cases:
-        code = project_align_code(dtype, dim, order, rule, capability)
-        yield f"{TYPES[dtype]} {dim} order {order} rule {rule}", code
+    sizes = ("rows", "dim", "part_size", "parts", "grad_stride", "harmful_stride", "beneficial_stride")
+    for dtype, dim in (
+        (torch.bfloat16, 768),
+        (torch.float64, 8192),
+        (torch.float32, 16384),
+        (torch.bfloat16, 65536),
+    ):
+        pointer, wide = "*" + TYPES[dtype], "fp64" if dtype == torch.float64 else "fp32"
+        types = dict.fromkeys(("grad_ptr", "harmful_ptr", "beneficial_ptr", "out_ptr"), pointer)
+        types |= dict.fromkeys((*sizes, "order", "rule"), "i32")
+        types |= dict.fromkeys(("scale_ptr", "partials_ptr"), "*" + wide)
+        types |= {"alignment": "fp64", "eps": "fp64"}
+        constants = {"ACC": tl.dtype(wide)}
+        if shape := project_align.launch_shape(1 << 20, dim, dtype):
+            kernels = {"rows": project_align._row_kernel}
+            constants |= shape[1]
+        else:
+            kernels = {"sums": project_align._part_sums_kernel, "parts": project_align._part_kernel}
+            constants |= {"BLOCK": project_align.CHUNK, "num_warps": 8}
+        warps = constants.pop("num_warps")
+        for name, kernel in kernels.items():
+            yield f"{name} {TYPES[dtype]} {dim}", machine_code(kernel, types, constants, capability, warps)
 
 
 # Arguments of surgery_head that are None, or constants: with captions as published, without, with an expert.
@@ -162,10 +160,9 @@ def layer_codes(kernels: dict, capability: int) -> Iterator[tuple[str, dict]]:
     """Kernels over lists of aligned tensors without tails; the tables hold int64 numbers."""
     for dtype in (torch.bfloat16, torch.float32):
         types = defaultdict(lambda: "fp64", dict.fromkeys(("partials_ptr", "sums_ptr", "scale_ptr"), "*fp32"))
-        types |= {"table_ptr": "*i64", "chunks_ptr": "*i64", "tensors": "i32", "chunks": "i32"}
+        types |= dict.fromkeys(("tensors", "order", "rule", "maximize"), "i32") | {"table_ptr": "*i64"}
         constants = {"HAS_BENEFICIAL": True, "ALIGNED": True, "TAILS": False, "CHUNK": project_align_.CHUNK}
-        constants |= {"ORDER": 0, "RULE": 0, "MAXIMIZE": False, "ACC": tl.float32}
-        constants["TYPE"] = project_align_.POINTERS[dtype]
+        constants |= {"TYPE": project_align_.POINTERS[dtype], "ACC": tl.float32}
         for name, kernel in kernels.items():
             used = {n: value for n, value in constants.items() if n in kernel.arg_names}
             code = machine_code(kernel, types, used, capability, project_align_.WARPS)

@@ -15,9 +15,10 @@ from dgsnet.builtin.crops import BLUR, JPEG, NOISE, Quality, degrade, describe, 
 from dgsnet.builtin.decoders import DECODERS
 from dgsnet.builtin.photographs import PHOTOGRAPHS, SPLITS, Photograph
 from dgsnet.config import ModelConfig
-from dgsnet.data import attach_captions, find_samples
+from dgsnet.data.captions import attach_captions
+from dgsnet.data.samples import find_samples
 from dgsnet.errors import UserError
-from dgsnet.model import DGSNet
+from dgsnet.model.dgsnet import DGSNet
 from PIL import Image
 from safetensors.torch import load_file
 

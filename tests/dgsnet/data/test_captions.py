@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from dgsnet.captions import PROMPT, Captioner, caption_command
-from dgsnet.data import attach_captions, find_samples
+from dgsnet.data.captioning import PROMPT, Captioner, caption_command
+from dgsnet.data.captions import attach_captions
+from dgsnet.data.images import read_image
+from dgsnet.data.samples import find_samples
 from dgsnet.errors import UserError
-from dgsnet.images import read_image
 from PIL import Image
 from safetensors.torch import load_file, save_file
 

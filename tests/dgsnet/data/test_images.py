@@ -10,7 +10,8 @@ import zlib
 
 import numpy as np
 import pytest
-from dgsnet.images import FORMATS, MAX_PIXELS, ImageError, read_file, read_image
+from dgsnet.data.images import FORMATS, MAX_PIXELS, ImageError, read_file, read_image
+from dgsnet.data.sources import find_items
 from PIL import Image
 
 HEIGHT, WIDTH = 40, 56
@@ -474,3 +475,38 @@ def test_mutated_files_are_read_or_refused_in_one_line(rgb, format, options):
         else:
             assert result.ndim == 3 and result.shape[2] == 3 and result.dtype == np.uint8
     assert refused > 20
+
+
+@pytest.mark.parametrize("format", ["HEIF", "AVIF"])
+def test_phone_formats_are_images_like_others(rgb, format, tmp_path):
+    if format == "AVIF" and "AVIF" not in FORMATS:
+        pytest.skip("this Pillow reads no AVIF")
+    upright = Image.fromarray(rgb)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # lies on its side
+    turned = upright.transpose(Image.Transpose.ROTATE_90)
+    for picture, options in ((upright, {}), (turned, {"exif": exif})):
+        result = read_image(encode(picture, format, quality=95, **options))
+        assert result.shape == rgb.shape and np.abs(result.astype(int) - rgb).mean() < 6
+    (tmp_path / "a.HEIC").write_bytes(encode(rgb, "HEIF"))
+    assert [item.name for item in find_items([tmp_path])] == [str(tmp_path / "a.HEIC")]
+
+
+def test_heif_is_refused_by_its_size_before_it_is_decoded(rgb):
+    data = encode(rgb, "HEIF")
+    size = struct.pack(">II", WIDTH, HEIGHT)
+    assert size in data
+    started = time.process_time()
+    with pytest.raises(ImageError):
+        read_image(data.replace(size, struct.pack(">II", 60000, 60000)))
+    assert time.process_time() - started < 1
+
+
+def test_an_image_that_nothing_here_decodes_is_a_row(tmp_path):
+    for name in ("a.jxl", "b.cr2", "c.psd"):
+        (tmp_path / name).write_bytes(b"8BPS and more")
+    items = list(find_items([tmp_path]))
+    assert len(items) == 3
+    for item in items:
+        with pytest.raises(ImageError, match="not an image of a kind that can be read"):
+            item.read()

@@ -11,22 +11,16 @@ import numpy as np
 import pytest
 import torch
 import webdataset
-from dgsnet.checkpoint import build_model, save_model
 from dgsnet.config import Config, ModelConfig, PreprocessConfig
-from dgsnet.data import (
-    SHARDS_MIXED,
-    ImageDataset,
-    Sample,
-    attach_captions,
-    epoch_order,
-    find_samples,
-    make_loader,
-)
-from dgsnet.detector import Detector
+from dgsnet.data.captions import attach_captions
+from dgsnet.data.images import ImageError
+from dgsnet.data.loading import SHARDS_MIXED, ImageDataset, epoch_order, make_loader
+from dgsnet.data.preprocess import Preprocessor
+from dgsnet.data.samples import Sample, find_samples
+from dgsnet.detection.detector import Detector
 from dgsnet.errors import UserError
-from dgsnet.evaluation import evaluate
-from dgsnet.images import ImageError
-from dgsnet.preprocess import Preprocessor
+from dgsnet.evaluation.evaluate import evaluate
+from dgsnet.model.checkpoint import build_model, save_model
 from PIL import Image
 
 PREPROCESS = Preprocessor(PreprocessConfig(mode="crop", image_size=16))

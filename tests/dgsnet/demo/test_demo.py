@@ -1,17 +1,20 @@
 """The demo's comparison on a few images and a CLIP with random weights: fair, complete, told as it is."""
 
 import json
+import os
 import re
 from html.parser import HTMLParser
 
 import numpy as np
 import pytest
-from dgsnet import demo, report
 from dgsnet.config import Config, DataConfig, ModelConfig, OptimConfig, PreprocessConfig
-from dgsnet.data import find_samples
-from dgsnet.detector import Detector
+from dgsnet.data.samples import find_samples
+from dgsnet.demo import command, report
+from dgsnet.demo import compare as demo
+from dgsnet.detection.detector import Detector
 from dgsnet.errors import UserError
-from dgsnet.evaluation import Evaluation, Score
+from dgsnet.evaluation.results import Evaluation, Score
+from dgsnet.files import locked
 from PIL import Image
 
 SPLITS = {"train": ["nearest"], "val": ["bicubic"], "test": ["shuffle", "unpool"]}
@@ -96,7 +99,7 @@ def test_every_method_and_seed_is_trained_and_measured(compared):
 def test_report_is_complete_and_self_contained(compared):
     folder, runs = compared
     samples = {split: find_samples(folder / "data", split) for split in SPLITS}
-    maps, labels = demo.feature_maps(runs, samples["test"])
+    maps, labels = command.feature_maps(runs, samples["test"])
     assert [points.shape for points in maps.values()] == [(24, 2)] * 3 and labels.sum() == 12
     page = folder / "report.html"
     report.write(page, runs, samples=samples, maps=maps, map_labels=labels, seconds=90)
@@ -151,10 +154,15 @@ def test_only_a_former_demo_is_overwritten(tmp_path):
     mine.mkdir()
     (mine / "thesis.txt").write_text("do not lose")
     with pytest.raises(UserError, match="not a demo's"):
-        demo.demo_command(str(mine))
+        command.demo_command(str(mine))
     assert (mine / "thesis.txt").read_text() == "do not lose"
 
-    former = demo._prepare(tmp_path / "former")
+    former = tmp_path / "former"
+    former.mkdir()
+    command._prepare(former)
     (former / "runs").mkdir()
     (former / "report.html").touch()
-    assert [entry.name for entry in demo._prepare(former).iterdir()] == [demo.MARKER]
+    with locked(former), pytest.raises(UserError, match=f"in use by process {os.getpid()} "):
+        command.demo_command(str(former))
+    assert (former / "report.html").exists()
+    assert [entry.name for entry in command._prepare(former).iterdir()] == [command.MARKER]

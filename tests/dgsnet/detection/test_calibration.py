@@ -1,18 +1,29 @@
 """Thresholds keep the rates they promise, temperatures are the right ones, and a calibrated model decides."""
 
 import csv
+import io
 import json
 import math
+import shutil
+import tarfile
 
 import numpy as np
 import pytest
 import torch
-from dgsnet.calibration import Calibration, calibrate, decide, fit_temperature
-from dgsnet.checkpoint import build_model, load_calibration, save_calibration, save_model
 from dgsnet.cli import main
 from dgsnet.config import Config, ModelConfig, PreprocessConfig
-from dgsnet.detector import Detector
+from dgsnet.data.images import file_hash
+from dgsnet.detection.decisions import (
+    Calibration,
+    calibrate,
+    decide,
+    fit_temperature,
+    load_calibration,
+    save_calibration,
+)
+from dgsnet.detection.detector import Detector
 from dgsnet.errors import UserError
+from dgsnet.model.checkpoint import build_model, save_model
 from PIL import Image
 from scipy import stats
 
@@ -167,7 +178,7 @@ def folder(tmp_path_factory):
     )
     model = build_model(config, with_text=False).eval()
     detector = Detector(model, config)
-    from dgsnet.images import read_image
+    from dgsnet.data.images import read_image
     from sklearn.linear_model import LogisticRegression
 
     files = [*sorted((root / "real").iterdir())[:40], *sorted((root / "fake").iterdir())[:40]]
@@ -213,7 +224,7 @@ def test_from_images_to_decisions(folder, tmp_path, capsys):
     with pytest.raises(UserError, match=r"calibrated for views=2.*views=3"):
         Detector.load(folder / "run", device="cpu", views=3)
     # Calibrating again starts from the model, not from the calibration.
-    main([*command, "--generated", str(folder / "fake"), "--fpr", "0.05", "--views", "2"])
+    main([*command, "--generated", str(folder / "fake"), "--fpr", "0.05", "--views", "2", "--replace"])
     assert load_calibration(folder / "run") == c
 
 
@@ -229,6 +240,7 @@ def test_reals_alone_suffice_for_a_threshold(folder, capsys):
             "0.1",
             "--workers",
             "0",
+            "--replace",
         ]
     )
     printed = capsys.readouterr().out
@@ -249,7 +261,7 @@ def test_reals_alone_suffice_for_a_threshold(folder, capsys):
 def test_what_cannot_be_calibrated_is_one_line(folder, capsys, options, message):
     command = ["calibrate", "--model", str(folder / "run"), "--reals", str(folder / "real"), "--fpr", "0.1"]
     with pytest.raises(SystemExit) as stop:
-        main([*command, *options])
+        main([*command, "--replace", *options])
     error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("dgsnet:")]
     assert stop.value.code == 2 and len(error) == 1 and message in error[0]
 
@@ -273,7 +285,7 @@ def test_a_damaged_calibration_is_refused(folder, tmp_path, change, message):
     path.write_text(change(path.read_text()))
     with pytest.raises(UserError, match=message) as error:
         Detector.load(folder / "run", device="cpu")
-    assert "\n" not in str(error.value) and "calibrate again" in str(error.value)
+    assert "\n" not in str(error.value) and "calibrate with --replace" in str(error.value)
 
 
 def test_a_model_saved_again_is_not_calibrated(folder, tmp_path):
@@ -283,3 +295,79 @@ def test_a_model_saved_again_is_not_calibrated(folder, tmp_path):
     assert Detector.load(tmp_path / "m", device="cpu").calibration
     save_model(tmp_path / "m", detector.model, detector.config)
     assert Detector.load(tmp_path / "m", device="cpu").calibration is None
+
+
+def labelled(folder, root, splits=("",)):
+    """The same images as a labelled dataset."""
+    for split in splits:
+        for kind, name in (("real", "0_real"), ("fake", "1_fake")):
+            shutil.copytree(folder / kind, root / split / "mine" / name)
+    return root
+
+
+@pytest.mark.parametrize("splits", [("",), ("train", "val")])
+def test_of_a_labelled_dataset_each_option_takes_its_class(folder, tmp_path, capsys, splits):
+    root = labelled(folder, tmp_path / "root", splits)
+    run = shutil.copytree(folder / "run", tmp_path / "run")
+    (run / "best" / "calibration.json").unlink(missing_ok=True)
+    command = ["calibrate", "--model", str(run), "--fpr", "0.1", "--workers", "0"]
+    main([*command, "--reals", str(root), "--generated", str(root)])
+    found = load_calibration(run)
+    said = capsys.readouterr().out
+    main([*command, "--replace", "--reals", str(folder / "real"), "--generated", str(folder / "fake")])
+    assert load_calibration(run) == found
+    count = len(list((folder / "real").iterdir())) * len(splits)
+    assert f"its {count} real images are taken, its {110 * len(splits)} generated ones are not" in said
+
+    listed, shard = str(tmp_path / "list.csv"), str(tmp_path / "shard.tar")
+    with open(listed, "w") as file, tarfile.open(shard, "w") as tar:
+        file.write("path,label\n")
+        for label, kind in enumerate(("real", "fake")):
+            for path in sorted((folder / kind).iterdir()):
+                file.write(f"{path},{label}\n")
+                tar.add(path, f"{kind}{path.name}")
+                text = tarfile.TarInfo(f"{kind}{path.stem}.cls")
+                text.size = 1
+                tar.addfile(text, io.BytesIO(str(label).encode()))
+    for source in (listed, shard):
+        main([*command, "--replace", "--reals", source, "--generated", source])
+        assert load_calibration(run) == found
+
+
+def test_a_calibration_is_not_replaced_unasked(folder, tmp_path, capsys):
+    run = shutil.copytree(folder / "run", tmp_path / "run")
+    save_calibration(run, calibrate(np.random.default_rng(0).normal(size=400), fpr=0.05))
+    before = (run / "best" / "calibration.json").read_bytes()
+    command = ["calibrate", "--model", str(run), "--reals", str(folder / "real"), "--fpr", "0.1"]
+    with pytest.raises(SystemExit) as stop:
+        main(command)
+    assert stop.value.code == 2 and "--replace" in capsys.readouterr().err
+    assert (run / "best" / "calibration.json").read_bytes() == before
+    (run / "best" / "calibration.json").write_text("{")  # a damaged one too, and --replace mends it
+    with pytest.raises(SystemExit):
+        main(command)
+    main([*command, "--replace", "--workers", "0"])
+    assert load_calibration(run).fpr == 0.1
+
+
+def test_images_of_the_training_are_told(folder, tmp_path, capsys):
+    run = shutil.copytree(folder / "run", tmp_path / "run")
+    files = sorted((folder / "real").iterdir())
+    command = [
+        "calibrate",
+        "--model",
+        str(run),
+        "--reals",
+        *map(str, files),
+        "--fpr",
+        "0.1",
+        "--workers",
+        "0",
+    ]
+    (run / "best" / "calibration.json").unlink(missing_ok=True)
+    main(command)
+    assert "warning" not in capsys.readouterr().err  # the model does not say what it was trained on
+    np.save(run / "best" / "training_images.npy", np.unique([file_hash(p.read_bytes()) for p in files[3:5]]))
+    main([*command, "--replace"])
+    said = capsys.readouterr().err
+    assert f"warning: 2 of {len(files)} images were in this model's training, such as {files[3]}" in said

@@ -1,5 +1,6 @@
 """Scores are a function of the image, and damaged images cost one row."""
 
+import io
 import subprocess
 import sys
 from dataclasses import replace
@@ -7,11 +8,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from dgsnet.calibration import calibrate
-from dgsnet.checkpoint import load_model
-from dgsnet.detector import Detector, prepare_views
+from dgsnet.data.images import read_image
+from dgsnet.detection.decisions import calibrate
+from dgsnet.detection.detector import Detector, prepare_views
 from dgsnet.errors import UserError
-from dgsnet.images import read_image
+from dgsnet.model.checkpoint import load_model
 from PIL import Image
 
 from tests.support.tiny import CROP, PATCHES, save_tiny
@@ -147,3 +148,40 @@ def test_impossible_settings_are_one_line(run, images):
 def test_importing_the_detector_is_quick():
     code = "import sys; from dgsnet import Detector; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_what_else_an_image_may_be(run, images):
+    detector = Detector.load(run, device="cpu")
+    path = sorted(images.glob("*.png"))[0]
+    single = np.asarray(Image.open(path))
+    expected = detector.predict(path)[0]
+    batch = np.stack([single, np.zeros_like(single), single])
+    scores = detector.predict(batch)
+    assert scores.shape == (3,) and scores[0] == scores[2] == expected != scores[1]
+    opaque = np.concatenate([batch, np.full_like(batch[..., :1], 255)], axis=-1)
+    np.testing.assert_array_equal(detector.predict(opaque), scores)
+    assert detector.predict(path.read_bytes()) == detector.predict([path.read_bytes()]) == expected
+
+
+@pytest.mark.parametrize(
+    ("image", "error", "message"),
+    [
+        (None, TypeError, "got NoneType"),
+        (3, TypeError, "got int"),
+        (torch.zeros(2, 3, 32, 32), TypeError, "got Tensor; Detector.logits takes prepared tensors"),
+        (io.BytesIO(b"x"), TypeError, "got BytesIO; give the file's path, or its content as bytes"),
+        (np.zeros((4, 5, 3)), ValueError, r"must be uint8 .* got float64 \[4, 5, 3\]"),
+        (np.zeros((3, 4, 5), np.uint8), ValueError, r"got uint8 \[3, 4, 5\]"),
+        (np.zeros((2, 3, 4, 5), np.uint8), ValueError, r"got uint8 \[(2, )?3, 4, 5\]"),
+        (np.zeros(5, np.uint8), ValueError, r"got uint8 \[5\]"),
+    ],
+)
+def test_what_is_no_image_is_refused_at_once(run, images, image, error, message):
+    detector = Detector.load(run, device="cpu")
+    detector.logits = None  # nothing is scored before
+    good = sorted(images.glob("*.png"))[0]
+    for given in (image, [good, image]):
+        with pytest.raises(error, match=message):
+            detector.predict(given)
+    with pytest.raises(error, match=message):
+        list(detector.stream(iter([image]), workers=0))

@@ -7,9 +7,9 @@ import pytest
 import torch
 from dgsnet.cli import main
 from dgsnet.config import Config, PreprocessConfig
-from dgsnet.detector import Detector
-from dgsnet.heatmaps import draw, heatmap, save
-from dgsnet.images import read_image
+from dgsnet.data.images import read_image
+from dgsnet.detection.detector import Detector
+from dgsnet.detection.heatmaps import draw, heatmap, save
 from PIL import Image
 
 from tests.support.tiny import PATCHES, save_tiny

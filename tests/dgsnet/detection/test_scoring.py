@@ -10,18 +10,20 @@ import time
 from dataclasses import dataclass
 
 import numpy as np
+import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
 import webdataset
-from dgsnet.checkpoint import build_model, save_model
 from dgsnet.config import Config, ModelConfig, PreprocessConfig
-from dgsnet.detector import Detector
+from dgsnet.data.sources import Item, find_items
+from dgsnet.data.tables import Partial
+from dgsnet.detection.detector import Detector
+from dgsnet.detection.rows import Score
+from dgsnet.detection.scoring import predict_command, score, settings
 from dgsnet.errors import UserError
-from dgsnet.partial import Partial
-from dgsnet.scoring import Score, predict_command, score, settings
-from dgsnet.sources import Item, find_items
+from dgsnet.model.checkpoint import build_model, save_model
 from PIL import Image
 
 from tests.support.fresh import FORKSERVER
@@ -434,8 +436,10 @@ def test_a_killed_run_goes_on_without_losing_or_repeating_a_row(run, images, tab
         child.start()
         while child.is_alive() and (not part.exists() or part.read_bytes().count(b"\n") < least):
             time.sleep(0.002)
+        workers = psutil.Process(child.pid).children(recursive=True)
         os.kill(child.pid, signal.SIGKILL)
         child.join()
+        assert workers and not psutil.wait_procs(workers, timeout=20)[1]
         assert not out.exists()
         kept.append(part.read_bytes().count(b"\n") - 1)
         with open(part, "ab") as file:

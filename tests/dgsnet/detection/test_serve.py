@@ -1,6 +1,7 @@
 """The page in a real browser and its API under a real server: predict's scores, and no more than allowed."""
 
 import io
+import json
 import shutil
 import socket
 import subprocess
@@ -9,12 +10,12 @@ import sys
 import httpx
 import numpy as np
 import pytest
-from dgsnet.checkpoint import save_calibration
 from dgsnet.cli import main
-from dgsnet.detector import Detector
-from dgsnet.heatmaps import draw, heatmap
-from dgsnet.images import read_image
-from dgsnet.serve import RateLimit, create_app
+from dgsnet.data.images import read_image
+from dgsnet.detection.decisions import save_calibration
+from dgsnet.detection.detector import Detector
+from dgsnet.detection.heatmaps import draw, heatmap
+from dgsnet.detection.serve import RateLimit, create_app
 from fastapi.testclient import TestClient
 from PIL import Image
 
@@ -87,7 +88,7 @@ def test_heatmaps_are_those_of_predict(client, images, detector):
 
 
 def test_a_calibrated_model_decides_by_its_calibration(run, images, tmp_path):
-    from dgsnet.calibration import calibrate
+    from dgsnet.detection.decisions import calibrate
 
     copy = tmp_path / "run"
     shutil.copytree(run, copy)
@@ -259,3 +260,40 @@ def test_the_page_in_a_browser(url, images, detector):
         # What the browser itself says of the answer 422 to the broken image, and nothing else.
         assert [text for text in problems if "422" not in text] == []
         browser.close()
+
+
+def test_a_form_is_read_as_the_body_is(client, url, images):
+    """As curl -F and browsers send it."""
+    data = (images / "0.png").read_bytes()
+    expected = client.post("/api/score?name=0.png", content=data).json()
+    assert client.post("/api/score", files={"file": ("0.png", data)}).json() == expected
+    named = client.post("/api/score?name=mine", files={"file": ("0.png", data)}, data={"more": "words"})
+    assert named.json() == expected | {"name": "mine"}
+    done = subprocess.run(
+        ["curl", "-sS", "-F", f"file=@{images / '0.png'}", f"{url}/api/score"], capture_output=True, text=True
+    )
+    assert json.loads(done.stdout) == expected
+
+
+def test_a_form_that_is_none_is_refused_in_one_line(client, images):
+    data = (images / "0.png").read_bytes()
+    two = [("file", ("a.png", data)), ("file", ("b.png", data))]
+    assert client.post("/api/score", files=two).json() == {"detail": "expected one file in the form, got 2"}
+    kind = {"content-type": "multipart/form-data; boundary=x"}
+    for content in (
+        b"",
+        data,
+        b'--x\r\nContent-Disposition: form-data; name="file"; filename="a"\r\n\r\n' + data,
+    ):
+        answer = client.post("/api/score", content=content, headers=kind)
+        assert answer.status_code == 400 and "form" in answer.json()["detail"]
+    answer = client.post("/api/score", content=data, headers={"content-type": "multipart/form-data"})
+    assert answer.status_code == 400 and "form" in answer.json()["detail"]
+    assert client.post("/api/score", files={"file": bytes(LIMIT + 1)}).status_code == 413
+
+
+def test_another_name_of_this_machine_is_refused_in_json(client):
+    answer = client.get("/api/health", headers={"host": "evil.example:80"})
+    assert answer.status_code == 400
+    assert answer.json() == {"detail": "this page is not served as 'evil.example:80'"}
+    assert client.get("/api/health", headers={"host": "[::1]:8000"}).status_code == 200

@@ -16,15 +16,20 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 import torch
-from dgsnet import cli, evaluation, evaluation_report, published, robustness
-from dgsnet.calibration import Calibration
-from dgsnet.checkpoint import build_model, save_calibration, save_model
+from dgsnet import cli
 from dgsnet.config import Config, ModelConfig, PreprocessConfig
-from dgsnet.detector import Detector
+from dgsnet.data.images import read_image
+from dgsnet.detection.decisions import Calibration, save_calibration
+from dgsnet.detection.detector import Detector
 from dgsnet.errors import UserError
-from dgsnet.evaluation import Evaluation, Score, find_suites
-from dgsnet.images import read_image
-from dgsnet.metrics import _Scores, interval, metrics, reliability, resampled, roc
+from dgsnet.evaluation import evaluate as evaluation
+from dgsnet.evaluation import metrics as evaluation_metrics
+from dgsnet.evaluation import published, robustness
+from dgsnet.evaluation import report as evaluation_report
+from dgsnet.evaluation.evaluate import find_suites
+from dgsnet.evaluation.metrics import _Scores, interval, metrics, reliability, resampled, roc
+from dgsnet.evaluation.results import Evaluation, Score
+from dgsnet.model.checkpoint import build_model, save_model
 from PIL import Image
 
 RNG = np.random.default_rng(0)
@@ -176,7 +181,7 @@ def test_resampling_is_seeded_and_within_classes(monkeypatch):
     assert (first["auc"] != other["auc"]).any() and len(first["auc"]) == 1000
     # The share of generated images is not left to chance.
     assert set(resampled(labels, np.ones(50), seed=0)["accuracy"]) == {0.2}
-    from dgsnet import metrics as module
+    from dgsnet.evaluation import metrics as module
 
     monkeypatch.setattr(module, "CHUNK", 500)
     assert len(resampled(labels, scores, resamples=37)["auc"]) == 37
@@ -228,7 +233,7 @@ def test_one_class_has_accuracy_but_no_ranking(label):
 
 def test_no_images_is_nan_everywhere():
     result = metrics([], [])
-    assert all(math.isnan(result[key]) for key in evaluation.MEASURES)
+    assert all(math.isnan(result[key]) for key in evaluation_metrics.MEASURES)
     assert result["n_real"] == result["n_generated"] == 0
     assert all(math.isnan(bound) for bound in interval(resampled([], [])["auc"]))
 
@@ -510,17 +515,19 @@ def test_a_killed_evaluation_goes_on(model, data, tmp_path):
 def test_scores_of_other_settings_are_refused(model, data, tmp_path, capsys):
     run(model, data, tmp_path / "o")
     other = make_model(tmp_path / "other", seed=1)
-    with pytest.raises(UserError, match=r"scores.jsonl holds scores made with other settings \(model\)"):
+    with pytest.raises(UserError, match=r"scores.jsonl holds scores that were made with another model: give"):
         run(other, data, tmp_path / "o")
-    with pytest.raises(UserError, match=r"\(views\)"):
+    with pytest.raises(UserError, match="made with another number of views"):
         run(model, data, tmp_path / "o", views=2)
+    with pytest.raises(UserError, match="made with other images, or other names of suites"):
+        run(model, [f"renamed={data}"], tmp_path / "o")
     (data / "alpha/1_fake/0.png").unlink()
     before = (tmp_path / "o/scores.jsonl").read_bytes()
     capsys.readouterr()
     with pytest.raises(SystemExit) as end:
         cli.main(["evaluate", "--data", str(data), "--model", str(model), "--out", str(tmp_path / "o")])
     message = capsys.readouterr().err
-    assert end.value.code == 2 and "(images)" in message and len(message.splitlines()) == 1
+    assert end.value.code == 2 and "other images" in message and len(message.splitlines()) == 1
     assert (tmp_path / "o/scores.jsonl").read_bytes() == before
 
 

@@ -4,10 +4,10 @@ import io
 
 import numpy as np
 import pytest
-from dgsnet import robustness
+from dgsnet.data.images import ImageError, read_image
 from dgsnet.errors import UserError
-from dgsnet.images import ImageError, read_image
-from dgsnet.robustness import Distorted, Distortion, parse
+from dgsnet.evaluation import robustness
+from dgsnet.evaluation.robustness import Distorted, Distortion, parse
 from PIL import Image
 
 RNG = np.random.default_rng(0)

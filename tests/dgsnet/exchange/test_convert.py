@@ -7,12 +7,12 @@ import open_clip
 import pytest
 import torch
 import torch.nn.functional as F
-from dgsnet.checkpoint import load_model, read_extra
 from dgsnet.cli import main
-from dgsnet.convert import convert, read
-from dgsnet.detector import Detector
+from dgsnet.detection.detector import Detector
 from dgsnet.errors import UserError
-from dgsnet.model import BUILTIN_FOLDER
+from dgsnet.exchange.convert import convert, read
+from dgsnet.model.backbones import BUILTIN_FOLDER
+from dgsnet.model.checkpoint import load_model, read_extra
 from safetensors.torch import load_file
 
 from tests.support.tiny import add_quick_gelu
@@ -210,6 +210,19 @@ def test_stage_1_is_the_linear_head_on_the_frozen_encoder(tmp_path, capsys):
     assert detector.config.model.lora_rank == 0 and detector.config.surgery.mode == "none"
 
 
+@pytest.mark.parametrize(
+    "mixed, merged",
+    [("resblocks.1.attn.", False), ("resblocks.0.attn.k_proj.", True), ("resblocks.0.attn.q_proj.", False)],
+)
+def test_half_merged_files_are_refused(tmp_path, mixed, merged):
+    state, other = official(NAME, merged=merged), official(NAME, merged=not merged)
+    weights = [key for key in state if mixed in key and key.endswith("_proj.weight") and "frozen" not in key]
+    assert weights
+    torch.save(state | {key: other[key] for key in weights}, tmp_path / "c.pth")
+    with pytest.raises(UserError, match="not the one that it is in the blocks before"):
+        read(tmp_path / "c.pth", name=NAME, alpha=ALPHA)
+
+
 def test_adapters_that_were_never_trained_count_as_not_merged(tmp_path):
     torch.save(official(NAME, trained=False), tmp_path / "c.pth")
     assert not read(tmp_path / "c.pth", name=NAME, alpha=ALPHA).merged
@@ -217,7 +230,7 @@ def test_adapters_that_were_never_trained_count_as_not_merged(tmp_path):
 
 def test_the_published_settings_are_the_default():
     from dgsnet.config import Config, PreprocessConfig
-    from dgsnet.convert import Official, _config
+    from dgsnet.exchange.convert import Official, _config
 
     config = _config("ViT-L-14-quickgelu", "x", Official({}, {}, {}, rank=6, stage=2, merged=False), 6.0)
     assert config.preprocess == PreprocessConfig() == PreprocessConfig("patches", 224, 32, 49, "imagenet")

@@ -8,14 +8,14 @@ import numpy as np
 import open_clip
 import pytest
 import torch
-from dgsnet.calibration import calibrate
-from dgsnet.checkpoint import build_model, save_calibration, save_model
 from dgsnet.cli import main
 from dgsnet.config import Config, DataConfig, ModelConfig, PreprocessConfig
-from dgsnet.detector import Detector
+from dgsnet.data.preprocess import Preprocessor, content_seed
+from dgsnet.detection.decisions import calibrate, save_calibration
+from dgsnet.detection.detector import Detector
 from dgsnet.errors import UserError
-from dgsnet.export import CONTRACT, CONTRACT_FILE, _check, export
-from dgsnet.preprocess import Preprocessor, content_seed
+from dgsnet.exchange.export import CONTRACT, CONTRACT_FILE, _check, export
+from dgsnet.model.checkpoint import build_model, save_model
 from safetensors import safe_open
 
 from dgs_kernels.ops.select_patches import select_patches

@@ -4,11 +4,12 @@ import json
 import os
 import shutil
 
+import numpy as np
 import pytest
 import torch
-from dgsnet import checkpoint
 from dgsnet.config import Config, ModelConfig, PreprocessConfig
 from dgsnet.errors import UserError
+from dgsnet.model import checkpoint
 from safetensors.torch import load_file, save_file
 
 CONFIG = Config(
@@ -211,3 +212,24 @@ def test_a_run_folder_without_a_model_says_so(tmp_path):
     (tmp_path / "config.json").write_text(CONFIG.to_json())
     with pytest.raises(UserError, match="no finished model yet"):
         checkpoint.load_model(tmp_path)
+
+
+def test_an_empty_configuration_downloads_nothing(folder, monkeypatch):
+    """It would mean the published backbone."""
+    monkeypatch.setattr(checkpoint, "build_model", None)
+    (folder / "config.json").write_text("{}")
+    with pytest.raises(UserError, match=r"config\.json is damaged.*it names no model"):
+        checkpoint.load_model(folder)
+
+
+def test_what_a_model_was_trained_on(folder, trained):
+    assert checkpoint.trained_on(folder).tolist() == []  # it does not say
+    hashes = np.array([-5, 3, 2**62])
+    state, backbone = checkpoint.trained_state(trained), checkpoint.fingerprint(trained)
+    checkpoint.write_model(folder, state, backbone, CONFIG, trained_on=hashes)
+    assert checkpoint.trained_on(folder.parent).tolist() == hashes.tolist()
+    assert same(checkpoint.load_model(folder)[0], trained)
+    path = folder / "training_images.npy"
+    path.write_bytes(path.read_bytes()[:-3])
+    with pytest.raises(UserError, match=r"training_images\.npy is damaged"):
+        checkpoint.trained_on(folder)

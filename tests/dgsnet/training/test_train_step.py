@@ -11,8 +11,8 @@ import open_clip
 import pytest
 import torch
 from dgsnet.config import PreprocessConfig
-from dgsnet.images import read_image
-from dgsnet.preprocess import Preprocessor
+from dgsnet.data.images import read_image
+from dgsnet.data.preprocess import Preprocessor
 from PIL import Image
 
 from benchmarks import train_step

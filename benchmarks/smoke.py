@@ -1,0 +1,63 @@
+"""`python -m benchmarks.smoke`: every operation on every backend of ours once, at sizes that take each path.
+
+Against the exact result, as before a benchmark, and in seconds. Each operation has a process of its own, as a
+kernel that reads where it must not takes the whole process along. Ends with exit code 1 if anything is wrong.
+"""
+
+from __future__ import annotations
+
+import importlib
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+
+from benchmarks import harness
+
+# (rows, dim) of the benchmarks' cases: rows in registers, in a cluster and in parts; lists whose layers fit a
+# cluster and lists whose layers do not.
+SIZES = {
+    "project_align": [(65, 768), (3, 123), (2, 20000), (1, 131072), (1, 1_000_003)],
+    "surgery_head": [(32, 768), (65, 123), (700, 1024), (5, 8192)],
+    "project_align_": [(24, 768), (24, 5), (8448, 768)],
+    "surgery_adamw_": [(24, 768), (24, 5), (8448, 768)],
+    "spectral_entropy": [(256, 320)],
+}
+
+
+def check(operation: str) -> bool:
+    """Prints a line for each size, type and backend; whether all are right."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    module, right = importlib.import_module(f"benchmarks.{operation}"), True
+    for rows, dim in SIZES[operation]:
+        for dtype in (torch.float32, torch.bfloat16):
+            case = module.case(rows, dim, dtype, device)
+            for name in [n for n in case.variants if not n.startswith((harness.OURS, harness.EAGER))]:
+                del case.variants[name]  # others', and compilers that take their time
+            errors, faults = harness.verify(case, case.inputs())
+            for name in case.variants:
+                found = faults.get(name) or f"right, off by at most {errors[name]:.2g}"
+                print(f"{operation:18}{rows:8} x {dim:<8}{dtype!s:16}{name:24}{found}", flush=True)
+            right &= not faults
+    return right
+
+
+def main(operations: list[str]) -> None:
+    if operations:
+        sys.exit(not all([check(operation) for operation in operations]))
+
+    def run(operation: str) -> subprocess.CompletedProcess:
+        command = [sys.executable, "-m", "benchmarks.smoke", operation]
+        return subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+    with ThreadPoolExecutor() as pool:
+        outcomes = dict(zip(SIZES, pool.map(run, SIZES)))
+    for outcome in outcomes.values():
+        print(outcome.stdout, end="")
+    if wrong := [operation for operation, outcome in outcomes.items() if outcome.returncode]:
+        sys.exit(f"wrong or failed: {', '.join(wrong)}")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,1 @@
+"""Images, captions and tables: found, read, prepared and fed."""

@@ -1,0 +1,318 @@
+"""Feeding labelled images to training and measuring, in a reproducible order."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Iterable, Iterator
+from functools import partial
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from dgsnet.data.images import ImageError, file_hash, read_image
+from dgsnet.data.preprocess import Preprocessor
+from dgsnet.data.samples import Sample
+from dgsnet.processes import start_worker, usable_cores
+
+SHARDS_MIXED = 16  # shards read at a time
+
+
+class ImageDataset(Dataset):
+    """Decoded and preprocessed samples; an image that cannot be read becomes an item with its error.
+
+    Augmentation is a function of (seed, epoch, index) alone, whatever the number of workers.
+
+    Args:
+        samples: what to read.
+        preprocess: a preprocess.Preprocessor.
+        train: augment.
+        seed: decides the augmentation, at least 0.
+        selection: "workers": items hold the finished input; "device": in mode "patches" they hold all
+            patches of the image, and `pixels_on` selects on the device, for the batch at once.
+    """
+
+    def __init__(
+        self,
+        samples: list[Sample],
+        preprocess: Preprocessor,
+        *,
+        train: bool,
+        seed: int = 0,
+        selection: Literal["workers", "device"] = "workers",
+    ) -> None:
+        self.samples = samples
+        self.preprocess = preprocess
+        self.train = train
+        self.seed = seed
+        self.cut_only = selection == "device" and preprocess.config.mode == "patches"
+        # Shared memory, because persistent workers hold their own copy of this object.
+        self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch whose augmentation is drawn; reaches running workers."""
+        self._epoch.fill_(epoch)
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """dict(pixels float32 [3, S, S], label, caption, index, hash), or dict(error, index).
+
+        Where the device selects, `patches`, `seed` and `flip` of `Preprocessor.cut` in place of `pixels`.
+        """
+        sample = self.samples[index]
+        rng = np.random.default_rng((self.seed, int(self._epoch), index)) if self.train else None
+        try:
+            data = sample.item.read_bytes()
+            image = read_image(data, name=sample.path)
+            if self.cut_only:
+                content = dict(zip(("patches", "seed", "flip"), self.preprocess.cut(image, rng=rng)))
+            else:
+                content = {"pixels": self.preprocess(image, rng=rng)}
+        except ImageError as error:
+            text = str(error)
+            return {"error": text if sample.path in text else f"{sample.path}: {text}", "index": index}
+        item = {"label": sample.label, "caption": sample.caption or "", "index": index}
+        return content | item | {"hash": file_hash(data)}
+
+
+def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
+    """A batch of the items that could be read.
+
+    Returns:
+        dict(pixels float32 [n, 3, S, S], labels float32 [n], captions list[str], index int64 [n], hashes
+        int64 [n] of the files, errors list of (index, message)). n may be 0, and pixels then is [0, 3, 0, 0]:
+        skip such a batch. Where the device selects, the arguments of `Preprocessor.select` in place of
+        `pixels`.
+    """
+    good = [item for item in items if "error" not in item]
+    if good and "patches" in good[0]:
+        content = {
+            "patches": torch.cat([item["patches"] for item in good]),
+            "counts": torch.tensor([len(item["patches"]) for item in good]),
+            "seeds": torch.tensor([item["seed"] for item in good]),
+            "flips": torch.tensor([item["flip"] for item in good]),
+        }
+    else:
+        content = {
+            "pixels": torch.stack([item["pixels"] for item in good]) if good else torch.empty(0, 3, 0, 0)
+        }
+    return content | {
+        "labels": torch.tensor([item["label"] for item in good], dtype=torch.float32),
+        "captions": [item["caption"] for item in good],
+        "index": torch.tensor([item["index"] for item in good], dtype=torch.int64),
+        "hashes": torch.tensor([item["hash"] for item in good], dtype=torch.int64),
+        "errors": [(item["index"], item["error"]) for item in items if "error" in item],
+    }
+
+
+def pixels_on(device: torch.device, batch: dict[str, Any], preprocess: Preprocessor) -> Tensor:
+    """The pixels of a batch of `collate` on the device, selected there if its workers have not.
+
+    Returns:
+        float32 [n, 3, S, S].
+    """
+    if "pixels" in batch:
+        return batch["pixels"].to(device, non_blocking=True)
+    names = ("patches", "counts", "seeds", "flips")
+    return preprocess.select(*(batch[name].to(device, non_blocking=True) for name in names))
+
+
+def epoch_order(samples: list[Sample], rng: np.random.Generator) -> np.ndarray:
+    """A random order of the samples that reads shards a few at a time.
+
+    Images in files of their own come in any order. Shards come in a random order, SHARDS_MIXED at a time,
+    and the images of these, with an equal part of the images in files, in any order.
+    """
+    archives = np.array([sample.archive for sample in samples])
+    if not archives.any():
+        return rng.permutation(len(samples))
+    names, shard = np.unique(archives, return_inverse=True)
+    of_shard = np.split(np.argsort(shard, kind="stable"), np.cumsum(np.bincount(shard))[:-1])
+    alone = rng.permutation(of_shard.pop(0)) if names[0] == "" else np.empty(0, np.int64)
+    windows = max(1, -(-len(of_shard) // SHARDS_MIXED))
+    parts = zip(
+        np.array_split(rng.permutation(len(of_shard)), windows), np.array_split(alone, windows), strict=True
+    )
+    return np.concatenate(
+        [rng.permutation(np.concatenate([files, *(of_shard[i] for i in few)])) for few, files in parts]
+    )
+
+
+class EpochSampler(Sampler[int]):
+    """An order that is a function of (seed, epoch), and can start in the middle without decoding the rest."""
+
+    def __init__(self, dataset: ImageDataset, *, shuffle: bool, seed: int = 0) -> None:
+        self.dataset = dataset
+        self.shuffle = shuffle
+        self.seed = seed
+        self.epoch = 0
+        self.skip = 0
+
+    def set_epoch(self, epoch: int, skip: int | None = None) -> None:
+        """Choose the epoch, of the dataset's augmentation too, and how many samples of it to leave out.
+
+        Without `skip` nothing is left out of a new epoch, and an epoch already chosen keeps what it had
+        (accelerate's loaders repeat the call when iteration starts).
+        """
+        if skip is not None or epoch != self.epoch:
+            self.skip = skip or 0
+        self.epoch = epoch
+        self.dataset.set_epoch(epoch)
+
+    def __len__(self) -> int:
+        return max(len(self.dataset) - self.skip, 0)
+
+    def __iter__(self) -> Iterator[int]:
+        order = np.arange(len(self.dataset))
+        if self.shuffle:
+            order = epoch_order(self.dataset.samples, np.random.default_rng((self.seed, self.epoch)))
+        return iter(order[self.skip :].tolist())
+
+
+def make_loader(
+    dataset: ImageDataset,
+    *,
+    batch_size: int,
+    workers: int = 0,
+    prefetch: int = 2,
+    shuffle: bool = False,
+    seed: int = 0,
+    told: bool = False,
+) -> DataLoader:
+    """A loader whose batches depend on seed and epoch alone.
+
+    Before each epoch call `loader.sampler.set_epoch(epoch, skip=samples_already_seen)`; a run resumed that
+    way sees the rest of its epoch as if it had not stopped, and decodes nothing twice.
+
+    Args:
+        dataset: what to load.
+        batch_size: samples per batch, before damaged ones are dropped.
+        workers: decoding processes, kept alive over epochs; 0 decodes in this process.
+        prefetch: batches that every worker makes ahead.
+        shuffle: draw a new order each epoch.
+        seed: decides the order, at least 0.
+        told: another loader's workers give the warnings.
+    """
+    return DataLoader(
+        dataset,
+        batch_size=batch_size,
+        sampler=EpochSampler(dataset, shuffle=shuffle, seed=seed),
+        **loader_options(workers, prefetch, told),
+    )
+
+
+def loader_options(workers: int, prefetch: int = 2, told: bool = False) -> dict[str, Any]:
+    """What every DataLoader of an ImageDataset has in common; `told`: as `processes.start_worker` has it."""
+    return {
+        "num_workers": workers,
+        "collate_fn": collate,
+        "pin_memory": torch.cuda.is_available(),
+        "persistent_workers": workers > 0,
+        "prefetch_factor": prefetch if workers else None,
+        "worker_init_fn": partial(start_worker, told=told),
+    }
+
+
+class LoaderWatch:
+    """Warns once, with figures, when training waits for its images rather than they for it.
+
+    A wait counts where the device had nothing left to do when it ended. Shares are taken over at least
+    `STEPS` steps and `SECONDS` seconds, after the first `WARM_UP` steps of an epoch, in which workers start.
+
+    Args:
+        workers: data-loading processes of this process.
+        device: where training computes.
+    """
+
+    WARM_UP, STEPS, SECONDS = 5, 20, 5.0
+    SHARE = 0.2  # of the time spent waiting; below it there is little to gain
+
+    def __init__(self, workers: int, device: torch.device) -> None:
+        self.workers = workers
+        self.done = torch.cuda.Event() if device.type == "cuda" else None
+        self.told = False
+        self.start()
+
+    def start(self) -> None:
+        """Begin an epoch."""
+        self._open(-self.WARM_UP)
+
+    def next(self, batches: Iterator[dict[str, Any]]) -> dict[str, Any]:
+        """The next batch, and a note of how long it took to come."""
+        before = time.perf_counter()
+        batch = next(batches)
+        if self.done is None or self.done.query():
+            self.waited += time.perf_counter() - before
+        return batch
+
+    def step(self, images: int) -> None:
+        """An optimiser step over so many images of this process has been handed to the device."""
+        if self.done is not None:
+            self.done.record()
+        self.steps += 1
+        self.images += images
+        elapsed = time.perf_counter() - self.opened
+        if self.steps == 0:
+            self._open(0)
+        elif self.steps >= self.STEPS and elapsed >= self.SECONDS:
+            if self.waited > self.SHARE * elapsed and not self.told:
+                warnings.warn(self._message(elapsed), stacklevel=2)
+                self.told = True
+            self._open(0)
+
+    def _open(self, steps: int) -> None:
+        self.steps, self.images, self.waited, self.opened = steps, 0, 0.0, time.perf_counter()
+
+    def _message(self, elapsed: float) -> str:
+        cores = usable_cores()
+        more = (
+            f"raise data.workers ({self.workers} now, the machine has {cores} cores)"
+            if self.workers < cores
+            else f"all {cores} cores are busy: scale the images down beforehand, or use more cores per GPU"
+        )
+        return (
+            f"training waits for its images {self.waited / elapsed:.0%} of the time: they come at "
+            f"{self.images / elapsed:.0f} images/s, the step could take "
+            f"{self.images / (elapsed - self.waited):.0f} images/s; {more} (docs/data.md, Speed)"
+        )
+
+
+class DamageReport:
+    """Keeps count of images that could not be read: one warning per file, and a line for the end.
+
+    Example:
+        >>> import warnings
+        >>> from dgsnet.data.loading import DamageReport
+        >>> report = DamageReport(total=100)
+        >>> with warnings.catch_warnings():
+        ...     warnings.simplefilter("ignore")
+        ...     report.add([(7, "b.png: empty file")])
+        >>> report.summary()
+        '1 of 100 images could not be read and was left out: b.png: empty file'
+    """
+
+    def __init__(self, total: int) -> None:
+        self.total = total
+        self.errors: dict[int, str] = {}
+
+    def add(self, errors: Iterable[tuple[int, str]]) -> None:
+        """Take in a batch's errors."""
+        for index, message in errors:
+            if index not in self.errors:
+                self.errors[index] = message
+                warnings.warn(f"left out: {message}", stacklevel=2)
+
+    def summary(self, shown: int = 3) -> str | None:
+        """One line with the count and the first few, None if all could be read."""
+        if not self.errors:
+            return None
+        count = len(self.errors)
+        first = "; ".join(list(self.errors.values())[:shown])
+        more = f"; and {count - shown} more" if count > shown else ""
+        verb = "was" if count == 1 else "were"
+        return f"{count} of {self.total} images could not be read and {verb} left out: {first}{more}"

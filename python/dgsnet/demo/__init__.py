@@ -1,0 +1,1 @@
+"""Detectors trained and compared on the built-in data."""

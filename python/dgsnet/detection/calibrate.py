@@ -1,0 +1,91 @@
+"""`dgsnet calibrate`: a model's threshold, from images whose class is known."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from dgsnet.data.samples import find_labelled
+from dgsnet.data.sources import Item, find_images
+from dgsnet.detection.decisions import calibrate, load_calibration, save_calibration, summary
+from dgsnet.detection.detector import Detector
+from dgsnet.detection.overlap import warn_of_training_images
+from dgsnet.errors import UserError
+
+CLASSES = {0: "real", 1: "generated"}
+
+
+def calibrate_command(
+    model: str,
+    reals: list[str],
+    generated: list[str] | None = None,
+    fpr: float = 0.01,
+    miss_rate: float | None = None,
+    views: int = 1,
+    replace: bool = False,
+    device: str | None = None,
+    workers: int | None = None,
+) -> None:
+    """Set a model's threshold for a false-positive rate, from images whose class is known.
+
+    Writes calibration.json into the model's folder; `dgsnet predict` then says generated, real or unsure.
+
+    Args:
+        model: a model folder, or the folder of a training run.
+        reals: real images like those to be decided on: files, folders (searched recursively), glob patterns.
+            Of a labelled dataset its real images are taken.
+        generated: generated images; needed for calibrated probabilities and a bound on misses. Of a labelled
+            dataset its generated images are taken.
+        fpr: how many of all real images may be called generated.
+        miss_rate: how many of all generated images may be called real; as fpr if not given.
+        views: mosaics averaged per image, then and whenever the model is used.
+        replace: put the new calibration in the place of one that the model has.
+        device: torch device; the GPU where there is one if not given.
+        workers: processes that read and prepare images; chosen if not given.
+    """
+    if not replace and (before := load_calibration(model)):
+        raise UserError(
+            f"{model} is calibrated already (threshold {before.threshold:.6f} from {before.n_reals} real "
+            "images): give --replace to calibrate it anew"
+        )
+    items = {label: _items(paths, label) for label, paths in enumerate((reals, generated)) if paths}
+    warn_of_training_images(model, [item for found in items.values() for item in found])
+    # An older calibration must not decide how these scores are made.
+    detector = Detector.load(model, device, views=views, calibrated=False)
+    logits = [_logits(detector, found, workers) for found in items.values()]
+    result = calibrate(*logits, fpr=fpr, miss_rate=miss_rate, views=views)
+    print(summary(result))
+    print(f"written to {save_calibration(model, result)}")
+
+
+def _items(paths: Sequence[str], label: int) -> list[Item]:
+    """The images that paths stand for; of a labelled dataset those of this label, with a word of it."""
+    plain, items = [], []
+    for path in paths:
+        if not (samples := find_labelled(path)):
+            plain.append(path)
+            continue
+        taken = [sample.item for sample in samples if sample.label == label]
+        print(
+            f"{path} is a labelled dataset: its {len(taken)} {CLASSES[label]} images are taken, its "
+            f"{len(samples) - len(taken)} {CLASSES[1 - label]} ones are not"
+        )
+        items += taken
+    found, missing = find_images(plain) if plain else ([], {})
+    for path, why in missing.items():
+        raise UserError(f"{path}: {why}; give image files, folders or quoted glob patterns")
+    return items + found
+
+
+def _logits(detector: Any, items: Sequence[Item], workers: int | None) -> np.ndarray:
+    """Logits of the images that can be read; one that is there twice counts once, as its score tells."""
+    from tqdm import tqdm
+
+    logits = detector.stream_logits(items, workers=workers)
+    scores = list(tqdm(logits, total=len(items), unit="image", disable=None))
+    for _, error in scores:
+        if error:
+            print(f"left out: {error}")
+    return np.unique([logit for logit, error in scores if not error])

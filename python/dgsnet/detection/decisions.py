@@ -1,0 +1,315 @@
+"""Decisions with a stated error rate: a threshold for a wanted false-positive rate, a temperature, and a band
+between "real" and "generated" in which the detector says "unsure". docs/decisions.md has the rules.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dgsnet.errors import UserError
+from dgsnet.files import one_line, write_file
+
+CALIBRATION_FILE = "calibration.json"
+# Without a calibration: the published rule, and no abstaining.
+THRESHOLD = 0.5
+# Scores are written, calibrated and compared at this many decimals, so that a written row agrees with itself.
+DECIMALS = 6
+# Probability with which the stated rates hold, over the choice of calibration images.
+CONFIDENCE = 0.95
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """How a model's scores become decisions; `calibration.json` of a model folder.
+
+    All probabilities are calibrated ones, sigmoid(logit / temperature), rounded to DECIMALS.
+
+    Attributes:
+        threshold: above it an image is called generated.
+        low: at or below it an image is called real, between the two it is unsure; negative: none is real.
+        temperature: what logits are divided by; 1 where no generated images were given.
+        fpr: the rate asked for: how many of all real images may be called generated.
+        fpr_upper: upper confidence bound of that rate at `threshold`; at most `fpr`.
+        fpr_observed: share of the calibration's real images above `threshold`.
+        miss_rate: how many of all generated images may be called real; None where none were given.
+        miss_upper: upper confidence bound of that rate at `low`; None where none were given.
+        unsure_reals: share of the calibration's real images in the band.
+        unsure_generated: the same of its generated images; None where none were given.
+        tpr_observed: share of its generated images above `threshold`; None where none were given.
+        confidence: of the bounds.
+        n_reals: real images it rests on.
+        n_generated: generated images it rests on.
+        views: mosaics averaged per image; the calibration holds for scores made with as many.
+    """
+
+    threshold: float
+    low: float
+    temperature: float
+    fpr: float
+    fpr_upper: float
+    fpr_observed: float
+    miss_rate: float | None
+    miss_upper: float | None
+    unsure_reals: float
+    unsure_generated: float | None
+    tpr_observed: float | None
+    confidence: float
+    n_reals: int
+    n_generated: int
+    views: int = 1
+
+    def __post_init__(self) -> None:
+        if not (self.low <= self.threshold and 0 <= self.threshold <= 1):
+            raise ValueError(f"threshold={self.threshold} must be in 0..1 and low={self.low} not above it")
+        if not (0 < self.temperature < math.inf):
+            raise ValueError(f"temperature={self.temperature} must be positive and finite")
+        if self.views < 1:
+            raise ValueError(f"views={self.views} must be at least 1")
+
+    @property
+    def high(self) -> float:
+        """Upper end of the band: the threshold."""
+        return self.threshold
+
+    def to_json(self) -> str:
+        """The text of calibration.json."""
+        return json.dumps(asdict(self), indent=2) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> Calibration:
+        """The inverse of to_json; ValueError says what is wrong."""
+        values = json.loads(text)
+        if not isinstance(values, dict):
+            raise ValueError("not a JSON object")
+        names = {f.name for f in fields(cls)}
+        if wrong := sorted(values.keys() ^ names):
+            raise ValueError(f"{'unknown' if wrong[0] not in names else 'missing'} field {wrong[0]}")
+        for name, value in values.items():
+            if not (value is None and "None" in cls.__annotations__[name]) and (
+                isinstance(value, bool) or not isinstance(value, (int, float))
+            ):
+                raise ValueError(f"{name}={value!r} is no number")
+        return cls(**values)
+
+
+def calibrate(
+    reals: Any,
+    generated: Any = None,
+    *,
+    fpr: float = 0.01,
+    miss_rate: float | None = None,
+    confidence: float = CONFIDENCE,
+    views: int = 1,
+) -> Calibration:
+    """Find threshold, temperature and band from scores of images whose class is known.
+
+    The threshold is an order statistic of the real images' scores: as many of them lie above it as the
+    Clopper-Pearson upper bound allows. If real images to come are like these, at most `fpr` of them are
+    called generated, with the given confidence over the choice of the calibration images, whatever the
+    distribution of scores (Wilks 1941, tolerance limits). docs/decisions.md has the rules.
+
+    Args:
+        reals: logits of real images, [N] floats.
+        generated: logits of generated images, [M] floats; without them the temperature is 1, and nothing is
+            known of misses.
+        fpr: how many of all real images may be called generated.
+        miss_rate: how many of all generated images may be called real; None is `fpr`.
+        confidence: with which both hold.
+        views: what the logits were averaged over; recorded.
+
+    Raises:
+        UserError: too few images for the rates, or scores that tell nothing.
+
+    >>> rng = np.random.default_rng(0)
+    >>> result = calibrate(rng.normal(-2, 1, 1000), rng.normal(2, 1, 1000), fpr=0.05)
+    >>> result.fpr_upper <= 0.05, 0 < result.low < result.threshold < 1
+    (True, True)
+    """
+    reals, generated = (np.asarray([] if x is None else x, dtype=np.float64) for x in (reals, generated))
+    miss_rate = fpr if miss_rate is None else miss_rate
+    for name, rate in {"fpr": fpr, "miss_rate": miss_rate, "confidence": confidence}.items():
+        if not 0 < rate < 1:
+            raise UserError(f"{name} is {rate}; it must lie between 0 and 1")
+    temperature = fit_temperature(reals, generated) if len(generated) else 1.0
+    real_scores, generated_scores = (_scores(x, temperature) for x in (reals, generated))
+
+    above = _allowed(len(reals), fpr, confidence, "real", "fpr")
+    threshold = real_scores[::-1][above]
+    if len(generated):
+        below = _allowed(len(generated), miss_rate, confidence, "generated", "miss_rate")
+        low = round(generated_scores[below] - 10**-DECIMALS, DECIMALS)
+    else:
+        low = _lower_limit(real_scores, fpr, confidence)
+    low = min(low, threshold)
+
+    def share(condition: np.ndarray) -> float | None:
+        return float(condition.mean()) if len(condition) else None
+
+    return Calibration(
+        threshold=float(threshold),
+        low=float(low),
+        temperature=temperature,
+        fpr=fpr,
+        fpr_upper=_upper_bound(above, len(reals), confidence),
+        fpr_observed=float((real_scores > threshold).mean()),
+        miss_rate=miss_rate if len(generated) else None,
+        miss_upper=_upper_bound(below, len(generated), confidence) if len(generated) else None,
+        unsure_reals=float(((real_scores > low) & (real_scores <= threshold)).mean()),
+        unsure_generated=share((generated_scores > low) & (generated_scores <= threshold)),
+        tpr_observed=share(generated_scores > threshold),
+        confidence=confidence,
+        n_reals=len(reals),
+        n_generated=len(generated),
+        views=views,
+    )
+
+
+def fit_temperature(reals: np.ndarray, generated: np.ndarray) -> float:
+    """The T that minimises the log loss of sigmoid(logit / T), both classes weighing the same.
+
+    Guo et al. 2017, with Platt's (1999) smoothed labels, so that classes which the sample happens to separate
+    do not make the scores certain.
+
+    Args:
+        reals, generated: logits [N] and [M].
+
+    Raises:
+        UserError: generated images score no higher than real ones.
+    """
+    from scipy.optimize import minimize_scalar
+
+    if not generated.mean() > reals.mean():
+        raise UserError(
+            "the generated images score no higher than the real ones (mean logits "
+            f"{generated.mean():.3g} and {reals.mean():.3g}): check that --reals and --generated are not "
+            "swapped; if not, this model cannot tell them apart"
+        )
+
+    def loss(log_temperature: float) -> float:
+        total = 0.0
+        for logits, sign in ((reals, -1), (generated, 1)):
+            z = sign * logits / math.exp(log_temperature)
+            wrong = 1 / (len(logits) + 2)
+            total += float(np.mean((1 - wrong) * np.logaddexp(0, -z) + wrong * np.logaddexp(0, z)))
+        return total
+
+    # The loss is convex in 1 / T, so it has one minimum in log T as well.
+    return float(math.exp(minimize_scalar(loss, bounds=(-7, 7), method="bounded").x))
+
+
+def _scores(logits: np.ndarray, temperature: float) -> np.ndarray:
+    """The probabilities that decisions compare, ascending."""
+    from scipy.special import expit
+
+    return np.sort(np.round(expit(logits / temperature), DECIMALS))
+
+
+def _allowed(n: int, rate: float, confidence: float, kind: str, option: str) -> int:
+    """How many of n images may be wrong for the upper confidence bound to stay at or below `rate`."""
+    from scipy.stats import binom
+
+    # The bound of k is at most the rate exactly where P(Binomial(n, rate) <= k) <= 1 - confidence.
+    allowed = int(binom.ppf(1 - confidence, n, rate)) - 1
+    if n == 0 or allowed < 0:
+        needed = math.floor(math.log(1 - confidence) / math.log1p(-rate)) + 1
+        raise UserError(
+            f"{n} {kind} images are too few for {option}={rate:g} with {confidence:.0%} confidence: at least "
+            f"{needed} are needed; give more, or a larger {option}"
+        )
+    return allowed
+
+
+def _upper_bound(wrong: int, n: int, confidence: float) -> float:
+    """Clopper and Pearson's one-sided upper bound of a rate observed as wrong / n, with wrong < n."""
+    from scipy.stats import beta
+
+    return float(beta.ppf(confidence, wrong + 1, n - wrong))
+
+
+def _lower_limit(scores: np.ndarray, rate: float, confidence: float) -> float:
+    """The largest of the ascending scores with more than `rate` of all above it, with this confidence."""
+    from scipy.stats import binom
+
+    above = int(binom.ppf(confidence, len(scores), rate))
+    return scores[::-1][above] if above < len(scores) else -(10**-DECIMALS)
+
+
+def decide(probabilities: Any, calibration: Calibration | None = None) -> list[str]:
+    """Names "generated", "real" or "unsure" for each probability; "" for NaN.
+
+    Args:
+        probabilities: [N] floats, or one; rounded to DECIMALS before they are compared.
+        calibration: the rule; None is "generated" above 0.5, else "real".
+
+    >>> decide([0.2, 0.7, float("nan")])
+    ['real', 'generated', '']
+    """
+    low, high = (calibration.low, calibration.high) if calibration else (THRESHOLD, THRESHOLD)
+    rounded = np.round(np.atleast_1d(np.asarray(probabilities, dtype=np.float64)), DECIMALS)
+    return [
+        "" if math.isnan(p) else "generated" if p > high else "real" if p <= low else "unsure"
+        for p in rounded
+    ]
+
+
+def save_calibration(folder: str | Path, calibration: Calibration) -> Path:
+    """Store a calibration in a model folder, or in a run folder's best model; returns the file.
+
+    A model that is trained or saved again has none: the folder is replaced as a whole.
+    """
+    from dgsnet.model.folders import model_folder
+
+    path = model_folder(folder) / CALIBRATION_FILE
+    write_file(path, calibration.to_json().encode())
+    return path
+
+
+def load_calibration(folder: str | Path) -> Calibration | None:
+    """The calibration of a model folder, or of a run folder's best model; None where there is none.
+
+    Raises:
+        UserError: no model there, or a damaged calibration.
+    """
+    from dgsnet.model.folders import model_folder
+
+    path = model_folder(folder) / CALIBRATION_FILE
+    try:
+        return Calibration.from_json(path.read_text())
+    except FileNotFoundError:
+        return None
+    except ValueError as error:  # JSON's and Unicode's errors are ValueErrors too
+        raise UserError(
+            f"{path} is damaged ({one_line(error)}): remove it, or run dgsnet calibrate with --replace"
+        ) from None
+
+
+def summary(calibration: Calibration) -> str:
+    """A calibration in words, a line per rule."""
+    c = calibration
+    sure = f"with {c.confidence:.0%} confidence"
+    lines = [
+        f"above {c.threshold:.6f}: generated. Of all real images at most {c.fpr_upper:.2%} {sure} "
+        f"({c.fpr_observed:.2%} of the {c.n_reals} here)"
+    ]
+    if c.n_generated:
+        lines += [
+            f"at or below {c.low:.6f}: real. Of all generated images at most {c.miss_upper:.2%} {sure} "
+            f"({c.n_generated} here)",
+            f"between: unsure. {c.unsure_reals:.1%} of the real images here, {c.unsure_generated:.1%} of the "
+            "generated",
+            f"{c.tpr_observed:.1%} of the generated images here are found; temperature {c.temperature:.3f}",
+        ]
+    else:
+        lines += [
+            f"at or below {c.low:.6f}: real; between: unsure, {c.unsure_reals:.1%} of the real images here",
+            "no generated images given: probabilities are not calibrated, and nothing is known of misses",
+        ]
+    if c.threshold == 1:
+        lines.append("no score can lie above 1: nothing will be called generated")
+    return "\n".join(lines)

@@ -1,0 +1,282 @@
+"""`Detector`: a trained model that scores images, in Python; scoring.py has the command `dgsnet predict`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Sized
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from dgsnet.data.sources import Item
+from dgsnet.detection.decisions import Calibration, decide
+from dgsnet.errors import UserError
+
+# torch, open_clip and the rest are imported where they are used: `from dgsnet import Detector` stays quick.
+if TYPE_CHECKING:
+    from PIL.Image import Image
+    from torch import Tensor
+
+    from dgsnet.config import Config
+    from dgsnet.data.preprocess import Preprocessor
+    from dgsnet.model.dgsnet import DGSNet
+
+# More processes than this wait for the model, not for the images.
+MAX_WORKERS = 8
+# Starting processes takes about as long as preparing this many images.
+MIN_IMAGES_FOR_WORKERS = 64
+
+
+class Detector:
+    """A trained model that says how likely an image was generated.
+
+    A score is a function of the image alone: the patch shuffle is seeded from the image's content, and every
+    image goes through the network by itself, because floating-point sums depend on the shape of the batch.
+    Between machines, versions or numbers of threads the last digits may differ.
+
+    With `views=k` it is the mean logit of k views: the plain one and k - 1 made as in training (another
+    shuffle or crop, maybe mirrored), seeded from the image's content too.
+
+    Args:
+        model: the network.
+        config: the configuration it was trained with, preprocessing included.
+        calibration: what turns scores into decisions; None decides at 0.5.
+        views: views averaged per image; None is what the calibration was made with, else 1.
+
+    Attributes:
+        model: the network, in evaluation mode.
+        config, calibration, views: as given.
+        errors: index to message of the images that the last `predict` could not read.
+
+    >>> detector = Detector.load("runs/demo/model")  # doctest: +SKIP
+    >>> detector.predict(["photo.jpg", "broken.png"])  # doctest: +SKIP
+    array([0.03121, nan], dtype=float32)
+    >>> detector.errors  # doctest: +SKIP
+    {1: 'broken.png: cannot identify image file'}
+    """
+
+    def __init__(
+        self,
+        model: DGSNet,
+        config: Config,
+        calibration: Calibration | None = None,
+        views: int | None = None,
+    ):
+        from dgsnet.data.preprocess import Preprocessor
+
+        if views is None:
+            views = calibration.views if calibration else 1
+        if views < 1:
+            raise UserError(f"views is {views}; it must be 1 or more")
+        if calibration and views != calibration.views:
+            raise UserError(
+                f"the model is calibrated for views={calibration.views}, and its threshold does not hold for "
+                f"views={views}: leave views out, or run dgsnet calibrate --views {views}"
+            )
+        self.model = model.eval()
+        self.config = config
+        self.calibration = calibration
+        self.views = views
+        self.preprocess = Preprocessor(config.preprocess)
+        self.errors: dict[int, str] = {}
+
+    @classmethod
+    def load(
+        cls,
+        run: str | Path,
+        device: str | None = None,
+        *,
+        views: int | None = None,
+        calibrated: bool = True,
+    ) -> Detector:
+        """Load a model folder with its calibration, or the best model of a training run's folder.
+
+        Args:
+            run: folder written by `dgsnet train`, `dgsnet convert` or `dgsnet demo`.
+            device: torch device, such as "cpu" or "cuda:1"; None takes the GPU where there is one.
+            views: views averaged per image; None is what the calibration was made with, else 1.
+            calibrated: False leaves the folder's calibration aside.
+
+        Raises:
+            UserError: the folder holds no model, its backbone cannot be loaded, it was calibrated for another
+                number of views, or there is no such device.
+        """
+        from dgsnet.detection.decisions import load_calibration
+        from dgsnet.model.folders import model_folder
+
+        model_folder(run)  # refuses what is no model, before the imports that take seconds
+
+        import torch
+
+        from dgsnet.model.checkpoint import load_model
+
+        if device is None:
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        try:
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError) as error:
+            raise UserError(f"device {device} cannot be used here ({error}); try cpu") from None
+        calibration = load_calibration(run) if calibrated else None
+        return cls(*load_model(Path(run), device=device), calibration, views)
+
+    def predict(self, images: Any, *, workers: int | None = None) -> np.ndarray:
+        """Probability that each image was generated, float32 [N]; calibrated where the model is.
+
+        Args:
+            images: one image or N of them. An image is a path, a PIL image, an encoded image as bytes or a
+                uint8 array [H, W], [H, W, 3] or [H, W, 4]; several are a sequence or one uint8 array
+                [N, H, W, 3] or [N, H, W, 4].
+            workers: processes that read and prepare images; None chooses, 0 works in this process.
+
+        An image that cannot be read gives NaN, and `errors` tells why under its index.
+
+        Raises:
+            TypeError: something that is no image, told before any is scored.
+            ValueError: an array of another shape or type.
+        """
+        images = _listed(images)
+        probabilities = np.full(len(images), np.nan, dtype=np.float32)
+        self.errors = {}
+        for index, (probability, error) in enumerate(self.stream(images, workers=workers)):
+            probabilities[index] = probability
+            if error:
+                self.errors[index] = error
+        return probabilities
+
+    def stream(
+        self, images: Iterable[str | Path | Image | np.ndarray | Item], *, workers: int | None = None
+    ) -> Iterator[tuple[float, str]]:
+        """`predict` one (probability, error message) at a time, in order; the message is "" for a score.
+
+        `images` may be any iterable, of any length: it is read as the scores are taken.
+        """
+        import torch
+
+        for logit, error in self.stream_logits(images, workers=workers):
+            yield logit if error else self.probabilities(torch.tensor(logit)).item(), error
+
+    def stream_logits(
+        self, images: Iterable[str | Path | Image | np.ndarray | Item], *, workers: int | None = None
+    ) -> Iterator[tuple[float, str]]:
+        """As `stream`, with the logit averaged over the views, before any temperature; NaN with an error."""
+        from torch.utils.data import DataLoader
+
+        from dgsnet.processes import default_workers, start_worker
+
+        if workers is None:
+            few = isinstance(images, Sized) and len(images) < MIN_IMAGES_FOR_WORKERS
+            workers = 0 if few else min(MAX_WORKERS, default_workers())
+        elif workers < 0:
+            raise UserError(f"workers is {workers}; it must be 0 or more")
+        # batch_size=None hands the prepared images over one by one. The images themselves are the indices
+        # sent to the workers: no more of them are taken from `images` than are being prepared.
+        images = images if isinstance(images, list) else map(_image, images)
+        prepared: Any = Prepared(self.preprocess, self.views)
+        for pixels, error in DataLoader(
+            prepared, sampler=images, batch_size=None, num_workers=workers, worker_init_fn=start_worker
+        ):
+            yield float("nan") if error else self.logits(pixels).mean().item(), error
+
+    def logits(self, pixels: Tensor) -> Tensor:
+        """Logits, float32 [N] on the model's device; generated is positive.
+
+        Args:
+            pixels: prepared and normalised images [N, 3, S, S], float, on any device; N may be 0.
+
+        Raises:
+            ValueError: another shape than the model's input.
+        """
+        import torch
+
+        size = self.model.image_size
+        if pixels.ndim != 4 or pixels.shape[1:] != (3, size, size):
+            raise ValueError(f"pixels must be [N, 3, {size}, {size}], got {list(pixels.shape)}")
+        pixels = pixels.to(next(self.model.parameters()).device)
+        with torch.inference_mode():
+            rows = (
+                [self.model.logits(row) for row in pixels.split(1)] if len(pixels) else [pixels.new_empty(0)]
+            )
+            return torch.cat(rows).float()
+
+    def probabilities(self, logits: Tensor) -> Tensor:
+        """sigmoid(logit / temperature), float64 of the shape of `logits`; temperature 1 if uncalibrated."""
+        temperature = self.calibration.temperature if self.calibration else 1.0
+        return (logits.double() / temperature).sigmoid()
+
+    def decide(self, probabilities: Any) -> list[str]:
+        """Names "generated", "real" or "unsure" for N probabilities as `predict` gives them; "" for NaN.
+
+        Without a calibration, "generated" above 0.5 and else "real".
+        """
+        return decide(probabilities, self.calibration)
+
+
+def _listed(images: Any) -> list[Any]:
+    """What `predict` was given, as a list of images."""
+    if isinstance(images, np.ndarray) and images.ndim == 4:
+        images = list(images)
+    elif isinstance(images, (str, bytes, os.PathLike, np.ndarray)) or hasattr(images, "getbands"):
+        images = [images]
+    elif not isinstance(images, Iterable) or hasattr(images, "read") or _is_tensor(images):
+        images = [images]  # and is refused
+    return [_image(image) for image in images]
+
+
+def _image(image: Any) -> Any:
+    """The same image, or TypeError or ValueError where it is none."""
+    if isinstance(image, np.ndarray):
+        if image.dtype == np.uint8 and (image.ndim == 2 or (image.ndim == 3 and image.shape[2] in (3, 4))):
+            return image
+        raise ValueError(
+            f"an array must be uint8 [H, W], [H, W, 3] or [H, W, 4], got {image.dtype} {list(image.shape)}"
+        )
+    if isinstance(image, (str, bytes, os.PathLike, Item)) or hasattr(image, "getbands"):
+        return image
+    remedy = ""
+    if _is_tensor(image):
+        remedy = "; Detector.logits takes prepared tensors [N, 3, S, S]"
+    elif hasattr(image, "read"):
+        remedy = "; give the file's path, or its content as bytes"
+    raise TypeError(
+        f"an image is a path, bytes, a PIL image or a uint8 array, got {type(image).__name__}{remedy}"
+    )
+
+
+def _is_tensor(value: Any) -> bool:
+    return type(value).__module__.startswith("torch") and hasattr(value, "numpy")
+
+
+class Prepared:
+    """Map-style dataset from an image to (views [k, 3, S, S], "") or (None, error message)."""
+
+    def __init__(self, preprocess: Preprocessor, views: int):
+        self.preprocess, self.views = preprocess, views
+
+    def __getitem__(self, image: Any) -> tuple[Tensor | None, str]:
+        from dgsnet.data.images import ImageError, read_image
+
+        try:
+            pixels = image.read() if isinstance(image, Item) else read_image(image)
+            return prepare_views(self.preprocess, pixels, self.views), ""
+        except ImageError as error:
+            # What the preprocessing refuses does not know its file.
+            name = str(image) if isinstance(image, (str, os.PathLike, Item)) else ""
+            return None, str(error) if name in str(error) else f"{name}: {error}"
+
+
+def prepare_views(preprocess: Preprocessor, image: np.ndarray, views: int) -> Tensor:
+    """Prepared views [k, 3, S, S] of one image, uint8 [H, W, 3]: a function of the image alone.
+
+    The first is the plain one; the others are drawn as in training, from the image's content.
+    """
+    import torch
+
+    return torch.stack([preprocess(image, rng=view_generator(image, view)) for view in range(views)])
+
+
+def view_generator(image: np.ndarray, view: int) -> np.random.Generator | None:
+    """What the view of this number is drawn from: nothing for the first, for others the image's content."""
+    from dgsnet.data.preprocess import content_seed
+
+    return np.random.default_rng([content_seed(image), view]) if view else None

@@ -1,0 +1,179 @@
+"""Which parts of an image made its score: heatmaps by occlusion, mapped back through the mosaic to the image.
+
+docs/heatmaps.md says how to read one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from dgsnet.detection.detector import Detector, view_generator
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+# Longest side, in pixels, at which a heatmap is drawn.
+DRAWN_SIDE = 768
+
+
+@dataclass(frozen=True)
+class Heatmap:
+    """What every part of an image that the model looked at adds to its logit.
+
+    Attributes:
+        boxes: float64 [n, 4], left, top, right, bottom in pixels of the upright image.
+        contributions: float64 [n], in logits: positive speaks for generated.
+        logit: of the image as it is, before any temperature.
+    """
+
+    boxes: np.ndarray
+    contributions: np.ndarray
+    logit: float
+
+    def to_json(self, **extra: Any) -> str:
+        """The text of a heatmap's .json, with what else is given."""
+        patches = [
+            {"box": [round(x, 3) for x in box], "contribution": value}
+            for box, value in zip(self.boxes.tolist(), self.contributions.tolist())
+        ]
+        return json.dumps(extra | {"logit": self.logit, "patches": patches}, indent=1) + "\n"
+
+    def pixels(self, height: int, width: int, scale: float = 1.0) -> np.ndarray:
+        """float64 [height, width], the mean contribution of the boxes on a pixel; NaN where there is none.
+
+        `scale` is pixels of the result to one pixel of the image.
+        """
+        sums, count = np.zeros((height, width)), np.zeros((height, width))
+        for box, value in zip(np.rint(self.boxes * scale).astype(int), self.contributions):
+            part = np.s_[box[1] : box[3], box[0] : box[2]]
+            sums[part] += value
+            count[part] += 1
+        return np.divide(sums, count, out=np.full_like(sums, np.nan), where=count > 0)
+
+
+def heatmap(detector: Detector, image: np.ndarray) -> Heatmap:
+    """The change of the logit when a part of the image is painted over with its own mean colour.
+
+    Texture goes and colour stays, for traces of generation are texture. Each of the mosaic's patches (in mode
+    "crop": each cell of a grid) is painted over alone, so it takes one forward pass per patch, 49 as
+    published, and view. Of several views the contributions are averaged like the logits. It is occlusion
+    (Zeiler and Fergus 2014): exact for one patch, and blind to what several do together.
+
+    Args:
+        detector: the model.
+        image: uint8 [H, W, 3], as `read_image` gives it.
+
+    Raises:
+        ImageError: the image cannot be prepared.
+
+    Example:
+        >>> from dgsnet import Detector
+        >>> from dgsnet.data.images import read_image
+        >>> detector = Detector.load("runs/demo/model")  # doctest: +SKIP
+        >>> heatmap(detector, read_image("photo.jpg")).contributions.max()  # doctest: +SKIP
+        0.31
+    """
+    sums: defaultdict[tuple[float, ...], float] = defaultdict(float)
+    logits = []
+    for view in range(detector.views):
+        # The same numbers are drawn for the pixels and for where they come from.
+        pixels = detector.preprocess(image, rng=view_generator(image, view))
+        cells, boxes = detector.preprocess.boxes(image, rng=view_generator(image, view))
+        occluded = pixels[None].repeat(len(cells) + 1, 1, 1, 1)  # the last stays as it is
+        for copy, (left, top, right, bottom) in zip(occluded, cells.tolist()):
+            part = copy[:, top:bottom, left:right]
+            part[:] = part.mean(dim=(1, 2), keepdim=True)
+        *without, logit = detector.logits(occluded).double().tolist()
+        logits.append(logit)
+        for box, other in zip(boxes.tolist(), without):
+            sums[tuple(box)] += (logit - other) / detector.views
+    return Heatmap(np.array(list(sums)), np.array(list(sums.values())), float(np.mean(logits)))
+
+
+def draw(result: Heatmap, image: np.ndarray, title: str = "") -> Figure:
+    """The heatmap over its image, hatched where the model did not look, beside a bar of colours.
+
+    Args:
+        result: of `heatmap`.
+        image: uint8 [H, W, 3], the same.
+        title: above it.
+    """
+    import matplotlib
+    from matplotlib.colors import LinearSegmentedColormap, Normalize
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Rectangle
+    from PIL import Image
+
+    from dgsnet.pages.plots import GENERATED, REAL
+
+    scale = min(1.0, DRAWN_SIDE / max(image.shape[:2]))
+    height, width = (max(1, round(side * scale)) for side in image.shape[:2])
+    small = Image.fromarray(image).resize((width, height), Image.Resampling.LANCZOS)
+    grey = np.asarray(small.convert("L"))[:, :, None] / 255
+    values = result.pixels(height, width, scale)
+    largest = max(np.abs(result.contributions).max(initial=0), 1e-9)
+    colours = LinearSegmentedColormap.from_list("contribution", [REAL, "white", GENERATED])
+    painted = 0.45 * grey + 0.55 * colours(Normalize(-largest, largest)(np.nan_to_num(values)))[:, :, :3]
+    seen = ~np.isnan(values)[:, :, None]
+    with matplotlib.rc_context({"font.size": 9, "hatch.color": "#00000055", "text.parse_math": False}):
+        inches = 6 / max(width, height)
+        figure = Figure(
+            figsize=(max(width * inches, 3) + 1.2, max(height * inches, 1.5) + 0.5),
+            dpi=120,
+            layout="constrained",
+        )
+        axes = figure.subplots()
+        axes.imshow(0.4 + 0.6 * grey.repeat(3, axis=2))
+        axes.add_patch(Rectangle((-0.5, -0.5), width, height, hatch="////", fill=False, linewidth=0))
+        axes.imshow(np.concatenate([painted, seen], axis=2), interpolation="nearest", zorder=2)
+        for left, top, right, bottom in result.boxes * scale - 0.5:
+            outline = Rectangle((left, top), right - left, bottom - top, fill=False, linewidth=0.6, zorder=3)
+            axes.add_patch(outline)
+        axes.set_axis_off()
+        axes.set_title(title, loc="left")
+        bar = figure.colorbar(
+            matplotlib.cm.ScalarMappable(Normalize(-largest, largest), colours), ax=axes, shrink=0.8
+        )
+        bar.set_label("logit: below 0 speaks for real, above for generated")
+        bar.outline.set_visible(False)
+    return figure
+
+
+def save(detector: Detector, name: str, image: np.ndarray, folder: str | Path) -> Path:
+    """Write an image's heatmap as .png and .json, and give the path of the former.
+
+    Args:
+        detector: the model.
+        name: what the image is called; the files' names are made of it.
+        image: uint8 [H, W, 3].
+        folder: where to; is made.
+    """
+    import torch
+
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    result = heatmap(detector, image)
+    probability = detector.probabilities(torch.tensor(result.logit)).item()
+    # Legible, legal on any file system, and different for different images.
+    digest = hashlib.sha256(name.encode(errors="surrogateescape")).hexdigest()[:8]
+    path = folder / f"{re.sub(r'[^A-Za-z0-9.-]+', '_', name)[-80:]}-{digest}.png"
+    text = result.to_json(
+        path=name,
+        width=image.shape[1],
+        height=image.shape[0],
+        probability=round(probability, 6),
+        decision=detector.decide(probability)[0],
+        method="logit minus logit with the patch painted over in its mean colour",
+    )
+    path.with_suffix(".json").write_text(text, encoding="utf-8", errors="backslashreplace")
+    title = f"{Path(name).name[-40:]}: {detector.decide(probability)[0]}, {probability:.3f}"
+    draw(result, image, title.encode(errors="replace").decode()).savefig(path)
+    return path

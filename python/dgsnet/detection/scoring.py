@@ -1,0 +1,262 @@
+"""`dgsnet predict`: images in, a table of one row each out; what was killed goes on where it stopped."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import itertools
+import json
+import math
+import os
+import signal
+import sys
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+from dgsnet.data.sources import Item, find_items, import_pyarrow
+from dgsnet.data.tables import Partial, read_rows, replacing
+from dgsnet.detection.detector import MIN_IMAGES_FOR_WORKERS, Detector
+from dgsnet.detection.ray_engine import score_on_ray
+from dgsnet.detection.rows import Score, Todo
+from dgsnet.errors import UserError
+
+# Rows of a Parquet table that are in memory at a time and become one row group.
+ROW_GROUP = 2**16
+
+
+def score(
+    detector: Detector,
+    items: Iterable[Item],
+    *,
+    workers: int | None = None,
+    on_score: Callable[[Item, Score], None] | None = None,
+) -> Iterator[Score]:
+    """Score images one after the other, whatever becomes of the processes that read them.
+
+    Args:
+        detector: the model.
+        items: what to score, of any length; not read much further than it is scored.
+        workers: processes that read and prepare images; None chooses, 0 works in this process.
+        on_score: called with every image that could be scored, and its row.
+
+    Yields:
+        One row for each item, in their order. An image at which a reading process dies (a decoder that
+        crashes, the system's memory killer) is tried once more by itself, and then has that as its error.
+
+    Example:
+        >>> for row in score(Detector.load("runs/demo/model"), find_items(["photos"])):  # doctest: +SKIP
+        ...     print(row.path, row.decision)
+    """
+    items = iter(items)
+    if workers is None:
+        # As Detector.stream chooses for lists.
+        first = list(itertools.islice(items, MIN_IMAGES_FOR_WORKERS))
+        workers = 0 if len(first) < MIN_IMAGES_FOR_WORKERS else None
+        items = itertools.chain(first, items)
+    waiting: deque[Item] = deque()
+
+    def answers() -> Iterator[tuple[Item, float, str]]:
+        while True:
+            try:
+                for answer in detector.stream(_noted(items, waiting), workers=workers):
+                    yield waiting.popleft(), *answer
+                return
+            except (RuntimeError, OSError, EOFError) as error:
+                if not _is_death(error):
+                    raise
+            while waiting:
+                yield waiting[0], *_alone(detector, waiting[0])
+                waiting.popleft()
+
+    for item, probability, error in answers():
+        row = Score.of(detector, item, probability, error)
+        if on_score and not error:
+            on_score(item, row)
+        yield row
+
+
+def _noted(items: Iterator[Item], waiting: deque[Item]) -> Iterator[Item]:
+    # torch's handler of this signal raises wherever the program is when a process dies; without it the death
+    # is found when the next answer is due. It was set just before the first item is asked for.
+    if hasattr(signal, "SIGCHLD") and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    for item in items:
+        waiting.append(item)
+        yield item
+
+
+def _alone(detector: Detector, item: Item) -> tuple[float, str]:
+    try:
+        return next(iter(detector.stream([item], workers=1)))
+    except (RuntimeError, OSError, EOFError) as error:
+        if not _is_death(error):
+            raise
+        return math.nan, f"{item.name}: the process that read it died"
+
+
+def _is_death(error: Exception) -> bool:
+    """Whether a DataLoader's process is gone: torch says so, or what it has prepared cannot be fetched."""
+    if isinstance(error, RuntimeError):
+        return str(error).startswith("DataLoader worker (pid")
+    return isinstance(error, (ConnectionError, EOFError, FileNotFoundError))
+
+
+def predict_command(
+    paths: list[str],
+    model: str,
+    out: str = "scores.csv",
+    device: str | None = None,
+    views: int | None = None,
+    workers: int | None = None,
+    resume: bool = False,
+    engine: Literal["local", "ray"] = "local",
+    heatmaps: str | None = None,
+) -> None:
+    """Score images into a table with columns path, probability, decision, error.
+
+    Args:
+        paths: image files, folders (searched recursively), quoted glob and brace patterns, lists (.txt or
+            .csv; - for standard input), tar shards and Parquet files.
+        model: a model folder, or the folder of a training run.
+        out: the .csv, .jsonl or .parquet to write; it appears under this name when complete.
+        device: torch device; the GPU where there is one if not given.
+        views: mosaics averaged per image; if not given, what the model was calibrated with, else 1.
+        workers: processes that read and prepare images, or with ray that score them; chosen if not given.
+        resume: go on where a run with the same words was stopped or killed.
+        engine: local scores on this machine's device, ray on all of a Ray cluster's.
+        heatmaps: folder for a picture and a .json per image of what made its score; 50 times the work.
+    """
+    if heatmaps and engine != "local":
+        raise UserError(f"--heatmaps goes with --engine local, not {engine}")
+    target = Path(out)
+    write = WRITERS.get(target.suffix)
+    if not write:
+        raise UserError(f"{out}: the table's name must end in one of {', '.join(WRITERS)}")
+    if write is _write_parquet:
+        import_pyarrow()
+    _check_found(paths)
+    detector = Detector.load(model, device, views=views)
+    table = Partial(target, settings(detector, paths), resume=resume)
+    todo = Todo(paths, table.path, table.end)
+    if engine == "ray":
+        load = partial(Detector.load, model, device, views=views)
+        rows = score_on_ray(detector, load, todo, workers=workers)
+    else:
+        on_score = partial(_save_heatmap, detector, heatmaps) if heatmaps else None
+        rows = score(detector, todo, workers=workers, on_score=on_score)
+    with table:
+        rate = _fill(table, rows)
+        counts: Counter[str] = Counter()
+        write(target, _counted((Score(**row) for row in read_rows(table.path, Score._fields)), counts))
+        table.remove()
+    read = ", ".join(
+        f"{counts[d]} {d}" for d in ("generated", "real", "unsure") if counts[d] or d != "unsure"
+    )
+    print(f"{target}: {read}, {counts['']} could not be read{rate}")
+    if counts[""] == counts.total():
+        raise UserError(f"none of the images could be read; {target} says why for each")
+    if counts[""]:
+        print(f"the column error of {target} says why", file=sys.stderr)
+
+
+def _save_heatmap(detector: Detector, folder: str, item: Item, row: Score) -> None:
+    from dgsnet.detection.heatmaps import save
+
+    save(detector, item.name, item.read(), folder)
+
+
+def _check_found(paths: Sequence[str]) -> None:
+    """One line where there is nothing to score at all. Standard input can be read but once: not looked at."""
+    if "-" in paths:
+        return
+    item = Item("PATHS", error="no path given")
+    for item in find_items(paths):
+        if not item.missing:
+            return
+    raise UserError(f"{item.name}: {item.error}; give image files, folders, lists, shards or quoted patterns")
+
+
+def settings(detector: Detector, paths: Sequence[str]) -> dict[str, Any]:
+    """What the rows depend on, each as a word to compare."""
+    from dgsnet.model.checkpoint import fingerprint, trained_state
+
+    model = hashlib.sha256(repr((fingerprint(detector.model), detector.config.preprocess)).encode())
+    for name, tensor in sorted(trained_state(detector.model).items()):
+        model.update(name.encode() + tensor.float().numpy().tobytes())
+    return {
+        "model": model.hexdigest()[:16],
+        "calibration": repr(detector.calibration),
+        "views": detector.views,
+        "paths": list(paths),
+    }
+
+
+def _fill(table: Partial, rows: Iterator[Score]) -> str:
+    """Take down every row; returns how fast, in words."""
+    from tqdm import tqdm
+
+    before, seconds = table.done, 0.0
+    with tqdm(initial=before, unit="image", disable=None) as progress:
+        begin = time.monotonic()
+        for row in rows:
+            table.add(row._asdict())
+            progress.update()
+        seconds = time.monotonic() - begin
+    new = table.done - before
+    return f"; {new / seconds:.1f} images per second" if new else ""
+
+
+def _counted(rows: Iterator[Score], counts: Counter[str]) -> Iterator[Score]:
+    for row in rows:
+        counts[row.decision] += 1
+        yield row
+
+
+def _write_csv(target: Path, rows: Iterator[Score]) -> None:
+    # surrogateescape writes file names that are not UTF-8 as the bytes they are.
+    with replacing(target, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
+        writer = csv.writer(file)
+        writer.writerow(Score._fields)
+        for row in rows:
+            shown = "" if row.probability is None else f"{row.probability:.6f}"
+            writer.writerow((row.path, shown, row.decision, row.error))
+
+
+def _write_jsonl(target: Path, rows: Iterator[Score]) -> None:
+    with replacing(target, "w", encoding="ascii") as file:
+        for row in rows:
+            file.write(json.dumps(_with_nulls(row)) + "\n")
+
+
+def _write_parquet(target: Path, rows: Iterator[Score]) -> None:
+    pa = import_pyarrow()
+    words = pa.dictionary(pa.int8(), pa.string())
+    schema = pa.schema(
+        [("path", pa.string()), ("probability", pa.float64()), ("decision", words), ("error", pa.string())]
+    )
+    with (
+        replacing(target, "wb") as file,
+        pa.parquet.ParquetWriter(file, schema) as writer,
+    ):
+        while group := list(itertools.islice(rows, ROW_GROUP)):
+            writer.write_table(pa.Table.from_pylist([_utf8(_with_nulls(row)) for row in group], schema))
+
+
+def _with_nulls(row: Score) -> dict[str, Any]:
+    return row._asdict() | {"decision": row.decision or None, "error": row.error or None}
+
+
+def _utf8(row: dict[str, Any]) -> dict[str, Any]:
+    """Bytes of a file name that are no UTF-8 as \\xNN: Parquet holds no others."""
+    return {
+        key: os.fsencode(value).decode(errors="backslashreplace") if isinstance(value, str) else value
+        for key, value in row.items()
+    }
+
+
+WRITERS = {".csv": _write_csv, ".jsonl": _write_jsonl, ".parquet": _write_parquet}

@@ -1,0 +1,183 @@
+"""Measuring a detector: labelled images, per generator and as the unweighted mean over generators."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dgsnet.detection.decisions import DECIMALS
+from dgsnet.detection.detector import Detector
+from dgsnet.detection.overlap import warn_of_training_images
+from dgsnet.errors import UserError
+from dgsnet.evaluation import robustness
+from dgsnet.evaluation.journal import Journal
+from dgsnet.evaluation.metrics import THRESHOLD
+from dgsnet.evaluation.report import published_methods, write_page, write_tables
+from dgsnet.evaluation.results import Evaluation, Score, text_table
+
+if TYPE_CHECKING:
+    from dgsnet.data.samples import Sample
+    from dgsnet.evaluation.robustness import Distortion
+
+# Scores as they are made, one line each: what a killed evaluation goes on from.
+JOURNAL = "scores.jsonl"
+
+
+def evaluate(
+    detector: Detector,
+    samples: Sequence[Sample] | Mapping[str, Sequence[Sample]],
+    *,
+    threshold: float = THRESHOLD,
+    distortions: Sequence[Distortion] = (),
+    journal: str | Path | None = None,
+    workers: int | None = None,
+    progress: bool = True,
+) -> Evaluation:
+    """Score labelled images; one that cannot be read is kept with its error and counted in no metric.
+
+    Args:
+        detector: the model; the threshold of its calibration, if it has one, is measured too.
+        samples: what `dgsnet.data.samples.find_samples` found, or suite to that.
+        threshold: decision threshold of the accuracies.
+        distortions: each is measured on all images, besides the images as they are.
+        journal: file that keeps the logits as they are made. Scores already in it are not made again.
+        workers: as in `Detector.predict`.
+        progress: show a progress bar on stderr, where that is a terminal.
+
+    Raises:
+        UserError: the journal is of another model or of other images.
+    """
+    from tqdm import tqdm
+
+    if not isinstance(samples, Mapping):
+        samples = {"": samples}
+    listed = [(suite, sample) for suite, members in samples.items() for sample in members]
+    kept = Journal(journal, detector, listed) if journal else None
+    scores = []
+    variants = [("", detector), *((d.name, _distorting(detector, d)) for d in distortions)]
+    with tqdm(total=len(variants) * len(listed), unit="image", disable=None if progress else True) as bar:
+        for name, scorer in variants:
+            done = dict(kept.rows.get(name, {})) if kept else {}
+            bar.update(len(done))
+            if progress:
+                bar.initial += len(done)  # not part of the speed shown
+            missing = [i for i in range(len(listed)) if i not in done]
+            stream = scorer.stream_logits([listed[i][1].item for i in missing], workers=workers)
+            for index, (logit, error) in zip(missing, stream):
+                done[index] = logit, error
+                if kept:
+                    kept.add(name, index, logit, error)
+                bar.update()
+            probabilities = _probabilities(detector, [done[i][0] for i in range(len(listed))])
+            scores += [
+                Score(sample.path, sample.generator, int(sample.label), probability, done[i][1], suite, name)
+                for i, ((suite, sample), probability) in enumerate(zip(listed, probabilities))
+            ]
+    if kept:
+        kept.close()
+    calibration = detector.calibration
+    return Evaluation(scores, threshold, calibration.threshold if calibration else None)
+
+
+def _distorting(detector: Detector, distortion: Distortion) -> Detector:
+    """The same detector, which distorts every image before its preprocessing."""
+    result: Any = copy.copy(detector)  # Distorted stands in for a Preprocessor
+    result.preprocess = robustness.Distorted(distortion, detector.preprocess)
+    return result
+
+
+def _probabilities(detector: Detector, logits: list[float]) -> list[float]:
+    import torch
+
+    values = detector.probabilities(torch.tensor(logits, dtype=torch.float64)).tolist()
+    # Rounded as in scores.csv and by `dgsnet predict`, so that the metrics can be recomputed from the file.
+    return [round(value, DECIMALS) for value in values]
+
+
+def evaluate_command(
+    data: list[str],
+    model: str,
+    out: str,
+    split: str | None = None,
+    threshold: float = THRESHOLD,
+    robustness: list[str] | None = None,
+    views: int | None = None,
+    device: str | None = None,
+    workers: int | None = None,
+) -> None:
+    """Measure a model on labelled images, per generator and on average.
+
+    Prints a table, and writes report.html, metrics.md, .json, .csv and .png, and scores.csv (every image).
+    A killed evaluation goes on when it is called again.
+
+    Args:
+        data: test suites: dataset folders, or JSON/CSV lists of path and label; NAME=PATH names a suite.
+        model: a model folder, or the folder of a training run.
+        out: folder for the results; scores that are already in it are not made again.
+        split: train, val or test, for folders that hold several.
+        threshold: an image is called generated where its probability is above it.
+        robustness: measure on distorted images too: default, or any of jpeg:90,50 webp:80 blur:1 resize:0.5
+            crop:0.8 and chains such as jpeg:90+resize:0.5+jpeg:70.
+        views: views averaged per image; what the calibration was made with, else 1, if not given.
+        device: torch device; the GPU where there is one if not given.
+        workers: processes that read and prepare images; chosen if not given.
+    """
+    distortions = _distortions(robustness or ())
+    suites = find_suites(data, split)
+    detector = Detector.load(model, device, views=views)
+    warn_of_training_images(model, [sample.item for samples in suites.values() for sample in samples])
+    result = evaluate(
+        detector,
+        suites,
+        threshold=threshold,
+        distortions=distortions,
+        journal=Path(out) / JOURNAL,
+        workers=workers,
+    )
+    write_tables(out, result)
+    write_page(Path(out) / "report.html", result, model=model, views=detector.views)
+    print(result.table())
+    for suite, comparison in result.comparisons().items():
+        print(f"\n{suite}:\n{text_table(published_methods(comparison))}")
+    for score in result.damaged:
+        print(f"left out: {score.error}")
+    unread = sum(bool(s.error) for s in result.scores if not s.distortion)
+    total = sum(map(len, suites.values()))
+    if unread == total:
+        raise UserError(f"none of the {total} images could be read")
+    print(f"{unread} of {total} images could not be read; results in {out}")
+
+
+def _distortions(words: Sequence[str]) -> list[Distortion]:
+    """What --robustness asks for; "default" is the default sweep."""
+    return robustness.parse(
+        [w for word in words for w in (robustness.DEFAULT if word == "default" else (word,))]
+    )
+
+
+def find_suites(sources: Sequence[str], split: str | None = None) -> dict[str, list[Sample]]:
+    """Test suites by name: NAME=PATH, or the name of the folder or list.
+
+    A folder called train, val or test has its parent's name.
+
+    Raises:
+        UserError: as `find_samples`, and two suites of one name.
+    """
+    from dgsnet.data.samples import SPLIT_FOLDERS, find_samples
+
+    suites: dict[str, list[Sample]] = {}
+    for source in sources:
+        name, equals, path = source.partition("=")
+        if not equals or os.path.exists(source):
+            path = source
+            parts = [part for part in Path(path).absolute().parts if part not in SPLIT_FOLDERS]
+            name = Path(path).stem if os.path.isfile(path) else parts[-1]
+        if name in suites:
+            raise UserError(f"--data: two suites are called {name!r}; tell them apart as NAME={path}")
+        suites[name] = find_samples(path, split)
+    if not suites:
+        raise UserError("--data: no dataset given; name a folder or a JSON/CSV list")
+    return suites

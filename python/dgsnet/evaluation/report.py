@@ -1,0 +1,402 @@
+"""Writing an evaluation: JSON, CSV, Markdown, a picture, and one HTML page with everything inside."""
+
+from __future__ import annotations
+
+import base64
+import csv
+import io
+import json
+import math
+import platform
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from markupsafe import Markup
+from PIL import Image
+
+from dgsnet.data.images import ImageError, read_image
+from dgsnet.detection.decisions import DECIMALS
+from dgsnet.evaluation.metrics import CONFIDENCE, RESAMPLES, reliability, roc
+from dgsnet.evaluation.published import AUTHORS_LOG, OFFICIAL, Comparison
+from dgsnet.evaluation.results import COUNTS, Evaluation, Result, Score, images, percent
+from dgsnet.files import write_file
+from dgsnet.pages import page, plots
+
+# Below it a generator counts as not recognised, above it the ranking as good.
+POOR_AUC, GOOD_AUC = 0.75, 0.95
+# Accuracy that a good ranking falls short of where the threshold is wrong.
+LOW_ACCURACY = 0.9
+MISTAKES = 8
+THUMBNAIL = 112
+
+
+def write_tables(out: str | Path, evaluation: Evaluation) -> None:
+    """Write metrics.json, metrics.csv, metrics.md, metrics.png and scores.csv into the folder `out`."""
+    out = Path(out)
+    out.mkdir(parents=True, exist_ok=True)
+    write_file(out / "metrics.json", _json(document(evaluation)))
+    write_file(out / "metrics.csv", _csv([_row(evaluation, result) for result in evaluation.results]))
+    write_file(out / "metrics.md", markdown(evaluation).encode(errors="surrogateescape"))
+    rows = (
+        vars(s) | {"probability": "" if s.error else f"{s.probability:.{DECIMALS}f}"}
+        for s in evaluation.scores
+    )
+    write_file(out / "scores.csv", _csv(list(rows)))
+    figure = plots.generators(evaluation.by_generator(), evaluation.mean(), evaluation.threshold)
+    plots.save(figure, out / "metrics.png")
+
+
+def document(evaluation: Evaluation) -> dict[str, Any]:
+    """What metrics.json holds: fractions, counts and intervals; published figures in percent."""
+
+    def with_intervals(result: Result) -> dict[str, Any]:
+        return result.values | {"intervals": {key: list(result.interval(key)) for key in evaluation.measures}}
+
+    def part(distortion: str) -> dict[str, Any]:
+        suites = evaluation.suites if len(evaluation.suites) > 1 else []
+        return {
+            "mean": with_intervals(evaluation.mean_of(distortion)),
+            "suites": {suite: with_intervals(evaluation.mean_of(distortion, suite)) for suite in suites},
+            "generators": {evaluation.title(r): with_intervals(r) for r in evaluation.of(distortion)},
+        }
+
+    return {
+        "threshold": evaluation.threshold,
+        "calibrated_threshold": evaluation.calibrated_threshold,
+        "confidence": CONFIDENCE,
+        "resamples": RESAMPLES,
+        **part(""),
+        "robustness": {distortion: part(distortion) for distortion in evaluation.distortions},
+        "published": {
+            suite: {
+                "source": AUTHORS_LOG,
+                "note": comparison.published.note,
+                "percent": published_methods(comparison)[1:],
+                "missing": comparison.missing,
+            }
+            for suite, comparison in evaluation.comparisons().items()
+        },
+        "damaged": [
+            {"path": s.path, "error": s.error, "distortion": s.distortion} for s in evaluation.damaged
+        ],
+    }
+
+
+def markdown(evaluation: Evaluation) -> str:
+    """The tables as Markdown, with intervals."""
+    columns = [*evaluation.measures.values(), "images"]
+
+    def cells(result: Result) -> list[str]:
+        return [*(_with_interval(result, key) for key in evaluation.measures), str(images(result.values))]
+
+    lines = ["# Evaluation", "", _caption(evaluation)]
+    for suite in evaluation.suites:
+        rows = [
+            [r.generator, *cells(r)] for r in [*evaluation.of(suite=suite), evaluation.mean_of("", suite)]
+        ]
+        lines += ["", f"## {suite or 'Generators'}", "", *_markdown_table([["generator", *columns], *rows])]
+    if len(evaluation.suites) > 1:
+        rows = [["mean", *cells(evaluation.mean_of())]]
+        lines += ["", "## All suites", "", *_markdown_table([["generator", *columns], *rows])]
+    if evaluation.distortions:
+        rows = [[name or "none", *cells(evaluation.mean_of(name))] for name in ("", *evaluation.distortions)]
+        lines += ["", "## Robustness", "", "Means over all generators.", ""]
+        lines += _markdown_table([["distortion", *columns], *rows])
+    for suite, comparison in evaluation.comparisons().items():
+        lines += ["", f"## {suite}: published results", "", _source(comparison), ""]
+        lines += [*_markdown_table(published_methods(comparison)), ""]
+        lines += _markdown_table(published_generators(comparison))
+    if evaluation.damaged:
+        lines += ["", "## Left out", "", *(f"- `{s.error}`" for s in evaluation.damaged)]
+    return "\n".join(lines) + "\n"
+
+
+def published_methods(comparison: Comparison) -> list[list[str]]:
+    """Rows of method, accuracy and AP in percent, under a head: this model, then what is published."""
+    count, total = len(comparison.generators), len(comparison.published.generators)
+    rows = [["method", "generators", "accuracy", "AP"]]
+    rows.append(["this model", f"{count} of {total}", *_one_decimal(comparison.own)])
+    if count < total:
+        rows.append([f"{OFFICIAL}, published", f"the same {count}", *_one_decimal(comparison.official)])
+    for method, figures in comparison.published.methods.items():
+        rows.append([f"{method}, published", f"all {total}", *_one_decimal(figures)])
+    return rows
+
+
+def published_generators(comparison: Comparison) -> list[list[str]]:
+    """Rows of generator, own and published accuracy, own and published AP in percent, under a head."""
+    rows = [["generator", "accuracy", "published", "AP", "published"]]
+    for name, accuracy, ap, published_accuracy, published_ap in comparison.generators:
+        rows.append([name, *_one_decimal((accuracy, published_accuracy, ap, published_ap))])
+    return rows
+
+
+def write_page(path: str | Path, evaluation: Evaluation, *, model: str, views: int = 1) -> None:
+    """Write the HTML page.
+
+    Args:
+        path: the file.
+        evaluation: what it shows.
+        model: the model's folder, as it was given.
+        views: views averaged per image.
+    """
+    import torch  # for its version; whoever has something to write has imported it
+
+    mean = evaluation.mean_of()
+    suites = [_suite(evaluation, suite) for suite in evaluation.suites]
+    text = page.render(
+        Path(__file__).with_name("evaluation.html"),
+        title=f"Evaluation of {model}",
+        model=model,
+        views=views,
+        evaluation=evaluation,
+        verdict=verdict(evaluation),
+        tiles=[
+            {"title": title, "value": percent(mean.values[key]), "interval": _brackets(mean, key)}
+            for key, title in evaluation.measures.items()
+        ],
+        mean=mean,
+        suites=suites,
+        caption=_caption(evaluation),
+        pooled=_pooled_figures(evaluation),
+        robustness=_robustness(evaluation),
+        mistakes=_mistakes(evaluation),
+        images=images(mean.values),
+        source=AUTHORS_LOG,
+        machine=f"Python {platform.python_version()}, PyTorch {torch.__version__}, {platform.system()}",
+    )
+    write_file(Path(path), text.encode(errors="surrogateescape"))
+
+
+def verdict(evaluation: Evaluation) -> list[str]:
+    """What the numbers say, as sentences."""
+    generators, mean = evaluation.of(), evaluation.mean_of()
+    count = f"{len(generators)} generators" if len(generators) > 1 else "one generator"
+    sentences = [
+        f"Over {count}: accuracy {_with_interval(mean, 'accuracy')} at the threshold "
+        f"{evaluation.threshold:g}, AUC {_with_interval(mean, 'auc')}, AP {_with_interval(mean, 'ap')}."
+    ]
+    if not math.isnan(mean.values["tpr_at_1"]):
+        sentences.append(
+            f"With one false alarm per hundred real images, {_with_interval(mean, 'tpr_at_1')} of generated "
+            f"images are found; with five, {_with_interval(mean, 'tpr_at_5')}."
+        )
+
+    def names(test: Callable[[dict[str, float]], bool]) -> str:
+        chosen = sorted((r for r in generators if test(r.values)), key=lambda r: r.values["auc"])
+        return ", ".join(f"{evaluation.title(r)} (AUC {percent(r.values['auc'])})" for r in chosen)
+
+    if poor := names(lambda v: v["auc"] < POOR_AUC):
+        sentences.append(f"Not told apart (AUC below {percent(POOR_AUC)}): {poor}.")
+    if misplaced := names(lambda v: v["auc"] >= GOOD_AUC and v["accuracy"] < LOW_ACCURACY):
+        sentences.append(
+            f"The ranking is right and the threshold {evaluation.threshold:g} is wrong: {misplaced}."
+        )
+    if evaluation.distortions and not math.isnan(mean.values["auc"]):
+        drops = {name: mean.values["auc"] - evaluation.mean(name)["auc"] for name in evaluation.distortions}
+        worst = max(drops, key=drops.__getitem__)
+        change = f"{-100 * drops[worst]:+.1f}".replace("-", "\N{MINUS SIGN}")
+        sentences.append(f"Of the distortions {worst} costs most: {change} points of AUC.")
+    if evaluation.damaged:
+        lost = len(evaluation.damaged)
+        which = (
+            "1 image could not be read and is" if lost == 1 else f"{lost} images could not be read and are"
+        )
+        sentences.append(f"{which} in no figure.")
+    return sentences
+
+
+def _caption(evaluation: Evaluation) -> str:
+    calibrated = evaluation.calibrated_threshold
+    at = "" if calibrated is None else f", calibrated ones at {calibrated:g}"
+    return (
+        f"Percent; in brackets the {CONFIDENCE:.0%} bootstrap interval. Decisions at "
+        f"{evaluation.threshold:g}{at}. TPR@1%: share of generated images found while at most 1% of these "
+        "real images are called generated. ECE: expected calibration error. Means are unweighted over "
+        "generators."
+    )
+
+
+def _source(comparison: Comparison) -> str:
+    missing = f" Not measured here: {', '.join(comparison.missing)}." if comparison.missing else ""
+    return (
+        f"At the threshold 0.5; {comparison.published.note}. Published figures of {OFFICIAL} are from "
+        f"{AUTHORS_LOG}, those of other methods from the paper; none was measured here.{missing}"
+    )
+
+
+def _suite(evaluation: Evaluation, suite: str) -> dict[str, Any]:
+    """What the page shows of one suite."""
+    members = evaluation.of(suite=suite)
+    comparison = evaluation.comparisons().get(suite)
+    values = {r.generator: r.values for r in members}
+    intervals = {
+        r.generator: {key: r.interval(key) for key in ("real_accuracy", "generated_accuracy", "ap")}
+        for r in members
+    }
+    mean = evaluation.mean_of("", suite)
+    both = [r for r in members if r.values["n_real"] and r.values["n_generated"]]
+    title = f"by generator{' of ' + suite if suite else ''}"
+    figure = plots.generators(values, mean.values, evaluation.threshold, intervals)
+    curves = {r.generator: roc(*_arrays(evaluation, suite, r.generator)) for r in both}
+    return {
+        "name": suite,
+        "rows": [
+            {
+                "name": r.generator,
+                "mean": r.is_mean,
+                "cells": [(percent(r.values[k]), _brackets(r, k)) for k in evaluation.measures],
+                "images": images(r.values),
+                "damaged": int(r.values["n_damaged"]),
+            }
+            for r in [*members, mean]
+        ],
+        "figure": _svg(figure, f"accuracy and AP {title}"),
+        "roc": _svg(
+            plots.roc_curves(curves, {r.generator: r.values["auc"] for r in both}), f"ROC curves {title}"
+        )
+        if both
+        else None,
+        "published": comparison
+        and {
+            "methods": published_methods(comparison),
+            "generators": published_generators(comparison),
+            "source": _source(comparison),
+        },
+    }
+
+
+def _arrays(evaluation: Evaluation, suite: str, generator: str) -> tuple[list[int], list[float]]:
+    scores = [s for s in _read(evaluation) if (s.suite, s.generator) == (suite, generator)]
+    return [s.label for s in scores], [s.probability for s in scores]
+
+
+def _read(evaluation: Evaluation) -> list[Score]:
+    """The images as they are that could be read."""
+    return [s for s in evaluation.scores if not s.error and not s.distortion]
+
+
+def _pooled_figures(evaluation: Evaluation) -> Markup | None:
+    """Distribution of scores and reliability, over all images."""
+    scores = _read(evaluation)
+    if not scores:
+        return None
+    labels = np.array([s.label for s in scores])
+    probabilities = np.array([s.probability for s in scores])
+    thresholds = {f"{evaluation.threshold:g}": evaluation.threshold}
+    if evaluation.calibrated_threshold is not None:
+        thresholds["calibrated"] = evaluation.calibrated_threshold
+    figure = plots.calibration(labels, probabilities, reliability(labels, probabilities), thresholds)
+    return _svg(figure, "distribution of scores, and how often images of a score are generated")
+
+
+def _robustness(evaluation: Evaluation) -> dict[str, Any] | None:
+    """Means under every distortion, and AUC by generator and distortion."""
+    if not evaluation.distortions:
+        return None
+    names = ["", *evaluation.distortions]
+    means = {name or "none": evaluation.mean_of(name) for name in names}
+    keys = {"auc": "AUC", "accuracy": f"accuracy at {evaluation.threshold:g}", "tpr_at_5": "TPR at 5% FPR"}
+    figure = plots.robustness(
+        {
+            title: {name: (r.values[key], *r.interval(key)) for name, r in means.items()}
+            for key, title in keys.items()
+        }
+    )
+    by_name = {name: {(r.suite, r.generator): r for r in evaluation.of(name)} for name in names}
+    rows = []
+    for which, plain in by_name[""].items():
+        auc = [by_name[name][which].values["auc"] for name in names]
+        # Shade: how much of the way from the undistorted AUC to guessing is lost.
+        span = max(auc[0] - 0.5, 0.05)
+        shades = [0 if math.isnan(a) else round(100 * min(max((auc[0] - a) / span, 0), 1)) for a in auc]
+        rows.append({"name": evaluation.title(plain), "cells": list(zip(map(percent, auc), shades))})
+    return {"figure": _svg(figure, "measures under distortions"), "names": list(means), "rows": rows}
+
+
+def _mistakes(evaluation: Evaluation) -> list[dict[str, Any]]:
+    """The wrong decisions furthest from the threshold, of either class, with small pictures."""
+    sections = []
+    for label, title in ((0, "Real, called generated"), (1, "Generated, called real")):
+        wrong = [
+            s
+            for s in _read(evaluation)
+            if s.label == label and (s.probability > evaluation.threshold) != label
+        ]
+        wrong.sort(key=lambda s: (s.probability if label else -s.probability, s.path))
+        total = sum(s.label == label for s in _read(evaluation))
+        shown = [{"score": s, "picture": _thumbnail(s.path)} for s in wrong[:MISTAKES]]
+        sections.append({"title": title, "count": len(wrong), "total": total, "shown": shown})
+    return sections
+
+
+def _thumbnail(path: str) -> str | None:
+    """The picture as base64 JPEG; None where it cannot be read any more."""
+    try:
+        picture = Image.fromarray(read_image(path))
+    except ImageError:
+        return None
+    picture.thumbnail((THUMBNAIL, THUMBNAIL))
+    buffer = io.BytesIO()
+    picture.save(buffer, "JPEG", quality=85)
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+def _svg(figure: Any, description: str) -> Markup:
+    return Markup(plots.svg(figure, description))
+
+
+def _brackets(result: Result, key: str) -> str:
+    low, high = result.interval(key)
+    return "" if math.isnan(low) else f"{percent(low)}–{percent(high)}"
+
+
+def _with_interval(result: Result, key: str) -> str:
+    brackets = _brackets(result, key)
+    return percent(result.values[key]) + (f" ({brackets})" if brackets else "")
+
+
+def _row(evaluation: Evaluation, result: Result) -> dict[str, Any]:
+    """A line of metrics.csv."""
+    suite = result.suite if len(evaluation.suites) > 1 or result.suite else ""
+    row: dict[str, Any] = {"suite": suite, "generator": result.generator, "distortion": result.distortion}
+    for key in evaluation.measures:
+        low, high = result.interval(key)
+        row |= {key: result.values[key], f"{key}_low": low, f"{key}_high": high}
+    row |= {key: result.values[key] for key in COUNTS}
+    return {k: "" if isinstance(v, float) and math.isnan(v) else v for k, v in row.items()}
+
+
+def _markdown_table(rows: Sequence[Sequence[str]]) -> list[str]:
+    rule = ["---", *["---:"] * (len(rows[0]) - 1)]
+    escaped = [[cell.replace("|", "\\|") for cell in row] for row in rows]
+    return [f"| {' | '.join(row)} |" for row in (escaped[0], rule, *escaped[1:])]
+
+
+def _one_decimal(values: Sequence[float]) -> list[str]:
+    """Percent to text."""
+    return [percent(value / 100) for value in values]
+
+
+def _json(value: Any) -> bytes:
+    return (json.dumps(_null_for_nan(value), indent=2) + "\n").encode()
+
+
+def _null_for_nan(value: Any) -> Any:
+    """JSON has no NaN."""
+    if isinstance(value, dict):
+        return {k: _null_for_nan(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_null_for_nan(v) for v in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
+def _csv(rows: list[dict[str, Any]]) -> bytes:
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, fieldnames=list(rows[0]))
+    writer.writeheader()
+    writer.writerows(rows)
+    # File names that are not UTF-8 are written as the bytes they are.
+    return text.getvalue().encode(errors="surrogateescape")

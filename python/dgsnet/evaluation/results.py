@@ -1,0 +1,219 @@
+"""Scores of labelled images, and what follows from them: measures per generator, suite and mean."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+
+import numpy as np
+
+from dgsnet.evaluation import published
+from dgsnet.evaluation.metrics import CALIBRATED_MEASURES, MEASURES, THRESHOLD, interval, metrics, resampled
+
+COUNTS = ("n_real", "n_generated", "n_damaged")
+
+
+@dataclass
+class Score:
+    """One image of an evaluation; probability is NaN and error says why where it could not be read."""
+
+    path: str
+    generator: str
+    label: int
+    probability: float
+    error: str = ""
+    suite: str = ""
+    distortion: str = ""
+
+
+@dataclass
+class Result:
+    """The measures of one generator, or their mean over generators.
+
+    Attributes:
+        suite: the test suite; "" for the mean over all of several.
+        generator: the generator, "mean" for a mean.
+        distortion: what was done to the images; "" for nothing.
+        values: measures as fractions, and n_real, n_generated, n_damaged.
+        is_mean: told from a generator of that name.
+    """
+
+    suite: str
+    generator: str
+    distortion: str
+    values: dict[str, float]
+    draw: Callable[[], dict[str, np.ndarray]] = field(repr=False)
+    is_mean: bool = False
+
+    @cached_property
+    def samples(self) -> dict[str, np.ndarray]:
+        """Measure to its values in every bootstrap resample."""
+        return self.draw()
+
+    def interval(self, key: str) -> tuple[float, float]:
+        """Percentile interval of a measure; NaN for ece, which resampling raises above its value."""
+        return (math.nan, math.nan) if key == "ece" else interval(self.samples[key])
+
+
+@dataclass
+class Evaluation:
+    """Scores of labelled images, and what follows from them. The scores must not be changed afterwards.
+
+    Attributes:
+        scores: every image of every suite, as it is and distorted.
+        threshold: an image is called generated where its probability is above it.
+        calibrated_threshold: that of the model's calibration; None where it has none.
+    """
+
+    scores: list[Score]
+    threshold: float = THRESHOLD
+    calibrated_threshold: float | None = None
+
+    @property
+    def measures(self) -> dict[str, str]:
+        """Key to column title of what was measured."""
+        return MEASURES | (CALIBRATED_MEASURES if self.calibrated_threshold is not None else {})
+
+    @cached_property
+    def suites(self) -> list[str]:
+        """The suites, in the order of their scores."""
+        return list(dict.fromkeys(s.suite for s in self.scores))
+
+    @cached_property
+    def distortions(self) -> list[str]:
+        """Names of the distortions, in the order of their scores, without "" for none."""
+        return [name for name in dict.fromkeys(s.distortion for s in self.scores) if name]
+
+    @property
+    def damaged(self) -> list[Score]:
+        """The images that could not be read, and those that could not be distorted; they are in no metric."""
+        unread = {s.path for s in self.scores if s.error and not s.distortion}
+        return [s for s in self.scores if s.error and (not s.distortion or s.path not in unread)]
+
+    @cached_property
+    def results(self) -> list[Result]:
+        """By distortion: every suite's generators in alphabetical order and their mean; then the mean of all.
+
+        The mean is unweighted, over the generators that have the measure. The last result of a distortion is
+        always the mean over all generators. Resamples of a generator depend on nothing but its own scores.
+        """
+        groups: dict[tuple[str, str, str], list[Score]] = {}
+        for s in self.scores:
+            groups.setdefault((s.distortion, s.suite, s.generator), []).append(s)
+        results = []
+        for distortion in ("", *self.distortions):
+            generators = []
+            for suite in self.suites:
+                names = sorted(name for d, its, name in groups if (d, its) == (distortion, suite))
+                members = [self._result(groups[distortion, suite, name]) for name in names]
+                results += [*members, _mean(members, suite)]
+                generators += members
+            if len(self.suites) > 1:
+                results.append(_mean(generators, ""))
+        return results
+
+    def of(self, distortion: str = "", suite: str | None = None) -> list[Result]:
+        """The generators of a distortion, of one suite if given."""
+        return [
+            r
+            for r in self.results
+            if r.distortion == distortion and not r.is_mean and suite in (None, r.suite)
+        ]
+
+    def mean_of(self, distortion: str = "", suite: str | None = None) -> Result:
+        """The mean over the generators of a distortion, of one suite if given."""
+        return [r for r in self.results if r.distortion == distortion and suite in (None, r.suite)][-1]
+
+    def by_generator(self, distortion: str = "") -> dict[str, dict[str, float]]:
+        """Generator (suite/generator where there are several suites) to its `metrics` and n_damaged."""
+        return {self.title(r): r.values for r in self.of(distortion)}
+
+    def mean(self, distortion: str = "") -> dict[str, float]:
+        """Unweighted mean over the generators that have the measure (NaN: none has), and total counts."""
+        return self.mean_of(distortion).values
+
+    def comparisons(self) -> dict[str, published.Comparison]:
+        """Suite to its comparison with published results, where there are any."""
+        compared = {
+            suite: published.compare(suite, {r.generator: r.values for r in self.of(suite=suite)})
+            for suite in self.suites
+        }
+        return {suite: comparison for suite, comparison in compared.items() if comparison}
+
+    def title(self, result: Result) -> str:
+        """A result's name in tables: the suite stands before it where there are several."""
+        several = len(self.suites) > 1 and result.suite
+        return f"{result.suite}/{result.generator}" if several else result.generator
+
+    def table(self) -> str:
+        """The metrics in percent as lines of text, means last; then the mean under each distortion."""
+        rows = [(self.title(r), r.values) for r in self.of()]
+        if len(self.suites) > 1:
+            rows += [(f"mean of {suite}", self.mean_of(suite=suite).values) for suite in self.suites]
+        lines = self._text("generator", [*rows, ("mean", self.mean())])
+        if self.distortions:
+            means = [(name or "none", self.mean(name)) for name in ("", *self.distortions)]
+            lines += "\n\n" + self._text("distortion", means)
+        return lines
+
+    def _result(self, scores: list[Score]) -> Result:
+        first, read = scores[0], [s for s in scores if not s.error]
+        arguments = (
+            np.array([s.label for s in read], dtype=np.int8),
+            np.array([s.probability for s in read], dtype=np.float64),
+            self.threshold,
+            self.calibrated_threshold,
+        )
+        values = metrics(*arguments) | {"n_damaged": len(scores) - len(read)}
+        seed = list(f"{first.suite}/{first.generator}".encode(errors="surrogateescape"))
+        draw = partial(resampled, *arguments, seed=seed)
+        return Result(first.suite, first.generator, first.distortion, values, draw)
+
+    def _text(self, title: str, rows: list[tuple[str, dict[str, float]]]) -> str:
+        lines = [[title, *self.measures.values(), "images"]]
+        for name, values in rows:
+            lines.append([name, *(percent(values[key]) for key in self.measures), str(images(values))])
+        return text_table(lines)
+
+
+def percent(value: float) -> str:
+    """A fraction in percent with one decimal; a dash for NaN."""
+    return "-" if math.isnan(value) else f"{100 * value:.1f}"
+
+
+def text_table(rows: list[list[str]]) -> str:
+    """Aligned lines: the first column to the left, the others to the right, a rule under the first row."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = [
+        "  ".join(
+            cell.rjust(w) if i else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths))
+        ).rstrip()
+        for row in rows
+    ]
+    return "\n".join([lines[0], "-" * (sum(widths) + 2 * (len(widths) - 1)), *lines[1:]])
+
+
+def images(values: Mapping[str, float]) -> int:
+    """How many images a result rests on."""
+    return int(values["n_real"] + values["n_generated"])
+
+
+def _mean(members: list[Result], suite: str) -> Result:
+    values: dict[str, float] = {}
+    for key in (key for key in members[0].values if key not in COUNTS):
+        having = [m.values[key] for m in members if not math.isnan(m.values[key])]
+        values[key] = math.fsum(having) / len(having) if having else math.nan
+    values |= {key: sum(m.values[key] for m in members) for key in COUNTS}
+    draw = partial(_mean_samples, members)
+    return Result(suite, "mean", members[0].distortion, values, draw, is_mean=True)
+
+
+def _mean_samples(members: list[Result]) -> dict[str, np.ndarray]:
+    """Resamples of a mean: its generators are fixed, their images are drawn independently."""
+    result = {}
+    for key, one in members[0].samples.items():
+        having = [m.samples[key] for m in members if not math.isnan(m.values[key])]
+        result[key] = np.mean(having, axis=0) if having else one
+    return result

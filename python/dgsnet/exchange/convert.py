@@ -1,0 +1,333 @@
+"""`dgsnet convert`: the authors' published checkpoints as model folders of this package.
+
+Their file is a flat state_dict that holds CLIP twice (student and frozen teacher), the adapters, and three
+heads; docs/official_weights.md has the layout. One copy of CLIP is kept.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+import tempfile
+import warnings
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from dgsnet.config import Config, ModelConfig, PreprocessConfig, SurgeryConfig
+from dgsnet.errors import UserError
+from dgsnet.files import one_line
+from dgsnet.model.checkpoint import BACKBONE_FILE, build_model, load_trained_state, save_model
+from dgsnet.model.dgsnet import DGSNet
+
+State = dict[str, Tensor]
+
+# Prefixes of the file's parts.
+STUDENT, TEACHER = "clip_model.", "clip_model_frozen."
+# Our heads by the file's names; the teacher's lies inside the teacher's part.
+IMAGE_HEAD, TEXT_HEAD, TEACHER_HEAD = "img_fc", "text_fc", "img_frozen_fc"
+ADAPTED = re.compile(r"visual\.(transformer\.resblocks\.\d+\.attn\.)([qkv]_proj)\.(weight|bias)")
+# The published mosaic's patches, in pixels.
+PATCH_SIZE = 32
+
+
+@dataclass
+class Official:
+    """What a published checkpoint holds.
+
+    Attributes:
+        clip: the one frozen CLIP, by OpenAI's names (fused attention).
+        adapters: LoRA A [r, width] and B [width, r] by peft's names; empty in stage 1.
+        heads: weight [1, D] and bias [1] of our three heads, by the names of `SurgeryHead`.
+        rank: r; 0 in stage 1.
+        stage: 1, the linear head on the frozen encoder, or 2, the detector.
+        merged: whether the file's student had its adapters added into its weights.
+    """
+
+    clip: State
+    adapters: State
+    heads: State
+    rank: int
+    stage: int
+    merged: bool
+
+
+def convert_command(
+    checkpoint: str, out: str, name: str = ModelConfig.name, alpha: float = ModelConfig.lora_alpha
+) -> None:
+    """Import a checkpoint that the authors published as a model folder for predict, evaluate and export.
+
+    Args:
+        checkpoint: their .pth file, of stage 2 (the detector) or stage 1 (the linear head).
+        out: folder for the model; must be new or empty.
+        name: open_clip model name of its CLIP.
+        alpha: numerator of the adapters' scaling; the file does not hold it.
+    """
+    found = convert(checkpoint, out, name=name, alpha=alpha)
+    what = (
+        f"LoRA of rank {found.rank}, {'merged' if found.merged else 'not merged'}"
+        if found.rank
+        else "no LoRA"
+    )
+    print(f"{out}: stage {found.stage} of {name}, {what} in {checkpoint}")
+
+
+def convert(
+    checkpoint: str | Path,
+    out: str | Path,
+    *,
+    name: str = ModelConfig.name,
+    alpha: float = ModelConfig.lora_alpha,
+) -> Official:
+    """Write a model folder that `Detector.load` reads: adapters and heads, and CLIP's weights beside them.
+
+    Args:
+        checkpoint: a file in the published layout; read with weights_only=True, no shape in it is trusted.
+        out: folder; must be new or empty.
+        name: open_clip model name of its CLIP.
+        alpha: numerator of the adapters' scaling alpha / sqrt(r).
+
+    Returns:
+        What the file held.
+
+    Raises:
+        UserError: `out` is in use, or the file is missing, damaged, of another layout or of another CLIP.
+    """
+    checkpoint, out = Path(checkpoint), Path(out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out} exists and is not an empty folder: give --out a new one")
+    found = read(checkpoint, name=name, alpha=alpha)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=".convert-") as folder:
+        backbone = Path(folder) / BACKBONE_FILE
+        save_file({key: _small(tensor) for key, tensor in found.clip.items()}, backbone, {"format": "pt"})
+        config = _config(name, str(backbone), found, alpha)
+        model = build_model(config, with_text=False)
+        load_trained_state(model, found.adapters | {f"head.{key}": t for key, t in found.heads.items()})
+        save_model(
+            out,
+            model,
+            config,
+            backbone=backbone,
+            source=checkpoint.name,
+            stage=found.stage,
+            merged=found.merged,
+        )
+    return found
+
+
+def read(checkpoint: Path, *, name: str, alpha: float) -> Official:
+    """Read a published checkpoint; nothing is written. Arguments and errors are those of `convert`."""
+    state = _load(checkpoint)
+    try:
+        return _stage2(state, name, alpha) if _holds(state, STUDENT) else _stage1(state, name)
+    except ValueError as error:
+        raise UserError(f"{checkpoint} is no checkpoint of DGS-Net on {name}: {error}") from None
+
+
+def _load(checkpoint: Path) -> State:
+    if not checkpoint.is_file():
+        raise UserError(f"no file {checkpoint}: give the authors' .pth file")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of what is refused below
+            mmap = zipfile.is_zipfile(checkpoint) or None
+            state = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=mmap)
+    except Exception as error:  # torch.load's errors on damaged or hostile files share no class
+        reason = one_line(error).split(". ")[0][:200]
+        raise UserError(
+            f"{checkpoint} cannot be read as weights ({reason}): it is damaged, or no PyTorch file of plain "
+            "tensors; download it again"
+        ) from None
+    if not isinstance(state, dict) or not state:
+        raise UserError(
+            f"{checkpoint} holds {type(state).__name__}, not a flat state_dict: give the authors' file"
+        )
+    for key, tensor in state.items():
+        if type(tensor) is not Tensor or tensor.layout != torch.strided or not tensor.is_floating_point():
+            kind = f"a {tensor.dtype} tensor" if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise UserError(
+                f"{checkpoint} is no flat state_dict of the authors' layout: {key!r} is {kind}, expected a "
+                "dense tensor of floats"
+            )
+    return dict(state)
+
+
+def _stage1(state: State, name: str) -> Official:
+    heads = _heads(state, {TEACHER_HEAD: "teacher_head"}, _skeleton(name).dim)
+    clip = _part(state, TEACHER, _clip_shapes(name))
+    _nothing_left(state)
+    # In stage 1 the frozen encoder with its head is the detector; there is no text head yet.
+    same = {key.replace("teacher", "image"): tensor for key, tensor in heads.items()}
+    unused = {
+        f"text_head.{kind}": torch.zeros_like(heads[f"teacher_head.{kind}"]) for kind in ("weight", "bias")
+    }
+    return Official(clip, {}, heads | same | unused, rank=0, stage=1, merged=False)
+
+
+def _stage2(state: State, name: str, alpha: float) -> Official:
+    if not _holds(state, TEACHER):
+        raise ValueError(f"it lacks the teacher, {TEACHER}*, without which merged adapters cannot be told")
+    heads = _heads(
+        state,
+        {IMAGE_HEAD: "image_head", TEXT_HEAD: "text_head", TEACHER + TEACHER_HEAD: "teacher_head"},
+        _skeleton(name).dim,
+    )
+    shapes = _clip_shapes(name)
+    clip = _part(state, TEACHER + TEACHER, shapes)
+    split, targets = _split_shapes(shapes)
+    adapters, rank = _adapters(state, targets)
+    student = _part(state, STUDENT, split)
+    _nothing_left(state)
+    merged = _check_student(student, clip, adapters, alpha / rank**0.5)
+    return Official(clip, adapters, heads, rank=rank, stage=2, merged=merged)
+
+
+def _check_student(student: State, clip: State, adapters: State, scaling: float) -> bool:
+    """Whether the adapters were merged; ValueError where the student is not the teacher with these adapters.
+
+    A file saved in evaluation mode has W + scaling * B @ A in place of W. The teacher holds W itself, so
+    nothing has to be subtracted and the result is exact.
+    """
+    merged = None
+    for key, tensor in student.items():
+        if match := ADAPTED.fullmatch(key):
+            attention, target, kind = match.groups()
+            base = clip[f"visual.{attention}in_proj_{kind}"].chunk(3)["qkv".index(target[0])]
+        else:
+            base = clip[key.replace(".attn.proj.", ".attn.out_proj.")]
+        same = torch.equal(tensor, base)
+        if not match or kind == "bias":
+            if not same:
+                raise ValueError(f"{STUDENT}{key} differs from the teacher's, and no adapter is on it")
+            continue
+        lora = f"{attention}{target}.lora_"
+        update = scaling * (adapters[f"{lora}B.weight"] @ adapters[f"{lora}A.weight"])
+        fits = torch.allclose(
+            tensor, base + update, rtol=0, atol=1e-5 * float(base.abs().max() + update.abs().max())
+        )
+        if same and fits:
+            continue  # too small an update to tell
+        if not (same or fits) or merged == same:
+            raise ValueError(
+                f"{STUDENT}{key} is neither the teacher's nor that plus {scaling:.4g} * B @ A, or not the "
+                "one that it is in the blocks before: the file is damaged, or alpha is another"
+            )
+        merged = fits
+    return bool(merged)
+
+
+def _adapters(state: State, targets: dict[str, int]) -> tuple[State, int]:
+    """Take A and B of every adapted linear (name and width) by peft's names; returns them and their rank."""
+    first = f"{STUDENT}{next(iter(targets))}.w_lora_A"
+    if first not in state:
+        raise ValueError(f"{first} is missing")
+    rank = state[first].shape[0] if state[first].ndim == 2 else 0
+    adapters = {}
+    for target, width in targets.items():
+        if not 1 <= rank <= width:
+            raise ValueError(f"{first} has shape {list(state[first].shape)}, expected [r, {width}]")
+        ours = target.removeprefix("visual.")
+        taken = _part(state, f"{STUDENT}{target}.", {"w_lora_A": (rank, width), "w_lora_B": (width, rank)})
+        adapters[f"{ours}.lora_A.weight"] = taken["w_lora_A"]
+        adapters[f"{ours}.lora_B.weight"] = taken["w_lora_B"]
+    return adapters, rank
+
+
+def _heads(state: State, names: dict[str, str], dim: int) -> State:
+    heads: State = {}
+    for theirs, ours in names.items():
+        part = _part(state, f"{theirs}.", {"weight": (1, dim), "bias": (1,)})
+        heads |= {f"{ours}.{kind}": tensor for kind, tensor in part.items()}
+    return heads
+
+
+def _part(state: State, prefix: str, shapes: dict[str, tuple[int, ...]]) -> State:
+    """Take the tensors below a prefix out of `state`; ValueError if one is missing, misshaped, not finite."""
+    part = {}
+    for name, shape in shapes.items():
+        if prefix + name not in state:
+            raise ValueError(f"{prefix}{name} is missing")
+        tensor = state.pop(prefix + name)
+        # Checked before anything reads it: a file may claim any shape.
+        if tuple(tensor.shape) != tuple(shape):
+            raise ValueError(f"{prefix}{name} has shape {list(tensor.shape)}, expected {list(shape)}")
+        if not torch.isfinite(tensor).all():
+            raise ValueError(f"{prefix}{name} holds values that are not finite")
+        part[name] = tensor.float()
+    return part
+
+
+def _nothing_left(state: State) -> None:
+    if state:
+        raise ValueError(f"{min(state)} is unknown to this layout")
+
+
+def _holds(state: State, prefix: str) -> bool:
+    return any(key.startswith(prefix) for key in state)
+
+
+def _clip_shapes(name: str) -> dict[str, tuple[int, ...]]:
+    """Shapes of a CLIP's tensors by OpenAI's names: fused attention, text tower at the top level."""
+    clip = _skeleton(name)
+    assert clip.text
+    shapes: dict[str, tuple[int, ...]] = {"logit_scale": ()}
+    for prefix, tower in (("visual.", clip.visual), ("", clip.text)):
+        for key, tensor in tower.state_dict().items():
+            shape = tuple(tensor.shape)
+            if ".attn.k_proj." in key or ".attn.v_proj." in key:
+                continue
+            if ".attn.q_proj." in key:
+                key, shape = key.replace("q_proj.", "in_proj_"), (3 * shape[0], *shape[1:])
+            shapes[prefix + key] = shape
+    return shapes
+
+
+def _split_shapes(shapes: dict[str, tuple[int, ...]]) -> tuple[dict[str, tuple[int, ...]], dict[str, int]]:
+    """The student's shapes, with the vision tower's q, k, v apart; its adapted linears with their width."""
+    split, targets = {}, {}
+    for key, shape in shapes.items():
+        if not (key.startswith("visual.") and ".attn." in key):
+            split[key] = shape
+        elif "in_proj_" in key:
+            prefix, kind = key.split("in_proj_")
+            for letter in "qkv":
+                split[f"{prefix}{letter}_proj.{kind}"] = (shape[0] // 3, *shape[1:])
+                targets[f"{prefix}{letter}_proj"] = shape[0] // 3
+        else:
+            split[key.replace(".out_proj.", ".proj.")] = shape
+    return split, targets
+
+
+@functools.lru_cache(maxsize=1)
+def _skeleton(name: str) -> DGSNet:
+    """The model without memory for its weights."""
+    with torch.device("meta"):
+        return DGSNet(ModelConfig(name=name, pretrained="", lora_rank=0))
+
+
+def _small(tensor: Tensor) -> Tensor:
+    """In half precision where nothing is lost, as with OpenAI's weights, which were published so."""
+    half = tensor.half()
+    return (half if torch.equal(half.to(tensor.dtype), tensor) else tensor).contiguous()
+
+
+def _config(name: str, pretrained: str, found: Official, alpha: float) -> Config:
+    """The published settings, with a mosaic of as many patches as the model's input holds."""
+    size = _skeleton(name).image_size
+    if size % PATCH_SIZE:
+        raise UserError(
+            f"{name} takes images of {size} pixels, which patches of {PATCH_SIZE} do not tile: the published "
+            "checkpoints are of ViT-L-14-quickgelu at 224 pixels"
+        )
+    return Config(
+        model=ModelConfig(name, pretrained, lora_rank=found.rank, lora_alpha=alpha),
+        preprocess=PreprocessConfig(
+            image_size=size, patch_size=PATCH_SIZE, num_patches=(size // PATCH_SIZE) ** 2
+        ),
+        surgery=SurgeryConfig(mode="feature" if found.stage == 2 else "none"),
+    )

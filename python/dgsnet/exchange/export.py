@@ -1,0 +1,362 @@
+"""`dgsnet export`: a trained detector in formats that other programs run, with a model card beside it.
+
+The exported model takes prepared pixels; how they are prepared and how scores become decisions, the contract,
+is written into the file. docs/export.md describes the formats.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import json
+import os
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+from dgsnet.errors import UserError
+from dgsnet.exchange.model_card import model_card
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import CLIPVisionModelWithProjection
+
+    from dgsnet.detection.detector import Detector
+
+Format = Literal["onnx", "torchscript", "safetensors", "hf"]
+# Key of the contract, as JSON, in a file's metadata; and its file in a folder.
+CONTRACT = "dgsnet"
+CONTRACT_FILE = "dgsnet.json"
+# Exported and original scores may differ by this much before an export is refused.
+TOLERANCE = 1e-4
+
+
+def export_command(model: str, format: Format, out: str) -> None:
+    """Write a detector as one file that runs without dgsnet, or as a transformers model with a peft adapter.
+
+    Args:
+        model: a model folder, or the folder of a training run.
+        format: onnx, torchscript and safetensors have the adapters merged; hf keeps them apart.
+        out: the file to write, or for hf a new folder; the model card lies beside it, or in it.
+    """
+    card = export(model, out, format)
+    print(f"{out}: {format}, verified against the original; model card {card}")
+
+
+def export(model: str | Path, out: str | Path, format: Format) -> Path:
+    """Export a detector, check that it gives the original's scores, and write its model card.
+
+    Args:
+        model: a model folder, or the folder of a training run; its calibration goes with it.
+        out: the file; for "hf" a folder that does not exist or is empty.
+        format: "onnx", "torchscript", "safetensors" or "hf".
+
+    Returns:
+        The model card, Markdown: `<out>.md`, or README.md in the folder.
+
+    Raises:
+        UserError: no such model or format, a package missing, a folder in use, or scores that differ.
+
+    Example:
+        >>> export("runs/mine", "mine.onnx", "onnx")  # doctest: +SKIP
+    """
+    from dgsnet.detection.detector import Detector
+
+    if format not in get_args(Format):
+        raise UserError(f"unknown format {format}: give one of {', '.join(get_args(Format))}")
+    out = Path(out)
+    if format == "hf" and out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out} exists and is not an empty folder: give --out a new one")
+    if format != "hf" and out.is_dir():
+        raise UserError(
+            f"{out} is a folder: give --out the name of a file, such as {out / f'model.{format}'}"
+        )
+    detector = Detector.load(model, "cpu")
+
+    from dgsnet.model.checkpoint import read_extra
+
+    expected = detector.logits(_pixels(detector))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=".export-") as folder:
+        new = Path(folder) / out.name
+        with warnings.catch_warnings(), _no_progress_bars():
+            warnings.simplefilter("ignore")  # exporters announce their successors
+            run = _WRITERS[format](detector, new)
+        _check(run, _pixels(detector), expected, format)
+        card = new / "README.md" if format == "hf" else new.with_name(f"{out.name}.md")
+        card.write_text(model_card(detector, read_extra(model), contract(detector), out, format))
+        if format == "hf":
+            if out.exists():
+                out.rmdir()
+            os.rename(new, out)
+            return out / card.name
+        for path in sorted(new.parent.iterdir()):  # large ONNX models have a second file
+            os.replace(path, out.parent / path.name)
+    return out.parent / card.name
+
+
+def contract(detector: Detector) -> dict[str, Any]:
+    """What a program must know to use the exported model: input, preprocessing, outputs, decisions."""
+    from dgsnet.data.preprocess import NORMALIZATIONS
+    from dgsnet.detection.decisions import DECIMALS, THRESHOLD
+
+    preprocess, size = detector.config.preprocess, detector.model.image_size
+    mean, std = NORMALIZATIONS[preprocess.normalization]
+    mosaic = {"patch_size": preprocess.patch_size, "num_patches": preprocess.num_patches}
+    c = detector.calibration
+    return {
+        "version": 1,
+        "input": {"name": "pixels", "dtype": "float32", "shape": ["batch", 3, size, size], "channels": "RGB"},
+        "preprocess": {
+            "mode": preprocess.mode,
+            "image_size": size,
+            **(mosaic if preprocess.mode == "patches" else {}),
+            "scale": "pixel / 255, minus mean, divided by std",
+            "mean": list(mean),
+            "std": list(std),
+            "views": detector.views,
+        },
+        "outputs": {
+            "logits": "[batch] float32, positive is generated; averaged over an image's views before use",
+            "probabilities": "[batch] float32, sigmoid(logits / temperature)",
+        },
+        "decision": {
+            "temperature": c.temperature if c else 1.0,
+            "generated_above": c.threshold if c else THRESHOLD,
+            "real_at_or_below": c.low if c else THRESHOLD,
+            "decimals_before_comparing": DECIMALS,
+            "calibrated": c is not None,
+        },
+    }
+
+
+def _module(detector: Detector) -> Any:
+    """Pixels to logits and probabilities, with the adapters merged into the weights."""
+    import torch
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    class Exported(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.visual = detector.model.visual
+            self.head = detector.model.head.image_head
+            self.temperature = detector.calibration.temperature if detector.calibration else 1.0
+
+        def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+            logits = self.head(self.visual(pixels)).squeeze(-1)
+            return logits, torch.sigmoid(logits / self.temperature)
+
+    for block in detector.model.visual.transformer.resblocks:
+        for name, layer in list(block.attn.named_children()):
+            if isinstance(layer, BaseTunerLayer):
+                layer.merge(safe_merge=True)
+                setattr(block.attn, name, layer.get_base_layer())
+    return Exported().eval().requires_grad_(False)
+
+
+def _write_onnx(detector: Detector, path: Path) -> Callable[[Tensor], Any]:
+    import torch
+
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        _need(package)
+    import onnxruntime
+
+    program = torch.onnx.export(
+        _module(detector),
+        (_pixels(detector),),
+        dynamo=True,
+        input_names=["pixels"],
+        output_names=["logits", "probabilities"],
+        dynamic_shapes={"pixels": {0: torch.export.Dim("batch")}},
+        verbose=False,
+    )
+    assert program  # dynamo=True returns one
+    # Notes for debugging the exporter hold paths of this machine.
+    for node in program.model.graph:
+        node.metadata_props.clear()
+    program.model.metadata_props[CONTRACT] = json.dumps(contract(detector))
+    program.save(path)
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    return lambda pixels: torch.from_numpy(session.run(["logits"], {"pixels": pixels.numpy()})[0])
+
+
+def _write_torchscript(detector: Detector, path: Path) -> Callable[[Tensor], Any]:
+    import torch
+
+    traced = torch.jit.trace(_module(detector), (_pixels(detector),))
+    torch.jit.save(traced, str(path), _extra_files={CONTRACT_FILE: json.dumps(contract(detector))})
+    loaded = torch.jit.load(str(path))
+    return lambda pixels: loaded(pixels)[0]
+
+
+def _write_safetensors(detector: Detector, path: Path) -> Callable[[Tensor], Any]:
+    import open_clip
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    module = _module(detector)
+    state = {f"head.{key}": tensor for key, tensor in module.head.state_dict().items()}
+    for key, tensor in module.visual.state_dict().items():
+        if ".attn.q_proj." in key:
+            tensor = torch.cat(
+                [module.visual.state_dict()[key.replace("q_proj", f"{x}_proj")] for x in "qkv"]
+            )
+            key = key.replace("q_proj.", "in_proj_")
+        if ".attn.k_proj." not in key and ".attn.v_proj." not in key:
+            state[f"visual.{key}"] = tensor.contiguous()
+    save_file(state, path, {"format": "pt", CONTRACT: json.dumps(contract(detector))})
+
+    config = open_clip.get_model_config(detector.config.model.name.replace("/", "-"))
+    config.pop("custom_text", None)
+    with torch.device("meta"):
+        visual = open_clip.CLIP(**config).visual.eval()
+    written = load_file(path)
+    tower = {key.removeprefix("visual."): t for key, t in written.items() if key.startswith("visual.")}
+    visual.load_state_dict(tower, assign=True)
+    return lambda pixels: _linear(visual(pixels), written["head.weight"], written["head.bias"])
+
+
+def _write_hf(detector: Detector, folder: Path) -> Callable[[Tensor], Any]:
+    from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+    from safetensors.torch import load_file, save_file
+    from transformers import CLIPVisionModelWithProjection
+
+    encoder = _hf_encoder(detector)
+    encoder.save_pretrained(folder / "base")
+    config = detector.config.model
+    if config.lora_rank:
+        lora = LoraConfig(
+            r=config.lora_rank,
+            lora_alpha=config.lora_alpha,
+            lora_dropout=config.lora_dropout,
+            use_rslora=True,
+            target_modules=["q_proj", "k_proj", "v_proj"],
+            base_model_name_or_path="../base",
+        )
+        adapted = get_peft_model(encoder, lora)
+        names = {f"base_model.model.{_hf_name(k)}": t for k, t in detector.model.adapter_state().items()}
+        set_peft_model_state_dict(adapted, names)
+        adapted.save_pretrained(str(folder / "adapter"))
+        (folder / "adapter" / "README.md").unlink(missing_ok=True)  # peft's blank form; ours lies above
+    head = {key: tensor.contiguous() for key, tensor in detector.model.head.image_head.state_dict().items()}
+    save_file(head, folder / "head.safetensors", {"format": "pt"})
+    (folder / CONTRACT_FILE).write_text(json.dumps(contract(detector), indent=2) + "\n")
+
+    loaded: Any = CLIPVisionModelWithProjection.from_pretrained(folder / "base")
+    if config.lora_rank:
+        loaded = PeftModel.from_pretrained(loaded, folder / "adapter")
+    loaded.eval()
+    head = load_file(folder / "head.safetensors")
+
+    return lambda pixels: _linear(loaded(pixel_values=pixels).image_embeds, head["weight"], head["bias"])
+
+
+def _hf_encoder(detector: Detector) -> CLIPVisionModelWithProjection:
+    """The frozen image encoder as transformers' CLIP."""
+    from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+
+    visual = detector.model.visual
+    block = visual.transformer.resblocks[0]
+    activation = {"QuickGELU": "quick_gelu", "GELU": "gelu"}[type(block.mlp.gelu).__name__]
+    encoder = CLIPVisionModelWithProjection(
+        CLIPVisionConfig(
+            hidden_size=visual.conv1.out_channels,
+            intermediate_size=block.mlp.c_fc.out_features,
+            num_hidden_layers=len(visual.transformer.resblocks),
+            num_attention_heads=block.attn.num_heads,
+            image_size=detector.model.image_size,
+            patch_size=visual.conv1.kernel_size[0],
+            projection_dim=detector.model.dim,
+            hidden_act=activation,
+            layer_norm_eps=visual.ln_post.eps,
+        )
+    )
+    state = {}
+    for key, tensor in visual.state_dict().items():
+        if "lora_" not in key:
+            state[_hf_name(key.replace(".base_layer.", "."))] = tensor.T if key == "proj" else tensor
+    wanted = {name for name, _ in encoder.named_parameters()}
+    if wanted != state.keys():
+        name = min(wanted ^ state.keys())
+        raise UserError(
+            f"the backbone {detector.config.model.name} is no CLIP that transformers can hold ({name} is in "
+            "one only): export it as onnx, torchscript or safetensors"
+        )
+    encoder.load_state_dict({key: tensor.contiguous() for key, tensor in state.items()}, strict=False)
+    return encoder.eval()
+
+
+def _hf_name(key: str) -> str:
+    """transformers' name of a tensor of our vision tower, adapters included."""
+    for ours, theirs in {
+        "transformer.resblocks.": "encoder.layers.",
+        ".attn.": ".self_attn.",
+        ".ln_1.": ".layer_norm1.",
+        ".ln_2.": ".layer_norm2.",
+        ".mlp.c_fc.": ".mlp.fc1.",
+        ".mlp.c_proj.": ".mlp.fc2.",
+        "conv1.": "embeddings.patch_embedding.",
+        "class_embedding": "embeddings.class_embedding",
+        "positional_embedding": "embeddings.position_embedding.weight",
+        "ln_pre.": "pre_layrnorm.",
+        "ln_post.": "post_layernorm.",
+    }.items():
+        key = key.replace(ours, theirs)
+    return "visual_projection.weight" if key == "proj" else f"vision_model.{key}"
+
+
+@contextlib.contextmanager
+def _no_progress_bars() -> Iterator[None]:
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+def _need(package: str) -> None:
+    try:
+        importlib.import_module(package)
+    except ImportError:
+        raise UserError(f"this needs the package {package}: pip install 'dgs-kernels[export]'") from None
+
+
+def _pixels(detector: Detector) -> Tensor:
+    """Three inputs of the kind that the model sees, always the same ones."""
+    import torch
+
+    size = detector.model.image_size
+    return torch.randn(3, 3, size, size, generator=torch.Generator().manual_seed(0))
+
+
+def _check(run: Callable[[Tensor], Any], pixels: Tensor, expected: Tensor, format: str) -> None:
+    """Compare probabilities of the exported model, reloaded, with the original's, in two batch sizes."""
+    import torch
+
+    with torch.inference_mode():
+        for batch in (pixels, pixels[:1]):
+            logits = run(batch).float()
+            difference = (logits.sigmoid() - expected[: len(batch)].sigmoid()).abs().max().item()
+            if logits.shape != batch.shape[:1] or not difference <= TOLERANCE:
+                raise UserError(
+                    f"the {format} export gives other scores than the model (by up to {difference:.2g}): "
+                    "nothing was written; please report the versions of torch and of the exporter"
+                )
+
+
+def _linear(features: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return (features @ weight.T + bias).squeeze(-1)
+
+
+_WRITERS: dict[str, Callable[[Detector, Path], Callable[[Tensor], Any]]] = {
+    "onnx": _write_onnx,
+    "torchscript": _write_torchscript,
+    "safetensors": _write_safetensors,
+    "hf": _write_hf,
+}

@@ -1,0 +1,260 @@
+"""Trained models and resume states on disk: small, written atomically, refused in one line when unfit.
+
+A model folder holds what training changed and nothing of the backbone: `adapters.safetensors` (the adapters
+and the three heads, with the backbone's fingerprint in its header) and `config.json` (the configuration, with
+preprocessing); after `dgsnet train` also `training_images.npy` (hashes of the files it was trained on), after
+`dgsnet calibrate` `calibration.json`. Only a converted one carries its backbone, `clip.safetensors`. A run
+folder, as `dgsnet train --out` writes it, holds two model folders, `best` and `last`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as to_safetensors
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from dgsnet.config import CONFIG_FILE, Config, read_config
+from dgsnet.errors import UserError
+from dgsnet.files import one_line, replace_folder, sync, sync_folder, write_synced
+from dgsnet.model.dgsnet import DGSNet
+from dgsnet.model.folders import WEIGHTS_FILE, model_folder
+
+# As `pretrained` in config.json it means the file of this name in the model folder.
+BACKBONE_FILE = "clip.safetensors"
+# Hashes of the training images' files (images.file_hash), int64, ascending.
+TRAINED_ON_FILE = "training_images.npy"
+FORMAT = "dgsnet-1"  # changes when an older program could not read the file rightly
+
+
+def build_model(config: Config, *, with_text: bool = True) -> DGSNet:
+    """A new DGSNet; config.seed decides its random parts: heads, adapters, a backbone not pretrained.
+
+    Args:
+        config: the run's configuration; `model` and `seed` are used.
+        with_text: load the text encoder too (needed to train with gradient surgery only).
+
+    Raises:
+        UserError: the backbone does not exist or its weights cannot be had.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        return DGSNet(config.model, with_text=with_text)
+
+
+def trained_state(model: DGSNet) -> dict[str, torch.Tensor]:
+    """Adapters and heads by name, whole and on the CPU: all that a run changes in a model.
+
+    Of a sharded model every process has to ask for it.
+    """
+    heads = {f"head.{name}": tensor for name, tensor in model.head.state_dict().items()}
+    trained = (model.adapter_state() | heads).items()
+    return {name: whole(tensor.detach()).cpu().contiguous() for name, tensor in trained}
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor that may be sharded; every process has to ask for it."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def load_trained_state(model: DGSNet, state: dict[str, torch.Tensor]) -> None:
+    """The inverse of trained_state; ValueError names a tensor missing, unknown, misshaped or not finite."""
+    expected = trained_state(model)
+    for name in sorted(expected.keys() | state.keys()):
+        if name not in state:
+            raise ValueError(f"{name} is missing")
+        if name not in expected:
+            raise ValueError(f"{name} is unknown to this backbone and lora_rank")
+        if state[name].shape != expected[name].shape:
+            raise ValueError(
+                f"{name} has shape {list(state[name].shape)}, expected {list(expected[name].shape)}"
+            )
+        if not torch.isfinite(state[name]).all():
+            raise ValueError(f"{name} holds values that are not finite")
+    prefix = "head."
+    heads = {name.removeprefix(prefix): t for name, t in state.items() if name.startswith(prefix)}
+    model.load_adapter_state({name: t for name, t in state.items() if not name.startswith(prefix)})
+    model.head.load_state_dict(heads)
+
+
+def fingerprint(model: DGSNet) -> str:
+    """A short hash of the frozen image encoder that tells one set of weights from another.
+
+    64 evenly spaced values of every frozen tensor are hashed, rounded to bf16 so that a model kept in that
+    type has the same one, and the digests sorted, so that neither parameter names nor their order matter.
+    """
+    digests = []
+    for name, tensor in model.visual.state_dict().items():
+        if "lora_" in name:
+            continue
+        values = tensor.detach().flatten()
+        sample = values[:: max(1, values.numel() // 64)][:64].cpu().bfloat16().contiguous()
+        digests.append(
+            hashlib.sha256(
+                f"{tuple(tensor.shape)}".encode() + sample.view(torch.int16).numpy().tobytes()
+            ).digest()
+        )
+    return hashlib.sha256(b"".join(sorted(digests))).hexdigest()[:16]
+
+
+def save_model(
+    folder: str | Path, model: DGSNet, config: Config, *, backbone: Path | None = None, **extra: Any
+) -> Path:
+    """Write a model folder; one that is there stays complete until the new one is.
+
+    Args:
+        folder: where to; replaced when it exists.
+        model: the trained model.
+        config: the configuration it was trained with.
+        backbone: weights file of its CLIP that is moved into the folder; None leaves config's.
+        extra: anything JSON can hold that belongs to this model (step, validation results, a threshold);
+            read_extra returns it.
+
+    Returns:
+        The folder.
+
+    Example:
+        >>> save_model("runs/mine/best", model, config, step=1000)  # doctest: +SKIP
+    """
+    return write_model(folder, trained_state(model), fingerprint(model), config, backbone=backbone, **extra)
+
+
+def write_model(
+    folder: str | Path,
+    state: dict[str, torch.Tensor],
+    backbone_fingerprint: str,
+    config: Config,
+    *,
+    backbone: Path | None = None,
+    trained_on: np.ndarray | None = None,
+    **extra: Any,
+) -> Path:
+    """save_model for a model that is not at hand whole: given its trained_state and fingerprint.
+
+    `trained_on`: hashes of the files that it was trained on, int64 [N], ascending.
+    """
+    header = {"format": FORMAT, "backbone": backbone_fingerprint, "extra": json.dumps(extra)}
+    if backbone:
+        config = _with_pretrained(config, BACKBONE_FILE)
+
+    def fill(new: Path) -> None:
+        if backbone:
+            with open(backbone, "rb+") as file:
+                os.fsync(file.fileno())
+            os.rename(backbone, new / BACKBONE_FILE)
+        if trained_on is not None:
+            hashes = io.BytesIO()
+            np.save(hashes, trained_on)
+            write_synced(new / TRAINED_ON_FILE, hashes.getvalue())
+        write_synced(new / CONFIG_FILE, config.to_json().encode())
+        write_synced(new / WEIGHTS_FILE, to_safetensors(state, metadata=header))
+
+    return replace_folder(Path(folder), fill)
+
+
+def load_model(
+    folder: str | Path, *, device: str | torch.device = "cpu", with_text: bool = False
+) -> tuple[DGSNet, Config]:
+    """Read a trained model.
+
+    Args:
+        folder: a model folder, or a run folder (its best model is taken).
+        device: where the model is put.
+        with_text: load the text encoder too.
+
+    Returns:
+        The model in evaluation mode and the configuration it was trained with; `pretrained` is the path of
+        the folder's own backbone where it has one.
+
+    Raises:
+        UserError: nothing there, damaged, of an unknown format, or trained on other backbone weights.
+
+    Example:
+        >>> model, config = load_model("runs/mine")  # doctest: +SKIP
+    """
+    folder = model_folder(folder)
+    config = read_config(folder / CONFIG_FILE)
+    if config.model.pretrained == BACKBONE_FILE:
+        if not (folder / BACKBONE_FILE).is_file():
+            raise UserError(f"{folder / BACKBONE_FILE} is missing: copy the model's folder whole")
+        config = _with_pretrained(config, str(folder / BACKBONE_FILE))
+    header, state = _read_weights(folder / WEIGHTS_FILE)
+    model = build_model(config, with_text=with_text)
+    try:
+        load_trained_state(model, state)
+    except ValueError as error:
+        raise UserError(
+            f"{folder / WEIGHTS_FILE} does not fit {CONFIG_FILE} beside it: {error}; they must be of one run"
+        ) from None
+    found = fingerprint(model)
+    if found != header["backbone"]:
+        raise UserError(
+            f"{folder} was trained on other weights of {config.model.name} than those that pretrained="
+            f"{config.model.pretrained!r} gives here (fingerprint {header['backbone']}, here {found}): "
+            "restore the weights it was trained on, or train again"
+        )
+    return model.to(device).eval(), config
+
+
+def _with_pretrained(config: Config, pretrained: str) -> Config:
+    return replace(config, model=replace(config.model, pretrained=pretrained))
+
+
+def read_extra(folder: str | Path) -> dict[str, Any]:
+    """What save_model was given as `extra`, of a model folder or of a run folder's best model."""
+    return json.loads(_read_weights(model_folder(folder) / WEIGHTS_FILE)[0]["extra"])
+
+
+def trained_on(folder: str | Path) -> np.ndarray:
+    """Hashes of the files that a model was trained on, int64 [N], ascending; none where it does not say."""
+    path = model_folder(folder) / TRAINED_ON_FILE
+    try:
+        return np.load(path, allow_pickle=False)
+    except FileNotFoundError:
+        return np.empty(0, np.int64)
+    except (ValueError, EOFError) as error:
+        raise UserError(f"{path} is damaged ({one_line(error)}): copy it again, or remove it") from None
+
+
+def _read_weights(path: Path) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            header = file.metadata() or {}
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path} is damaged ({one_line(error)}): copy it again or train again") from None
+    if header.get("format") != FORMAT:
+        raise UserError(
+            f"{path} is no model of this version of dgsnet: format {header.get('format')}, expected {FORMAT}"
+        )
+    return header, state
+
+
+def save_state(path: Path, state: dict[str, Any]) -> None:
+    """Write a resume state (tensors and plain values) in one atomic step."""
+    new = path.with_name(f".{path.name}.new")
+    with open(new, "wb") as file:
+        torch.save(state, file)
+        sync(file)
+    os.replace(new, path)
+    sync_folder(path.parent)
+
+
+def load_state(path: Path) -> dict[str, Any]:
+    """Read what save_state wrote; UserError when it is damaged."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load's errors on damaged files share no class
+        raise UserError(
+            f"{path} is damaged ({one_line(error)[:200]}): remove {path.parent} to train from the start"
+        ) from None

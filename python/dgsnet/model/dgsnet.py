@@ -1,0 +1,199 @@
+"""DGS-Net's model: an open_clip CLIP with LoRA on its vision tower, the same tower without LoRA as its own
+teacher, the frozen text tower, and three linear heads.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import open_clip
+import torch
+from open_clip.transformer import TextTransformer, VisionTransformer
+from peft import get_peft_model_state_dict
+from torch import Tensor, nn
+
+from dgs_kernels import SurgeryHead, SurgeryHeadOutput
+from dgsnet.config import ModelConfig
+from dgsnet.errors import UserError
+from dgsnet.model.adapters import inject_lora, split_attention
+from dgsnet.model.backbones import build_clip, canonical, encode_text
+
+
+class DGSNet(nn.Module):
+    """CLIP as student, teacher and text encoder, with a linear head for each; only adapters and heads train.
+
+    There is one copy of the vision tower: the teacher is the student with its adapters skipped. Features are
+    CLIP's projected embeddings, not normalised. Initialisation draws from torch's global generator, so
+    `torch.manual_seed` decides it.
+
+    Args:
+        config: open_clip model name, weights and adapters; `lora_rank=0` makes no adapters (linear probe).
+        with_text: False leaves the text tower out, as scoring needs none.
+
+    Attributes:
+        visual: open_clip's vision tower with split attention and LoRA.
+        text: open_clip's frozen text tower, or None.
+        head: `dgs_kernels.SurgeryHead` with image_head, teacher_head and text_head.
+        dim: width D of the features.
+        image_size: side S of the square input, in pixels.
+
+    Raises:
+        UserError: an unknown name or tag, weights that cannot be found, downloaded, read or fitted, a vision
+            tower that is not open_clip's plain vision transformer, or adapter settings out of range.
+
+    Example:
+        >>> model = DGSNet(ModelConfig(name="dgsnet-tiny", pretrained=""), with_text=False)
+        >>> pixels = torch.zeros(2, 3, model.image_size, model.image_size)
+        >>> model.logits(pixels).shape
+        torch.Size([2])
+    """
+
+    def __init__(self, config: ModelConfig, *, with_text: bool = True) -> None:
+        super().__init__()
+        self.config = config
+        clip = build_clip(config.name, config.pretrained, with_text)
+        self.visual: VisionTransformer = clip.visual
+        self.text: TextTransformer | None = clip.text if with_text else None
+        del clip
+        self.requires_grad_(False)
+        self._tokenizer = open_clip.get_tokenizer(canonical(config.name)) if with_text else None
+
+        split_attention(self.visual)
+        if config.lora_rank:
+            inject_lora(self.visual, config)
+        self.dim: int = self.visual.output_dim
+        height, width = self.visual.image_size
+        if height != width:
+            raise UserError(
+                f"model {config.name} takes {height}x{width} images; only square inputs are supported"
+            )
+        self.image_size: int = height
+        self.head = SurgeryHead(self.dim)
+        self.train()
+
+    def forward(
+        self, pixels: Tensor, captions: list[str] | None = None, labels: Tensor | None = None, **surgery: Any
+    ) -> Tensor | SurgeryHeadOutput:
+        """Student logits [N]; or, given labels [N], the losses and logits of the three branches.
+
+        All trained parameters are used inside this one call, as data-parallel wrappers require.
+
+        Args:
+            pixels: normalised images [N, 3, S, S].
+            captions: one caption per image; None leaves the text branch out.
+            labels: 0 real, 1 generated.
+            surgery: `order`, `eps` and `reference_batch_size` of `dgs_kernels.surgery_head`.
+        """
+        if labels is None:
+            return self.logits(pixels)
+        teacher = self.teacher_features(pixels)  # first, while no activations are kept for backward
+        return self.head(
+            self.student_features(pixels),
+            teacher,
+            None if captions is None else self.text_features(captions),
+            labels,
+            **surgery,
+        )
+
+    def student_features(self, pixels: Tensor) -> Tensor:
+        """Features [N, D] of normalised images [N, 3, S, S], with adapters."""
+        return self._encode(pixels)
+
+    @torch.no_grad()
+    def teacher_features(self, pixels: Tensor) -> Tensor:
+        """Features [N, D] of normalised images [N, 3, S, S] from the tower without adapters; no gradient."""
+        with self._adapters_skipped():
+            return self._encode(pixels)
+
+    def _encode(self, pixels: Tensor) -> Tensor:
+        with torch.no_grad():  # nothing before the first block is trained
+            tokens = self.visual._embeds(pixels.to(self.visual.conv1.weight.dtype))
+        pooled, _ = self.visual._pool(self.visual.transformer(tokens))
+        return pooled if self.visual.proj is None else pooled @ self.visual.proj
+
+    @torch.no_grad()
+    def text_features(self, captions: list[str]) -> Tensor:
+        """Features [N, D] of captions, tokenised to the longest of them; no gradient.
+
+        Captions longer than the model's context are cut, as open_clip's tokenizer does.
+        """
+        if self.text is None or self._tokenizer is None:
+            raise ValueError("this DGSNet was built with with_text=False and has no text tower")
+        tokens = self._tokenizer(captions).to(self.text.token_embedding.weight.device)
+        return encode_text(self.text, tokens)
+
+    def logits(self, pixels: Tensor) -> Tensor:
+        """Student logits [N]: above 0 means generated."""
+        return _logits(self.head.image_head, self.student_features(pixels))
+
+    def teacher_logits(self, pixels: Tensor) -> Tensor:
+        """Logits [N] of the teacher's head on the frozen features; gradients reach that head only."""
+        return _logits(self.head.teacher_head, self.teacher_features(pixels))
+
+    def adapter_state(self) -> dict[str, Tensor]:
+        """The LoRA tensors by name, sharing memory with the model; empty at rank 0."""
+        return get_peft_model_state_dict(self.visual) if self.config.lora_rank else {}
+
+    @torch.no_grad()
+    def load_adapter_state(self, state: dict[str, Tensor]) -> None:
+        """Copy LoRA tensors, as from `adapter_state`, into the model; names and shapes must match exactly."""
+        own = self.adapter_state()
+        if own.keys() != state.keys():
+            name = sorted(own.keys() ^ state.keys())[0]
+            problem = "lack" if name in own else "hold an unexpected"
+            raise UserError(f"the adapters {problem} {name}: they were saved from another model or lora_rank")
+        for name, tensor in own.items():
+            if tensor.shape != state[name].shape:
+                raise UserError(
+                    f"adapter {name} has shape {tuple(state[name].shape)}, the model wants "
+                    f"{tuple(tensor.shape)}: it was saved with another lora_rank or model"
+                )
+        for name, tensor in own.items():
+            tensor.copy_(state[name])
+
+    def trainable_parameters(self) -> list[nn.Parameter]:
+        """Parameters that require a gradient: adapters and heads, less what the caller froze."""
+        return [p for p in self.parameters() if p.requires_grad]
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Keep one activation per vision block and recompute the rest in backward: less memory, more time."""
+        self.visual.set_grad_checkpointing(enable)
+
+    def compile_blocks(self, mode: str | None = None) -> None:
+        """Have torch.compile fuse every vision block, whole; they share their compiled code."""
+        for block in self.visual.transformer.resblocks:
+            block.compile(fullgraph=True, mode=mode)
+
+    def set_base_dtype(self, dtype: torch.dtype) -> DGSNet:
+        """Store the frozen CLIP weights in `dtype`; adapters and heads keep their precision."""
+        with torch.no_grad():
+            for tower in filter(None, (self.visual, self.text)):
+                for name, tensor in [*tower.named_parameters(), *tower.named_buffers()]:
+                    if "lora_" not in name:
+                        tensor.data = tensor.data.to(dtype)
+        return self
+
+    def train(self, mode: bool = True) -> DGSNet:
+        """As `nn.Module.train`, but the frozen text tower stays in evaluation mode."""
+        super().train(mode)
+        if self.text is not None:
+            self.text.eval()
+        return self
+
+    @contextlib.contextmanager
+    def _adapters_skipped(self) -> Iterator[None]:
+        # peft's own switch also flips requires_grad of every adapter, which would undo a caller's freezing.
+        attentions = [block.attn for block in self.visual.transformer.resblocks]
+        for attention in attentions:
+            attention.adapted = False
+        try:
+            yield
+        finally:
+            for attention in attentions:
+                attention.adapted = True
+
+
+def _logits(head: nn.Linear, features: Tensor) -> Tensor:
+    return head(features.to(head.weight.dtype)).squeeze(-1)

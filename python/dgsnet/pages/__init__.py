@@ -1,0 +1,1 @@
+"""What all pages share: figures and the HTML around them."""

@@ -1,0 +1,113 @@
+"""What a run tells of itself: metrics.csv, TensorBoard and its progress."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+import os
+import sys
+import time
+from pathlib import Path
+
+from accelerate import Accelerator
+from tqdm import tqdm
+
+from dgsnet.errors import UserError
+from dgsnet.files import write_file
+from dgsnet.training.plan import Position
+from dgsnet.training.step import TRAIN_COLUMNS
+
+METRICS_FILE = "metrics.csv"
+VAL_COLUMNS = ("val_loss", "val_accuracy", "val_ap", "val_auc")
+COLUMNS = ("step", "stage", "epoch", *TRAIN_COLUMNS, *VAL_COLUMNS)
+
+
+class Log:
+    """metrics.csv and TensorBoard; both go back to where a resumed run stands.
+
+    Args:
+        out: the run's folder.
+        accelerator: carries the tracker.
+        size: bytes of metrics.csv that count, None for a new run.
+        step: the run's step; TensorBoard hides what it had after it.
+    """
+
+    def __init__(self, out: Path, accelerator: Accelerator, size: int | None, step: int) -> None:
+        self.accelerator = accelerator
+        accelerator.init_trackers("tensorboard", init_kwargs={"tensorboard": {"purge_step": step + 1}})
+        self.file: io.TextIOWrapper | None = None
+        if not accelerator.is_main_process:
+            return
+        path = out / METRICS_FILE
+        if size is None:
+            write_file(path, (",".join(COLUMNS) + "\n").encode())
+        elif path.is_file() and path.stat().st_size >= size:
+            os.truncate(path, size)
+        else:
+            raise UserError(
+                f"cannot resume {out}: {path} is shorter than it was; put it back or start a new run"
+            )
+        self.file = open(path, "a", newline="", encoding="utf-8")  # noqa: SIM115 - open as long as the run
+        self.writer = csv.DictWriter(self.file, COLUMNS, restval="", lineterminator="\n")
+
+    def write(self, position: Position, row: dict[str, float], **tracked: float) -> None:
+        """Add a row; `tracked` goes to TensorBoard only (times, which no two runs share)."""
+        place = {"step": position.step, "stage": position.stage, "epoch": position.epoch + 1}
+        if self.file:
+            self.writer.writerow(place | {name: f"{value:.6g}" for name, value in row.items()})
+            self.file.flush()
+        finite = {name: value for name, value in (row | tracked).items() if math.isfinite(value)}
+        self.accelerator.log(finite, step=position.step)
+
+    def sync(self) -> int:
+        """Have metrics.csv on the disk; returns its size in bytes."""
+        assert self.file  # the main process calls this
+        os.fsync(self.file.fileno())
+        return self.file.seek(0, io.SEEK_END)
+
+
+class Progress:
+    """How far an epoch is, on stderr: a bar on a terminal, a line for every `tell` in a log.
+
+    Args:
+        place: stage and epoch in words.
+        done, total: optimiser steps of the epoch that are done, and all of them.
+        silent: say nothing, as all processes but the first.
+    """
+
+    def __init__(self, place: str, done: int, total: int, *, silent: bool = False) -> None:
+        self.place, self.done, self.total = place, done, total
+        terminal = sys.stderr.isatty()
+        self.lines = not terminal and not silent
+        self.bar = tqdm(desc=place, initial=done, total=total, unit="step", disable=silent or not terminal)
+        self.begun, self.first, self.images = time.monotonic(), done, 0
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.close()
+
+    def step(self, images: int) -> None:
+        """An optimiser step over so many images is done."""
+        self.done += 1
+        self.images += images
+        self.bar.update()
+
+    @property
+    def speed(self) -> float:
+        """Images per second since the epoch was begun or gone on with."""
+        return self.images / (time.monotonic() - self.begun)
+
+    def tell(self, loss: float) -> None:
+        """Show the loss, the speed and, as the bar does by itself, the time that is left of the epoch."""
+        self.bar.set_postfix_str(f"loss {loss:.4f}, {self.speed:.1f} images/s")
+        if self.lines:
+            left = (self.total - self.done) * (time.monotonic() - self.begun) / (self.done - self.first)
+            print(
+                f"{self.place}: step {self.done}/{self.total}, loss {loss:.4f}, {self.speed:.1f} images/s, "
+                f"{tqdm.format_interval(left)} left",
+                file=sys.stderr,
+                flush=True,
+            )

@@ -1,0 +1,123 @@
+"""Notes every way in which the suite launches a Triton kernel: what the compiler would be given on a GPU.
+
+In Triton's interpreter no kernel is compiled, so it hides whatever the compiler refuses. `noted()` is a
+context in which each launch leaves a file that says kernel, types, constants and what Triton assumes of the
+arguments; `python -m tests.support.triton_launches FILE...` compiles what the files say, for GPUs that are
+not here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import importlib
+import json
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.compiler.compiler import make_backend
+from triton.runtime.interpreter import InterpretedFunction
+from triton.runtime.jit import JITFunction, create_function_from_signature
+
+import dgs_kernels.triton
+
+ROOT = Path(__file__).resolve().parents[2]
+KERNELS = Path(dgs_kernels.triton.__file__).parent
+CAPABILITIES = (80, 90)
+UNSPECIALIZED = ("do_not_specialize", "do_not_specialize_on_alignment")
+
+
+def folder() -> Path:
+    """Where the launches of the kernels as they stand are noted."""
+    sources = b"".join(file.read_bytes() for file in sorted(KERNELS.glob("*.py")))
+    return ROOT / "build" / f"triton_launches-{hashlib.sha256(sources).hexdigest()[:16]}"
+
+
+@functools.cache
+def _compiler_side(fn, **options):
+    """The kernel as Triton has it where it compiles, and its function that sorts arguments."""
+    kernel = JITFunction(fn, **options)
+    backend = make_backend(GPUTarget("cuda", CAPABILITIES[-1], 32))
+    return kernel, backend, create_function_from_signature(kernel.signature, kernel.params, backend)
+
+
+def _launch(interpreted: InterpretedFunction, args: tuple, kwargs: dict) -> dict:
+    fn = interpreted.fn
+    kernel, backend, sort = _compiler_side(
+        fn, **{name: tuple(interpreted.kwargs.get(name) or ()) for name in UNSPECIALIZED}
+    )
+    bound, specialization, options = sort(*args, **kwargs)
+    _, signature, constants, attributes = kernel._pack_args(backend, kwargs, bound, specialization, options)
+    return {
+        "module": fn.__module__,
+        "kernel": fn.__name__,
+        "signature": signature,
+        "constants": [[place, _encoded(value)] for place, value in constants.items()],
+        "attributes": list(attributes.items()),
+        "options": {"num_warps": kwargs.get("num_warps", 4)},
+    }
+
+
+def _encoded(value: object) -> object:
+    value = value.value if isinstance(value, tl.constexpr) else value
+    return {"dtype": value.name} if isinstance(value, tl.dtype) else value
+
+
+def _decoded(value: object) -> object:
+    return tl.dtype(value["dtype"]) if isinstance(value, dict) else value
+
+
+@contextlib.contextmanager
+def noted() -> Iterator[None]:
+    run, seen, into = InterpretedFunction.run, set(), folder()
+    into.mkdir(parents=True, exist_ok=True)
+
+    def noting(self, *args, grid, warmup, **kwargs):
+        if self.fn.__module__.startswith("dgs_kernels."):
+            text = json.dumps(_launch(self, args, kwargs))
+            if text not in seen:
+                seen.add(text)
+                name = hashlib.sha256(text.encode()).hexdigest()[:16]
+                (into / f"{name}.{os.getpid()}").write_text(text)
+                (into / f"{name}.{os.getpid()}").replace(into / f"{name}.json")
+        return run(self, *args, grid=grid, warmup=warmup, **kwargs)
+
+    InterpretedFunction.run = noting
+    try:
+        yield
+    finally:
+        InterpretedFunction.run = run
+
+
+def compile_for(launch: dict, capability: int) -> None:
+    source = ASTSource(
+        fn=getattr(importlib.import_module(launch["module"]), launch["kernel"]),
+        signature=launch["signature"],
+        constexprs={tuple(place): _decoded(value) for place, value in launch["constants"]},
+        attrs={tuple(place): attributes for place, attributes in launch["attributes"]},
+    )
+    triton.compile(source, target=GPUTarget("cuda", capability, 32), options=launch["options"])
+
+
+def main(files: list[str]) -> None:
+    """Prints one JSON line for each file: what went wrong, if anything did, and the seconds it took."""
+    for file in files:
+        launch, error, before = json.loads(Path(file).read_text()), None, os.times()
+        try:
+            for capability in CAPABILITIES:
+                compile_for(launch, capability)
+        except Exception as problem:
+            error = f"sm_{capability}: {problem!r}"
+        seconds = sum(os.times()[:4]) - sum(before[:4])  # with ptxas, which is a process of its own
+        print(json.dumps({"launch": launch, "error": error, "seconds": seconds}), flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
