@@ -20,7 +20,15 @@ import torch
 
 VARIABLE = "DGS_KERNELS_BACKEND"
 BACKENDS = ("cuda", "triton", "cpu", "eager")
-OPERATIONS = ("project_align", "project_align_", "surgery_head", "spectral_entropy", "surgery_adamw_")
+OPERATIONS = (
+    "project_align",
+    "project_align_",
+    "gramian",
+    "combine_",
+    "surgery_head",
+    "spectral_entropy",
+    "surgery_adamw_",
+)
 
 KERNEL_PATCH_SIZE = 32  # the one that DGS-Net uses
 # What the kernels of an operation take; eager PyTorch serves the rest.
@@ -83,8 +91,11 @@ def obstacle(backend: str, operation: str, device_type: str, case: str | None = 
         return f"it serves {backend} tensors only"
     if reason := _native_obstacle():
         return reason
-    if backend not in importlib.import_module("dgs_kernels._native").devices.split():
+    native = importlib.import_module("dgs_kernels._native")
+    if backend not in native.devices.split():
         return f"the native library was built without {backend} kernels"
+    if not hasattr(native, operation):
+        return "the native library was built from older sources; reinstall"
     return None
 
 
@@ -109,8 +120,11 @@ def is_native(implementation: Callable) -> bool:
 
 
 def plain(x: torch.Tensor) -> torch.Tensor:
-    """The same tensor, of no subclass."""
-    return x if type(x) in (torch.Tensor, torch.nn.Parameter) else x.as_subclass(torch.Tensor)
+    """The same tensor, of no subclass; a copy where memory does not hold its numbers as they are.
+
+    In the imaginary part of a conjugate, torch changes the signs as it reads them.
+    """
+    return (x if type(x) in (torch.Tensor, torch.nn.Parameter) else x.as_subclass(torch.Tensor)).resolve_neg()
 
 
 def _load(backend: str, operation: str) -> Callable:

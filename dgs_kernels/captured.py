@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from dgs_kernels.ops.arguments import check_choice, check_options
 from dgs_kernels.ops.eager import projection
 from dgs_kernels.ops.project_align_ import SUMS, run, sums_dtype
 from dgs_kernels.reference import ORDERS, RULES
@@ -95,12 +96,16 @@ class _Unscaled:
 
 
 class CapturedGradients:
-    """The reference gradients of `optimizer`'s parameters. Arguments as those of `OptimizerSurgery`."""
+    """The reference gradients of `optimizer`'s parameters.
+
+    `caller` is the public class, for messages; the other arguments are those of `OptimizerSurgery`.
+    """
 
     def __init__(
         self,
         optimizer: torch.optim.Optimizer,
         *,
+        caller: str,
         alignment: float | Tensor = 1.0,
         eps: float = 1e-6,
         order: str = "align_first",
@@ -111,15 +116,8 @@ class CapturedGradients:
         process_group: dist.ProcessGroup | None = None,
         check_ranks: bool = True,
     ) -> None:
-        for name, value, choices in (
-            ("order", order, ORDERS),
-            ("rule", rule, RULES),
-            ("granularity", granularity, GRANULARITIES),
-        ):
-            if value not in choices:
-                raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
-        if not eps > 0:
-            raise ValueError(f"eps must be > 0, got {eps}")
+        check_options(caller, None, alignment, eps, order, rule)
+        check_choice(caller, "granularity", granularity, GRANULARITIES)
         self.optimizer, self.model, self.scaler, self.process_group = optimizer, model, scaler, process_group
         self.alignment, self.eps, self.order, self.rule = alignment, eps, order, rule
         self.granularity = granularity

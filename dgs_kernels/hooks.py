@@ -5,10 +5,12 @@ from __future__ import annotations
 from typing import Any, NoReturn
 
 import torch
-from torch import Tensor
+import torch.distributed as dist
+from torch import Tensor, nn
 
 from dgs_kernels import reference
 from dgs_kernels.captured import CapturedGradients
+from dgs_kernels.ops.arguments import refuse_forward_mode
 from dgs_kernels.ops.project_align import check, project_align
 
 
@@ -49,7 +51,9 @@ def gradient_surgery(
         >>> f.grad.round(decimals=4)
         tensor([[0., 1.]])
     """
-    check(features, harmful, beneficial, None, eps, order, rule, caller="gradient_surgery", name="features")
+    options = (1.0, eps, order, rule)
+    check(features, harmful, beneficial, *options, caller="gradient_surgery", name="features")
+    refuse_forward_mode("gradient_surgery", features)
     return _GradientSurgery.apply(features, harmful, beneficial, eps, order, rule)
 
 
@@ -60,7 +64,8 @@ class _GradientSurgery(torch.autograd.Function):
     def forward(
         features: Tensor, harmful: Tensor, beneficial: Tensor | None, eps: float, order: str, rule: str
     ) -> tuple[Tensor, Tensor]:
-        return features.view_as(features), reference.alignment_loss(features, beneficial)
+        # A copy, because torch lets no in-place layer change a view that an edited gradient flows through.
+        return features.clone(), reference.alignment_loss(features, beneficial)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -127,7 +132,20 @@ class OptimizerSurgery(CapturedGradients):
         tensor([0., 1.])
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, **options: Any) -> None:
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        *,
+        alignment: float | Tensor = 1.0,
+        eps: float = 1e-6,
+        order: str = "align_first",
+        rule: str = "positive",
+        granularity: str = "tensor",
+        model: nn.Module | None = None,
+        scaler: torch.amp.GradScaler | None = None,
+        process_group: dist.ProcessGroup | None = None,
+        check_ranks: bool = True,
+    ) -> None:
         inner = getattr(optimizer, "optimizer", None)
         if isinstance(inner, torch.optim.Optimizer):
             raise TypeError(
@@ -135,7 +153,19 @@ class OptimizerSurgery(CapturedGradients):
             )
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
-        super().__init__(optimizer, **options)
+        super().__init__(
+            optimizer,
+            caller="OptimizerSurgery",
+            alignment=alignment,
+            eps=eps,
+            order=order,
+            rule=rule,
+            granularity=granularity,
+            model=model,
+            scaler=scaler,
+            process_group=process_group,
+            check_ranks=check_ranks,
+        )
         self._handle = optimizer.register_step_pre_hook(self._before_step)
         vars(optimizer)["__reduce_ex__"] = _refuse_copy
 

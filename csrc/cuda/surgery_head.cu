@@ -51,6 +51,7 @@ template <typename A>
 __device__ __forceinline__ void judge(const SurgeryHead& p, int64_t row, bool writes, const A (&dots)[kNumDots],
                                       A (&scalars)[kNumScalars], A& image_residual, A& text_residual) {
   A label = static_cast<const A*>(p.labels)[row];
+  if (!(label >= 0 && label <= 1)) label = A(NAN);  // no label, and nothing here can raise an error
   A image = dots[kImage] + *static_cast<const A*>(p.image_bias);
   A teacher = dots[kTeacher] + *static_cast<const A*>(p.teacher_bias);
   A text = p.text_features ? dots[kText] + *static_cast<const A*>(p.text_bias) : A(0);

@@ -9,6 +9,7 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
+from dgs_kernels.ops.arguments import check_tensors, check_whole
 from dgs_kernels.ops.spectral_entropy import spectral_entropy
 
 
@@ -87,6 +88,10 @@ def _select(
     images: Tensor, patch_size: int, num_patches: int, seed: int | Sequence[int] | Tensor
 ) -> tuple[Tensor, Tensor]:
     """The images, enlarged where they must be, and [B, n] which of their patches a mosaic's cells hold."""
+    check_tensors("select_patches", images=images)
+    check_whole("select_patches", "patch_size", patch_size)
+    if not isinstance(num_patches, int):
+        raise TypeError(f"num_patches must be an integer, got {type(num_patches).__qualname__}")
     side = math.isqrt(max(num_patches, 0))
     if num_patches < 1 or side * side != num_patches:
         raise ValueError(f"num_patches must be a square number, got {num_patches}")
