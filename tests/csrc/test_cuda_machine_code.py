@@ -23,14 +23,14 @@ ARCHITECTURES = ["sm_80", "sm_90", "sm_100"]
 SOURCES = sorted(p.name for p in CUDA.glob("*.cu"))
 
 # Narrow accesses to device memory that an aligned kernel may have: numbers that stand alone, not matrix data.
-# (loads, stores) of: the scale; sums of a row's parts; biases, label, offset; scalars of a row; table
-# entries, sums of a group; rates.
+# (loads, stores) of: the scale; sums of a row's parts; biases, label, offset; scalars of a row and sums of a
+# chunk; table entries, sums of a group; rates.
 SCALARS = {
     "rows_in_registers": (1, 0),
     "sum_row_parts": (1, 2),
     "project_row_parts": (5, 0),
-    "head_rows": (5, 7),
-    "head_backward": (8, 0),
+    "head_rows": (5, 19),
+    "head_backward": (9, 0),
     "chunk_sums": (8, 6),
     "project_chunks": (20, 6),
     "adamw_chunks": (24, 6),
@@ -163,8 +163,8 @@ def name_and_type(mangled):
 def loads_in_flight(code):
     """The most 16-byte loads of a thread under way at once, in the order of the code.
 
-    One is under way from where it is issued to the first instruction that touches a register of it; a copy
-    into shared memory, to the first that waits for its group of copies.
+    One is under way from where it is issued to the first instruction that touches a register of it; an
+    asynchronous copy, to the wait for its group.
     """
     most, pending, groups = 0, [], [0]
     for line in code.splitlines():
@@ -175,12 +175,12 @@ def loads_in_flight(code):
         if re.match(r"(LDG|LD)\.E\S*128", found[1]):
             first = int(re.match(r"\s*R(\d+)", found[2])[1])
             pending.append(set(range(first, first + 4)))
-        elif re.match(r"LDGSTS\.\S*128", found[1]):
+        elif found[1].startswith("LDGSTS"):
             groups[-1] += 1
         elif found[1] == "LDGDEPBAR":
             groups.append(0)
-        elif waits := re.match(r"DEPBAR\.LE SB0, (0x[0-9a-f]+)", found[1] + found[2]):
-            groups = groups[-1 - int(waits[1], 16) :]
+        elif found[1].startswith("DEPBAR") and (prior := re.search(r"SB0, 0x(\w+)", found[2])):
+            groups = groups[-1 - int(prior[1], 16) :]
         most = max(most, len(pending) + sum(groups))
     return most
 
