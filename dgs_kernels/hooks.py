@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from dgs_kernels import reference
 from dgs_kernels.captured import CapturedGradients
+from dgs_kernels.capturing import GradientCapture
 from dgs_kernels.ops.arguments import refuse_forward_mode
 from dgs_kernels.ops.project_align import check, project_align
 
@@ -93,7 +94,45 @@ class _GradientSurgery(torch.autograd.Function):
         return edited, *nothing
 
 
-class OptimizerSurgery(CapturedGradients):
+class BeforeStep(GradientCapture):
+    """Surgery that `_edit` does before every step of an optimiser, which the optimiser carries as a hook."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, **options: Any) -> None:
+        inner = getattr(optimizer, "optimizer", None)
+        if isinstance(inner, torch.optim.Optimizer):
+            raise TypeError(
+                f"{type(optimizer).__name__} only wraps an optimizer and runs no hooks: pass its .optimizer"
+            )
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
+        super().__init__(optimizer, **options)
+        self._handle = optimizer.register_step_pre_hook(self._before_step)
+        vars(optimizer)["__reduce_ex__"] = _refuse_copy
+
+    def remove(self) -> None:
+        """Undo it: the optimiser steps with plain gradients again."""
+        self._handle.remove()
+        vars(self.optimizer).pop("__reduce_ex__", None)
+        self.clear()
+
+    def _before_step(
+        self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        closure = args[1] if len(args) > 1 else kwargs.get("closure")
+        if closure is None:
+            self._edit()
+            return None
+        # The closure makes the gradients, so it runs now and the optimiser is told its result.
+        with torch.enable_grad():
+            loss = closure()
+        self._edit()
+        return (optimizer, _Once(loss)), {k: v for k, v in kwargs.items() if k != "closure"}
+
+    def _edit(self) -> None:
+        raise NotImplementedError
+
+
+class OptimizerSurgery(BeforeStep, CapturedGradients):
     """Edit the gradients of all parameters before every step of an optimiser, layer by layer.
 
     Reference gradients are captured beside `.grad`, accumulate over micro-batches and are used up by the
@@ -146,13 +185,6 @@ class OptimizerSurgery(CapturedGradients):
         process_group: dist.ProcessGroup | None = None,
         check_ranks: bool = True,
     ) -> None:
-        inner = getattr(optimizer, "optimizer", None)
-        if isinstance(inner, torch.optim.Optimizer):
-            raise TypeError(
-                f"{type(optimizer).__name__} only wraps an optimizer and runs no hooks: pass its .optimizer"
-            )
-        if not isinstance(optimizer, torch.optim.Optimizer):
-            raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
         super().__init__(
             optimizer,
             caller="OptimizerSurgery",
@@ -166,27 +198,6 @@ class OptimizerSurgery(CapturedGradients):
             process_group=process_group,
             check_ranks=check_ranks,
         )
-        self._handle = optimizer.register_step_pre_hook(self._before_step)
-        vars(optimizer)["__reduce_ex__"] = _refuse_copy
-
-    def remove(self) -> None:
-        """Undo it: the optimiser steps with plain gradients again."""
-        self._handle.remove()
-        vars(self.optimizer).pop("__reduce_ex__", None)
-        self.clear()
-
-    def _before_step(
-        self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        closure = args[1] if len(args) > 1 else kwargs.get("closure")
-        if closure is None:
-            self._edit()
-            return None
-        # The closure makes the gradients, so it runs now and the optimiser is told its result.
-        with torch.enable_grad():
-            loss = closure()
-        self._edit()
-        return (optimizer, _Once(loss)), {k: v for k, v in kwargs.items() if k != "closure"}
 
     def _edit(self) -> None:
         work = self.take()
@@ -211,6 +222,6 @@ class _Once:
 
 def _refuse_copy(protocol: Any) -> NoReturn:
     raise TypeError(
-        "this optimizer carries OptimizerSurgery, which a copy or pickle would lose: call surgery.remove() "
+        "this optimizer carries surgery as a hook, which a copy or pickle would lose: call surgery.remove() "
         "first, or save optimizer.state_dict()"
     )

@@ -19,6 +19,7 @@
 #include <utility>
 #include <vector>
 
+#include "objectives.h"
 #include "runtime.h"
 #include "tensor_list.h"
 
@@ -208,11 +209,11 @@ struct List {
       if (!same(grads[i].dtype, grads[0].dtype) || !same(grads[i].device, device) || !grads[i].contiguous() ||
           groups[i] < 0 || groups[i] >= num_groups)
         return false;
-      tensors.push_back({.grad = grads[i].at(),
+      tensors.push_back({.numel = grads[i].numel(),
+                         .group = groups[i],
+                         .grad = grads[i].at(),
                          .harmful = harmful[i].at(),
-                         .beneficial = beneficial.empty() ? nullptr : beneficial[i].at(),
-                         .numel = grads[i].numel(),
-                         .group = groups[i]});
+                         .beneficial = beneficial.empty() ? nullptr : beneficial[i].at()});
     }
     list = {.dtype = *dtype,
             .order = static_cast<dgs::Order>(order),
@@ -451,6 +452,112 @@ bool project_align_(Arguments arguments) {
       [&](const auto& allocate, void* stream) { return dgs::cuda::project_align_(made.list, allocate, stream); });
 }
 
+// Several gradients of the same tensors: objective k's tensor i is view k * T + i.
+struct ObjectiveLists {
+  std::vector<dgs::ObjectivesTensor> tensors;
+  dgs::Objectives call{};
+  DLDevice device;
+
+  // False where they do not fit.
+  bool of(const std::vector<View>& objectives, const std::vector<int64_t>& groups, int64_t count, int64_t num_groups) {
+    const size_t size = groups.size();
+    if (size == 0 || count < 2 || count > dgs::max_objectives || objectives.size() != size * count) return false;
+    const auto dtype = dtype_of(objectives[0].dtype);
+    if (!dtype) return false;
+    device = objectives[0].device;
+    tensors.resize(size);
+    for (size_t i = 0; i < size; ++i) {
+      const View& model = objectives[i];
+      if (!same(model.dtype, objectives[0].dtype) || !same(model.device, device) || !model.contiguous() ||
+          groups[i] < 0 || groups[i] >= num_groups)
+        return false;
+      tensors[i] = {.numel = model.numel(), .group = groups[i], .grad = nullptr, .objectives = {}};
+      for (int64_t k = 0; k < count; ++k) {
+        const View& x = objectives[k * size + i];
+        if (k && !alike(x, model)) return false;
+        tensors[i].objectives[k] = x.at();
+      }
+    }
+    call = {.dtype = *dtype,
+            .count = int32_t(count),
+            .tensors = tensors.data(),
+            .num_tensors = int64_t(size),
+            .num_groups = num_groups,
+            .gramian = nullptr,
+            .weights = nullptr,
+            .weights_stride = 0};
+    return true;
+  }
+
+  // Whether what is written to is read only at the same place.
+  bool written_apart() const {
+    const int64_t width = computing_type(call.dtype).bits == 64 ? 8 : call.dtype == DType::f32 ? 4 : 2;
+    struct Span {
+      const char *begin, *end;
+      const dgs::ObjectivesTensor* of;
+    };
+    const auto span = [&](const void* data, const dgs::ObjectivesTensor& t) {
+      const char* const begin = static_cast<const char*>(data);
+      return Span{begin, begin + t.numel * width, &t};
+    };
+    std::vector<Span> written;
+    for (const auto& t : tensors)
+      if (t.numel) written.push_back(span(t.grad, t));
+    std::sort(written.begin(), written.end(), [](const Span& x, const Span& y) { return x.begin < y.begin; });
+    for (size_t i = 1; i < written.size(); ++i)
+      if (written[i].begin < written[i - 1].end) return false;
+    for (const auto& t : tensors)
+      for (int k = 0; k < call.count; ++k) {
+        if (t.objectives[k] == t.grad || !t.numel) continue;
+        const Span read = span(t.objectives[k], t);
+        const auto behind = std::lower_bound(written.begin(), written.end(), read.end,
+                                             [](const Span& x, const char* end) { return x.begin < end; });
+        if (behind != written.begin() && behind[-1].end > read.begin) return false;
+      }
+    return true;
+  }
+};
+
+bool gramian(Arguments arguments) {
+  std::vector<View> objectives;
+  std::vector<int64_t> groups;
+  View out;
+  ObjectiveLists lists;
+  if (!arguments.list(objectives) || !arguments.list(groups) || !arguments.view(out) || out.ndim != 3 ||
+      !lists.of(objectives, groups, out.shape[2], out.shape[0]) ||
+      !numbers(out, out.shape[0] * out.shape[2] * out.shape[2], computing_type(lists.call.dtype), lists.device))
+    return false;
+  lists.call.gramian = out.at();
+  return launch(
+      lists.device, [&] { dgs::cpu::gramian(lists.call, dgs::torch_runtime::parallel_for); },
+      [&](const auto& allocate, void* stream) { return dgs::cuda::gramian(lists.call, allocate, stream); });
+}
+
+bool combine_(Arguments arguments) {
+  std::vector<View> grads, objectives;
+  std::vector<int64_t> groups;
+  View weights;
+  ObjectiveLists lists;
+  if (!arguments.list(grads) || !arguments.list(objectives) || !arguments.view(weights) || !arguments.list(groups) ||
+      groups.empty() || grads.size() != groups.size() || weights.ndim < 1 || weights.ndim > 2)
+    return false;
+  const int64_t count = weights.shape[weights.ndim - 1];
+  const int64_t num_groups = *std::max_element(groups.begin(), groups.end()) + 1;
+  const int64_t rows = weights.ndim == 1 ? 1 : weights.shape[0];
+  if (!lists.of(objectives, groups, count, num_groups) || (weights.ndim == 2 && rows < num_groups) ||
+      !numbers(weights, rows * count, computing_type(lists.call.dtype), lists.device) ||
+      !std::equal(grads.begin(), grads.end(), objectives.begin(),
+                  [](const View& x, const View& wanted) { return alike(x, wanted); }))
+    return false;
+  for (size_t i = 0; i < grads.size(); ++i) lists.tensors[i].grad = grads[i].at();
+  if (!lists.written_apart()) return false;
+  lists.call.weights = weights.at();
+  lists.call.weights_stride = weights.ndim == 1 ? 0 : count;
+  return launch(
+      lists.device, [&] { dgs::cpu::combine_(lists.call, dgs::torch_runtime::parallel_for); },
+      [&](const auto& allocate, void* stream) { return dgs::cuda::combine_(lists.call, allocate, stream); });
+}
+
 // A number on the CPU that counts a tensor's steps.
 struct Step {
   View view;
@@ -548,6 +655,8 @@ PyMethodDef methods[] = {
         "project_align_",
         "project_align_(grads, harmful, beneficial, groups, sums, scale, alignment, eps, order, rule, "
         "part) -> bool"),
+    method<function<gramian, 3>>("gramian", "gramian(objectives, groups, out) -> bool"),
+    method<function<combine_, 4>>("combine_", "combine_(grads, objectives, weights, groups) -> bool"),
     method<function<surgery_adamw_, 21>>(
         "surgery_adamw_",
         "surgery_adamw_(params, grads, exp_avgs, exp_avg_sqs, steps, harmful, beneficial, groups, "

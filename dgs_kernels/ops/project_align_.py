@@ -31,6 +31,7 @@ through Python, and past torch's dispatcher, without any tensor being looked at.
 from __future__ import annotations
 
 import operator
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -44,6 +45,7 @@ from dgs_kernels.reference import ORDERS, RULES
 
 PARTS = ("all", "sums", "apply")
 SUMS = 6
+_GAPLESS = torch.ops.aten.is_non_overlapping_and_dense
 _KIND = operator.attrgetter("device", "dtype", "layout")
 
 _library = torch.library.Library("dgs", "FRAGMENT")
@@ -95,7 +97,7 @@ def project_align_(
     """
     lists = _lists(grads, harmful, beneficial)
     strength, scale = (1.0, alignment) if isinstance(alignment, Tensor) else (alignment, None)
-    layers, count = number_layers(groups, len(grads))
+    layers, count = number_layers("project_align_", groups, len(grads))
     device = grads[0].device if grads and isinstance(grads[0], Tensor) else None
     sums = torch.zeros(count, SUMS, dtype=sums_dtype(grads[:1]), device=device)
     options = (scale, strength, eps, order, rule, "all")
@@ -153,12 +155,12 @@ def sums_dtype(*lists: Sequence[Tensor]) -> torch.dtype:
     return torch.float64 if torch.float64 in types else torch.float32
 
 
-def number_layers(groups: Sequence[int] | None, count: int) -> tuple[list[int], int]:
-    """Layer numbers 0..G-1 in order of first appearance, and G."""
+def number_layers(name: str, groups: Sequence[int] | None, count: int) -> tuple[list[int], int]:
+    """Layer numbers 0..G-1 in order of first appearance, and G; `name` is the operator's, for the message."""
     if groups is None:
         return list(range(count)), count
     if len(groups) != count:
-        raise ValueError(f"project_align_: groups must name the layer of {count} tensors, got {len(groups)}")
+        raise ValueError(f"{name}: groups must name the layer of {count} tensors, got {len(groups)}")
     numbers: dict[int, int] = {}
     layers = [numbers.setdefault(group, len(numbers)) for group in groups]
     return layers, len(numbers)
@@ -183,50 +185,74 @@ def check(
     check_options(name, sums.device, alignment if scale is None else scale, eps, order, rule)
     lists = [("grads", grads), ("harmful", harmful)] + ([("beneficial", beneficial)] if beneficial else [])
     for what, tensors in lists:
-        if len(tensors) != len(grads):
-            raise ValueError(
-                f"{name}: {what} must have {len(grads)} tensors as grads has, got {len(tensors)}"
-            )
-        if not all(map(Tensor.is_same_size, tensors, grads)):
-            i = next(i for i, (t, g) in enumerate(zip(tensors, grads)) if t.shape != g.shape)
-            raise ValueError(
-                f"{name}: {what}[{i}] must have shape {tuple(grads[i].shape)} as grads[{i}], "
-                f"got {tuple(tensors[i].shape)}"
-            )
-        for device, dtype, layout in set(map(_KIND, tensors)):
-            if device != sums.device:
-                raise ValueError(f"{name}: {what} has a tensor on {device}; all must be on {sums.device}")
-            if dtype not in DTYPES:
-                raise TypeError(f"{name}: {what} must be of {', '.join(map(str, DTYPES))}, got {dtype}")
-            if layout != torch.strided:
-                raise TypeError(f"{name}: {what} must be dense tensors, not sparse ones")
-    if len(groups) != len(grads) or (groups and not 0 <= min(groups) <= max(groups) < len(sums)):
-        raise ValueError(f"{name}: groups must hold a number in 0..{len(sums) - 1} for each of the tensors")
+        check_list(name, what, tensors, "grads", grads, sums.device)
+    check_groups(name, groups, len(grads), len(sums))
     if sums.dim() != 2 or sums.shape[1] != SUMS:
         raise ValueError(f"{name}: sums must be [G, {SUMS}], got {tuple(sums.shape)}")
 
 
 def _refuse_shared_memory(grads: Sequence[Tensor]) -> None:
     """Raise where an edit of one number would be one of another."""
-    by_memory: dict[int, list[int]] = {}
-    for i, x in enumerate(grads):
-        if x.numel():
-            by_memory.setdefault(x.untyped_storage().data_ptr(), []).append(i)
-    for indices in by_memory.values():
-        if len(indices) == 1 and grads[indices[0]].is_contiguous():
-            continue
-        places = torch.cat([_places(grads[i]) for i in indices])
-        if len(places.unique()) < len(places):
-            names = " and ".join(f"grads[{i}]" for i in indices)
-            raise ValueError(f"project_align_: numbers of {names} share memory: clone what overlaps")
+    spans = sorted((*_span(x), i) for i, x in enumerate(grads) if x.numel())
+    together: list[int] = []  # whose spans cross one another; single numbers are looked at only there
+    reached = 0
+    for begin, end, i in [*spans, (sys.maxsize, sys.maxsize, -1)]:
+        if begin >= reached:
+            if len(together) > 1 or not all(map(_GAPLESS, (grads[j] for j in together))):
+                places = torch.cat([_places(grads[j]) for j in together])
+                if len(places.unique()) < len(places):
+                    names = " and ".join(f"grads[{j}]" for j in sorted(together))
+                    raise ValueError(f"project_align_: numbers of {names} share memory: clone what overlaps")
+            together = []
+        together.append(i)
+        reached = max(reached, end)
+
+
+def _span(x: Tensor) -> tuple[int, int]:
+    """The first address of a tensor's numbers, and the one after the last."""
+    last = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride()))
+    return x.data_ptr(), x.data_ptr() + (last + 1) * x.element_size()
 
 
 def _places(x: Tensor) -> Tensor:
-    """Where in its storage, in bytes, the numbers of a tensor begin; a CPU tensor."""
-    places = torch.tensor(x.storage_offset())
+    """The addresses at which the numbers of a tensor begin; a CPU tensor."""
+    places = torch.tensor(0)
     for size, stride in zip(x.shape, x.stride()):
         places = places[..., None] + torch.arange(size) * stride
-    return places.flatten() * x.element_size()
+    return places.flatten() * x.element_size() + x.data_ptr()
+
+
+def check_list(
+    name: str,
+    what: str,
+    tensors: Sequence[Tensor],
+    model_name: str,
+    model: Sequence[Tensor],
+    device: torch.device,
+) -> None:
+    """Tensors of the model's shapes, dense, on this device, of types that kernels read."""
+    if len(tensors) != len(model):
+        raise ValueError(
+            f"{name}: {what} must have {len(model)} tensors as {model_name} has, got {len(tensors)}"
+        )
+    if not all(map(Tensor.is_same_size, tensors, model)):
+        i = next(i for i, (t, m) in enumerate(zip(tensors, model)) if t.shape != m.shape)
+        raise ValueError(
+            f"{name}: {what}[{i}] must have shape {tuple(model[i].shape)} as {model_name}[{i}], "
+            f"got {tuple(tensors[i].shape)}"
+        )
+    for its_device, dtype, layout in set(map(_KIND, tensors)):
+        if its_device != device:
+            raise ValueError(f"{name}: {what} has a tensor on {its_device}; all must be on {device}")
+        if dtype not in DTYPES:
+            raise TypeError(f"{name}: {what} must be of {', '.join(map(str, DTYPES))}, got {dtype}")
+        if layout != torch.strided:
+            raise TypeError(f"{name}: {what} must be dense tensors, not sparse ones")
+
+
+def check_groups(name: str, groups: Sequence[int], count: int, num_groups: int) -> None:
+    if len(groups) != count or (groups and not 0 <= min(groups) <= max(groups) < num_groups):
+        raise ValueError(f"{name}: groups must hold a number in 0..{num_groups - 1} for each of the tensors")
 
 
 def common_layout(dtype: torch.dtype, tensors: Sequence[Tensor], like: Sequence[Tensor]) -> list[Tensor]:

@@ -106,12 +106,17 @@ def _select(
     if (height, width) != tuple(images.shape[2:]):
         images = resize_bicubic(images, height, width)
     order = _ranks(spectral_entropy(images, patch_size)).argsort(dim=1, stable=True)
-    low = 24 * num_patches // 49
+    low = _lowest(num_patches)
     chosen = torch.cat([order[:, :low], order[:, order.shape[1] - (num_patches - low) :]], dim=1)
     # In row-major order before the shuffle, so that the mosaic depends on which patches are chosen and not
     # on how rounding ranks two of them.
     chosen = chosen.sort(dim=1).values
     return images, chosen.gather(1, permutations(seeds, num_patches).expand(batch, -1))
+
+
+def _lowest(num_patches: int) -> int:
+    """How many of a mosaic's patches are the least complex ones: 24 of 49, as in DGS-Net."""
+    return 24 * num_patches // 49
 
 
 def _ranks(entropy: Tensor) -> Tensor:
@@ -171,7 +176,7 @@ def mosaics(patches: Tensor, counts: Tensor, num_patches: int = 49, *, seeds: Te
     order = _ranks(entropy).argsort(stable=True)
     order = order[image[order].argsort(stable=True)]  # by image, then by entropy, then by place
     ends = counts.cumsum(0)[:, None]
-    low, kept = 24 * num_patches // 49, torch.arange(num_patches, device=device)
+    low, kept = _lowest(num_patches), torch.arange(num_patches, device=device)
     place = torch.where(kept < low, ends - counts[:, None], ends - num_patches) + kept
     chosen = order[place].sort(dim=1).values.gather(1, permutations(seeds, num_patches))
     size = patches.shape[1]

@@ -20,9 +20,6 @@ from torch import Tensor
 from dgs_kernels import backends
 from dgs_kernels.ops.arguments import check_tensors, check_whole
 
-# The one size that DGS-Net uses, which kernels are made for.
-KERNEL_PATCH_SIZE = 32
-
 _library = torch.library.Library("dgs", "FRAGMENT")
 _library.define(
     "spectral_entropy(Tensor images, int patch_size) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,)
@@ -80,8 +77,8 @@ def _kernel(images: Tensor, patch_size: int) -> Tensor:
     if not out.numel():
         return out
     case = None
-    if patch_size != KERNEL_PATCH_SIZE:
-        case = f"its kernels serve patches of {KERNEL_PATCH_SIZE} pixels"
+    if patch_size != backends.KERNEL_PATCH_SIZE:
+        case = f"its kernels serve patches of {backends.KERNEL_PATCH_SIZE} pixels"
     elif images.dtype == torch.float64:
         case = "its kernels compute in float32"
     elif images.dtype != torch.uint8:
