@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from dgs_kernels import backends
+from dgs_kernels.ops.arguments import check_items
 from dgs_kernels.ops.gramian import check_objectives, in_one_list, refuse_what_is_no_tensor
 from dgs_kernels.ops.project_align_ import (
     check_list,
@@ -89,6 +90,7 @@ def combine_(
     with torch.no_grad():
         if backends.watched() or not _served_as_it_is(*arguments):
             refuse_what_is_no_tensor("combine_", flat, count)
+            check_items("combine_", grads=arguments[0])
             _op(*arguments)
 
 

@@ -53,6 +53,10 @@ def valid(operation):
         return {"grad": x, "harmful": x + 1, "beneficial": x - 1}
     if operation == "project_align_":
         return {"grads": [x], "harmful": [x + 1], "beneficial": [x - 1]}
+    if operation == "gramian":
+        return {"objectives": [[x], [x + 1]]}
+    if operation == "combine_":
+        return {"grads": [x], "objectives": [[x + 1], [x - 1]], "weights": torch.ones(2)}
     if operation == "spectral_entropy":
         return {"images": torch.rand(1, 3, 64, 64)}
     if operation == "surgery_head":
@@ -110,6 +114,14 @@ CASES = [
     *(case("surgery_head", distillation=value) for value in ("x", None, NAN, -1.0, INF)),
     *(case("spectral_entropy", images=value) for value in NO_TENSOR.values()),
     *(case("spectral_entropy", patch_size=value) for value in (0, "x", None, 32.0)),
+    *(
+        case(operation, objectives=[[rows()], [value]])
+        for operation in ("gramian", "combine_")
+        for value in (*NO_TENSOR.values(), torch.zeros(4, 3))
+    ),
+    *(case("gramian", objectives=value) for value in ([[rows()]], [[rows()], []])),
+    *(case("combine_", grads=[value]) for value in (*NO_TENSOR.values(), torch.zeros(4, 3))),
+    *(case("combine_", weights=value) for value in (None, [1.0, 1.0], torch.ones(3), torch.ones(1, 3))),
     case("surgery_adamw_", exp_avgs=[torch.zeros(4, 3)]),
     case("surgery_adamw_", steps=[torch.zeros(1)]),
     case("surgery_adamw_", part="sums"),
