@@ -252,7 +252,7 @@ __global__ __launch_bounds__(Staged ? kTeams * kWarp : kThreads,
 
 // The plain twin for rows that do not fit a block's registers: it reads a chunk again for the weighted sums.
 template <typename T>
-__global__ __launch_bounds__(kThreads) void head_read_twice(const __grid_constant__ Forward p) {
+__global__ __launch_bounds__(kThreads, 1) void head_read_twice(const __grid_constant__ Forward p) {
   using A = Compute<T>;
   const SurgeryHead& a = p.args;
   const T* features = static_cast<const T*>(a.features);
