@@ -15,9 +15,11 @@ from accelerate.utils import ProjectConfiguration, find_executable_batch_size, g
 
 from dgsnet.config import CONFIG_FILE, Config
 from dgsnet.data.captions import attach_captions
+from dgsnet.data.nuisances import NUISANCES
 from dgsnet.data.samples import Sample, find_samples
 from dgsnet.errors import UserError
 from dgsnet.model.checkpoint import build_model, read_config
+from dgsnet.training.experts import FileExpert
 from dgsnet.training.plan import BRANCHES
 from dgsnet.training.step import Step, speed_up
 
@@ -55,6 +57,26 @@ def check_folder(config: Config, out: Path, resume: bool) -> None:
         raise UserError(f"no training images: name a dataset with --data.train{nothing}")
 
 
+def check_experts(config: Config) -> None:
+    """Refuse experts, or a pull to the teacher, that nothing would use or make."""
+    given = {
+        f"surgery.text={config.surgery.text}": config.surgery.text != "project",
+        f"surgery.distillation={config.surgery.distillation:g}": config.surgery.distillation > 0,
+        f"data.nuisances={config.data.nuisances}": uses_nuisances(config),
+    }
+    used = next((name for name, value in given.items() if value), None)
+    if used and not uses_surgery(config):
+        raise UserError(
+            f"{used} needs the three branches: leave it out, or set surgery.mode to feature or layer and "
+            "model.lora_rank above 0"
+        )
+    if config.surgery.text != "project" and not (uses_text(config) or uses_nuisances(config)):
+        raise UserError(
+            f"surgery.text={config.surgery.text} has no expert with data.captions=none: give captions, or "
+            "set data.nuisances=files"
+        )
+
+
 def with_batch_size(config: Config, out: Path, accelerator: Accelerator) -> Config:
     """The configuration with a number for batch_size "auto": that of the run in `out`, or the largest."""
     if config.optim.batch_size != "auto":
@@ -73,18 +95,20 @@ def largest_batch(config: Config, device: torch.device, start: int = LARGEST_BAT
     """The largest batch, of those nine tenths of the one before, whose forward and backward fit in memory."""
     model = speed_up(build_model(config, with_text=False).to(device), config.optim)
     surgery = config.surgery if uses_surgery(config) else None
-    step = Step(model, BRANCHES, surgery, captioned=uses_text(config))
+    expert = FileExpert().to(device) if uses_nuisances(config) else None
+    step = Step(model, BRANCHES, surgery, uses_text(config), expert)
 
     @find_executable_batch_size(starting_batch_size=start)
     def attempt(batch_size: int) -> int:
         pixels = torch.zeros(batch_size, 3, model.image_size, model.image_size, device=device)
         text = torch.zeros(batch_size, model.dim, device=device) if step.captioned else None
+        nuisances = torch.zeros(batch_size, len(NUISANCES), device=device) if expert else None
         with torch.autocast(device.type, torch.float16, enabled=config.optim.precision == "fp16"):
-            loss, _, harmful = step(pixels, torch.zeros(batch_size, device=device), text)
+            loss, _, harmful, _ = step(pixels, torch.zeros(batch_size, device=device), text, nuisances)
         loss.backward(retain_graph=harmful is not None)
         if harmful is not None:
             harmful.backward()
-        model.zero_grad()
+        step.zero_grad()
         return batch_size
 
     return attempt()
@@ -113,6 +137,10 @@ def uses_surgery(config: Config) -> bool:
 
 def uses_text(config: Config) -> bool:
     return uses_surgery(config) and config.data.captions != "none"
+
+
+def uses_nuisances(config: Config) -> bool:
+    return config.data.nuisances != "none"
 
 
 @contextlib.contextmanager
