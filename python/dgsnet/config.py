@@ -179,6 +179,8 @@ class SurgeryConfig:
 
     def __post_init__(self) -> None:
         _at_least(0, distillation=self.distillation)
+        if self.distillation == float("inf"):
+            raise ValueError(f"distillation={self.distillation} must be finite")
         if self.reference_batch_size is not None:
             _at_least(1, reference_batch_size=self.reference_batch_size)
         if self.mode == "layer" and self.order != "align_first":

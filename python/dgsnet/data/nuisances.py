@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 
 import numpy as np
-from PIL import Image, JpegImagePlugin
+from PIL import JpegImagePlugin
 
 from dgsnet.data.images import ImageError, one_line_errors, opened
 
@@ -82,16 +82,15 @@ def file_nuisances(data: bytes, *, name: str = "image") -> np.ndarray:
         if not width * height:
             raise ImageError("has no pixels")
         # A JPEG with a second picture in it, as phones write, is told by what its reader is.
-        jpeg = isinstance(image, JpegImagePlugin.JpegImageFile)
+        jpeg = image if isinstance(image, JpegImagePlugin.JpegImageFile) else None
         written = "JPEG" if jpeg else image.format
-        colour = jpeg and image.layers == 3
-        chroma = JpegImagePlugin.get_sampling(image) if colour else None
+        chroma = JpegImagePlugin.get_sampling(jpeg) if jpeg and jpeg.layers == 3 else None
         mode = image.mode.partition(";")[0]
         transparent = "transparency" in image.info
         return np.array(
             [
                 *(written == name for name in _FORMATS),
-                _quality(image) / 100 if jpeg else 0,
+                _quality(jpeg) / 100 if jpeg else 0,
                 *(chroma == number for number in _CHROMA),
                 math.log2(width),
                 math.log2(height),
@@ -104,7 +103,7 @@ def file_nuisances(data: bytes, *, name: str = "image") -> np.ndarray:
         )
 
 
-def _quality(image: Image.Image) -> int:
+def _quality(image: JpegImagePlugin.JpegImageFile) -> int:
     """The quality of 1 to 100 whose standard table is nearest to that of the first component."""
     table = image.quantization.get(image.layer[0][3])
     if table is None:

@@ -64,7 +64,7 @@ def _rank(rank, world, port, arguments, checkpoints):
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_ADDR": "localhost"}
     place |= {"MASTER_PORT": port, "ACCELERATE_USE_CPU": "true", "GLOO_SOCKET_IFNAME": "lo"}
     os.environ.update({name: str(value) for name, value in place.items()})
-    written, save_state = [], run.save_state
+    written, save_state = [], training_run.save_state
 
     def save(*arguments):
         save_state(*arguments)
