@@ -157,13 +157,19 @@ void run_cluster(unsigned first_block, unsigned size, unsigned threads, size_t s
       std::abort();
     }
     progress = 0;
-    for (size_t k = 0; k < count; ++k) {
-      Fiber& fiber = *fibers[order == kForward ? k : count - 1 - k];
-      if (fiber.done || (fiber.waits_for && *fiber.waits_for == fiber.generation)) continue;
-      fiber.waits_for = nullptr;
-      enter(fiber);
-      ++progress;
-      running -= fiber.done;
+    // All in turn, or each warp as far as it can go: then one may be a barrier ahead of the others.
+    const size_t together = order == kShuffled ? kWarp : count;
+    for (size_t first = 0, ran; first < count; first += ran ? 0 : together) {
+      ran = 0;
+      for (size_t k = first; k < first + together; ++k) {
+        Fiber& fiber = *fibers[order == kForward ? k : count - 1 - k];
+        if (fiber.done || (fiber.waits_for && *fiber.waits_for == fiber.generation)) continue;
+        fiber.waits_for = nullptr;
+        enter(fiber);
+        ++ran;
+        running -= fiber.done;
+      }
+      progress += ran;
     }
   }
 }

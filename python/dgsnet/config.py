@@ -11,6 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from dgsnet.errors import UserError
+from dgsnet.files import one_line
+
 CONFIG_FILE = "config.json"
 
 
@@ -32,6 +35,10 @@ class ModelConfig:
     lora_rank: int = 6
     lora_alpha: float = 6.0
     lora_dropout: float = 0.8
+
+    def __post_init__(self) -> None:
+        _at_least(0, lora_rank=self.lora_rank)
+        _fraction(lora_dropout=self.lora_dropout)
 
 
 @dataclass
@@ -80,7 +87,8 @@ class DataConfig:
         nuisances: "files" trains an expert on what a file gives away without being looked at (format, JPEG
             quality, size, metadata) and adds its logit to the student's in the image loss, so that the
             student need not learn it; "none" does not.
-        workers: data-loading processes of each training process.
+        workers: data-loading processes of each training process; null: as many as the machine has cores
+            for, 16 at most.
         prefetch: batches that every worker makes ahead.
         selection: where patches are selected from decoded images: in the "workers", or on the "device" for
             the whole batch.
@@ -92,7 +100,7 @@ class DataConfig:
     val: list[str] | str = field(default_factory=list)
     captions: str = "auto"
     nuisances: Literal["none", "files"] = "none"
-    workers: int = 4
+    workers: int | None = None
     prefetch: int = 2
     selection: Literal["workers", "device"] = "workers"
     cache: str = ""
@@ -100,7 +108,7 @@ class DataConfig:
     def __post_init__(self) -> None:
         self.train = [self.train] if isinstance(self.train, str) else list(self.train)
         self.val = [self.val] if isinstance(self.val, str) else list(self.val)
-        _at_least(0, workers=self.workers)
+        _at_least(0, workers=self.workers or 0)
         _at_least(1, prefetch=self.prefetch)
 
 
@@ -146,6 +154,7 @@ class OptimConfig:
         _at_least(1, accumulation=self.accumulation, epochs=self.epochs)
         _at_least(0, lr=self.lr, weight_decay=self.weight_decay, max_steps=self.max_steps)
         _at_least(0, head_epochs=self.head_epochs)
+        _fraction(beta1=self.betas[0], beta2=self.betas[1])
         for name, value in (("precision", "fp16"), ("compile", "reduce-overhead")):
             # A loss scale, and CUDA graphs, know of no weights that come and go.
             if self.parallel == "fsdp" and getattr(self, name) == value:
@@ -178,7 +187,7 @@ class SurgeryConfig:
     distillation: float = 0.0
 
     def __post_init__(self) -> None:
-        _at_least(0, distillation=self.distillation)
+        _at_least(0, alignment=self.alignment, eps=self.eps, distillation=self.distillation)
         if self.distillation == float("inf"):
             raise ValueError(f"distillation={self.distillation} must be finite")
         if self.reference_batch_size is not None:
@@ -246,6 +255,19 @@ class Config:
         return cls.from_dict(json.loads(Path(path).read_text()))
 
 
+def read_config(path: Path) -> Config:
+    """Read a config.json; UserError when it is missing, damaged or unknown."""
+    try:
+        config = Config.load(path)
+        if "model" not in json.loads(path.read_text()):
+            raise ValueError("it names no model")
+        return config
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing: a run or a model has one") from None
+    except (ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is damaged or of another version of dgsnet: {one_line(error)}") from None
+
+
 _SECTIONS = {
     "model": ModelConfig,
     "preprocess": PreprocessConfig,
@@ -266,6 +288,12 @@ def _at_least(minimum: int, **values: float) -> None:
     for name, value in values.items():
         if not value >= minimum:
             raise ValueError(f"{name}={value} must be at least {minimum}")
+
+
+def _fraction(**values: float) -> None:
+    for name, value in values.items():
+        if not 0 <= value < 1:
+            raise ValueError(f"{name}={value} must be at least 0 and below 1")
 
 
 def _build(cls: type, values: dict[str, Any], where: str) -> Any:

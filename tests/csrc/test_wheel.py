@@ -21,7 +21,15 @@ ROOT = Path(__file__).resolve().parents[2]
 OLDER = "2.13.0"
 NEEDS = ("numpy", "pytest", "hypothesis")
 CPU_TORCH = "https://download.pytorch.org/whl/cpu"
-OPERATIONS = ("project_align", "project_align_", "surgery_head", "spectral_entropy", "surgery_adamw_")
+OPERATIONS = (
+    "project_align",
+    "project_align_",
+    "gramian",
+    "combine_",
+    "surgery_head",
+    "spectral_entropy",
+    "surgery_adamw_",
+)
 # Every operation through the native library. Under this torch, where all other tests run the same library,
 # only the file can be wrong: a few cases of accuracy. Under the older one layouts, options, schemas, errors.
 FEW = "accuracy and cpu-cpu and 3-123"

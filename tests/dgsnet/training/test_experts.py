@@ -19,9 +19,10 @@ from dgsnet.training import experts
 from dgsnet.training.experts import FileExpert
 from dgsnet.training.log import METRICS_FILE
 from dgsnet.training.plan import BRANCHES
-from dgsnet.training.run import STATE_FILE, train
+from dgsnet.training.run import STATE_FILE
 from dgsnet.training.setup import largest_batch
 from dgsnet.training.step import Step, layer_surgery, parameter_groups
+from dgsnet.training.train import train
 from PIL import Image
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
