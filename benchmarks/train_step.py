@@ -285,7 +285,7 @@ class Ours:
         pixels = self.load(paths).to(device, non_blocking=True)
         with self.autocast():
             text = self.text(captions).to(device, non_blocking=True).float() if self.surgery else None
-            loss, _, harmful = self.module(pixels, labels, text)
+            loss, _, harmful, _ = self.module(pixels, labels, text)
         loss.backward(retain_graph=harmful is not None)
         if harmful is not None:
             with self.layerwise.harmful():

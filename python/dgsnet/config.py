@@ -84,6 +84,9 @@ class DataConfig:
         val: the same for validation; empty: no validation, the last checkpoint is the best.
         captions: JSON object of image path to caption, "none" to train without captions, or "auto" to read
             captions.json of each root.
+        nuisances: "files" trains an expert on what a file gives away without being looked at (format, JPEG
+            quality, size, metadata) and adds its logit to the student's in the image loss, so that the
+            student need not learn it; "none" does not.
         workers: data-loading processes of each training process; null: as many as the machine has cores
             for, 16 at most.
         prefetch: batches that every worker makes ahead.
@@ -96,6 +99,7 @@ class DataConfig:
     train: list[str] | str = field(default_factory=list)
     val: list[str] | str = field(default_factory=list)
     captions: str = "auto"
+    nuisances: Literal["none", "files"] = "none"
     workers: int | None = None
     prefetch: int = 2
     selection: Literal["workers", "device"] = "workers"
@@ -169,6 +173,9 @@ class SurgeryConfig:
         eps: added to the harmful direction's norm.
         reference_batch_size: batch the two reference gradients are scaled for, which makes the strength of
             surgery independent of batch, ranks and accumulation; null is the official formula.
+        text: what captions do to the image branch: "project" is the paper's method; "expert" adds the text
+            branch's logit to the student's in the image loss and projects nothing; "both" does both.
+        distillation: weight of a pull of the student's features to the teacher's ("feature" only).
     """
 
     mode: Literal["feature", "layer", "none"] = "feature"
@@ -176,13 +183,25 @@ class SurgeryConfig:
     order: Literal["align_first", "project_first"] = "align_first"
     eps: float = 1e-6
     reference_batch_size: int | None = None
+    text: Literal["project", "expert", "both"] = "project"
+    distillation: float = 0.0
 
     def __post_init__(self) -> None:
-        _at_least(0, alignment=self.alignment, eps=self.eps)
+        _at_least(0, alignment=self.alignment, eps=self.eps, distillation=self.distillation)
+        if self.distillation == float("inf"):
+            raise ValueError(f"distillation={self.distillation} must be finite")
         if self.reference_batch_size is not None:
             _at_least(1, reference_batch_size=self.reference_batch_size)
         if self.mode == "layer" and self.order != "align_first":
             raise ValueError(f"surgery.order={self.order} goes with surgery.mode=feature only")
+        if self.mode == "layer" and self.distillation:
+            # Which is not to be projected, while a layer's gradient is edited as a whole.
+            raise ValueError(f"surgery.distillation={self.distillation} goes with surgery.mode=feature only")
+        if self.mode == "layer" and self.text == "expert":
+            raise ValueError(
+                "surgery.text=expert leaves nothing for surgery.mode=layer to project: use mode=feature, or "
+                "text=both"
+            )
 
 
 @dataclass

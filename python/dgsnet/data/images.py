@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import os
@@ -9,6 +10,7 @@ import re
 import stat
 import struct
 import warnings
+from collections.abc import Iterator
 
 import numpy as np
 import pillow_heif
@@ -92,12 +94,20 @@ def read_image(
     """
     if name is None:
         name = "image" if isinstance(source, bytes | np.ndarray | Image.Image) else os.fsdecode(source)
-    try:
+    with one_line_errors(name):
         if isinstance(source, Image.Image):
             return _to_rgb(source)
         if isinstance(source, np.ndarray):
             return _to_rgb(Image.fromarray(source))
-        return _decode(source if isinstance(source, bytes) else read_file(source))
+        with opened(source if isinstance(source, bytes) else read_file(source)) as image:
+            return _to_rgb(image)
+
+
+@contextlib.contextmanager
+def one_line_errors(name: str) -> Iterator[None]:
+    """Whatever reading an image raises, as an ImageError of one line that begins with `name`."""
+    try:
+        yield
     except ImageError as error:
         raise ImageError(f"{name}: {error}") from None
     except UnidentifiedImageError:
@@ -160,7 +170,13 @@ def check_regular(path: str | os.PathLike) -> None:
         raise ImageError("is a directory" if stat.S_ISDIR(mode) else "not a regular file")
 
 
-def _decode(data: bytes) -> np.ndarray:
+@contextlib.contextmanager
+def opened(data: bytes) -> Iterator[Image.Image]:
+    """An encoded image with its header read and nothing decoded; one made to exhaust its reader is refused.
+
+    Raises:
+        ImageError: the reason; Pillow's own errors pass as they are (see `one_line_errors`).
+    """
     if not data:
         raise ImageError("empty file")
     if len(data) > MAX_BYTES:
@@ -175,7 +191,7 @@ def _decode(data: bytes) -> np.ndarray:
         # Pillow warns of odd metadata and of sizes that it calls suspicious; the limits here are its own.
         warnings.simplefilter("ignore")
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            return _to_rgb(image)
+            yield image
 
 
 # A marker, and neither a stuffed 0xff, a restart nor a filling byte.
@@ -272,7 +288,7 @@ def _to_rgb(image: Image.Image) -> np.ndarray:
 
 def _upright(image: Image.Image) -> Image.Image:
     """Turned as its EXIF orientation says; EXIF data that cannot be read says nothing."""
-    if len(image.info.get("exif", b"")) > MAX_EXIF_BYTES:
+    if len(image.info.get("exif") or b"") > MAX_EXIF_BYTES:  # pillow-heif says None where there is none
         return image
     try:
         turn = _TRANSPOSITIONS.get(image.getexif().get(0x0112, 1))

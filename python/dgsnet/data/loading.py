@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from dgsnet.data.images import ImageError, file_hash, read_image
+from dgsnet.data.nuisances import file_nuisances
 from dgsnet.data.preprocess import Preprocessor
 from dgsnet.data.samples import Sample
 from dgsnet.processes import start_worker, usable_cores
@@ -33,6 +34,7 @@ class ImageDataset(Dataset):
         seed: decides the augmentation, at least 0.
         selection: "workers": items hold the finished input; "device": in mode "patches" they hold all
             patches of the image, and `pixels_on` selects on the device, for the batch at once.
+        nuisances: items hold `file_nuisances` of their file too.
     """
 
     def __init__(
@@ -43,11 +45,13 @@ class ImageDataset(Dataset):
         train: bool,
         seed: int = 0,
         selection: Literal["workers", "device"] = "workers",
+        nuisances: bool = False,
     ) -> None:
         self.samples = samples
         self.preprocess = preprocess
         self.train = train
         self.seed = seed
+        self.nuisances = nuisances
         self.cut_only = selection == "device" and preprocess.config.mode == "patches"
         # Shared memory, because persistent workers hold their own copy of this object.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
@@ -63,6 +67,7 @@ class ImageDataset(Dataset):
         """dict(pixels float32 [3, S, S], label, caption, index, hash), or dict(error, index).
 
         Where the device selects, `patches`, `seed` and `flip` of `Preprocessor.cut` in place of `pixels`.
+        With nuisances, float32 [len(NUISANCES)] as `nuisances`.
         """
         sample = self.samples[index]
         rng = np.random.default_rng((self.seed, int(self._epoch), index)) if self.train else None
@@ -73,6 +78,8 @@ class ImageDataset(Dataset):
                 content = dict(zip(("patches", "seed", "flip"), self.preprocess.cut(image, rng=rng)))
             else:
                 content = {"pixels": self.preprocess(image, rng=rng)}
+            if self.nuisances:
+                content["nuisances"] = torch.from_numpy(file_nuisances(data, name=sample.path))
         except ImageError as error:
             text = str(error)
             return {"error": text if sample.path in text else f"{sample.path}: {text}", "index": index}
@@ -87,7 +94,7 @@ def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
         dict(pixels float32 [n, 3, S, S], labels float32 [n], captions list[str], index int64 [n], hashes
         int64 [n] of the files, errors list of (index, message)). n may be 0, and pixels then is [0, 3, 0, 0]:
         skip such a batch. Where the device selects, the arguments of `Preprocessor.select` in place of
-        `pixels`.
+        `pixels`. `nuisances` float32 [n, len(NUISANCES)] if the items have them.
     """
     good = [item for item in items if "error" not in item]
     if good and "patches" in good[0]:
@@ -101,6 +108,8 @@ def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
         content = {
             "pixels": torch.stack([item["pixels"] for item in good]) if good else torch.empty(0, 3, 0, 0)
         }
+    if good and "nuisances" in good[0]:
+        content["nuisances"] = torch.stack([item["nuisances"] for item in good])
     return content | {
         "labels": torch.tensor([item["label"] for item in good], dtype=torch.float32),
         "captions": [item["caption"] for item in good],

@@ -73,6 +73,14 @@ def _training(config: Config, extra: dict[str, Any]) -> str:
         config.surgery.mode,
         f"gradient surgery ({config.surgery.mode}), alignment {config.surgery.alignment:g}",
     )
+    experts = {
+        "captions": config.surgery.text != "project",
+        "file nuisances": config.data.nuisances != "none",
+    }
+    if used := [name for name, value in experts.items() if value]:
+        surgery += f", experts on {' and '.join(used)}"
+    if config.surgery.distillation:
+        surgery += f", distillation {config.surgery.distillation:g}"
     return (
         f"Data: {sources}. Method: {surgery}; epochs: {config.optim.epochs}"
         + (f", at most {config.optim.max_steps} steps" if config.optim.max_steps else "")

@@ -41,6 +41,26 @@ def check_folder(config: Config, out: Path, resume: bool) -> None:
         raise UserError(f"no training images: name a dataset with --data.train{nothing}")
 
 
+def check_experts(config: Config) -> None:
+    """Refuse experts, or a pull to the teacher, that nothing would use or make."""
+    given = {
+        f"surgery.text={config.surgery.text}": config.surgery.text != "project",
+        f"surgery.distillation={config.surgery.distillation:g}": config.surgery.distillation > 0,
+        f"data.nuisances={config.data.nuisances}": uses_nuisances(config),
+    }
+    used = next((name for name, value in given.items() if value), None)
+    if used and not uses_surgery(config):
+        raise UserError(
+            f"{used} needs the three branches: leave it out, or set surgery.mode to feature or layer and "
+            "model.lora_rank above 0"
+        )
+    if config.surgery.text != "project" and not (uses_text(config) or uses_nuisances(config)):
+        raise UserError(
+            f"surgery.text={config.surgery.text} has no expert with data.captions=none: give captions, or "
+            "set data.nuisances=files"
+        )
+
+
 def training_samples(config: Config, roots: list[str] | str, split: str) -> list[Sample]:
     """All samples of a split, with captions where the text branch needs them."""
     roots = [roots] if isinstance(roots, str) else roots
@@ -64,3 +84,7 @@ def uses_surgery(config: Config) -> bool:
 
 def uses_text(config: Config) -> bool:
     return uses_surgery(config) and config.data.captions != "none"
+
+
+def uses_nuisances(config: Config) -> bool:
+    return config.data.nuisances != "none"

@@ -49,16 +49,18 @@ from dgsnet.model.checkpoint import (
     load_trained_state,
     save_state,
     trained_state,
+    whole,
     write_model,
 )
 from dgsnet.processes import default_workers
-from dgsnet.training import parallel
-from dgsnet.training.checks import uses_surgery, uses_text
+from dgsnet.training import drift, parallel
+from dgsnet.training.checks import uses_nuisances, uses_surgery, uses_text
+from dgsnet.training.experts import FileExpert
 from dgsnet.training.frozen import CaptionFeatures
 from dgsnet.training.log import VAL_COLUMNS, Log, Progress
 from dgsnet.training.plan import BRANCHES, HEAD, MicroBatch, Position, StepPlan, dropout_seed
 from dgsnet.training.setup import accelerator_for, with_batch_size
-from dgsnet.training.step import TRAIN_COLUMNS, Step, layer_surgery, named_parameters, speed_up
+from dgsnet.training.step import TRAIN_COLUMNS, Step, layer_surgery, parameter_groups, speed_up
 
 STATE_FILE = Path("state") / "resume.pt"
 
@@ -89,7 +91,12 @@ class _Run:
         optim, data = config.optim, config.data
         assert optim.batch_size != "auto"  # decided before
         dataset = ImageDataset(
-            samples, self.preprocess, train=True, seed=config.seed, selection=data.selection
+            samples,
+            self.preprocess,
+            train=True,
+            seed=config.seed,
+            selection=data.selection,
+            nuisances=uses_nuisances(config),
         )
         self.order = EpochSampler(dataset, shuffle=True, seed=config.seed)
         images = optim.batch_size * optim.accumulation * self.world
@@ -123,18 +130,23 @@ class _Run:
                 self.text = CaptionFeatures(self.model, captions, config.data.cache, progress=shown)
             self.model.text = None
         speed_up(self.model, optim)
+        self.expert = FileExpert().to(accelerator.device) if uses_nuisances(config) else None
         self.position = Position(HEAD if uses_surgery(config) else BRANCHES)
         self.best: list[float] | None = None
         self.trained_on: set[int] = set()  # hashes of the files that this process has trained on
         self.sharded: Step | None = None  # sharded once, for both stages
         # Sums of the logged values, weighted, and of the weights, since the last logged step.
         self.sums = torch.zeros(len(TRAIN_COLUMNS) + 1, device=accelerator.device)
+        self.moments = torch.zeros(drift.size(self.model.dim), dtype=torch.float64, device=accelerator.device)
 
     def train(self) -> None:
         """Train from where `out` stands to the end."""
         state = self._restore()
         if self.position.stage > BRANCHES:
             return self.accelerator.print(f"{self.out} is already trained")
+        if self.expert is not None and state is None:
+            shown = sys.stderr.isatty() and self.accelerator.is_main_process
+            self.expert.standardise(self.order.dataset.samples, progress=shown)
         self.accelerator.wait_for_everyone()  # every process has looked at the folder before one writes
         if self.accelerator.is_main_process:
             (self.out / STATE_FILE).parent.mkdir(parents=True, exist_ok=True)
@@ -158,7 +170,7 @@ class _Run:
         stage, optim = self.position.stage, self.config.optim
         surgery = self.config.surgery if uses_surgery(self.config) else None
         if self.sharded is None:
-            step = Step(self.model, stage, surgery, captioned=self.text is not None)
+            step = Step(self.model, stage, surgery, self.text is not None, self.expert)
         else:
             step = self.sharded
             step.enter(stage)
@@ -168,7 +180,7 @@ class _Run:
         layerwise = stage == BRANCHES and surgery is not None and surgery.mode == "layer"
         # Without weight decay AdamW is Adam. The fused one would operate on gradients still scaled for fp16.
         optimizer = torch.optim.AdamW(
-            named_parameters(self.model),
+            parameter_groups(self.model, self.expert),
             lr=optim.lr,
             betas=optim.betas,
             weight_decay=optim.weight_decay,
@@ -242,8 +254,9 @@ class _Run:
             unsynced = parallel.no_sync if self.sharded else self.accelerator.no_sync
             with contextlib.nullcontext() if last else unsynced(self.step_module):
                 text = texts(batch["captions"]) if texts and batch["captions"] else None
-                loss, values, harmful = self.step_module(
-                    *(x if x is None else x.to(device, non_blocking=True) for x in (pixels, labels, text))
+                inputs = (pixels, labels, text, batch.get("nuisances"))
+                loss, values, harmful, moments = self.step_module(
+                    *(x if x is None else x.to(device, non_blocking=True) for x in inputs)
                 )
                 # The task's backward comes first: data parallelism reduces no other.
                 self.accelerator.backward(loss * micro.weight, retain_graph=harmful is not None)
@@ -252,27 +265,32 @@ class _Run:
                         self.accelerator.backward(harmful * micro.weight)
             weight = micro.weight * (len(batch["labels"]) > 0)
             self.sums += weight * torch.cat([values, values.new_ones(1)])
+            if moments is not None:
+                self.moments += weight * moments
         self.optimizer.step()
         self.optimizer.zero_grad()
 
     def _log_training(self, speed: float) -> float:
         """Write the means since the last call; returns the loss."""
         *values, weight = self.accelerator.reduce(self.sums, "mean").tolist()
+        moments = self.accelerator.reduce(self.moments, "mean")
         self.sums.zero_()
+        self.moments.zero_()
         if not weight:  # every image since then was damaged
             return math.nan
         row = {name: value / weight for name, value in zip(TRAIN_COLUMNS, values)}
+        tracked = drift.summary(moments / weight)
         if self.position.stage == HEAD or not uses_surgery(self.config):
+            tracked = {}
             row = {name: row[name] for name in ("loss", "accuracy")}  # there is one branch
         if not math.isfinite(row["loss"]):
             raise UserError(
                 f"training diverged: the loss is {row['loss']} at step {self.position.step}; lower optim.lr"
                 + (", or use optim.precision bf16" if self.config.optim.precision == "fp16" else "")
             )
-        operated = self.surgery and self.surgery.metrics()
-        self.log.write(
-            self.position, row, images_per_second=speed, **(operated.scalars() if operated else {})
-        )
+        if self.surgery and (operated := self.surgery.metrics()):
+            tracked |= operated.scalars()
+        self.log.write(self.position, row, images_per_second=speed, **tracked)
         return row["loss"]
 
     def _place(self, epochs: int) -> str:
@@ -339,11 +357,12 @@ class _Run:
 
     def _checkpoint(self, result: dict[str, float] | None = None) -> None:
         """Write the last model, then the state to resume from, which counts on all else being there."""
-        sums = self.accelerator.reduce(self.sums, "mean")
+        sums, moments = (self.accelerator.reduce(x, "mean") for x in (self.sums, self.moments))
         if self.position.stage == BRANCHES and self.position.stage_step:
             self._save_model("last", result or {})
         trained, hashes = trained_state(self.model), self._all_trained_on()
         optimizer = parallel.optimizer_state(self.optimizer) if self.optimizer else None
+        expert = self.expert and {name: whole(t).cpu() for name, t in self.expert.state_dict().items()}
         if self.accelerator.is_main_process:
             scaler = self.accelerator.scaler
             state = {
@@ -351,7 +370,9 @@ class _Run:
                 "model": trained,
                 "optimizer": optimizer,
                 "scaler": scaler.state_dict() if scaler else None,
+                "expert": expert,
                 "sums": sums,
+                "moments": moments,
                 "images_per_step": self.plan.images,
                 "best": self.best,
                 "metrics_bytes": self.log.sync(),
@@ -382,6 +403,10 @@ class _Run:
         if "trained_on" in state:  # a state of an older version has none
             self.trained_on = set(state["trained_on"].tolist())
         self.sums.copy_(state["sums"])
+        if self.expert is not None:
+            self.expert.load_state_dict(state["expert"])
+        if "moments" in state:  # likewise
+            self.moments.copy_(state["moments"])
         # On another number of processes a step keeps its images, in more or fewer micro-batches.
         self.plan.images = state["images_per_step"]
         return state

@@ -14,10 +14,12 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import ProjectConfiguration, find_executable_batch_size, gather_object
 
 from dgsnet.config import CONFIG_FILE, Config, read_config
+from dgsnet.data.nuisances import NUISANCES
 from dgsnet.errors import UserError
 from dgsnet.model.checkpoint import build_model
 from dgsnet.processes import announced_size
-from dgsnet.training.checks import uses_surgery, uses_text
+from dgsnet.training.checks import uses_nuisances, uses_surgery, uses_text
+from dgsnet.training.experts import FileExpert
 from dgsnet.training.plan import BRANCHES
 from dgsnet.training.step import Step, speed_up
 
@@ -43,18 +45,20 @@ def largest_batch(config: Config, device: torch.device, start: int = LARGEST_BAT
     """The largest batch, of those nine tenths of the one before, whose forward and backward fit in memory."""
     model = speed_up(build_model(config, with_text=False).to(device), config.optim)
     surgery = config.surgery if uses_surgery(config) else None
-    step = Step(model, BRANCHES, surgery, captioned=uses_text(config))
+    expert = FileExpert().to(device) if uses_nuisances(config) else None
+    step = Step(model, BRANCHES, surgery, uses_text(config), expert)
 
     @find_executable_batch_size(starting_batch_size=start)
     def attempt(batch_size: int) -> int:
         pixels = torch.zeros(batch_size, 3, model.image_size, model.image_size, device=device)
         text = torch.zeros(batch_size, model.dim, device=device) if step.captioned else None
+        nuisances = torch.zeros(batch_size, len(NUISANCES), device=device) if expert else None
         with torch.autocast(device.type, torch.float16, enabled=config.optim.precision == "fp16"):
-            loss, _, harmful = step(pixels, torch.zeros(batch_size, device=device), text)
+            loss, _, harmful, _ = step(pixels, torch.zeros(batch_size, device=device), text, nuisances)
         loss.backward(retain_graph=harmful is not None)
         if harmful is not None:
             harmful.backward()
-        model.zero_grad()
+        step.zero_grad()
         return batch_size
 
     return attempt()

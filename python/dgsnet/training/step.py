@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -11,7 +12,10 @@ from torch import Tensor, nn
 
 from dgs_kernels import OptimizerSurgery
 from dgsnet.config import OptimConfig, SurgeryConfig
+from dgsnet.data.nuisances import NUISANCES
 from dgsnet.model.dgsnet import DGSNet
+from dgsnet.training import drift
+from dgsnet.training.experts import LEARNING_RATE, FileExpert
 from dgsnet.training.plan import BRANCHES, HEAD
 
 TRAIN_COLUMNS = ("loss", "image_loss", "text_loss", "alignment_loss", "accuracy")
@@ -35,13 +39,19 @@ class Step(nn.Module):
         stage: HEAD or BRANCHES.
         surgery: settings of the three branches; None trains the student alone, plain LoRA or a linear probe.
         captioned: whether there are text features.
+        expert: the expert on files; it is trained in stage BRANCHES.
     """
 
     def __init__(
-        self, model: DGSNet, stage: int, surgery: SurgeryConfig | None, captioned: bool = True
+        self,
+        model: DGSNet,
+        stage: int,
+        surgery: SurgeryConfig | None,
+        captioned: bool = True,
+        expert: FileExpert | None = None,
     ) -> None:
         super().__init__()
-        self.model, self.surgery, self.captioned = model, surgery, captioned
+        self.model, self.surgery, self.captioned, self.expert = model, surgery, captioned, expert
         self.enter(stage)
 
     def enter(self, stage: int) -> None:
@@ -55,12 +65,19 @@ class Step(nn.Module):
         self.model.head.text_head.requires_grad_(
             stage == BRANCHES and self.surgery is not None and self.captioned
         )
+        if self.expert is not None:
+            self.expert.requires_grad_(stage == BRANCHES)
 
     def forward(
-        self, pixels: Tensor, labels: Tensor | None = None, text: Tensor | None = None
+        self,
+        pixels: Tensor,
+        labels: Tensor | None = None,
+        text: Tensor | None = None,
+        nuisances: Tensor | None = None,
     ) -> tuple[Tensor | None, ...] | Tensor:
-        """The loss to differentiate, TRAIN_COLUMNS as one detached tensor [5], and for layer-wise surgery the
-        harmful reference loss; means over the batch. Without labels, the logits of the head in training.
+        """The loss to differentiate, TRAIN_COLUMNS as one detached tensor [5], for layer-wise surgery the
+        harmful reference loss, and with three branches `drift.moments`; means over the batch. Without labels,
+        the logits of the head in training.
 
         An empty batch (all its images damaged, or none for this process in an epoch's last step) counts as a
         black image of no weight, so that this process takes part in what the processes exchange.
@@ -71,36 +88,60 @@ class Step(nn.Module):
         if labels is None:
             return (self.model.teacher_logits if self.stage == HEAD else self.model.logits)(pixels)
         if not empty:
-            return self._losses(pixels, labels, text)
+            return self._losses(pixels, labels, text, nuisances)
         text = pixels.new_zeros(1, self.model.dim) if self.captioned else None
-        found = self._losses(pixels, labels.new_zeros(1), text)
+        nuisances = None if self.expert is None else pixels.new_zeros(1, len(NUISANCES))
+        found = self._losses(pixels, labels.new_zeros(1), text, nuisances)
         return tuple(None if value is None else value * 0 for value in found)
 
     def _losses(
-        self, pixels: Tensor, labels: Tensor, text: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        self, pixels: Tensor, labels: Tensor, text: Tensor | None, nuisances: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         if self.stage == HEAD or self.surgery is None:
             return self._one_branch(pixels, labels)
+        surgery = self.surgery
         teacher = self.model.teacher_features(pixels)  # first, while no activations are kept for backward
         student = self.model.student_features(pixels)
-        options = {k: getattr(self.surgery, k) for k in ("order", "eps", "reference_batch_size")}
-        harmful = None
+        options = {k: getattr(surgery, k) for k in ("order", "eps", "reference_batch_size", "distillation")}
+        harmful = text_logits = offsets = None
         with torch.autocast(pixels.device.type, enabled=False):  # heads and losses stay in fp32
             student, teacher = _wide(student), _wide(teacher)
-            if self.surgery.mode == "layer":
-                # Without text features nothing is projected here; the alignment stays.
-                out = self.model.head(student, teacher, None, labels, **options)
+            nuisance_loss = student.new_zeros(())
+            if self.expert is not None and nuisances is not None:
+                logits = self.expert(nuisances)
+                nuisance_loss = F.binary_cross_entropy_with_logits(logits, labels)
+                offsets = logits.detach()
+            expert_logits = offsets
+            if surgery.mode == "layer":
+                text_loss = None
                 if text is not None:
-                    text_loss, harmful = self._harmful(student, text, labels)
-                    out = out._replace(text_loss=text_loss)
+                    text_loss, text_logits, harmful = self._harmful(student, text, labels)
+                    expert_logits = _sum(text_logits, offsets)
+                # Without text features nothing is projected here; the alignment stays.
+                offsets = expert_logits if surgery.text == "both" else offsets
+                out = self.model.head(student, teacher, None, labels, offsets=offsets, **options)
+                out = out if text_loss is None else out._replace(text_loss=text_loss)
             else:
-                out = self.model.head(student, teacher, text, labels, **options)
-            loss = out.image_loss + out.text_loss + self.surgery.alignment * out.alignment_loss
+                out = self.model.head(
+                    student, teacher, text, labels, text=surgery.text, offsets=offsets, **options
+                )
+                expert_logits = _sum(out.text_logits, offsets)
+            loss = out.image_loss + out.text_loss + surgery.alignment * out.alignment_loss
+            loss = loss + out.distillation_loss + nuisance_loss
+            moments = drift.moments(
+                (out.distillation_loss, nuisance_loss),
+                student,
+                teacher,
+                out.image_logits,
+                expert_logits,
+                labels,
+            )
         losses = (loss, out.image_loss, out.text_loss, out.alignment_loss)
-        return loss, _values(losses, out.image_logits, labels), harmful
+        return loss, _values(losses, out.image_logits, labels), harmful, moments
 
-    def _harmful(self, student: Tensor, text: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """The text loss, and <student, h> with the constant harmful directions h = relu(dL_text/dt).
+    def _harmful(self, student: Tensor, text: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The text loss, its logits as constants, and <student, h> with the constant harmful directions
+        h = relu(dL_text/dt).
 
         The gradient of the latter is every layer's harmful reference: the vector-Jacobian product of the
         features with h. The beneficial one is that of the alignment loss, and needs no pass of its own.
@@ -110,16 +151,21 @@ class Step(nn.Module):
         with torch.no_grad():
             residuals = (torch.sigmoid(logits) - labels) / len(labels)
             directions = torch.relu(residuals[:, None] * head.weight)
-        return F.binary_cross_entropy_with_logits(logits, labels), (student * directions).sum()
+        loss = F.binary_cross_entropy_with_logits(logits, labels)
+        return loss, logits.detach(), (student * directions).sum()
 
-    def _one_branch(self, pixels: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, None]:
+    def _one_branch(self, pixels: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, None, None]:
         teaching = self.stage == HEAD
         features = (self.model.teacher_features if teaching else self.model.student_features)(pixels)
         head = self.model.head.teacher_head if teaching else self.model.head.image_head
         with torch.autocast(pixels.device.type, enabled=False):
             logits = head(_wide(features)).squeeze(-1)
             loss = F.binary_cross_entropy_with_logits(logits, labels)
-        return loss, _values((loss, *loss.new_zeros(3)), logits, labels), None
+        return loss, _values((loss, *loss.new_zeros(3)), logits, labels), None, None
+
+
+def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    return b if a is None else a if b is None else a + b
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -130,6 +176,15 @@ def named_parameters(model: DGSNet) -> list[tuple[str, nn.Parameter]]:
     """What is trained, with A and B of an adapter named as tensors of the module they adapt: one layer."""
     named = ((name, p) for name, p in model.named_parameters() if p.requires_grad)
     return [(re.sub(r"\.(lora_[AB])\.default\.weight$", r".\1", name), p) for name, p in named]
+
+
+def parameter_groups(model: DGSNet, expert: FileExpert | None) -> list[dict[str, Any]]:
+    """What the optimiser is given: what is trained in the model, and the expert at its own rate."""
+    groups: list[dict[str, Any]] = [{"params": named_parameters(model)}]
+    if expert is not None and expert.linear.weight.requires_grad:
+        named = [(f"expert.{name}", p) for name, p in expert.named_parameters()]
+        groups.append({"params": named, "lr": LEARNING_RATE})
+    return groups
 
 
 def layer_surgery(

@@ -9,7 +9,7 @@ from dgsnet.config import Config
 from dgsnet.files import locked
 from dgsnet.model.catalogue import check_model
 from dgsnet.processes import announced_rank, announced_size
-from dgsnet.training.checks import check_folder, training_samples
+from dgsnet.training.checks import check_experts, check_folder, training_samples
 
 
 def train(config: Config, out: str | Path, *, resume: bool = False) -> Path:
@@ -40,6 +40,7 @@ def train(config: Config, out: str | Path, *, resume: bool = False) -> Path:
     # The first of a run's processes holds the folder for all of them.
     with contextlib.nullcontext() if announced_rank() else locked(out):
         check_folder(config, out, resume)
+        check_experts(config)
         check_model(config.model, config.preprocess.image_size)
         samples = training_samples(config, config.data.train, "train")
         val_samples = training_samples(config, config.data.val, "val") if config.data.val else []

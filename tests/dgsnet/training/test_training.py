@@ -490,7 +490,7 @@ def test_a_layer_wise_step_equals_the_naive_computation(parts, scaler):
     for size in parts:
         end = start + size
         text = model.text_features(captions[start:end])
-        loss, _, harmful = step(pixels[start:end], labels[start:end], text)
+        loss, _, harmful, _ = step(pixels[start:end], labels[start:end], text)
         scale(loss * size / 8).backward(retain_graph=True)
         with operator.harmful():
             scale(harmful * size / 8).backward()
@@ -734,10 +734,10 @@ def test_the_largest_batch_is_searched_downwards(dataset, monkeypatch):
     assert largest_batch(settings(dataset), device, start=16) == 16
     forward = Step.forward
 
-    def with_little_memory(self, pixels, labels, text):
+    def with_little_memory(self, pixels, labels, *others):
         if len(pixels) > 12:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
-        return forward(self, pixels, labels, text)
+        return forward(self, pixels, labels, *others)
 
     monkeypatch.setattr(Step, "forward", with_little_memory)
     for mode in ("feature", "layer", "none"):
