@@ -483,8 +483,8 @@ def test_phone_formats_are_images_like_others(rgb, format, tmp_path):
         pytest.skip("this Pillow reads no AVIF")
     upright = Image.fromarray(rgb)
     exif = Image.Exif()
-    exif[0x0112] = 6  # lies on its side
-    turned = upright.transpose(Image.Transpose.ROTATE_90)
+    exif[0x0112] = 6  # lies on its side; in HEIF the file's own rotation counts, and is applied in decoding
+    turned = upright if format == "HEIF" else upright.transpose(Image.Transpose.ROTATE_90)
     for picture, options in ((upright, {}), (turned, {"exif": exif})):
         result = read_image(encode(picture, format, quality=95, **options))
         assert result.shape == rgb.shape and np.abs(result.astype(int) - rgb).mean() < 6
@@ -493,12 +493,12 @@ def test_phone_formats_are_images_like_others(rgb, format, tmp_path):
 
 
 def test_heif_is_refused_by_its_size_before_it_is_decoded(rgb):
-    data = encode(rgb, "HEIF")
-    size = struct.pack(">II", WIDTH, HEIGHT)
-    assert size in data
+    data = bytearray(encode(rgb, "HEIF"))
+    place = data.index(b"ispe") + 8
+    data[place : place + 8] = struct.pack(">II", 60000, 60000)
     started = time.process_time()
     with pytest.raises(ImageError):
-        read_image(data.replace(size, struct.pack(">II", 60000, 60000)))
+        read_image(bytes(data))
     assert time.process_time() - started < 1
 
 
