@@ -102,9 +102,11 @@ def _kernel(*arguments: Any) -> None:
         return
     _check(*arguments)
     params, grads, exp_avgs, exp_avg_sqs, steps, harmful, beneficial, groups, sums, *rest = arguments
-    if not grads:
-        return
     scale, alignment, surgery_eps, order, rule, part, *hyper = rest
+    if not grads:
+        if part == "all":
+            sums.zero_()
+        return
     lists = (params, exp_avgs, exp_avg_sqs)
     types = {t.dtype for tensors in (*lists, grads, harmful, beneficial) for t in tensors}
     dtype = types.pop() if len(types) == 1 else sums.dtype
