@@ -288,10 +288,11 @@ def test_alignment_may_change_and_be_a_tensor(kind):
 @both
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("rule", RULES)
-def test_metrics(kind, order, rule):
+@pytest.mark.parametrize("strength", [0.3, 30.0])  # the second turns the sign of an inner product
+def test_metrics(kind, order, rule, strength):
     model = small_model()
     g, h, b = (grads_of(model, i) for i in range(3))
-    optimizer, surgery = make(kind, model, granularity="layer", alignment=0.3, order=order, rule=rule)
+    optimizer, surgery = make(kind, model, granularity="layer", alignment=strength, order=order, rule=rule)
     assert surgery.metrics() is None
     surgery_step(model, optimizer, surgery, 0)
     metrics = surgery.metrics()
@@ -299,7 +300,7 @@ def test_metrics(kind, order, rule):
     for i, layer in enumerate(([0, 1], [2, 3])):
         g_, h_, b_ = (torch.cat([t[j].flatten() for j in layer]) for t in (g, h, b))
         h_ = h_.clamp(min=0) if rule == "positive" else h_
-        pull = 0.3 * b_.clamp(max=0)
+        pull = strength * b_.clamp(max=0)
         x = g_ + pull if order == "align_first" else g_
         left = reference.project_align(x[None], h_[None], rule="full" if rule == "positive" else rule)[0]
         want = {
@@ -496,6 +497,8 @@ def test_misuse_raises(kind):
 def test_an_error_inside_a_capture_leaves_nothing_behind(kind):
     model = small_model()
     optimizer, surgery = make(kind, model)
+    with surgery.harmful():
+        loss_on(model, 2).backward()
     loss_on(model, 0).backward()
     task = [p.grad.clone() for p in model.parameters()]
     with pytest.raises(KeyError), surgery.harmful():
