@@ -24,8 +24,12 @@ mutants: install
 gpu:
 	PYTHON=$(PYTHON) OUT=$(or $(OUT),runs/gpu) benchmarks/gpu.sh
 
+# The tag says which systems the wheel runs on; torch's libraries are the installed torch's own.
 wheel: install
-	$(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
+	rm -rf build/wheel
+	$(BIN)/python -m pip wheel --quiet --no-build-isolation --no-deps --wheel-dir build/wheel .
+	PATH="$(abspath $(BIN)):$$PATH" auditwheel repair --exclude 'libtorch*' --exclude 'libc10*' \
+	    --wheel-dir dist build/wheel/*-linux_*.whl
 
 # Without --quiet, which hides warnings from --strict too, so that nothing would fail.
 docs: install

@@ -41,7 +41,7 @@ class ClosedForm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, features, teacher, text, labels, *heads):
-        losses, _, residuals, head_grads = reference.surgery_head(features, teacher, text, labels, *heads)
+        losses, _, residuals, head_grads, _ = reference.surgery_head(features, teacher, text, labels, *heads)
         ctx.dtype = features.dtype
         ctx.save_for_backward(*heads[::2], residuals, head_grads)
         return losses

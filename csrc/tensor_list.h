@@ -14,9 +14,9 @@ enum class Part { all, sums, apply };
 
 // One tensor of a list: numel numbers in a row behind each pointer. project_align_ has no use for the last three.
 struct ListTensor {
+  int64_t numel, group;
   void* grad;
   const void *harmful, *beneficial;  // beneficial null: nothing to align with
-  int64_t numel, group;
   void *param = nullptr, *exp_avg = nullptr, *exp_avg_sq = nullptr;
 };
 

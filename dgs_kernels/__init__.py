@@ -3,6 +3,9 @@
 from dgs_kernels import reference
 from dgs_kernels.backends import BackendError, explain
 from dgs_kernels.hooks import OptimizerSurgery, gradient_surgery
+from dgs_kernels.objectives import ObjectiveSurgery
+from dgs_kernels.ops.combine_ import combine_
+from dgs_kernels.ops.gramian import gramian
 from dgs_kernels.ops.project_align import project_align
 from dgs_kernels.ops.project_align_ import project_align_
 from dgs_kernels.ops.select_patches import select_patches
@@ -12,12 +15,15 @@ from dgs_kernels.optim import SurgeryAdamW
 
 __all__ = [
     "BackendError",
+    "ObjectiveSurgery",
     "OptimizerSurgery",
     "SurgeryAdamW",
     "SurgeryHead",
     "SurgeryHeadOutput",
+    "combine_",
     "explain",
     "gradient_surgery",
+    "gramian",
     "project_align",
     "project_align_",
     "reference",

@@ -20,7 +20,21 @@ import torch
 
 VARIABLE = "DGS_KERNELS_BACKEND"
 BACKENDS = ("cuda", "triton", "cpu", "eager")
-OPERATIONS = ("project_align", "project_align_", "surgery_head", "spectral_entropy", "surgery_adamw_")
+OPERATIONS = (
+    "project_align",
+    "project_align_",
+    "gramian",
+    "combine_",
+    "surgery_head",
+    "spectral_entropy",
+    "surgery_adamw_",
+)
+
+KERNEL_PATCH_SIZE = 32  # the one that DGS-Net uses
+# What the kernels of an operation take; eager PyTorch serves the rest.
+LIMITS = {
+    "spectral_entropy": f"patches of {KERNEL_PATCH_SIZE} x {KERNEL_PATCH_SIZE} pixels, not of float64 images"
+}
 
 # Best first. Devices not named here are served by eager PyTorch.
 PREFERENCE = {"cuda": ("cuda", "triton", "eager"), "cpu": ("cpu", "eager"), "xpu": ("triton", "eager")}
@@ -77,8 +91,11 @@ def obstacle(backend: str, operation: str, device_type: str, case: str | None = 
         return f"it serves {backend} tensors only"
     if reason := _native_obstacle():
         return reason
-    if backend not in importlib.import_module("dgs_kernels._native").devices.split():
+    native = importlib.import_module("dgs_kernels._native")
+    if backend not in native.devices.split():
         return f"the native library was built without {backend} kernels"
+    if not hasattr(native, operation):
+        return "the native library was built from older sources; reinstall"
     return None
 
 
@@ -103,8 +120,11 @@ def is_native(implementation: Callable) -> bool:
 
 
 def plain(x: torch.Tensor) -> torch.Tensor:
-    """The same tensor, of no subclass."""
-    return x if type(x) in (torch.Tensor, torch.nn.Parameter) else x.as_subclass(torch.Tensor)
+    """The same tensor, of no subclass; a copy where memory does not hold its numbers as they are.
+
+    In the imaginary part of a conjugate, torch changes the signs as it reads them.
+    """
+    return (x if type(x) in (torch.Tensor, torch.nn.Parameter) else x.as_subclass(torch.Tensor)).resolve_neg()
 
 
 def _load(backend: str, operation: str) -> Callable:
@@ -145,11 +165,13 @@ def _triton_file(operation: str) -> str:
 
 
 def explain() -> str:
-    """Print, and return, which backend serves each operation on each device, and why the others do not.
+    """Which backend serves each operation on each device, why the others do not, and what kernels take.
+
+    `python -m dgs_kernels` prints it.
 
     Example:
         >>> import dgs_kernels
-        >>> text = dgs_kernels.explain()  # doctest: +ELLIPSIS
+        >>> print(dgs_kernels.explain())  # doctest: +ELLIPSIS
         dgs_kernels ...
     """
     forced = os.environ.get(VARIABLE)
@@ -163,9 +185,8 @@ def explain() -> str:
                 chosen = forced if obstacles.get(forced, "unknown") is None else "none: an error"
             else:
                 chosen = next(b for b in PREFERENCE[device] if obstacles[b] is None)
-            lines.append(f"  {operation}: {chosen}")
+            limit = f"; kernels take {LIMITS[operation]}" if operation in LIMITS else ""
+            lines.append(f"  {operation}: {chosen}{limit}")
             for backend, reason in obstacles.items():
                 lines.append(f"    {backend:7s}{reason or 'available'}")
-    text = "\n".join(lines)
-    print(text)
-    return text
+    return "\n".join(lines)

@@ -5,10 +5,13 @@ from __future__ import annotations
 from typing import Any, NoReturn
 
 import torch
-from torch import Tensor
+import torch.distributed as dist
+from torch import Tensor, nn
 
 from dgs_kernels import reference
 from dgs_kernels.captured import CapturedGradients
+from dgs_kernels.capturing import GradientCapture
+from dgs_kernels.ops.arguments import refuse_forward_mode
 from dgs_kernels.ops.project_align import check, project_align
 
 
@@ -49,7 +52,9 @@ def gradient_surgery(
         >>> f.grad.round(decimals=4)
         tensor([[0., 1.]])
     """
-    check(features, harmful, beneficial, None, eps, order, rule, caller="gradient_surgery", name="features")
+    options = (1.0, eps, order, rule)
+    check(features, harmful, beneficial, *options, caller="gradient_surgery", name="features")
+    refuse_forward_mode("gradient_surgery", features)
     return _GradientSurgery.apply(features, harmful, beneficial, eps, order, rule)
 
 
@@ -60,7 +65,8 @@ class _GradientSurgery(torch.autograd.Function):
     def forward(
         features: Tensor, harmful: Tensor, beneficial: Tensor | None, eps: float, order: str, rule: str
     ) -> tuple[Tensor, Tensor]:
-        return features.view_as(features), reference.alignment_loss(features, beneficial)
+        # A copy, because torch lets no in-place layer change a view that an edited gradient flows through.
+        return features.clone(), reference.alignment_loss(features, beneficial)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -88,7 +94,45 @@ class _GradientSurgery(torch.autograd.Function):
         return edited, *nothing
 
 
-class OptimizerSurgery(CapturedGradients):
+class BeforeStep(GradientCapture):
+    """Surgery that `_edit` does before every step of an optimiser, which the optimiser carries as a hook."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, **options: Any) -> None:
+        inner = getattr(optimizer, "optimizer", None)
+        if isinstance(inner, torch.optim.Optimizer):
+            raise TypeError(
+                f"{type(optimizer).__name__} only wraps an optimizer and runs no hooks: pass its .optimizer"
+            )
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
+        super().__init__(optimizer, **options)
+        self._handle = optimizer.register_step_pre_hook(self._before_step)
+        vars(optimizer)["__reduce_ex__"] = _refuse_copy
+
+    def remove(self) -> None:
+        """Undo it: the optimiser steps with plain gradients again."""
+        self._handle.remove()
+        vars(self.optimizer).pop("__reduce_ex__", None)
+        self.clear()
+
+    def _before_step(
+        self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        closure = args[1] if len(args) > 1 else kwargs.get("closure")
+        if closure is None:
+            self._edit()
+            return None
+        # The closure makes the gradients, so it runs now and the optimiser is told its result.
+        with torch.enable_grad():
+            loss = closure()
+        self._edit()
+        return (optimizer, _Once(loss)), {k: v for k, v in kwargs.items() if k != "closure"}
+
+    def _edit(self) -> None:
+        raise NotImplementedError
+
+
+class OptimizerSurgery(BeforeStep, CapturedGradients):
     """Edit the gradients of all parameters before every step of an optimiser, layer by layer.
 
     Reference gradients are captured beside `.grad`, accumulate over micro-batches and are used up by the
@@ -127,36 +171,33 @@ class OptimizerSurgery(CapturedGradients):
         tensor([0., 1.])
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, **options: Any) -> None:
-        inner = getattr(optimizer, "optimizer", None)
-        if isinstance(inner, torch.optim.Optimizer):
-            raise TypeError(
-                f"{type(optimizer).__name__} only wraps an optimizer and runs no hooks: pass its .optimizer"
-            )
-        if not isinstance(optimizer, torch.optim.Optimizer):
-            raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
-        super().__init__(optimizer, **options)
-        self._handle = optimizer.register_step_pre_hook(self._before_step)
-        vars(optimizer)["__reduce_ex__"] = _refuse_copy
-
-    def remove(self) -> None:
-        """Undo it: the optimiser steps with plain gradients again."""
-        self._handle.remove()
-        vars(self.optimizer).pop("__reduce_ex__", None)
-        self.clear()
-
-    def _before_step(
-        self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        closure = args[1] if len(args) > 1 else kwargs.get("closure")
-        if closure is None:
-            self._edit()
-            return None
-        # The closure makes the gradients, so it runs now and the optimiser is told its result.
-        with torch.enable_grad():
-            loss = closure()
-        self._edit()
-        return (optimizer, _Once(loss)), {k: v for k, v in kwargs.items() if k != "closure"}
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        *,
+        alignment: float | Tensor = 1.0,
+        eps: float = 1e-6,
+        order: str = "align_first",
+        rule: str = "positive",
+        granularity: str = "tensor",
+        model: nn.Module | None = None,
+        scaler: torch.amp.GradScaler | None = None,
+        process_group: dist.ProcessGroup | None = None,
+        check_ranks: bool = True,
+    ) -> None:
+        super().__init__(
+            optimizer,
+            caller="OptimizerSurgery",
+            alignment=alignment,
+            eps=eps,
+            order=order,
+            rule=rule,
+            granularity=granularity,
+            model=model,
+            scaler=scaler,
+            process_group=process_group,
+            check_ranks=check_ranks,
+        )
 
     def _edit(self) -> None:
         work = self.take()
@@ -181,6 +222,6 @@ class _Once:
 
 def _refuse_copy(protocol: Any) -> NoReturn:
     raise TypeError(
-        "this optimizer carries OptimizerSurgery, which a copy or pickle would lose: call surgery.remove() "
+        "this optimizer carries surgery as a hook, which a copy or pickle would lose: call surgery.remove() "
         "first, or save optimizer.state_dict()"
     )

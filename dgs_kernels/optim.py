@@ -83,6 +83,7 @@ class SurgeryAdamW(torch.optim.AdamW):
         super().__init__(params, lr, betas, eps, weight_decay, maximize=maximize, foreach=foreach)
         self.surgery = CapturedGradients(
             self,
+            caller="SurgeryAdamW",
             alignment=alignment,
             eps=surgery_eps,
             order=order,

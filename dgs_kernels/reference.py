@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -134,6 +135,39 @@ def layer_sums(
     return torch.stack(rows)
 
 
+def gramian(objectives: Sequence[Sequence[Tensor]], groups: Sequence[int]) -> Tensor:
+    """Inner products [G, K, K] of K gradients of the same T tensors, layer by layer.
+
+    The tensors of a group, end to end, are one row of a matrix X [K, D], and the result is X X^T. `groups[i]`
+    is tensor i's layer, 0..G-1.
+    """
+    tensors = [t for tensors in objectives for t in tensors]
+    dtype, count = compute_dtype(*tensors), len(objectives)
+    device = tensors[0].device if tensors else None
+    out = torch.zeros(max(groups, default=-1) + 1, count, count, dtype=dtype, device=device)
+    for products, layer in zip(out, layers(groups)):
+        rows = [_row(tensors, layer).to(dtype) for tensors in objectives]
+        for i, j in itertools.product(range(count), repeat=2):
+            products[i, j] = torch.dot(rows[i], rows[j])
+    return out
+
+
+def combine_(
+    grads: Sequence[Tensor], objectives: Sequence[Sequence[Tensor]], weights: Tensor, groups: Sequence[int]
+) -> list[Tensor]:
+    """Weighted sums of K gradients of the same T tensors: sum over k of weights[g(t), k] * objectives[k][t].
+
+    `weights` is [G, K], or [K] for all layers. Returns the new gradients, in the dtypes of `grads`.
+    """
+    dtype = compute_dtype(weights, *(t for tensors in objectives for t in tensors))
+    weights = weights.to(dtype).expand(max(groups, default=-1) + 1, len(objectives))
+    sums = [
+        sum(w * tensors[i].to(dtype) for w, tensors in zip(weights[group], objectives))
+        for i, group in enumerate(groups)
+    ]
+    return [x.to(grad.dtype) for x, grad in zip(sums, grads)]
+
+
 def _row(tensors: Sequence[Tensor], layer: list[int]) -> Tensor:
     return torch.cat([tensors[i].reshape(-1) for i in layer])
 
@@ -223,13 +257,14 @@ def surgery_head(
 
     A gradient of the mean loss with respect to a feature row is residual / B * weight, so the beneficial row
     is |residual / R| * min(+-teacher_weight, 0), with R the reference batch size (B if None).
-    Without text features the text rows are zeros.
+    Without text features the text rows are zeros. A label outside 0 to 1 makes NaN of what depends on it.
     """
     heads = (image_weight, teacher_weight, text_weight)
     dtype = compute_dtype(features, teacher_features, text_features, *heads)
     batch = features.shape[0]
     mean = 1 / max(batch, 1)
     y, f, t, w = (x.to(dtype) for x in (labels, features, teacher_features, teacher_weight))
+    y = y.where((y >= 0) & (y <= 1), torch.nan)
 
     with _full_precision(features):
         vectors = torch.cat([image_weight.to(dtype), w.clamp(max=0), (-w).clamp(max=0)])

@@ -14,6 +14,9 @@ EXAMPLES = sorted((Path(__file__).parents[1] / "examples").glob("*.py"))
 SAYS = {
     "own_loop": r"energy removed 0: [\d.]+%, 2: [\d.]+%",
     "continual_learning": r"mean accuracy (?P<less>[\d.]+)% -> (?P<more>[\d.]+)%",
+    "continual_learning_gem": r"mean accuracy (?P<less>[\d.]+)% -> (?P<more>[\d.]+)%",
+    "two_tasks_pcgrad": r"pcgrad +left [\d.]+%  right [\d.]+%  conflict in [\d.]+% of the steps",
+    "from_torchjd": r"(before ([\d.]+)  after \2\n){3}",
     "with_accelerate": r"step 16  loss [\d.]+  conflict rate [\d.]+",
     "with_lightning": r"conflict rate [\d.]+",
     "with_hf_trainer": r"21 layers, [\d.]+% of the energy removed",
@@ -34,3 +37,5 @@ def test_example(example, tmp_path, monkeypatch, capsys):
         assert float(found["more"]) > float(found["less"]) + 5
     if example.stem in ("with_accelerate", "with_lightning", "with_hf_trainer"):
         assert list(tmp_path.rglob("events.out.tfevents*")), "nothing was written for TensorBoard"
+    if example.stem == "two_tasks_pcgrad":
+        assert (tmp_path / "objectives.png").stat().st_size > 10_000

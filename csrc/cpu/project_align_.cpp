@@ -2,33 +2,17 @@
 // core's cache is summed and then edited by one thread: memory is read once. Larger layers take two passes over
 // their blocks, each by all threads, one layer after the other so that a shared cache may still hold it.
 #include <algorithm>
-#include <atomic>
 #include <cmath>
-#include <numeric>
 #include <vector>
 
 #include "../tensor_list.h"
-#include "parallel.h"
+#include "layers.h"
 #include "simd.h"
 
 namespace dgs::cpu {
 namespace {
 
 constexpr int64_t small_layer = 131072;  // elements; three float streams of it are 1.5 MiB
-constexpr int64_t work_per_thread = 16384;
-
-// body(i) for i from 0 to count, `grain` at a time by whichever thread comes first: a thread that has to be woken,
-// which takes as long as tens of small tensors, finds less to do instead of keeping the others waiting.
-template <typename Body>
-void in_turns(ParallelFor parallel_for, int64_t count, int64_t grain, Body body) {
-  std::atomic<int64_t> next = 0;
-  auto work = [&] {
-    for (int64_t begin; (begin = next.fetch_add(grain)) < count;)
-      for (int64_t i = begin; i < std::min(count, begin + grain); ++i) body(i);
-  };
-  using Work = decltype(work);
-  parallel_for(count, grain, [](int64_t, int64_t, void* mine) { (*static_cast<Work*>(mine))(); }, &work);
-}
 
 // Vector lanes inside a block, double over blocks in their order: no thread count changes the result.
 struct Sums {
@@ -123,7 +107,7 @@ class Layers {
   const double alignment_;
   void (*const apply_)(const ListBlock&, const void*);
   const void* const context_;
-  std::vector<int64_t> begin_, elements_, tensors_;
+  const ByGroup groups_;
 
  public:
   Layers(const TensorList& list, void (*apply)(const ListBlock&, const void*), const void* context)
@@ -131,25 +115,15 @@ class Layers {
         alignment_(list.alignment * (list.scale ? double(*static_cast<const F*>(list.scale)) : 1.0)),
         apply_(apply),
         context_(context),
-        begin_(list.num_groups + 1),
-        elements_(list.num_groups),
-        tensors_(list.num_tensors) {
-    for (int64_t i = 0; i < list.num_tensors; ++i) {
-      ++begin_[list.tensors[i].group + 1];
-      elements_[list.tensors[i].group] += list.tensors[i].numel;
-    }
-    std::partial_sum(begin_.begin(), begin_.end(), begin_.begin());
-    std::vector<int64_t> next(begin_.begin(), begin_.end() - 1);
-    for (int64_t i = 0; i < list.num_tensors; ++i) tensors_[next[list.tensors[i].group]++] = i;
-  }
+        groups_(list.tensors, list.num_tensors, list.num_groups) {}
 
   void run(ParallelFor parallel_for) const {
     std::vector<int64_t> small;
     int64_t work = 0;
     for (int64_t group = 0; group < list_.num_groups; ++group)
-      if (elements_[group] <= small_layer) {
+      if (groups_.elements[group] <= small_layer) {
         small.push_back(group);
-        work += elements_[group];
+        work += groups_.elements[group];
       }
     if (!small.empty()) {
       const int64_t count = small.size(), each = std::max<int64_t>(1, work / count);
@@ -157,14 +131,14 @@ class Layers {
                [&](int64_t i) { small_layer_of(small[i]); });
     }
     for (int64_t group = 0; group < list_.num_groups; ++group)
-      if (elements_[group] > small_layer) large_layer_of(group, parallel_for);
+      if (groups_.elements[group] > small_layer) large_layer_of(group, parallel_for);
   }
 
  private:
   template <typename Body>
   void for_blocks(int64_t group, Body body) const {
-    for (int64_t i = begin_[group]; i < begin_[group + 1]; ++i) {
-      const ListTensor& t = list_.tensors[tensors_[i]];
+    for (int64_t i = groups_.begin[group]; i < groups_.begin[group + 1]; ++i) {
+      const ListTensor& t = list_.tensors[groups_.tensors[i]];
       for (int64_t at = 0; at < t.numel; at += list_block) body(t, at, std::min(list_block, t.numel - at));
     }
   }

@@ -11,10 +11,7 @@
 
 #include "parallel.h"
 #include "simd.h"
-
-#if DGS_X86
-#include <emmintrin.h>
-#endif
+#include "stream.h"
 
 namespace dgs::cpu {
 namespace {
@@ -310,28 +307,11 @@ struct Products {
   double image = 0, rises = 0, falls = 0, square = 0;
 };
 
-// A result larger than caches goes past them: a line that is written as a whole need not be read first, which
-// would be as much traffic again.
-constexpr int64_t beyond_cache = 8 << 20;
-
 template <typename T>
 bool streamable(const SurgeryHeadBackward& a) {
   const int64_t row = a.dim * sizeof(T);
   return DGS_X86 && row % 64 == 0 && reinterpret_cast<uintptr_t>(a.grad_features) % 64 == 0 &&
          a.batch * row >= beyond_cache;
-}
-
-void stream([[maybe_unused]] const void* from, [[maybe_unused]] void* to, [[maybe_unused]] int64_t bytes) {
-#if DGS_X86
-  for (int64_t i = 0; i < bytes / 16; ++i)
-    _mm_stream_si128(static_cast<__m128i*>(to) + i, static_cast<const __m128i*>(from)[i]);
-#endif
-}
-
-void stream_end() {
-#if DGS_X86
-  _mm_sfence();
-#endif
 }
 
 template <typename T, typename F>

@@ -40,25 +40,11 @@ __device__ __forceinline__ SurgeryOptions<A> options_of(const ChunkedList& list)
 
 // A block's chunk: its share of each of the tensor's arrays.
 template <typename T, bool Aligned>
-struct ChunkOf {
-  const ListTensor* tensor;
-  int64_t offset, count, group;
-  int32_t place;  // of the tensor in its table
-  bool wide;      // whether this chunk can be accessed 16 bytes at a time
+struct ChunkOf : ChunkAt<T, Aligned, ListTensor> {
+  using Base = ChunkAt<T, Aligned, ListTensor>;
+  using Base::at, Base::count, Base::tensor, Base::wide;
 
-  __device__ __forceinline__ ChunkOf(const ChunkedList& list, int64_t index) {
-    Chunk chunk = list.tables.chunks[index];
-    place = chunk.tensor;
-    tensor = list.tables.tensors + place;
-    offset = chunk.offset;
-    group = tensor->group;
-    count = tensor->numel - offset < kChunk<T, Aligned> ? tensor->numel - offset : kChunk<T, Aligned>;
-    wide = Aligned || chunk.wide;
-  }
-  template <typename P>
-  __device__ __forceinline__ P* at(P* array) const {
-    return array ? array + offset : nullptr;
-  }
+  __device__ __forceinline__ ChunkOf(const ChunkedList& list, int64_t index) : Base(list.tables, index) {}
   __device__ __forceinline__ T* grad() const { return at(static_cast<T*>(tensor->grad)); }
   __device__ __forceinline__ void read(Share<T, Aligned>& share, const SurgeryOptions<Compute<T>>& options,
                                        Compute<T> (&sums)[group_sums]) const {

@@ -8,6 +8,7 @@
 #include <functional>
 #include <memory>
 
+#include "../objectives.h"
 #include "../project_align.h"
 #include "../spectral_entropy.h"
 #include "../surgery_head.h"
@@ -29,6 +30,8 @@ int64_t surgery_head_workspace(int64_t batch, int64_t dim);
 const char* project_align_(const TensorList&, const Allocate&, void* stream);
 // Under capture, a graph contains the steps that `rates` were made from.
 const char* surgery_adamw_(const TensorList&, const AdamW&, const Allocate&, void* stream);
+const char* gramian(const Objectives&, const Allocate&, void* stream);
+const char* combine_(const Objectives&, const Allocate&, void* stream);
 const char* spectral_entropy(const SpectralEntropy&, void* stream);
 
 }  // namespace dgs::cuda

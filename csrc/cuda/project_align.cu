@@ -107,9 +107,13 @@ __global__ __launch_bounds__(kPartThreads, 1) void project_row_parts(const __gri
   const SurgeryOptions<A> options = options_of<A>(p.args);
   const A* partials = static_cast<const A*>(p.partials) + part.row * p.parts * 2;
   A sums[2] = {}, unused[2] = {};
-  for (int64_t n = threadIdx.x; n < p.parts; n += kPartThreads)
 #pragma unroll
-    for (int k = 0; k < 2; ++k) sums[k] += partials[n * 2 + k];
+  for (int v = 0; v < kMostParts / kPartThreads; ++v) {
+    const int n = v * kPartThreads + threadIdx.x;
+#pragma unroll
+    for (int k = 0; k < 2; ++k)
+      if (n < p.parts) sums[k] += partials[n * 2 + k];
+  }
   sum_over(kPartThreads, sums, shared_memory<A>());
   const A k = projection(sums[0], sqrt(sums[1]), options.eps, options.rule);
   Share<T, Aligned> share;

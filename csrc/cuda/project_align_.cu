@@ -61,7 +61,7 @@ const char* sum_groups(const ChunkedList& list, DType dtype, void* stream) {
 
 const char* project_align_(const TensorList& given, const Allocate& allocate, void* stream) {
   const char* error = nullptr;
-  const auto tables = tables_of(given, allocate, stream, error);
+  const auto tables = tables_of({given, group_sums}, allocate, stream, error);
   if (error) return error;
   const ChunkedList list = lay_out(given, tables->device);
   if (!list.cluster && given.part != Part::apply) error = sum_groups(list, given.dtype, stream);

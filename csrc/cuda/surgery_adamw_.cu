@@ -70,7 +70,7 @@ std::shared_ptr<void> send_rates(const AdamW& options, const std::vector<int64_t
 
 const char* surgery_adamw_(const TensorList& given, const AdamW& o, const Allocate& allocate, void* stream) {
   const char* error = nullptr;
-  const auto tables = tables_of(given, allocate, stream, error);
+  const auto tables = tables_of({given, group_sums}, allocate, stream, error);
   if (error) return error;
   std::shared_ptr<void> rates;
   if (!o.all_alike) rates = send_rates(o, tables->order, allocate, stream, error);

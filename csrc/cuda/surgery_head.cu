@@ -12,9 +12,9 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kMaxChunks = 264;  // two blocks for each of the 132 multiprocessors that large GPUs have, all at once
-// Rows at a time, of a warp each: with two stages 90 KiB in fp32. No device since sm_80 gives a block less than 99,
-// and large ones have room for two such blocks.
-constexpr int kTeams = 5;
+// Rows at a time, of a warp each: with two stages 72 KiB in fp32. No device since sm_80 gives a block less than 99,
+// and large ones have room for two such blocks, with all the registers that a thread can have.
+constexpr int kTeams = 4;
 constexpr int kStages = 2;
 constexpr int kRowsPerBlock = 64;  // of the backward: what a block reads is small beside what it writes
 
@@ -51,6 +51,7 @@ template <typename A>
 __device__ __forceinline__ void judge(const SurgeryHead& p, int64_t row, bool writes, const A (&dots)[kNumDots],
                                       A (&scalars)[kNumScalars], A& image_residual, A& text_residual) {
   A label = static_cast<const A*>(p.labels)[row];
+  if (!(label >= 0 && label <= 1)) label = A(NAN);  // no label, and nothing here can raise an error
   A image = dots[kImage] + *static_cast<const A*>(p.image_bias);
   A teacher = dots[kTeacher] + *static_cast<const A*>(p.teacher_bias);
   A text = p.text_features ? dots[kText] + *static_cast<const A*>(p.text_bias) : A(0);
@@ -185,23 +186,23 @@ __global__ __launch_bounds__(Staged ? kTeams * kWarp : kThreads,
       else
         return load<T, Aligned>(matrices[matrix] + (there ? row * strides[matrix] : 0), v, lane, p.lanes, there);
     };
-    Pack<T> f[kPacks], x[kPacks];
+    Pack<T> kept_f[kPacks], kept_x[kPacks];  // unless they stay on their stage
     A dots[kNumDots] = {};
-#pragma unroll
+#pragma unroll(Staged ? kPacks / 2 : kPacks)
     for (int v = 0; v < kPacks; ++v) {
-      f[v] = take(0, v), x[v] = take(1, v);
-      Pack<T> t = take(2, v);
+      Pack<T> f = take(0, v), x = take(1, v), t = take(2, v);
+      if constexpr (!Staged) kept_f[v] = f, kept_x[v] = x;
       A image_weight[kPack<T>], teacher_weight[kPack<T>], text_weight[kPack<T>];
       load_weights<T, Aligned>(a.image_weight, v, lane, p.lanes, a.dim, image_weight);
       load_weights<T, Aligned>(a.teacher_weight, v, lane, p.lanes, a.dim, teacher_weight);
       load_weights<T, Aligned>(a.text_weight, v, lane, p.lanes, a.dim, text_weight);
 #pragma unroll
       for (int j = 0; j < kPack<T>; ++j)
-        add_dots(widen(f[v].at[j]), widen(t.at[j]), widen(x[v].at[j]), image_weight[j], teacher_weight[j],
-                 text_weight[j], dots);
+        add_dots(widen(f.at[j]), widen(t.at[j]), widen(x.at[j]), image_weight[j], teacher_weight[j], text_weight[j],
+                 dots);
       if (a.differences) {
 #pragma unroll
-        for (int j = 0; j < kPack<T>; ++j) t.at[j] = subtract(f[v].at[j], t.at[j], distance[0]);
+        for (int j = 0; j < kPack<T>; ++j) t.at[j] = subtract(f.at[j], t.at[j], distance[0]);
         store<T, Aligned>(static_cast<T*>(a.differences) + row * a.dim, t, v, lane, p.lanes, count);
       }
     }
@@ -209,12 +210,14 @@ __global__ __launch_bounds__(Staged ? kTeams * kWarp : kThreads,
     A image_residual = 0, text_residual = 0;
     if (mine) judge(a, row, lane == 0, dots, scalars, image_residual, text_residual);
 #pragma unroll
-    for (int v = 0; v < kPacks; ++v)
+    for (int v = 0; v < kPacks; ++v) {
+      if constexpr (Staged) kept_f[v] = take(0, v), kept_x[v] = take(1, v);
 #pragma unroll
       for (int j = 0; j < kPack<T>; ++j) {
-        image_sum[v * kPack<T> + j] += image_residual * widen(f[v].at[j]);
-        text_sum[v * kPack<T> + j] += text_residual * widen(x[v].at[j]);
+        image_sum[v * kPack<T> + j] += image_residual * widen(kept_f[v].at[j]);
+        text_sum[v * kPack<T> + j] += text_residual * widen(kept_x[v].at[j]);
       }
+    }
   }
   sum_over(p.lanes, distance, scratch + turn * scratch_size);
   scalars[kDistillationLoss] = distance[0];
@@ -249,7 +252,7 @@ __global__ __launch_bounds__(Staged ? kTeams * kWarp : kThreads,
 
 // The plain twin for rows that do not fit a block's registers: it reads a chunk again for the weighted sums.
 template <typename T>
-__global__ __launch_bounds__(kThreads) void head_read_twice(const __grid_constant__ Forward p) {
+__global__ __launch_bounds__(kThreads, 1) void head_read_twice(const __grid_constant__ Forward p) {
   using A = Compute<T>;
   const SurgeryHead& a = p.args;
   const T* features = static_cast<const T*>(a.features);

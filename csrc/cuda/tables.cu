@@ -9,6 +9,7 @@
 #include <list>
 #include <mutex>
 #include <numeric>
+#include <tuple>
 
 #include "tables.cuh"
 
@@ -27,28 +28,39 @@ __global__ void write_piece(const __grid_constant__ Piece p) {
   if (threadIdx.x < p.count) static_cast<uint4*>(p.to)[threadIdx.x] = p.bits[threadIdx.x];
 }
 
+// What a record begins with; the rest of it is pointers.
+struct Size {
+  int64_t numel, group;
+};
+
+struct RecordsAt {
+  const unsigned char* data;
+  int64_t bytes_each;
+
+  __host__ __device__ const Size& operator[](int64_t i) const {
+    return *reinterpret_cast<const Size*>(data + i * bytes_each);
+  }
+  __host__ __device__ bool divide_by_16(int64_t i) const {
+    const uintptr_t* pointers = reinterpret_cast<const uintptr_t*>(&(*this)[i] + 1);
+    uintptr_t bits = 0;
+    for (int64_t n = 0; n < int64_t((bytes_each - sizeof(Size)) / sizeof(uintptr_t)); ++n) bits |= pointers[n];
+    return bits % 16 == 0;
+  }
+};
+
 struct Cut {
-  const ListTensor* tensors;
+  RecordsAt tensors;
   const int64_t* begin;  // where a tensor's chunks begin among all of them
   Chunk* chunks;
   int64_t chunk_size, pack;
 };
 
-__host__ __device__ inline bool divides_by_16(const ListTensor& t) {
-  const void* pointers[] = {t.grad, t.harmful, t.beneficial, t.param, t.exp_avg, t.exp_avg_sq};
-  uintptr_t bits = 0;
-#pragma unroll
-  for (const void* pointer : pointers) bits |= reinterpret_cast<uintptr_t>(pointer);
-  return bits % 16 == 0;
-}
-
 // One block per tensor.
 __global__ void cut_tensors(const __grid_constant__ Cut p) {
-  const ListTensor& t = p.tensors[blockIdx.x];
-  bool aligned = divides_by_16(t);
-  int64_t begin = p.begin[blockIdx.x], end = p.begin[blockIdx.x + 1];
+  bool aligned = p.tensors.divide_by_16(blockIdx.x);
+  int64_t numel = p.tensors[blockIdx.x].numel, begin = p.begin[blockIdx.x], end = p.begin[blockIdx.x + 1];
   for (int64_t c = begin + threadIdx.x; c < end; c += blockDim.x) {
-    int64_t offset = (c - begin) * p.chunk_size, count = t.numel - offset;
+    int64_t offset = (c - begin) * p.chunk_size, count = numel - offset;
     bool whole = count >= p.chunk_size || count % p.pack == 0;
     p.chunks[c] = {offset, static_cast<int32_t>(blockIdx.x), aligned && whole};
   }
@@ -56,13 +68,13 @@ __global__ void cut_tensors(const __grid_constant__ Cut p) {
 
 constexpr int64_t round_up(int64_t bytes) { return ceil_div(bytes, 16) * 16; }
 
-std::shared_ptr<const KeptTables> make(const TensorList& list, const Allocate& allocate, Lifetime lifetime,
-                                       void* stream, const char*& error) {
-  const ListTensor* tensors = list.tensors;
-  const int64_t count = list.num_tensors, groups = list.num_groups;
+std::shared_ptr<const KeptTables> make(const Records& list, const Allocate& allocate, Lifetime lifetime, void* stream,
+                                       const char*& error) {
+  const RecordsAt tensors{static_cast<const unsigned char*>(list.tensors), list.bytes_each};
+  const int64_t count = list.count, groups = list.num_groups;
   const int64_t width = list.dtype == DType::f64 ? 8 : list.dtype == DType::f32 ? 4 : 2, pack = 16 / width;
-  const bool aligned = std::all_of(tensors, tensors + count,
-                                   [&](const ListTensor& t) { return divides_by_16(t) && t.numel % pack == 0; });
+  bool aligned = true;
+  for (int64_t i = 0; i < count; ++i) aligned &= tensors.divide_by_16(i) && tensors[i].numel % pack == 0;
   // kShare depends on whether a type has 8 bytes alone.
   const int64_t chunk_size = width == 8 ? (aligned ? kChunk<double, true> : kChunk<double, false>)
                                         : (aligned ? kChunk<float, true> : kChunk<float, false>);
@@ -83,26 +95,23 @@ std::shared_ptr<const KeptTables> make(const TensorList& list, const Allocate& a
 
   // One allocation: tensors, begin, group_begin, which are sent; chunks, partials, which the device makes.
   const int64_t num_chunks = begin.back();
-  const int64_t begin_at = count * sizeof(ListTensor), groups_at = begin_at + begin.size() * 8;
+  const int64_t begin_at = count * list.bytes_each, groups_at = begin_at + begin.size() * 8;
   const int64_t chunks_at = round_up(groups_at + group_begin.size() * 8);
   const int64_t partials_at = chunks_at + num_chunks * sizeof(Chunk);
   std::vector<unsigned char> sent(chunks_at);
   for (int64_t i = 0; i < count; ++i)
-    std::memcpy(&sent[i * sizeof(ListTensor)], &tensors[made->order[i]], sizeof(ListTensor));
+    std::memcpy(&sent[i * list.bytes_each], &tensors[made->order[i]], list.bytes_each);
   std::memcpy(&sent[begin_at], begin.data(), begin.size() * 8);
   std::memcpy(&sent[groups_at], group_begin.data(), group_begin.size() * 8);
 
-  made->memory = allocate(partials_at + num_chunks * group_sums * (width == 8 ? 8 : 4), lifetime);
+  made->memory = allocate(partials_at + num_chunks * list.sums * (width == 8 ? 8 : 4), lifetime);
   unsigned char* memory = static_cast<unsigned char*>(made->memory.get());
   Chunk* chunks = reinterpret_cast<Chunk*>(memory + chunks_at);
-  made->device = {reinterpret_cast<const ListTensor*>(memory),
-                  chunks,
-                  reinterpret_cast<const int64_t*>(memory + groups_at),
-                  memory + partials_at,
-                  num_chunks,
-                  longest,
-                  aligned};
-  const Cut cut{made->device.tensors, reinterpret_cast<const int64_t*>(memory + begin_at), chunks, chunk_size, pack};
+  made->device = {
+      memory,  chunks, reinterpret_cast<const int64_t*>(memory + groups_at), memory + partials_at, num_chunks,
+      longest, aligned};
+  const Cut cut{
+      {memory, list.bytes_each}, reinterpret_cast<const int64_t*>(memory + begin_at), chunks, chunk_size, pack};
   error = write_bytes(memory, sent.data(), chunks_at, stream);
   if (!error) error = launch(cut_tensors, count, kListThreads, 0, stream, cut);
   return error ? nullptr : made;
@@ -113,14 +122,10 @@ struct Key {
   void* stream;
   int device;
   DType dtype;
-  int64_t num_groups;
-  std::vector<ListTensor> tensors;
+  int64_t num_groups, bytes_each, sums;
+  std::vector<unsigned char> tensors;
 
-  bool fits(const Key& other) const {
-    return stream == other.stream && device == other.device && dtype == other.dtype && num_groups == other.num_groups &&
-           tensors.size() == other.tensors.size() &&
-           !std::memcmp(tensors.data(), other.tensors.data(), tensors.size() * sizeof(ListTensor));
-  }
+  auto parts() const { return std::tie(stream, device, dtype, num_groups, bytes_each, sums, tensors); }
 };
 
 }  // namespace
@@ -143,21 +148,29 @@ const char* write_bytes(void* to, const void* from, int64_t bytes, void* stream)
   return nullptr;
 }
 
-std::shared_ptr<const KeptTables> tables_of(const TensorList& list, const Allocate& allocate, void* stream,
+std::shared_ptr<const KeptTables> tables_of(const Records& list, const Allocate& allocate, void* stream,
                                             const char*& error) {
   static std::mutex mutex;
   // Most recent first. Never freed: when a process ends, there may be no device any more to free memory on.
   static auto& kept = *new std::list<std::pair<Key, std::shared_ptr<const KeptTables>>>;
 
   cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
-  Key key{stream, 0, list.dtype, list.num_groups, {list.tensors, list.tensors + list.num_tensors}};
+  const unsigned char* const bytes = static_cast<const unsigned char*>(list.tensors);
+  Key key{stream,
+          0,
+          list.dtype,
+          list.num_groups,
+          list.bytes_each,
+          list.sums,
+          {bytes, bytes + list.count * list.bytes_each}};
   cudaError_t status = cudaStreamIsCapturing(static_cast<cudaStream_t>(stream), &capture);
   if (status == cudaSuccess) status = cudaGetDevice(&key.device);
   if (status != cudaSuccess) return error = cudaGetErrorString(status), nullptr;
   if (capture != cudaStreamCaptureStatusNone) return make(list, allocate, Lifetime::call, stream, error);
 
   const std::lock_guard lock(mutex);
-  auto found = std::find_if(kept.begin(), kept.end(), [&](const auto& entry) { return entry.first.fits(key); });
+  auto found =
+      std::find_if(kept.begin(), kept.end(), [&](const auto& entry) { return entry.first.parts() == key.parts(); });
   if (found != kept.end()) {
     kept.splice(kept.begin(), kept, found);
   } else {

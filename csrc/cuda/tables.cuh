@@ -19,10 +19,10 @@ struct Chunk {
 };
 
 struct Tables {
-  const ListTensor* tensors;   // sorted by group, otherwise in the order of the list
+  const void* tensors;         // records, sorted by group, otherwise in the order of the list
   const Chunk* chunks;         // [num_chunks]
   const int64_t* group_begin;  // [num_groups + 1]: a group's chunks are group_begin[g] to group_begin[g + 1]
-  void* partials;              // room for [num_chunks, group_sums] of the compute type
+  void* partials;              // room for `sums` numbers of the compute type for each chunk
   int64_t num_chunks, max_group_chunks;
   bool aligned;  // whether every chunk of every tensor can be accessed 16 bytes at a time
 };
@@ -33,9 +33,50 @@ struct KeptTables {
   std::shared_ptr<void> memory;
 };
 
+// A list as its tables are made from it. A record holds a tensor's numel and group, then nothing but pointers.
+struct Records {
+  DType dtype;
+  int64_t num_groups;
+  const void* tensors;  // in the host's memory
+  int64_t count, bytes_each;
+  int64_t sums;  // partial sums of each chunk
+
+  template <typename List>
+  Records(const List& list, int64_t sums)
+      : dtype(list.dtype),
+        num_groups(list.num_groups),
+        tensors(list.tensors),
+        count(list.num_tensors),
+        bytes_each(sizeof(*list.tensors)),
+        sums(sums) {}
+};
+
 // The tables of a list, or null and what went wrong. They are ready for what `stream` runs next; the caller keeps
 // them until it has enqueued that.
-std::shared_ptr<const KeptTables> tables_of(const TensorList&, const Allocate&, void* stream, const char*& error);
+std::shared_ptr<const KeptTables> tables_of(const Records&, const Allocate&, void* stream, const char*& error);
+
+// A chunk, with a pointer to any of its tensor's arrays of T.
+template <typename T, bool Aligned, typename Tensor>
+struct ChunkAt {
+  const Tensor* tensor;
+  int64_t offset, count, group;
+  int32_t place;  // of the tensor in its table
+  bool wide;      // whether this chunk can be accessed 16 bytes at a time
+
+  __device__ __forceinline__ ChunkAt(const Tables& tables, int64_t index) {
+    Chunk chunk = tables.chunks[index];
+    place = chunk.tensor;
+    tensor = static_cast<const Tensor*>(tables.tensors) + place;
+    offset = chunk.offset;
+    group = tensor->group;
+    count = tensor->numel - offset < kChunk<T, Aligned> ? tensor->numel - offset : kChunk<T, Aligned>;
+    wide = Aligned || chunk.wide;
+  }
+  template <typename P>
+  __device__ __forceinline__ P* at(P* array) const {
+    return array ? array + offset : nullptr;
+  }
+};
 
 // Copies `bytes`, a multiple of 16, to the device as kernel arguments: nothing on the host has to outlive the call,
 // pinned or not, and a captured graph contains them.

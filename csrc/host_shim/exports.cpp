@@ -31,6 +31,8 @@ const char* c_project_align_(const TensorList* list, void* stream) { return proj
 const char* c_surgery_adamw_(const TensorList* list, const AdamW* options, void* stream) {
   return surgery_adamw_(*list, *options, allocate, stream);
 }
+const char* c_gramian(const Objectives* args, void* stream) { return gramian(*args, allocate, stream); }
+const char* c_combine_(const Objectives* args, void* stream) { return combine_(*args, allocate, stream); }
 int c_allocations() { return allocations[1]; }  // that outlive calls
 int c_left_behind() { return allocations[0]; }  // that should not have
 const char* c_spectral_entropy(const SpectralEntropy* args) { return spectral_entropy(*args, nullptr); }

@@ -160,21 +160,21 @@ void run_cluster(unsigned first_block, unsigned size, unsigned threads, size_t s
       std::abort();
     }
     progress = 0;
-    for (unsigned block = 0; block < size; ++block) {
-      size_t before;
-      do {  // shuffled, a block goes as far as it gets without the others: to its end, if no barrier stops it
-        before = progress;
-        for (size_t k = block * threads; k < (block + 1) * threads; ++k) {
-          Fiber& fiber = *fibers[order == kForward ? k : count - 1 - k];
-          if (fiber.done || (fiber.waits_for && *fiber.waits_for == fiber.generation)) continue;
-          fiber.waits_for = nullptr;
-          enter(fiber);
-          ++progress;
-          if (!fiber.done) continue;
-          --running;
-          if (!--fiber.block->running) fiber.block->shared.reset();
-        }
-      } while (order == kShuffled && progress != before);
+    // All in turn, or each warp as far as it can go: then one may be a barrier ahead of the others.
+    const size_t together = order == kShuffled ? kWarp : count;
+    for (size_t first = 0, ran; first < count; first += ran ? 0 : together) {
+      ran = 0;
+      for (size_t k = first; k < first + together; ++k) {
+        Fiber& fiber = *fibers[order == kForward ? k : count - 1 - k];
+        if (fiber.done || (fiber.waits_for && *fiber.waits_for == fiber.generation)) continue;
+        fiber.waits_for = nullptr;
+        enter(fiber);
+        ++ran;
+        if (!fiber.done) continue;
+        --running;
+        if (!--fiber.block->running) fiber.block->shared.reset();
+      }
+      progress += ran;
     }
   }
 }

@@ -229,11 +229,11 @@ List list_of(const char* function, py::handle grads, bool edited, py::handle har
   py::dict numbers;  // layers are numbered as they first appear
   for (size_t i = 0; i < count; ++i) {
     const py::object group = groups.is_none() ? py::object(py::int_(i)) : py::object(groups[py::int_(i)]);
-    made.tensors.push_back({.grad = const_cast<void*>(made.grads[i].data()),
+    made.tensors.push_back({.numel = made.grads[i].size(),
+                            .group = numbers.attr("setdefault")(group, numbers.size()).cast<int64_t>(),
+                            .grad = const_cast<void*>(made.grads[i].data()),
                             .harmful = made.harmful[i].data(),
-                            .beneficial = made.beneficial.empty() ? nullptr : made.beneficial[i].data(),
-                            .numel = made.grads[i].size(),
-                            .group = numbers.attr("setdefault")(group, numbers.size()).cast<int64_t>()});
+                            .beneficial = made.beneficial.empty() ? nullptr : made.beneficial[i].data()});
   }
   made.list.dtype = count ? dtype_of({function, "grads"}, made.grads[0]) : DType::f32;
   made.list.num_tensors = count, made.list.num_groups = numbers.size();

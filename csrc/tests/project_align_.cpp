@@ -29,11 +29,11 @@ void single_thread(int64_t count, int64_t, void (*body)(int64_t, int64_t, void*)
 std::vector<dgs::ListTensor> tensors_of(check::Lists& l, bool aligned) {
   std::vector<dgs::ListTensor> tensors;
   for (size_t t = 0; t < l.sizes.size(); ++t)
-    tensors.push_back({.grad = l.at(0, t),
+    tensors.push_back({.numel = l.sizes[t],
+                       .group = l.groups[t],
+                       .grad = l.at(0, t),
                        .harmful = l.at(1, t),
-                       .beneficial = aligned ? l.at(2, t) : nullptr,
-                       .numel = l.sizes[t],
-                       .group = l.groups[t]});
+                       .beneficial = aligned ? l.at(2, t) : nullptr});
   return tensors;
 }
 

@@ -12,11 +12,14 @@
 #include <ATen/dlpack.h>
 
 #include <algorithm>
+#include <cmath>
 #include <exception>
 #include <initializer_list>
 #include <optional>
+#include <utility>
 #include <vector>
 
+#include "objectives.h"
 #include "runtime.h"
 #include "tensor_list.h"
 
@@ -25,7 +28,7 @@ namespace {
 using dgs::DType;
 
 const DLPackExchangeAPI* exchange;
-PyObject *tensor_type, *parameter_type;
+PyObject *tensor_type, *parameter_type, *is_neg;
 
 bool same(DLDataType a, DLDataType b) { return a.code == b.code && a.bits == b.bits && a.lanes == b.lanes; }
 bool same(DLDevice a, DLDevice b) { return a.device_type == b.device_type && a.device_id == b.device_id; }
@@ -46,9 +49,18 @@ struct View : DLTensor {
   bool of(PyObject* object) {
     PyObject* type = reinterpret_cast<PyObject*>(Py_TYPE(object));
     if (type != tensor_type && type != parameter_type) return false;
-    if (exchange->dltensor_from_py_object_no_sync(object, this) == 0) return true;
+    if (exchange->dltensor_from_py_object_no_sync(object, this) == 0) return !negated(object);
     PyErr_Clear();  // it has no memory, or none that it could show
     return false;
+  }
+
+  // Whether torch reads the numbers with their signs changed, as in the imaginary part of a conjugate. Those lie two
+  // apart in memory, so of contiguous tensors only one of a single number can be such a view.
+  bool negated(PyObject* object) const {
+    if (numel() != 1) return false;
+    PyObject* const answer = PyObject_CallFunctionObjArgs(is_neg, object, nullptr);
+    Py_XDECREF(answer);
+    return answer != Py_False;
   }
 
   bool of_optional(PyObject* object) {
@@ -92,7 +104,12 @@ class Arguments {
   PyObject* object() { return *next_++; }
   bool view(View& view) { return view.of(object()); }
   bool optional(View& view) { return view.of_optional(object()); }
-  double real() { return PyFloat_AsDouble(object()); }
+  double real() {
+    PyObject* const number = object();
+    if (PyFloat_Check(number) || PyLong_Check(number)) return PyFloat_AsDouble(number);
+    PyErr_SetString(PyExc_TypeError, "expected a number");  // not a tensor, which would have to be waited for
+    return 0;
+  }
   int64_t integer() { return PyLong_AsLongLong(object()); }
   bool truth() { return PyObject_IsTrue(object()) == 1; }
 
@@ -128,8 +145,27 @@ bool alike(const std::vector<View>& list, const std::vector<View>& wanted) {
                     [](const View& x, const View& y) { return alike(x, y); });
 }
 
+// Whether some of these contiguous tensors share memory.
+bool overlap(const std::vector<View>& list) {
+  std::vector<std::pair<char*, char*>> spans;
+  spans.reserve(list.size());
+  for (const View& x : list)
+    if (char* const begin = static_cast<char*>(x.at()); x.numel())
+      spans.emplace_back(begin, begin + x.numel() * (x.dtype.bits / 8));
+  std::sort(spans.begin(), spans.end());
+  return std::adjacent_find(spans.begin(), spans.end(),
+                            [](const auto& x, const auto& y) { return y.first < x.second; }) != spans.end();
+}
+
+bool positive(double x) { return x > 0 && std::isfinite(x); }
+
 // The type that kernels compute in, and that their scalars have.
 DLDataType computing_type(DType dtype) { return {kDLFloat, uint8_t(dtype == DType::f64 ? 64 : 32), 1}; }
+
+// Whether it is a number of this type.
+bool scalar(const View& x, DLDataType type, DLDevice device) {
+  return x.ndim == 0 && same(x.dtype, type) && same(x.device, device);
+}
 
 // Whether it is `count` numbers of this type in a row.
 bool numbers(const View& x, int64_t count, DLDataType type, DLDevice device) {
@@ -156,25 +192,28 @@ struct List {
     if (PyErr_Occurred()) return false;
 
     const auto dtype = dtype_of(grads[0].dtype);
-    if (!dtype || order < 0 || order > 1 || rule < 0 || rule > 2 || part < 0 || part > 2 || !(eps > 0)) return false;
+    if (!dtype || order < 0 || order > 1 || rule < 0 || rule > 2 || part < 0 || part > 2 || !positive(eps) ||
+        !std::isfinite(alignment))
+      return false;
     device = grads[0].device;
     const DLDataType computing = computing_type(*dtype);
     if (sums.ndim != 2 || !numbers(sums, sums.shape[0] * dgs::group_sums, computing, device) ||
-        !(scale.absent || numbers(scale, 1, computing, device)) || groups.size() != grads.size() ||
+        !(scale.absent || scalar(scale, computing, device)) || groups.size() != grads.size() ||
         !alike(harmful, grads) || !(beneficial.empty() || alike(beneficial, grads)))
       return false;
 
+    if (overlap(grads)) return false;
     const int64_t num_groups = sums.shape[0];
     tensors.reserve(grads.size());
     for (size_t i = 0; i < grads.size(); ++i) {
       if (!same(grads[i].dtype, grads[0].dtype) || !same(grads[i].device, device) || !grads[i].contiguous() ||
           groups[i] < 0 || groups[i] >= num_groups)
         return false;
-      tensors.push_back({.grad = grads[i].at(),
+      tensors.push_back({.numel = grads[i].numel(),
+                         .group = groups[i],
+                         .grad = grads[i].at(),
                          .harmful = harmful[i].at(),
-                         .beneficial = beneficial.empty() ? nullptr : beneficial[i].at(),
-                         .numel = grads[i].numel(),
-                         .group = groups[i]});
+                         .beneficial = beneficial.empty() ? nullptr : beneficial[i].at()});
     }
     list = {.dtype = *dtype,
             .order = static_cast<dgs::Order>(order),
@@ -240,8 +279,8 @@ bool project_align(Arguments arguments) {
   if (PyErr_Occurred() || !dtype || !grad.rows(call.rows, call.grad_stride) || !alike(out, grad) ||
       !direction_of(grad, harmful, call.harmful_stride) ||
       !(beneficial.absent || direction_of(grad, beneficial, call.beneficial_stride)) ||
-      !(scale.absent || numbers(scale, 1, computing_type(*dtype), grad.device)) || order < 0 || order > 1 || rule < 0 ||
-      rule > 2 || !(call.eps > 0))
+      !(scale.absent || scalar(scale, computing_type(*dtype), grad.device)) || order < 0 || order > 1 || rule < 0 ||
+      rule > 2 || !positive(call.eps) || !std::isfinite(call.alignment))
     return false;
   call.grad = grad.at();
   call.harmful = harmful.at();
@@ -256,6 +295,15 @@ bool project_align(Arguments arguments) {
          launch(
              grad.device, [&] { dgs::cpu::project_align(call, dgs::torch_runtime::parallel_for); },
              [&](const auto& allocate, void* stream) { return dgs::cuda::project_align(call, allocate, stream); });
+}
+
+// Whether all are in [0, 1]; of numbers on a GPU the kernel finds out.
+bool probabilities(const View& x) {
+  if (x.device.device_type != kDLCPU) return true;
+  const auto within = [&](const auto* numbers) {
+    return std::all_of(numbers, numbers + x.numel(), [](auto p) { return p >= 0 && p <= 1; });
+  };
+  return x.dtype.bits == 64 ? within(static_cast<double*>(x.at())) : within(static_cast<float*>(x.at()));
 }
 
 bool surgery_head(Arguments arguments) {
@@ -283,13 +331,15 @@ bool surgery_head(Arguments arguments) {
   const auto fit = [&](const View& x, int64_t count) {
     return numbers(x, count, computing_type(*dtype), features.device);
   };
-  const auto fit_text = [&](const View& x, int64_t count) {
-    return text.absent ? x.absent : !x.absent && fit(x, count);
+  const auto fit_head = [&](const View& weight, const View& bias) {
+    return weight.ndim == 2 && weight.shape[0] == 1 && fit(weight, call.dim) && bias.ndim == 1 && fit(bias, 1);
   };
-  if (!fit(labels, call.batch) || !fit(image_weight, call.dim) || !fit(teacher_weight, call.dim) ||
-      !fit(image_bias, 1) || !fit(teacher_bias, 1) || !fit_text(text_weight, call.dim) || !fit_text(text_bias, 1) ||
-      !(offsets.absent || fit(offsets, call.batch)) || !fit(losses, 4) || !fit(logits, 3 * call.batch) ||
-      !fit(residuals, 3 * call.batch) || !fit(head_grads, 2 * (call.dim + 1)) ||
+  const bool fit_text = text.absent ? text_weight.absent && text_bias.absent
+                                    : !text_weight.absent && !text_bias.absent && fit_head(text_weight, text_bias);
+  if (labels.ndim != 1 || !fit(labels, call.batch) || !probabilities(labels) || !fit_head(image_weight, image_bias) ||
+      !fit_head(teacher_weight, teacher_bias) || !fit_text ||
+      !(offsets.absent || (offsets.ndim == 1 && fit(offsets, call.batch))) || !fit(losses, 4) ||
+      !fit(logits, 3 * call.batch) || !fit(residuals, 3 * call.batch) || !fit(head_grads, 2 * (call.dim + 1)) ||
       !same(differences.dtype, features.dtype) || !same(differences.device, features.device) ||
       !differences.contiguous() || differences.numel() != (distillation ? call.batch * call.dim : 0))
     return false;
@@ -336,7 +386,7 @@ bool surgery_head_backward(Arguments arguments) {
   if (!arguments.optional(differences) || !arguments.optional(distillation_scale)) return false;
   const double distillation = arguments.real();
   const auto dtype = dtype_of(out.dtype);
-  if (PyErr_Occurred() || !dtype || out.ndim != 2 || !out.contiguous() || order < 0 || order > 1 || !(eps > 0))
+  if (PyErr_Occurred() || !dtype || out.ndim != 2 || !out.contiguous() || order < 0 || order > 1 || !positive(eps))
     return false;
   const int64_t batch = out.shape[0], dim = out.shape[1];
   const auto fit = [&](const View& x, int64_t count) { return numbers(x, count, computing_type(*dtype), out.device); };
@@ -400,6 +450,112 @@ bool project_align_(Arguments arguments) {
   return launch(
       made.device, [&] { dgs::cpu::project_align_(made.list, dgs::torch_runtime::parallel_for); },
       [&](const auto& allocate, void* stream) { return dgs::cuda::project_align_(made.list, allocate, stream); });
+}
+
+// Several gradients of the same tensors: objective k's tensor i is view k * T + i.
+struct ObjectiveLists {
+  std::vector<dgs::ObjectivesTensor> tensors;
+  dgs::Objectives call{};
+  DLDevice device;
+
+  // False where they do not fit.
+  bool of(const std::vector<View>& objectives, const std::vector<int64_t>& groups, int64_t count, int64_t num_groups) {
+    const size_t size = groups.size();
+    if (size == 0 || count < 2 || count > dgs::max_objectives || objectives.size() != size * count) return false;
+    const auto dtype = dtype_of(objectives[0].dtype);
+    if (!dtype) return false;
+    device = objectives[0].device;
+    tensors.resize(size);
+    for (size_t i = 0; i < size; ++i) {
+      const View& model = objectives[i];
+      if (!same(model.dtype, objectives[0].dtype) || !same(model.device, device) || !model.contiguous() ||
+          groups[i] < 0 || groups[i] >= num_groups)
+        return false;
+      tensors[i] = {.numel = model.numel(), .group = groups[i], .grad = nullptr, .objectives = {}};
+      for (int64_t k = 0; k < count; ++k) {
+        const View& x = objectives[k * size + i];
+        if (k && !alike(x, model)) return false;
+        tensors[i].objectives[k] = x.at();
+      }
+    }
+    call = {.dtype = *dtype,
+            .count = int32_t(count),
+            .tensors = tensors.data(),
+            .num_tensors = int64_t(size),
+            .num_groups = num_groups,
+            .gramian = nullptr,
+            .weights = nullptr,
+            .weights_stride = 0};
+    return true;
+  }
+
+  // Whether what is written to is read only at the same place.
+  bool written_apart() const {
+    const int64_t width = computing_type(call.dtype).bits == 64 ? 8 : call.dtype == DType::f32 ? 4 : 2;
+    struct Span {
+      const char *begin, *end;
+      const dgs::ObjectivesTensor* of;
+    };
+    const auto span = [&](const void* data, const dgs::ObjectivesTensor& t) {
+      const char* const begin = static_cast<const char*>(data);
+      return Span{begin, begin + t.numel * width, &t};
+    };
+    std::vector<Span> written;
+    for (const auto& t : tensors)
+      if (t.numel) written.push_back(span(t.grad, t));
+    std::sort(written.begin(), written.end(), [](const Span& x, const Span& y) { return x.begin < y.begin; });
+    for (size_t i = 1; i < written.size(); ++i)
+      if (written[i].begin < written[i - 1].end) return false;
+    for (const auto& t : tensors)
+      for (int k = 0; k < call.count; ++k) {
+        if (t.objectives[k] == t.grad || !t.numel) continue;
+        const Span read = span(t.objectives[k], t);
+        const auto behind = std::lower_bound(written.begin(), written.end(), read.end,
+                                             [](const Span& x, const char* end) { return x.begin < end; });
+        if (behind != written.begin() && behind[-1].end > read.begin) return false;
+      }
+    return true;
+  }
+};
+
+bool gramian(Arguments arguments) {
+  std::vector<View> objectives;
+  std::vector<int64_t> groups;
+  View out;
+  ObjectiveLists lists;
+  if (!arguments.list(objectives) || !arguments.list(groups) || !arguments.view(out) || out.ndim != 3 ||
+      !lists.of(objectives, groups, out.shape[2], out.shape[0]) ||
+      !numbers(out, out.shape[0] * out.shape[2] * out.shape[2], computing_type(lists.call.dtype), lists.device))
+    return false;
+  lists.call.gramian = out.at();
+  return launch(
+      lists.device, [&] { dgs::cpu::gramian(lists.call, dgs::torch_runtime::parallel_for); },
+      [&](const auto& allocate, void* stream) { return dgs::cuda::gramian(lists.call, allocate, stream); });
+}
+
+bool combine_(Arguments arguments) {
+  std::vector<View> grads, objectives;
+  std::vector<int64_t> groups;
+  View weights;
+  ObjectiveLists lists;
+  if (!arguments.list(grads) || !arguments.list(objectives) || !arguments.view(weights) || !arguments.list(groups) ||
+      groups.empty() || grads.size() != groups.size() || weights.ndim < 1 || weights.ndim > 2)
+    return false;
+  const int64_t count = weights.shape[weights.ndim - 1];
+  const int64_t num_groups = *std::max_element(groups.begin(), groups.end()) + 1;
+  const int64_t rows = weights.ndim == 1 ? 1 : weights.shape[0];
+  if (!lists.of(objectives, groups, count, num_groups) || (weights.ndim == 2 && rows < num_groups) ||
+      !numbers(weights, rows * count, computing_type(lists.call.dtype), lists.device) ||
+      !std::equal(grads.begin(), grads.end(), objectives.begin(),
+                  [](const View& x, const View& wanted) { return alike(x, wanted); }))
+    return false;
+  for (size_t i = 0; i < grads.size(); ++i) lists.tensors[i].grad = grads[i].at();
+  if (!lists.written_apart()) return false;
+  lists.call.weights = weights.at();
+  lists.call.weights_stride = weights.ndim == 1 ? 0 : count;
+  return launch(
+      lists.device, [&] { dgs::cpu::combine_(lists.call, dgs::torch_runtime::parallel_for); },
+      [&](const auto& allocate, void* stream) { return dgs::cuda::combine_(lists.call, allocate, stream); });
 }
 
 // A number on the CPU that counts a tensor's steps.
@@ -499,6 +655,8 @@ PyMethodDef methods[] = {
         "project_align_",
         "project_align_(grads, harmful, beneficial, groups, sums, scale, alignment, eps, order, rule, "
         "part) -> bool"),
+    method<function<gramian, 3>>("gramian", "gramian(objectives, groups, out) -> bool"),
+    method<function<combine_, 4>>("combine_", "combine_(grads, objectives, weights, groups) -> bool"),
     method<function<surgery_adamw_, 21>>(
         "surgery_adamw_",
         "surgery_adamw_(params, grads, exp_avgs, exp_avg_sqs, steps, harmful, beneficial, groups, "
@@ -526,8 +684,9 @@ PyMODINIT_FUNC PyInit__native() {
                                    "The kernels on torch's tensors; `devices` says for which.", -1, methods};
   tensor_type = find("torch", {"Tensor"});
   parameter_type = find("torch", {"nn", "Parameter"});
+  is_neg = find("torch", {"Tensor", "is_neg"});
   PyObject* const capsule = find("torch", {"Tensor", "__dlpack_c_exchange_api__"});
-  if (!tensor_type || !parameter_type || !capsule) return nullptr;
+  if (!tensor_type || !parameter_type || !is_neg || !capsule) return nullptr;
   exchange = static_cast<const DLPackExchangeAPI*>(PyCapsule_GetPointer(capsule, "dlpack_exchange_api"));
   if (!exchange) return nullptr;
   if (exchange->header.version.major != DLPACK_MAJOR_VERSION || !exchange->dltensor_from_py_object_no_sync) {

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -70,18 +72,46 @@ def projection(sums: Tensor, pull: float | Tensor, eps: float, order: int, rule:
 def _layer_sums(g: list[Tensor], h: list[Tensor], b: list[Tensor], groups: list[int], count: int) -> Tensor:
     pairs = [(g, h), (h, h), (g, g)] + ([(b, h), (b, b), (g, b)] if b else [])
     flat = {id(tensors): [t.reshape(-1) for t in tensors] for tensors in (g, h, b)}
-    columns = [
-        torch.stack([torch.dot(x, y) for x, y in zip(flat[id(left)], flat[id(right)])])
-        for left, right in pairs
-    ]
-    # Not index_add_, whose order is not fixed on a GPU, nor a product with 0 and 1, which spreads NaN.
-    by_layer = sorted(range(len(groups)), key=groups.__getitem__)
-    lengths = torch.bincount(torch.tensor(groups), minlength=count).to(g[0].device)
     sums = g[0].new_zeros(count, 6)
-    sums[:, : len(pairs)] = torch.segment_reduce(
-        torch.stack(columns, 1)[by_layer], "sum", lengths=lengths, unsafe=True
+    sums[:, : len(pairs)] = _products(
+        [(flat[id(left)], flat[id(right)]) for left, right in pairs], groups, count
     )
     return sums
+
+
+def _products(pairs: Sequence[tuple[list[Tensor], list[Tensor]]], groups: list[int], count: int) -> Tensor:
+    """Inner products [G, P] of P pairs of lists of flat tensors, layer by layer."""
+    columns = [torch.stack([torch.dot(x, y) for x, y in zip(*pair)]) for pair in pairs]
+    # Not index_add_, whose order is not fixed on a GPU, nor a product with 0 and 1, which spreads NaN.
+    by_layer = sorted(range(len(groups)), key=groups.__getitem__)
+    lengths = torch.bincount(torch.tensor(groups), minlength=count).to(columns[0].device)
+    return torch.segment_reduce(torch.stack(columns, 1)[by_layer], "sum", lengths=lengths, unsafe=True)
+
+
+def gramian(objectives: list[Tensor], groups: list[int], out: Tensor) -> None:
+    count = len(groups)
+    flat = [
+        [t.to(out.dtype).reshape(-1) for t in objectives[i : i + count]]
+        for i in range(0, len(objectives), count)
+    ]
+    above = list(itertools.combinations_with_replacement(range(len(flat)), 2))
+    products = _products([(flat[i], flat[j]) for i, j in above], groups, len(out))
+    for (i, j), column in zip(above, products.unbind(1)):
+        out[:, i, j] = out[:, j, i] = column
+
+
+def combine_(grads: list[Tensor], objectives: list[Tensor], weights: Tensor, groups: list[int]) -> None:
+    count = len(grads)
+    columns = [column.expand(max(groups) + 1).unbind() for column in weights.unbind(-1)]
+    sums: list[Tensor] = []
+    for k, column in enumerate(columns):
+        tensors = [t.to(weights.dtype) for t in objectives[k * count : (k + 1) * count]]
+        of_tensors = [column[group] for group in groups]
+        if k == 0:
+            sums = list(torch._foreach_mul(tensors, of_tensors))
+        else:
+            torch._foreach_addcmul_(sums, tensors, of_tensors)
+    torch._foreach_copy_(grads, sums)
 
 
 def surgery_head(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:

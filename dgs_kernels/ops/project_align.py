@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from dgs_kernels import backends, reference
+from dgs_kernels.ops.arguments import check_options, check_tensors, in_forward_mode
 from dgs_kernels.reference import ORDERS, RULES, compute_dtype
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -63,33 +65,34 @@ def project_align(
         >>> dgs_kernels.project_align(torch.tensor([[3.0, 4.0]]), torch.tensor([1.0, -1.0]), eps=1e-12)
         tensor([[0., 4.]])
     """
-    if torch._C._are_functorch_transforms_active():  # operators with an autograd formula do not know them
-        check(grad, harmful, beneficial, None, eps, order, rule)
-        return reference.project_align(
-            grad, harmful, beneficial, alignment=alignment, eps=eps, order=order, rule=rule
-        )
     strength, scale = (1.0, alignment) if isinstance(alignment, Tensor) else (alignment, None)
+    arguments = (grad, harmful, beneficial, scale, strength, eps, order, rule)
+    transformed = torch._C._are_functorch_transforms_active() or in_forward_mode()
     differentiated = torch.is_grad_enabled() and (
-        grad.requires_grad or (scale is not None and scale.requires_grad)
+        getattr(grad, "requires_grad", False) or (scale is not None and scale.requires_grad)
     )
-    if differentiated or backends.watched():
-        return _op(grad, harmful, beneficial, scale, strength, eps, order, rule)
-    serve = backends.implementation("project_align", grad.device.type)
-    if backends.is_native(serve):
-        out = _native(serve, grad, harmful, beneficial, scale, strength, eps, order, rule)
-        if out is not None:
-            return out
+    below_autograd = not (transformed or differentiated or backends.watched())
+    if below_autograd and isinstance(grad, Tensor) and grad.layout == torch.strided:
+        serve = backends.implementation("project_align", grad.device.type)
+        if backends.is_native(serve):
+            out = _native(serve, *arguments)
+            if out is not None:
+                return out
+    check(grad, harmful, beneficial, alignment, eps, order, rule)
+    if transformed:  # operators with an autograd formula know neither function transforms nor tangents
+        constants = (harmful.detach(), None if beneficial is None else beneficial.detach())
+        return reference.project_align(grad, *constants, alignment=alignment, eps=eps, order=order, rule=rule)
     # The autograd formula is Python: entering it to find that there is nothing to do would double the
     # host time of a small call.
-    with torch._C._AutoDispatchBelowAutograd():
-        return _op(grad, harmful, beneficial, scale, strength, eps, order, rule)
+    with torch._C._AutoDispatchBelowAutograd() if below_autograd else contextlib.nullcontext():
+        return _op(*arguments)
 
 
 def check(
     grad: Tensor,
     harmful: Tensor,
     beneficial: Tensor | None,
-    scale: Tensor | None,
+    alignment: float | Tensor,
     eps: float,
     order: str,
     rule: str,
@@ -98,15 +101,13 @@ def check(
     name: str = "grad",
 ) -> None:
     """Raise what the docstrings promise; `name` is what the caller calls its first argument."""
+    check_tensors(caller, **{name: grad, "harmful": harmful})
+    if beneficial is not None:
+        check_tensors(caller, beneficial=beneficial)
     shape, device = grad.shape, grad.device
+    check_options(caller, device, alignment, eps, order, rule)
     if not shape or shape[-1] == 0:
         raise ValueError(f"{caller}: {name} must be [..., D] with D >= 1, got shape {tuple(shape)}")
-    if order not in ORDERS:
-        raise ValueError(f"{caller}: order must be one of {', '.join(ORDERS)}, got {order!r}")
-    if rule not in RULES:
-        raise ValueError(f"{caller}: rule must be one of {', '.join(RULES)}, got {rule!r}")
-    if not eps > 0:
-        raise ValueError(f"{caller}: eps must be > 0, got {eps}")
     if grad.dtype not in DTYPES:
         raise TypeError(f"{caller}: {name} must be of {', '.join(map(str, DTYPES))}, got {grad.dtype}")
     for which, direction in (("harmful", harmful), ("beneficial", beneficial)):
@@ -123,11 +124,6 @@ def check(
             )
         if direction.device != device:
             raise ValueError(f"{caller}: {which} is on {direction.device} and {name} on {device}")
-    if scale is not None and (scale.dim() != 0 or scale.device != device):
-        raise ValueError(
-            f"{caller}: alignment must be a number or a 0-dim tensor on {device}, "
-            f"got shape {tuple(scale.shape)} on {scale.device}"
-        )
 
 
 def _broadcasts(shape: torch.Size, target: torch.Size) -> bool:
@@ -166,8 +162,8 @@ def _native(
 
 
 def number(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """A 0-dim tensor as kernels take it, of this type and of no subclass."""
-    return None if x is None else backends.plain(x.to(dtype))
+    """A 0-dim tensor as kernels take it, of this type and no subclass; `check` sees to complex ones."""
+    return None if x is None else backends.plain(x if x.is_complex() else x.to(dtype))
 
 
 def code(names: tuple[str, ...], name: str) -> int:
@@ -185,7 +181,7 @@ def _kernel(
     order: str,
     rule: str,
 ) -> Tensor:
-    check(grad, harmful, beneficial, scale, eps, order, rule)
+    check(grad, harmful, beneficial, alignment if scale is None else scale, eps, order, rule)
     shape, dtype = grad.shape, grad.dtype
     # Kernels read one type; mixed types meet in their common type, and the result returns to grad's.
     if harmful.dtype != dtype or (beneficial is not None and beneficial.dtype != dtype):
@@ -217,7 +213,7 @@ def _fake(
     order: str,
     rule: str,
 ) -> Tensor:
-    check(grad, harmful, beneficial, scale, eps, order, rule)
+    check(grad, harmful, beneficial, alignment if scale is None else scale, eps, order, rule)
     return grad.new_empty(grad.shape)
 
 

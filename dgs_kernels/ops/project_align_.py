@@ -31,6 +31,7 @@ through Python, and past torch's dispatcher, without any tensor being looked at.
 from __future__ import annotations
 
 import operator
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -38,11 +39,13 @@ import torch
 from torch import Tensor
 
 from dgs_kernels import backends
+from dgs_kernels.ops.arguments import check_choice, check_items, check_options, refuse_forward_mode
 from dgs_kernels.ops.project_align import DTYPES, code, number
 from dgs_kernels.reference import ORDERS, RULES
 
 PARTS = ("all", "sums", "apply")
 SUMS = 6
+_GAPLESS = torch.ops.aten.is_non_overlapping_and_dense
 _KIND = operator.attrgetter("device", "dtype", "layout")
 
 _library = torch.library.Library("dgs", "FRAGMENT")
@@ -92,17 +95,39 @@ def project_align_(
         >>> grads
         [tensor([0.]), tensor([4.])]
     """
+    lists = _lists(grads, harmful, beneficial)
     strength, scale = (1.0, alignment) if isinstance(alignment, Tensor) else (alignment, None)
-    layers, count = number_layers(groups, len(grads))
-    device = grads[0].device if len(grads) else None
+    layers, count = number_layers("project_align_", groups, len(grads))
+    device = grads[0].device if grads and isinstance(grads[0], Tensor) else None
     sums = torch.zeros(count, SUMS, dtype=sums_dtype(grads[:1]), device=device)
-    lists = (list(grads), list(harmful), list(beneficial or ()))
     options = (scale, strength, eps, order, rule, "all")
+    refuse_forward_mode("project_align_", *grads)
     with torch.no_grad():
         if not _served_past_torch(*lists, layers, sums, *options):
+            check_items("project_align_", grads=lists[0], harmful=lists[1], beneficial=lists[2])
+            check_options("project_align_", device, alignment, eps, order, rule)
             sums = sums.to(sums_dtype(*lists))
             _op(*lists, layers, sums, *options)
     return sums
+
+
+def _lists(grads: object, harmful: object, beneficial: object) -> tuple[list[Tensor], ...]:
+    """The arguments as lists, of tensors if they are right; none of what is written has a graph behind it."""
+    lists = []
+    for name, tensors in (("grads", grads), ("harmful", harmful), ("beneficial", beneficial)):
+        if tensors is None and name == "beneficial":
+            tensors = ()
+        if not isinstance(tensors, (list, tuple)):
+            raise TypeError(
+                f"project_align_: {name} must be a list of tensors, got {type(tensors).__qualname__}"
+            )
+        lists.append(list(tensors))
+    if any(getattr(x, "requires_grad", False) for x in lists[0]):
+        raise ValueError(
+            "project_align_: grads must not require grad, to be edited in place: pass .grad of parameters, "
+            "or detach() them"
+        )
+    return tuple(lists)
 
 
 def run(
@@ -130,12 +155,12 @@ def sums_dtype(*lists: Sequence[Tensor]) -> torch.dtype:
     return torch.float64 if torch.float64 in types else torch.float32
 
 
-def number_layers(groups: Sequence[int] | None, count: int) -> tuple[list[int], int]:
-    """Layer numbers 0..G-1 in order of first appearance, and G."""
+def number_layers(name: str, groups: Sequence[int] | None, count: int) -> tuple[list[int], int]:
+    """Layer numbers 0..G-1 in order of first appearance, and G; `name` is the operator's, for the message."""
     if groups is None:
         return list(range(count)), count
     if len(groups) != count:
-        raise ValueError(f"project_align_: groups must name the layer of {count} tensors, got {len(groups)}")
+        raise ValueError(f"{name}: groups must name the layer of {count} tensors, got {len(groups)}")
     numbers: dict[int, int] = {}
     layers = [numbers.setdefault(group, len(numbers)) for group in groups]
     return layers, len(numbers)
@@ -149,64 +174,103 @@ def check(
     groups: Sequence[int],
     sums: Tensor,
     scale: Tensor | None,
+    alignment: float,
     eps: float,
     order: str,
     rule: str,
     part: str,
 ) -> None:
     """Shapes, dtypes, devices and options; `name` is the operator's, for the messages."""
-    if order not in ORDERS:
-        raise ValueError(f"{name}: order must be one of {', '.join(ORDERS)}, got {order!r}")
-    if rule not in RULES:
-        raise ValueError(f"{name}: rule must be one of {', '.join(RULES)}, got {rule!r}")
-    if part not in PARTS:
-        raise ValueError(f"{name}: part must be one of {', '.join(PARTS)}, got {part!r}")
-    if not eps > 0:
-        raise ValueError(f"{name}: eps must be > 0, got {eps}")
+    check_choice(name, "part", part, PARTS)
+    check_options(name, sums.device, alignment if scale is None else scale, eps, order, rule)
     lists = [("grads", grads), ("harmful", harmful)] + ([("beneficial", beneficial)] if beneficial else [])
     for what, tensors in lists:
-        if len(tensors) != len(grads):
-            raise ValueError(
-                f"{name}: {what} must have {len(grads)} tensors as grads has, got {len(tensors)}"
-            )
-        if not all(map(Tensor.is_same_size, tensors, grads)):
-            i = next(i for i, (t, g) in enumerate(zip(tensors, grads)) if t.shape != g.shape)
-            raise ValueError(
-                f"{name}: {what}[{i}] must have shape {tuple(grads[i].shape)} as grads[{i}], "
-                f"got {tuple(tensors[i].shape)}"
-            )
-        for device, dtype, layout in set(map(_KIND, tensors)):
-            if device != sums.device:
-                raise ValueError(f"{name}: {what} has a tensor on {device}; all must be on {sums.device}")
-            if dtype not in DTYPES:
-                raise TypeError(f"{name}: {what} must be of {', '.join(map(str, DTYPES))}, got {dtype}")
-            if layout != torch.strided:
-                raise TypeError(f"{name}: {what} must be dense tensors, not sparse ones")
-    if len(groups) != len(grads) or (groups and not 0 <= min(groups) <= max(groups) < len(sums)):
-        raise ValueError(f"{name}: groups must hold a number in 0..{len(sums) - 1} for each of the tensors")
+        check_list(name, what, tensors, "grads", grads, sums.device)
+    check_groups(name, groups, len(grads), len(sums))
     if sums.dim() != 2 or sums.shape[1] != SUMS:
         raise ValueError(f"{name}: sums must be [G, {SUMS}], got {tuple(sums.shape)}")
-    if scale is not None and (scale.dim() != 0 or scale.device != sums.device):
+
+
+def _refuse_shared_memory(grads: Sequence[Tensor]) -> None:
+    """Raise where an edit of one number would be one of another."""
+    spans = sorted((*_span(x), i) for i, x in enumerate(grads) if x.numel())
+    together: list[int] = []  # whose spans cross one another; single numbers are looked at only there
+    reached = 0
+    for begin, end, i in [*spans, (sys.maxsize, sys.maxsize, -1)]:
+        if begin >= reached:
+            if len(together) > 1 or not all(map(_GAPLESS, (grads[j] for j in together))):
+                places = torch.cat([_places(grads[j]) for j in together])
+                if len(places.unique()) < len(places):
+                    names = " and ".join(f"grads[{j}]" for j in sorted(together))
+                    raise ValueError(f"project_align_: numbers of {names} share memory: clone what overlaps")
+            together = []
+        together.append(i)
+        reached = max(reached, end)
+
+
+def _span(x: Tensor) -> tuple[int, int]:
+    """The first address of a tensor's numbers, and the one after the last."""
+    last = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride()))
+    return x.data_ptr(), x.data_ptr() + (last + 1) * x.element_size()
+
+
+def _places(x: Tensor) -> Tensor:
+    """The addresses at which the numbers of a tensor begin; a CPU tensor."""
+    places = torch.tensor(0)
+    for size, stride in zip(x.shape, x.stride()):
+        places = places[..., None] + torch.arange(size) * stride
+    return places.flatten() * x.element_size() + x.data_ptr()
+
+
+def check_list(
+    name: str,
+    what: str,
+    tensors: Sequence[Tensor],
+    model_name: str,
+    model: Sequence[Tensor],
+    device: torch.device,
+) -> None:
+    """Tensors of the model's shapes, dense, on this device, of types that kernels read."""
+    if len(tensors) != len(model):
         raise ValueError(
-            f"{name}: alignment must be a number or a 0-dim tensor on {sums.device}, "
-            f"got shape {tuple(scale.shape)} on {scale.device}"
+            f"{name}: {what} must have {len(model)} tensors as {model_name} has, got {len(tensors)}"
         )
+    if not all(map(Tensor.is_same_size, tensors, model)):
+        i = next(i for i, (t, m) in enumerate(zip(tensors, model)) if t.shape != m.shape)
+        raise ValueError(
+            f"{name}: {what}[{i}] must have shape {tuple(model[i].shape)} as {model_name}[{i}], "
+            f"got {tuple(tensors[i].shape)}"
+        )
+    for its_device, dtype, layout in set(map(_KIND, tensors)):
+        if its_device != device:
+            raise ValueError(f"{name}: {what} has a tensor on {its_device}; all must be on {device}")
+        if dtype not in DTYPES:
+            raise TypeError(f"{name}: {what} must be of {', '.join(map(str, DTYPES))}, got {dtype}")
+        if layout != torch.strided:
+            raise TypeError(f"{name}: {what} must be dense tensors, not sparse ones")
+
+
+def check_groups(name: str, groups: Sequence[int], count: int, num_groups: int) -> None:
+    if len(groups) != count or (groups and not 0 <= min(groups) <= max(groups) < num_groups):
+        raise ValueError(f"{name}: groups must hold a number in 0..{num_groups - 1} for each of the tensors")
 
 
 def common_layout(dtype: torch.dtype, tensors: Sequence[Tensor], like: Sequence[Tensor]) -> list[Tensor]:
     """`tensors` in one dtype and with the strides of `like`, copied only where they are not."""
     return [
         t
-        if t.dtype == dtype and ((t.is_contiguous() and g.is_contiguous()) or t.stride() == g.stride())
+        if t.dtype == dtype
+        and ((t.is_contiguous() and g.is_contiguous()) or t.stride() == g.stride())
+        and not t.is_neg()
         else torch.empty_like(g, dtype=dtype).copy_(t)
         for t, g in zip(tensors, like)
     ]
 
 
 def dense(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """`tensors` without holes or overlaps, each copied only where it has some."""
+    """`tensors` without holes, overlaps or changed signs, each copied only where it has some."""
     has_none = torch.ops.aten.is_non_overlapping_and_dense
-    return [t if t.is_contiguous() or has_none(t) else t.contiguous() for t in tensors]
+    return [(t if t.is_contiguous() or has_none(t) else t.contiguous()).resolve_neg() for t in tensors]
 
 
 def codes(order: str, rule: str, part: str) -> tuple[int, ...]:
@@ -249,9 +313,12 @@ def _kernel(
 ) -> None:
     if _served_as_it_is(grads, harmful, beneficial, groups, sums, scale, alignment, eps, order, rule, part):
         return
-    check("project_align_", grads, harmful, beneficial, groups, sums, scale, eps, order, rule, part)
+    check(
+        "project_align_", grads, harmful, beneficial, groups, sums, scale, alignment, eps, order, rule, part
+    )
     if not grads:
         return
+    _refuse_shared_memory(grads)
     # Kernels read one type: mixed types meet in their common type, and the results return to grads'.
     types = {t.dtype for tensors in (grads, harmful, beneficial) for t in tensors}
     dtype = types.pop() if len(types) == 1 else sums.dtype
@@ -282,9 +349,14 @@ def _fake(
     rule: str,
     part: str,
 ) -> None:
-    check("project_align_", grads, harmful, beneficial, groups, sums, scale, eps, order, rule, part)
+    check(
+        "project_align_", grads, harmful, beneficial, groups, sums, scale, alignment, eps, order, rule, part
+    )
 
 
 _library.impl("project_align_", _kernel, "CompositeExplicitAutograd")
+_library.impl(
+    "project_align_", torch.library.fallthrough_kernel, "Negative"
+)  # the kernel sees to negated views
 torch.library.register_fake("dgs::project_align_", _fake, lib=_library)
 _op = torch.ops.dgs.project_align_.default

@@ -9,6 +9,7 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
+from dgs_kernels.ops.arguments import check_tensors, check_whole
 from dgs_kernels.ops.spectral_entropy import spectral_entropy
 
 
@@ -87,6 +88,10 @@ def _select(
     images: Tensor, patch_size: int, num_patches: int, seed: int | Sequence[int] | Tensor
 ) -> tuple[Tensor, Tensor]:
     """The images, enlarged where they must be, and [B, n] which of their patches a mosaic's cells hold."""
+    check_tensors("select_patches", images=images)
+    check_whole("select_patches", "patch_size", patch_size)
+    if not isinstance(num_patches, int):
+        raise TypeError(f"num_patches must be an integer, got {type(num_patches).__qualname__}")
     side = math.isqrt(max(num_patches, 0))
     if num_patches < 1 or side * side != num_patches:
         raise ValueError(f"num_patches must be a square number, got {num_patches}")
@@ -101,12 +106,17 @@ def _select(
     if (height, width) != tuple(images.shape[2:]):
         images = resize_bicubic(images, height, width)
     order = _ranks(spectral_entropy(images, patch_size)).argsort(dim=1, stable=True)
-    low = 24 * num_patches // 49
+    low = _lowest(num_patches)
     chosen = torch.cat([order[:, :low], order[:, order.shape[1] - (num_patches - low) :]], dim=1)
     # In row-major order before the shuffle, so that the mosaic depends on which patches are chosen and not
     # on how rounding ranks two of them.
     chosen = chosen.sort(dim=1).values
     return images, chosen.gather(1, permutations(seeds, num_patches).expand(batch, -1))
+
+
+def _lowest(num_patches: int) -> int:
+    """How many of a mosaic's patches are the least complex ones: 24 of 49, as in DGS-Net."""
+    return 24 * num_patches // 49
 
 
 def _ranks(entropy: Tensor) -> Tensor:
@@ -166,7 +176,7 @@ def mosaics(patches: Tensor, counts: Tensor, num_patches: int = 49, *, seeds: Te
     order = _ranks(entropy).argsort(stable=True)
     order = order[image[order].argsort(stable=True)]  # by image, then by entropy, then by place
     ends = counts.cumsum(0)[:, None]
-    low, kept = 24 * num_patches // 49, torch.arange(num_patches, device=device)
+    low, kept = _lowest(num_patches), torch.arange(num_patches, device=device)
     place = torch.where(kept < low, ends - counts[:, None], ends - num_patches) + kept
     chosen = order[place].sort(dim=1).values.gather(1, permutations(seeds, num_patches))
     size = patches.shape[1]

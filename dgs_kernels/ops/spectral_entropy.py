@@ -18,9 +18,7 @@ import torch
 from torch import Tensor
 
 from dgs_kernels import backends
-
-# The one size that DGS-Net uses, which kernels are made for.
-KERNEL_PATCH_SIZE = 32
+from dgs_kernels.ops.arguments import check_tensors, check_whole
 
 _library = torch.library.Library("dgs", "FRAGMENT")
 _library.define(
@@ -53,17 +51,22 @@ def spectral_entropy(images: Tensor, patch_size: int = 32) -> Tensor:
         >>> spectral_entropy(torch.full((1, 3, 64, 96), 255, dtype=torch.uint8)).shape
         torch.Size([1, 6])
     """
+    _check(images, patch_size)
     return _op(images.detach(), patch_size)
 
 
-def _result(images: Tensor, patch_size: int) -> Tensor:
-    """Check the arguments and allocate the result."""
+def _check(images: Tensor, patch_size: int) -> None:
+    check_tensors("spectral_entropy", images=images)
+    check_whole("spectral_entropy", "patch_size", patch_size)
     if images.dim() != 4 or images.shape[1] != 3:
         raise ValueError(f"spectral_entropy: images must be [B, 3, H, W], got {list(images.shape)}")
     if images.dtype != torch.uint8 and not images.is_floating_point():
         raise TypeError(f"spectral_entropy: images must be uint8 or floating-point, got {images.dtype}")
-    if patch_size < 1:
-        raise ValueError(f"spectral_entropy: patch_size must be at least 1, got {patch_size}")
+
+
+def _result(images: Tensor, patch_size: int) -> Tensor:
+    """Check the arguments and allocate the result."""
+    _check(images, patch_size)
     batch, _, height, width = images.shape
     dtype = torch.float64 if images.dtype == torch.float64 else torch.float32
     return images.new_empty((batch, (height // patch_size) * (width // patch_size)), dtype=dtype)
@@ -74,8 +77,8 @@ def _kernel(images: Tensor, patch_size: int) -> Tensor:
     if not out.numel():
         return out
     case = None
-    if patch_size != KERNEL_PATCH_SIZE:
-        case = f"its kernels serve patches of {KERNEL_PATCH_SIZE} pixels"
+    if patch_size != backends.KERNEL_PATCH_SIZE:
+        case = f"its kernels serve patches of {backends.KERNEL_PATCH_SIZE} pixels"
     elif images.dtype == torch.float64:
         case = "its kernels compute in float32"
     elif images.dtype != torch.uint8:
@@ -83,10 +86,11 @@ def _kernel(images: Tensor, patch_size: int) -> Tensor:
     _, channel, _, pixel = images.stride()
     if case is None and pixel != 1 and (channel, pixel) != (1, 3):
         images = images.contiguous()
+    images = backends.plain(images)
     serve = backends.implementation("spectral_entropy", images.device.type, case)
     if not backends.is_native(serve):
         return serve(images, patch_size)
-    served = serve(backends.plain(images), out, patch_size)
+    served = serve(images, out, patch_size)
     assert served, "a native function takes what has been checked and laid out"
     return out
 

@@ -58,9 +58,10 @@ def _check(
     sums: Tensor,
     *rest: Any,
 ) -> None:
-    scale, _, surgery_eps, order, rule, part, *_ = rest
+    scale, alignment, surgery_eps, order, rule, part, *_ = rest
     name = "surgery_adamw_"
-    check(name, grads, harmful, beneficial, groups, sums, scale, surgery_eps, order, rule, part)
+    lists = (grads, harmful, beneficial, groups)
+    check(name, *lists, sums, scale, alignment, surgery_eps, order, rule, part)
     if part == "sums":
         raise ValueError(f"{name}: part must be all or apply; project_align_ makes the sums")
     shapes = [g.shape for g in grads]
@@ -107,26 +108,33 @@ def _kernel(*arguments: Any) -> None:
         if part == "all":
             sums.zero_()
         return
-    lists = (params, exp_avgs, exp_avg_sqs)
-    types = {t.dtype for tensors in (*lists, grads, harmful, beneficial) for t in tensors}
+    lists = (params, exp_avgs, exp_avg_sqs, steps)
+    types = {
+        t.dtype for tensors in (params, exp_avgs, exp_avg_sqs, grads, harmful, beneficial) for t in tensors
+    }
     dtype = types.pop() if len(types) == 1 else sums.dtype
     work = dense(params)
     work = common_layout(dtype, work, work)
-    written = [work, *(common_layout(dtype, tensors, work) for tensors in lists[1:])]
+    counts = [backends.plain(step) for step in steps]
+    averages, squares = (common_layout(dtype, tensors, work) for tensors in (exp_avgs, exp_avg_sqs))
     read = [common_layout(dtype, tensors, work) for tensors in (grads, harmful, beneficial)]
-    steps_ = list(map(backends.plain, steps))
-    params_, exp_avgs_, exp_avg_sqs_, grads_, harmful_, beneficial_ = map(in_a_row, (*written, *read))
+    params_, averages_, squares_, grads_, harmful_, beneficial_ = map(
+        in_a_row, (work, averages, squares, *read)
+    )
     scale = number(scale, sums.dtype)
-    ready = (params_, grads_, exp_avgs_, exp_avg_sqs_, steps_, harmful_, beneficial_, groups, sums, scale)
+    ready = (params_, grads_, averages_, squares_, counts, harmful_, beneficial_, groups, sums, scale)
     options = (alignment, surgery_eps, *codes(order, rule, part), *hyper)
     served = backends.implementation("surgery_adamw_", sums.device.type)(*ready, *options)
     assert served is not False, "a native function takes what has been checked and laid out"
-    for tensors, results in zip(lists, written):
+    for tensors, results in zip(lists, (work, averages, squares, counts)):
         for tensor, result in zip(tensors, results):
             if result is not tensor:
                 tensor.copy_(result)
 
 
 _library.impl("surgery_adamw_", _kernel, "CompositeExplicitAutograd")
+_library.impl(
+    "surgery_adamw_", torch.library.fallthrough_kernel, "Negative"
+)  # the kernel sees to negated views
 torch.library.register_fake("dgs::surgery_adamw_", _check, lib=_library)
 _op = torch.ops.dgs.surgery_adamw_.default

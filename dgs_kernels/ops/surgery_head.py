@@ -26,13 +26,21 @@ without atomics, and nothing waits for the device.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
 from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor, nn
 
 from dgs_kernels import backends
+from dgs_kernels.ops.arguments import (
+    check_choice,
+    check_eps,
+    check_number,
+    check_tensors,
+    check_whole,
+    refuse_forward_mode,
+)
 from dgs_kernels.ops.project_align import number
 from dgs_kernels.reference import ORDERS, TEXT_ROLES, compute_dtype
 
@@ -104,7 +112,8 @@ def surgery_head(
         teacher_features: [B, D], constant. Only the teacher's gradient is used, as the beneficial direction.
         text_features: [B, D] caption features, which may require grad; None (no captions): the text loss is
             0 and nothing is projected, the alignment stays.
-        labels: [B], 0 real and 1 generated, any real dtype; values between are soft labels.
+        labels: [B], 0 real and 1 generated, any real dtype; values between are soft labels. Others are
+            refused on the CPU and make the losses NaN on a GPU, where looking would wait for the device.
         image_weight, teacher_weight, text_weight: [1, D], as `nn.Linear(D, 1)` holds them.
         image_bias, teacher_bias, text_bias: [1]. The teacher's head receives no gradient.
         order: "align_first" (the published code) or "project_first" (the paper's formula).
@@ -138,25 +147,15 @@ def surgery_head(
         >>> f.grad.shape
         torch.Size([8, 16])
     """
-    run = _op if backends.watched() or torch._C._are_functorch_transforms_active() else _run
-    losses, logits, *_ = run(
-        features,
-        teacher_features,
-        text_features,
-        labels,
-        image_weight,
-        image_bias,
-        teacher_weight,
-        teacher_bias,
-        text_weight,
-        text_bias,
-        eps,
-        order,
-        reference_batch_size,
-        text,
-        offsets,
-        distillation,
-    )
+    heads = (image_weight, image_bias, teacher_weight, teacher_bias, text_weight, text_bias)
+    options = (eps, order, reference_batch_size, text, offsets, distillation)
+    inputs = (features, teacher_features, text_features, labels, *heads, *options)
+    refuse_forward_mode("surgery_head", *inputs)
+    if backends.watched() or torch._C._are_functorch_transforms_active():
+        _checked(*inputs)
+        losses, logits, *_ = _op(*inputs)
+    else:
+        losses, logits, *_ = _run(*inputs)
     image_loss, text_loss, alignment_loss, distillation_loss = losses.unbind()
     image_logits, text_logits, teacher_logits = logits.detach().unbind()
     return SurgeryHeadOutput(
@@ -174,7 +173,7 @@ class SurgeryHead(nn.Module):
     """The three linear heads of DGS-Net, `image_head`, `teacher_head` (frozen) and `text_head`.
 
     Args:
-        dim: D, the width of the features.
+        dim: D, the width of the features, >= 1.
 
     Example:
         >>> import torch
@@ -186,6 +185,7 @@ class SurgeryHead(nn.Module):
     """
 
     def __init__(self, dim: int) -> None:
+        check_whole("SurgeryHead", "dim", dim)
         super().__init__()
         self.image_head = nn.Linear(dim, 1)
         self.teacher_head = nn.Linear(dim, 1).requires_grad_(False)
@@ -235,6 +235,7 @@ def _check(
     offsets: Tensor | None,
     *options: Any,
 ) -> None:
+    check_tensors("surgery_head", features=features)
     if features.dim() != 2 or features.shape[1] == 0:
         raise ValueError(f"surgery_head: features must be [B, D] with D >= 1, got {tuple(features.shape)}")
     batch, dim = features.shape
@@ -248,10 +249,12 @@ def _check(
     for name, (weight, bias) in heads.items():
         expected += [(f"{name}_weight", weight, (1, dim)), (f"{name}_bias", bias, (1,))]
     for name, tensor, shape in expected:
-        if tensor is None:
+        if tensor is None and name.startswith("text"):
             if text_features is not None:
                 raise ValueError(f"surgery_head: {name} is needed with text_features")
             continue
+        check_tensors("surgery_head", **{name: tensor})
+        assert tensor is not None
         if tuple(tensor.shape) != shape:
             raise ValueError(f"surgery_head: {name} must have shape {shape}, got {tuple(tensor.shape)}")
         if tensor.device != features.device:
@@ -266,19 +269,21 @@ def _check(
     _check_options(*options)
 
 
-def _check_options(
-    eps: float, order: str, reference_batch_size: int | None, text: str, distillation: float
-) -> None:
-    if order not in ORDERS:
-        raise ValueError(f"surgery_head: order must be one of {', '.join(ORDERS)}, got {order!r}")
-    if not eps > 0:
-        raise ValueError(f"surgery_head: eps must be > 0, got {eps}")
-    if reference_batch_size is not None and reference_batch_size < 1:
-        raise ValueError(f"surgery_head: reference_batch_size must be >= 1, got {reference_batch_size}")
-    if text not in TEXT_ROLES:
-        raise ValueError(f"surgery_head: text must be one of {', '.join(TEXT_ROLES)}, got {text!r}")
-    if not 0 <= distillation < float("inf"):
+def _check_options(eps: Any, order: Any, reference_batch_size: Any, text: Any, distillation: Any) -> None:
+    check_choice("surgery_head", "order", order, ORDERS)
+    check_eps("surgery_head", eps)
+    if reference_batch_size is not None:
+        check_whole("surgery_head", "reference_batch_size", reference_batch_size)
+    check_choice("surgery_head", "text", text, TEXT_ROLES)
+    check_number("surgery_head", "distillation", distillation)
+    if not 0 <= distillation < math.inf:
         raise ValueError(f"surgery_head: distillation must be a finite number >= 0, got {distillation}")
+
+
+def _refuse_labels(labels: Tensor) -> None:
+    """Raise for labels outside [0, 1], where no device has to be waited for."""
+    if labels.device.type == "cpu" and not ((labels >= 0) & (labels <= 1)).all():
+        raise ValueError("surgery_head: labels must lie in 0 (real) to 1 (generated)")
 
 
 def _checked(
@@ -298,21 +303,24 @@ def _checked(
 
 
 def _kernel(*inputs: Any) -> tuple[Tensor, ...]:
-    serve = backends.implementation("surgery_head", inputs[0].device.type)
-    if backends.is_native(serve):
-        results = _native(serve, *inputs)
-        if results is not None:
-            return results
+    results = _native(*inputs)
+    if results is not None:
+        return results
     *matrices, labels = (arguments := _checked(*inputs))[:4]
     *heads, reference_batch_size, expert, offsets, distillation = arguments[4:]
     dtype, storage = _types(*matrices, *heads)
-    labels, offsets, *heads = (
-        None if x is None else backends.plain(x.to(dtype).contiguous()) for x in (labels, offsets, *heads)
+    labels = backends.plain(labels.to(dtype).contiguous())
+    offsets, *heads = (
+        None if x is None else backends.plain(x.to(dtype).contiguous()) for x in (offsets, *heads)
     )
     matrices = [_rows(x, storage) for x in matrices]
+    serve = backends.implementation("surgery_head", labels.device.type)
     if not backends.is_native(serve):
+        _refuse_labels(labels)
         return serve(*matrices, labels, *heads, reference_batch_size, expert, offsets, distillation)
-    results = _native(serve, *matrices, labels, *heads, *inputs[10:14], offsets, distillation)
+    results = _native(*matrices, labels, *heads, *inputs[10:14], offsets, distillation)
+    if results is None:
+        _refuse_labels(labels)
     assert results is not None, "a native function takes what has been checked and laid out"
     return results
 
@@ -328,15 +336,19 @@ def _types(
     return dtype, types.pop() if len(types) == 1 and compute_dtype(features) == dtype else dtype
 
 
-def _native(serve: Callable, features: Tensor, *inputs: Any) -> tuple[Tensor, ...] | None:
-    """The results of a native function; None if it does not take these tensors."""
+def _native(features: Tensor, *inputs: Any) -> tuple[Tensor, ...] | None:
+    """The results of a native function; None if there is none, or it does not take these tensors."""
     *others, eps, order, reference_batch_size, text, offsets, distillation = inputs
     _check_options(eps, order, reference_batch_size, text, distillation)
-    if features.dim() != 2:
+    if not isinstance(features, Tensor) or features.dim() != 2:
+        return None
+    serve = backends.implementation("surgery_head", features.device.type)
+    if not backends.is_native(serve):
+        return None
         return None
     dtype = torch.float64 if features.dtype == torch.float64 else torch.float32
     results = _results(features, dtype, features.dtype, distillation)
-    options = (reference_batch_size or 0, text != "project", offsets, distillation)
+    options = (float(reference_batch_size or 0), text != "project", offsets, float(distillation))
     return results if serve(features, *others, *results, *options) else None
 
 
@@ -440,19 +452,19 @@ def _kernel_backward(
     out = residuals.new_empty((residuals.shape[1], image_weight.shape[1]), dtype=storage)
     weights = (image_weight, teacher_weight, text_weight)
     laid_out: tuple[Any, ...] = (
-        residuals.contiguous(),
+        backends.plain(residuals.contiguous()),
         *(None if x is None else backends.plain(x.to(dtype).contiguous()) for x in weights),
         number(image_scale, dtype),
         number(alignment_scale, dtype),
         out,
-        eps,
+        float(eps),
         ORDERS.index(order),
     )
     scale = None if distillation_scale is None else number(distillation_scale, dtype)
-    pull = (None if differences is None else differences.contiguous(), scale, distillation)
+    pull = (None if differences is None else differences.contiguous(), scale, float(distillation))
     serve = backends.implementation("surgery_head_backward", residuals.device.type)
     if backends.is_native(serve):
-        served = serve(*laid_out, reference_batch_size or 0, *pull)
+        served = serve(*laid_out, float(reference_batch_size or 0), *pull)
         assert served, "a native function takes what has been checked and laid out"
     else:
         serve(*laid_out, reference_batch_size, *pull)

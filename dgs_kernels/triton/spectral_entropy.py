@@ -9,6 +9,7 @@ it from memory takes on a large GPU.
 from __future__ import annotations
 
 import functools
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 import triton
@@ -30,7 +31,7 @@ def _term(share):
     return share * tl.log2(share + EPS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "columns"])
 def _kernel(
     images_ptr,
     basis_ptr,
@@ -93,7 +94,11 @@ def _kernel(
 
 @functools.cache
 def basis(device: torch.device) -> Tensor:
-    """[32, 32]: column 2k is cos(2 pi k n / 32) and column 2k + 1 its sine, save column 1: cos(pi n)."""
+    """[32, 32]: column 2k is cos(2 pi k n / 32) and column 2k + 1 its sine, save column 1: cos(pi n).
+
+    It is kept, so a thread of its own allocates it: one that runs what torch.compile made may do so in a pool
+    for CUDA graphs, where nothing may outlive a call.
+    """
     angle = (
         torch.arange(SIZE.value, dtype=torch.float64)[:, None]
         * torch.arange(16)
@@ -101,7 +106,8 @@ def basis(device: torch.device) -> Tensor:
     )
     columns = torch.stack([angle.cos(), angle.sin()], 2).flatten(1)
     columns[:, 1] = 1 - 2 * (torch.arange(SIZE.value) % 2)
-    return columns.float().to(device)
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(columns.float().to, device).result()
 
 
 def spectral_entropy(images: Tensor, patch_size: int) -> Tensor:

@@ -92,6 +92,8 @@ def _judge(
 ):
     """Logits, residuals and losses of samples from the dot products of their rows; stores the first two."""
     label = tl.load(labels_ptr + row, mask, 0.0)
+    # No label, and nothing here can raise an error.
+    label = tl.where((label >= 0) & (label <= 1), label, float("nan"))
     image += tl.load(image_bias_ptr)
     teacher += tl.load(teacher_bias_ptr)
     teacher_residual = tl.where(mask, 1.0 / (1.0 + tl.exp(-teacher)) - label, 0.0)

@@ -9,13 +9,15 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NoReturn
 
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
-from dgsnet.config import CONFIG_FILE, Config
+from dgsnet.config import CONFIG_FILE, Config, read_config
 from dgsnet.errors import UserError
+from dgsnet.model.catalogue import BUILTIN_NAME, BUILTIN_SETTINGS
 
 
 @dataclass
@@ -88,7 +90,7 @@ def train_command(config: Config, out: Path, resume: bool = False) -> None:
         resume: go on where a run was stopped or killed; its own configuration is used. Starts a new run when
             there is none in `out`, so the same command line serves a restarted job.
     """
-    from dgsnet.training.run import train
+    from dgsnet.training.train import train
 
     train(config, out, resume=resume)
 
@@ -97,7 +99,10 @@ def _run(argv: list[str]) -> None:
     name = next((word for word in argv if not word.startswith("-")), "")
     command = COMMANDS.get(name)
     parser = ArgumentParser(
-        prog="dgsnet", description="Train and use a detector of generated images.", exit_on_error=False
+        prog="dgsnet",
+        description="Train and use a detector of generated images.",
+        version=version("dgs-kernels"),
+        exit_on_error=False,
     )
     subcommands = parser.add_subcommands(dest="command")
     for other, entry in COMMANDS.items():
@@ -113,6 +118,8 @@ def _run(argv: list[str]) -> None:
 def _arguments(name: str, command: Command) -> ArgumentParser:
     """The parser of one command, from its function's signature."""
     function = command.load()
+    # jsonargparse would import what a module imports for type checkers alone, torch among it.
+    function.__annotations__ = inspect.get_annotations(function, eval_str=True)
     parser = ArgumentParser(
         exit_on_error=False, description=(inspect.getdoc(function) or "").partition("\n")[0]
     )
@@ -158,14 +165,16 @@ def _parameter_help(function: Callable[..., Any], name: str) -> str:
 
 
 def _train(parser: ArgumentParser, train_parser: ArgumentParser, argv: list[str]) -> None:
-    arguments = parser.parse_args(argv).train
-    saved = Path(arguments.out) / CONFIG_FILE
-    if arguments.resume and saved.is_file():
-        from dgsnet.model.checkpoint import read_config
-
-        # The run's own settings become the defaults: only what the command line changes differs from them.
+    # A look ahead, in which printing the settings must neither end the program nor need a folder.
+    words = [word for word in argv if not word.startswith("--print_config")]
+    ahead = parser.parse_args(words if words == argv else [*words, "--out", ""]).train
+    saved = Path(ahead.out) / CONFIG_FILE
+    # What goes with a run or a model becomes the defaults: only what is said otherwise differs from it.
+    if ahead.resume and saved.is_file():
         train_parser.set_defaults(read_config(saved).flat())
-        arguments = parser.parse_args(argv).train
+    elif ahead.model.name == BUILTIN_NAME:
+        train_parser.set_defaults(BUILTIN_SETTINGS)
+    arguments = parser.parse_args(argv).train
     train_command(_to_config(arguments), Path(arguments.out), arguments.resume)
 
 

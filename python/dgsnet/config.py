@@ -11,6 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from dgsnet.errors import UserError
+from dgsnet.files import one_line
+
 CONFIG_FILE = "config.json"
 
 
@@ -32,6 +35,10 @@ class ModelConfig:
     lora_rank: int = 6
     lora_alpha: float = 6.0
     lora_dropout: float = 0.8
+
+    def __post_init__(self) -> None:
+        _at_least(0, lora_rank=self.lora_rank)
+        _fraction(lora_dropout=self.lora_dropout)
 
 
 @dataclass
@@ -77,7 +84,8 @@ class DataConfig:
         val: the same for validation; empty: no validation, the last checkpoint is the best.
         captions: JSON object of image path to caption, "none" to train without captions, or "auto" to read
             captions.json of each root.
-        workers: data-loading processes of each training process.
+        workers: data-loading processes of each training process; null: as many as the machine has cores
+            for, 16 at most.
         prefetch: batches that every worker makes ahead.
         selection: where patches are selected from decoded images: in the "workers", or on the "device" for
             the whole batch.
@@ -88,7 +96,7 @@ class DataConfig:
     train: list[str] | str = field(default_factory=list)
     val: list[str] | str = field(default_factory=list)
     captions: str = "auto"
-    workers: int = 4
+    workers: int | None = None
     prefetch: int = 2
     selection: Literal["workers", "device"] = "workers"
     cache: str = ""
@@ -96,7 +104,7 @@ class DataConfig:
     def __post_init__(self) -> None:
         self.train = [self.train] if isinstance(self.train, str) else list(self.train)
         self.val = [self.val] if isinstance(self.val, str) else list(self.val)
-        _at_least(0, workers=self.workers)
+        _at_least(0, workers=self.workers or 0)
         _at_least(1, prefetch=self.prefetch)
 
 
@@ -142,6 +150,7 @@ class OptimConfig:
         _at_least(1, accumulation=self.accumulation, epochs=self.epochs)
         _at_least(0, lr=self.lr, weight_decay=self.weight_decay, max_steps=self.max_steps)
         _at_least(0, head_epochs=self.head_epochs)
+        _fraction(beta1=self.betas[0], beta2=self.betas[1])
         for name, value in (("precision", "fp16"), ("compile", "reduce-overhead")):
             # A loss scale, and CUDA graphs, know of no weights that come and go.
             if self.parallel == "fsdp" and getattr(self, name) == value:
@@ -169,6 +178,7 @@ class SurgeryConfig:
     reference_batch_size: int | None = None
 
     def __post_init__(self) -> None:
+        _at_least(0, alignment=self.alignment, eps=self.eps)
         if self.reference_batch_size is not None:
             _at_least(1, reference_batch_size=self.reference_batch_size)
         if self.mode == "layer" and self.order != "align_first":
@@ -226,6 +236,19 @@ class Config:
         return cls.from_dict(json.loads(Path(path).read_text()))
 
 
+def read_config(path: Path) -> Config:
+    """Read a config.json; UserError when it is missing, damaged or unknown."""
+    try:
+        config = Config.load(path)
+        if "model" not in json.loads(path.read_text()):
+            raise ValueError("it names no model")
+        return config
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing: a run or a model has one") from None
+    except (ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} is damaged or of another version of dgsnet: {one_line(error)}") from None
+
+
 _SECTIONS = {
     "model": ModelConfig,
     "preprocess": PreprocessConfig,
@@ -246,6 +269,12 @@ def _at_least(minimum: int, **values: float) -> None:
     for name, value in values.items():
         if not value >= minimum:
             raise ValueError(f"{name}={value} must be at least {minimum}")
+
+
+def _fraction(**values: float) -> None:
+    for name, value in values.items():
+        if not 0 <= value < 1:
+            raise ValueError(f"{name}={value} must be at least 0 and below 1")
 
 
 def _build(cls: type, values: dict[str, Any], where: str) -> Any:

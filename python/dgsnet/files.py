@@ -2,16 +2,84 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
+import platform
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
+
+from dgsnet.errors import UserError
+
+LOCK_FILE = ".lock"
 
 
 def one_line(error: BaseException | str) -> str:
     """An error's message without line breaks."""
     return " ".join(str(error).split())
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep a folder, made where there is none, for this process alone; the folder is left as it was found.
+
+    The lock is one that the system releases when a process ends, however it ends: the file of a process that
+    was killed holds nobody up.
+
+    Raises:
+        UserError: another process holds the folder, which it names; or `folder` is a file.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"--out {folder} is a file: give a folder")
+    made = [parent for parent in (folder, *folder.parents) if not parent.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / LOCK_FILE
+    file = _lock_file(path)
+    try:
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {platform.node()}".encode())
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        file.close()
+        for parent in made:
+            try:
+                parent.rmdir()
+            except OSError:  # something is in it
+                break
+
+
+def _lock_file(path: Path) -> IO[bytes]:
+    while True:
+        file = open(path, "a+b", buffering=0)  # noqa: SIM115 - held by the caller
+        if not lock(file):
+            file.seek(0)
+            holder = file.read().decode() or "another process"
+            file.close()
+            raise UserError(f"{path.parent} is in use by {holder}: wait for its end, or give another folder")
+        if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
+            return file
+        file.close()  # whoever held it has removed it meanwhile
+
+
+def lock(file: IO[Any]) -> bool:
+    """Lock an open file until this process ends or closes it; False where another process has done so."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return True
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+            raise  # what is left are file systems without locks
+    # Processes that read images must not keep the lock when this one is killed.
+    os.register_at_fork(after_in_child=file.close)
+    return True
 
 
 def replace_folder(folder: Path, fill: Callable[[Path], None]) -> Path:

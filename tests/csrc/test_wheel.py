@@ -21,7 +21,15 @@ ROOT = Path(__file__).resolve().parents[2]
 OLDER = "2.13.0"
 NEEDS = ("numpy", "pytest", "hypothesis")
 CPU_TORCH = "https://download.pytorch.org/whl/cpu"
-OPERATIONS = ("project_align", "project_align_", "surgery_head", "spectral_entropy", "surgery_adamw_")
+OPERATIONS = (
+    "project_align",
+    "project_align_",
+    "gramian",
+    "combine_",
+    "surgery_head",
+    "spectral_entropy",
+    "surgery_adamw_",
+)
 # Every operation through the native library. Under this torch, where all other tests run the same library,
 # only the file can be wrong: a few cases of accuracy. Under the older one layouts, options, schemas, errors.
 FEW = "accuracy and cpu-cpu and 3-123"
@@ -65,18 +73,17 @@ def wheel(tmp_path_factory) -> Path:
         ROOT, source, ignore=shutil.ignore_patterns(".*", "build", "dist", "runs", "*.egg-info", "*.so")
     )
     environment = os.environ | {"DGS_KERNELS_BUILD": "cpu"}
-    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-build-isolation", "--no-deps"]
-    done = subprocess.run(
-        [*command, "--wheel-dir", source.parent, source], env=environment, capture_output=True, text=True
-    )
+    bin = Path(sys.executable).parent  # what `make install` has made is here already
+    command = ["make", "--directory", source, "--old-file", "install", f"BIN={bin}", "wheel"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    (file,) = source.parent.glob("*.whl")
+    (file,) = source.glob("dist/*.whl")
     return file
 
 
 def test_contents(wheel, tmp_path):
     """The library names no Python, and torch only through libtorch.so; it loads without the package."""
-    assert "-cp310-abi3-linux_" in wheel.name
+    assert "-cp310-abi3-manylinux_" in wheel.name
     library = Path(zipfile.ZipFile(wheel).extract("dgs_kernels/_native.abi3.so", tmp_path))
     content = library.read_bytes()
     assert b"libtorch.so" in content
@@ -103,7 +110,8 @@ def installed(request, wheel, tmp_path) -> Iterator[tuple[Path, dict[str, str], 
     try:
         python = folder / "bin" / "python"
         pip("install", "--no-compile", f"torch=={OLDER}", *NEEDS, wheel, *source, python=python)
-        yield python, {"PYTHONPATH": ""}, OLDER
+        # Nothing on the PATH but this Python: no compiler.
+        yield python, {"PYTHONPATH": "", "PATH": str(python.parent), "CXX": "", "CC": ""}, OLDER
     finally:
         shutil.rmtree(folder)
 

@@ -12,12 +12,14 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
+from dgs_kernels import ObjectiveSurgery
 from tests.dgs_kernels.training_loops import (
     HOOKS,
     STEPS,
     Hook,
     Net,
     batch,
+    every_product,
     reference_loss,
     task_loss,
     weights,
@@ -30,7 +32,8 @@ def on_two_ranks(rank: int, folder: str) -> None:
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     found = {}
-    for (loop, scenario), kind in itertools.product(SCENARIOS.items(), HOOKS):
+    runs = [*itertools.product(SCENARIOS.items(), HOOKS), *((s, "objectives") for s in CAPTURED.items())]
+    for (loop, scenario), kind in runs:
         try:
             found[loop, kind] = [full(w) for w in scenario(kind, rank)]
         except (RuntimeError, ValueError) as error:
@@ -85,7 +88,7 @@ def one_forward(kind, rank, task_first, **options):
         else:
             predictions = model(torch.cat([mine.x, mine.x_harmful, mine.x_beneficial]))[0].chunk(3)
             losses = [task_loss(predictions[0], mine), *map(reference_loss, predictions[1:])]
-            contexts = [contextlib.nullcontext, hook.surgery.harmful, hook.surgery.beneficial]
+            contexts = [contextlib.nullcontext, *hook.contexts()]
             for loss, context in sorted(
                 zip(losses, contexts), key=lambda pair: (pair[0] is losses[0]) != task_first
             ):
@@ -196,6 +199,80 @@ def fsdp2_without_model(kind, rank):
     return weights(model)
 
 
+# Every loss captured, the task's too: ObjectiveSurgery only.
+
+
+def train_captured(hook, model, rank):
+    for step in range(STEPS):
+        hook.capture(model, batch(step).part(rank, 2))
+        hook.optimizer.step()
+        hook.optimizer.zero_grad()
+    return weights(model)
+
+
+def captured_ddp(kind, rank, **options):
+    model = DistributedDataParallel(Net())
+    return train_captured(Hook(kind, model, **options), model, rank)
+
+
+def captured_running_ddp(kind, rank):
+    return captured_ddp(kind, rank, mode="running", weighting="pcgrad")
+
+
+def captured_without_the_wrapper(kind, rank, **options):
+    """DDP reduces nothing: `process_group=` averages all."""
+    model = DistributedDataParallel(Net())
+    hook = Hook(kind, model, process_group=dist.group.WORLD, **options)
+    return train_captured(hook, model.module, rank)
+
+
+def captured_running_without_the_wrapper(kind, rank):
+    return captured_without_the_wrapper(kind, rank, mode="running", weighting="pcgrad")
+
+
+def captured_running_fsdp2(kind, rank):
+    model, hook = shard(kind, "layer", mode="running", weighting="pcgrad")
+    return train_captured(hook, model, rank)
+
+
+def captured_scaler_fsdp2(kind, rank):
+    """The remedy for FSDP2 with a GradScaler: combine() before it looks at `.grad`."""
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    model, hook = shard(kind, scaler=scaler)
+    for step in range(STEPS):
+        hook.capture(model, batch(step).part(rank, 2), lambda loss: scaler.scale(loss).backward())
+        hook.surgery.combine()
+        scaler.step(hook.optimizer)
+        scaler.update()
+        hook.optimizer.zero_grad()
+    return weights(model)
+
+
+def captured_on_some_ranks(kind, rank):
+    """A part of the model that a loss reaches on one rank only, and one that it reaches on none."""
+    model = torch.nn.ModuleDict({name: torch.nn.Linear(2, 2) for name in ("both", "one", "none")}).double()
+    for p in model.parameters():
+        torch.nn.init.constant_(p, 0.5)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.5, eps=0.5)
+    surgery = ObjectiveSurgery(optimizer, every_product, process_group=dist.group.WORLD)
+    x = torch.tensor([1.0, 2.0 + rank], dtype=torch.float64)
+    for route in (rank == 0, True):
+        with surgery.objective():
+            hidden = model["both"](x)
+            (model["one"](hidden) if route else hidden).square().sum().backward()
+    optimizer.step()
+    return weights(model)
+
+
+CAPTURED = {
+    "captured_ddp": captured_ddp,
+    "captured_running_ddp": captured_running_ddp,
+    "captured_without_the_wrapper": captured_without_the_wrapper,
+    "captured_running_without_the_wrapper": captured_running_without_the_wrapper,
+    "captured_running_fsdp2": captured_running_fsdp2,
+    "captured_scaler_fsdp2": captured_scaler_fsdp2,
+    "captured_on_some_ranks": captured_on_some_ranks,
+}
 SCENARIOS = {
     "ddp": ddp,
     "ddp_bucket_views": ddp_bucket_views,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import doctest
 import importlib
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -46,7 +47,7 @@ import torch, dgs_kernels
 print(dgs_kernels.__file__)
 for _ in range(2):
     print(dgs_kernels.project_align(torch.tensor([[3.0, 4.0]]), torch.tensor([1.0, -1.0]), eps=1e-12))
-dgs_kernels.explain()
+print(dgs_kernels.explain())
 """
 
 
@@ -92,10 +93,14 @@ def test_triton_serves_cpu_tensors_in_its_interpreter_only(monkeypatch):
     assert "no mps support" in backends.obstacle("triton", "project_align", "mps")
 
 
-def test_explain_names_every_backend(monkeypatch, capsys):
+def test_explain_names_every_backend_and_what_kernels_do_not_take(monkeypatch, capsys):
     monkeypatch.delenv(backends.VARIABLE, raising=False)
     text = dgs_kernels.explain()
+    assert capsys.readouterr().out == ""
+    monkeypatch.delitem(sys.modules, "dgs_kernels.__main__", raising=False)
+    runpy.run_module("dgs_kernels", run_name="__main__")
     assert capsys.readouterr().out == text + "\n"
+    assert "kernels take patches of 32 x 32 pixels, not of float64 images" in text
     for operation in backends.OPERATIONS:
         assert f"  {operation}: " in text
     assert all(f"    {name:7s}" in text for name in backends.BACKENDS)

@@ -84,6 +84,16 @@ def test_project_align_in_place():
     assert_same(function, draw(3, 5), draw(3, 5, seed=1), draw(3, 5, seed=2))
 
 
+def test_gramian_and_combine_in_place():
+    def function(a, b, c):
+        objectives = [[a * 2, b], [c, c.sin()]]
+        products = dgs_kernels.gramian(objectives, groups=[0, 0])
+        dgs_kernels.combine_([a, b], objectives, products.sum(1), groups=[0, 0])
+        return products, a + 1, b
+
+    assert_same(function, draw(3, 5), draw(3, 5, seed=1), draw(3, 5, seed=2))
+
+
 def test_surgery_adamw():
     def function(param, grad, average, square, harmful):
         step, sums = torch.zeros(()), torch.zeros(1, 6)

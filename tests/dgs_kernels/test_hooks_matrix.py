@@ -18,7 +18,7 @@ from torch.nn.utils import clip_grad_norm_
 from torch.utils.checkpoint import checkpoint
 
 import tests.dgs_kernels.training_loops as tl
-from dgs_kernels import OptimizerSurgery, gradient_surgery, reference
+from dgs_kernels import ObjectiveSurgery, OptimizerSurgery, gradient_surgery, reference
 from tests.dgs_kernels.hooks_on_two_ranks import on_two_ranks
 from tests.dgs_kernels.training_loops import (
     HOOKS,
@@ -36,6 +36,7 @@ from tests.dgs_kernels.training_loops import (
 DOCUMENT = Path(__file__).parents[2] / "docs" / "hooks.md"
 MAX_NORM = 0.05
 WRITE = "DGS_WRITE_TABLE"
+SURGERY = {"parameters": OptimizerSurgery, "objectives": ObjectiveSurgery}
 
 # Rows of the table, in order; the cells are what the tests below found.
 LOOPS = {
@@ -148,7 +149,7 @@ def test_clip_after(kind):
         with refused("clip_after", kind, "use OptimizerSurgery on torch.optim.AdamW"):
             hook.optimizer.register_step_pre_hook(clip)
         return
-    if kind == "parameters":
+    if kind != "features":
         hook.optimizer.register_step_pre_hook(clip)  # hooks run in the order they were registered in
     train(hook, model, before_step=clip if kind == "features" else None)
     assert_same(weights(model), plain(kind, clip="after", max_norm=MAX_NORM))
@@ -238,7 +239,7 @@ def test_fused_scaler(kind):
         return
     model, scaler, hook, step = scaled(kind, optimizer_options={"fused": True})
     options = {"backward": lambda loss: scaler.scale(loss).backward(), "dtype": torch.float32, "step": step}
-    if kind == "parameters":
+    if kind != "features":
         with refused("fused_scaler", kind, "call scaler.unscale_(optimizer) before scaler.step(optimizer)"):
             train(hook, model, **options)
         model, scaler, hook, options["step"] = scaled(kind, optimizer_options={"fused": True})
@@ -318,20 +319,21 @@ def test_closure(kind):
     works("closure", kind)
 
 
-def test_closures():
+@pytest.mark.parametrize("kind", ["parameters", "objectives"])
+def test_closures(kind):
     model = Net()
     optimizer = torch.optim.LBFGS(model.parameters())
-    surgery = OptimizerSurgery(optimizer)
+    surgery = SURGERY[kind](optimizer)
 
     def closure():
         optimizer.zero_grad()
-        with surgery.harmful():
+        with surgery.objective() if kind == "objectives" else surgery.harmful():
             reference_loss(model(batch(0).x_harmful)[0]).backward()
         loss = task_loss(model(batch(0).x)[0], batch(0))
         loss.backward()
         return loss
 
-    with refused("closures", "parameters", "surgery needs one that does so once"):
+    with refused("closures", kind, "surgery needs one that does so once"):
         optimizer.step(closure)
 
 
@@ -386,6 +388,54 @@ def test_two_ranks_refused(two_ranks, kind, loop, scenarios, remedy):
         is_refused(loop, kind, two_ranks[scenario, kind], remedy)
 
 
+@pytest.mark.parametrize(
+    "scenario", ["captured_ddp", "captured_without_the_wrapper", "captured_scaler_fsdp2"]
+)
+def test_every_loss_captured_on_two_ranks(two_ranks, scenario):
+    assert_same(two_ranks[scenario, "objectives"], plain("objectives"))
+
+
+@pytest.mark.parametrize(
+    "scenario, granularity",
+    [
+        ("captured_running_ddp", "tensor"),
+        ("captured_running_without_the_wrapper", "tensor"),
+        ("captured_running_fsdp2", "layer"),
+    ],
+)
+def test_running_sum_on_two_ranks(two_ranks, scenario, granularity):
+    model = Net()
+    hook = Hook("objectives", model, mode="running", weighting="pcgrad", granularity=granularity, model=model)
+    for number in range(STEPS):
+        hook.capture(model, batch(number))
+        hook.optimizer.step()
+        hook.optimizer.zero_grad()
+    assert_same(two_ranks[scenario, "objectives"], weights(model))
+
+
+def test_parameters_that_a_loss_reaches_on_one_rank_only(two_ranks):
+    """Gradients are means over ranks, zero where a rank has none; a parameter that no rank reaches rests."""
+    net = torch.nn.ModuleDict({name: torch.nn.Linear(2, 2) for name in ("both", "one")}).double()
+    for p in net.parameters():
+        torch.nn.init.constant_(p, 0.5)
+    params = list(net.parameters())
+    xs = [torch.tensor([1.0, 2.0 + rank], dtype=torch.float64) for rank in range(2)]
+
+    def gradients(routes):
+        hidden = [net["both"](x) for x in xs]
+        total = sum((net["one"](h) if route else h).square().sum() for h, route in zip(hidden, routes)) / 2
+        return list(torch.autograd.grad(total, params))
+
+    objectives = [gradients((True, False)), gradients((True, True))]
+    rows = tl.every_product(reference.gramian(objectives, [0] * 4)[0])
+    for p, grad in zip(params, reference.combine_(objectives[0], objectives, rows, [0] * 4)):
+        p.grad = grad
+    torch.optim.AdamW(params, lr=0.5, eps=0.5).step()
+    *reached, weight, bias = two_ranks["captured_on_some_ranks", "objectives"]
+    torch.testing.assert_close(reached, weights(net))
+    assert (weight == 0.5).all() and (bias == 0.5).all()
+
+
 @pytest.mark.parametrize("loop", ["fsdp2_no_sync", "fsdp2_scaler"])
 def test_features_do_not_care_how_gradients_are_reduced(two_ranks, loop):
     assert_same(two_ranks[loop, "features"], plain("features"))
@@ -416,10 +466,10 @@ def test_accelerate(kind, clip):
 @on_parameters
 def test_accelerate_wrapper(kind):
     model = Net()
-    if kind == "parameters":
+    if kind in SURGERY:
         wrapped = Accelerator(cpu=True).prepare(torch.optim.AdamW(model.parameters()))
         with refused("accelerate_wrapper", kind, "pass its .optimizer", TypeError):
-            OptimizerSurgery(wrapped)
+            SURGERY[kind](wrapped)
     else:
         hook = Hook(kind, model)
         train(hook, model, step=Accelerator(cpu=True).prepare(hook.optimizer).step)
@@ -604,7 +654,8 @@ def test_feature_surgery_under_torch_func():
 
 
 def table() -> str:
-    rows = [["loop", "`gradient_surgery`", "`OptimizerSurgery`", "`SurgeryAdamW`"], ["---"] * 4]
+    names = ["`gradient_surgery`", "`OptimizerSurgery`", "`SurgeryAdamW`", "`ObjectiveSurgery`"]
+    rows = [["loop", *names], ["---"] * (1 + len(names))]
     rows += [[name, *(cells.get((loop, kind), "-") for kind in HOOKS)] for loop, name in LOOPS.items()]
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 

@@ -18,7 +18,15 @@ import dgs_kernels
 from dgs_kernels import backends
 
 pytest.importorskip("pytest_benchmark")
-from benchmarks import harness, project_align, project_align_, spectral_entropy, surgery_adamw_, surgery_head
+from benchmarks import (
+    gramian,
+    harness,
+    project_align,
+    project_align_,
+    spectral_entropy,
+    surgery_adamw_,
+    surgery_head,
+)
 
 pytestmark = pytest.mark.benchmark(timer=time.process_time)
 ROUNDS = 15
@@ -35,6 +43,7 @@ GUARDED = {
     "surgery_head": (surgery_head, surgery_head.step(dgs_kernels.surgery_head), (2048, 768), 1.4),  # (2.4)
     "project_align_ on LoRA tensors": (project_align_, project_align_.ours, (144, 768), 2.0),  # (6.4)
     "project_align_ on large tensors": (project_align_, project_align_.ours, (8192, 768), 2.5),  # (8.4)
+    "gramian and combine_": (gramian, gramian.ours, (8192, 768), 3.0),  # (8.7)
     "surgery_adamw_": (surgery_adamw_, surgery_adamw_.ours, (144, 768), 2.0),  # (5.3)
     "spectral_entropy": (spectral_entropy, dgs_kernels.spectral_entropy, (512, 512), 1.7),  # (4.3)
 }

@@ -1,4 +1,4 @@
-"""A small training problem, with each of the three hooks and by plain formulas in one process.
+"""A small training problem, with each of the hooks and by plain formulas in one process.
 
 Shared by the tests of loops in this process and in several.
 """
@@ -6,13 +6,14 @@ Shared by the tests of loops in this process and in several.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
 
-from dgs_kernels import OptimizerSurgery, SurgeryAdamW, gradient_surgery, reference
+from dgs_kernels import ObjectiveSurgery, OptimizerSurgery, SurgeryAdamW, gradient_surgery, reference
 
-HOOKS = ("features", "parameters", "SurgeryAdamW")
+HOOKS = ("features", "parameters", "SurgeryAdamW", "objectives")
 STEPS, ROWS = 3, 8
 ALIGNMENT = 0.3
 # A large eps: steps are then in proportion to gradients, so that an error in one cannot hide, nor grow.
@@ -70,8 +71,13 @@ def reference_loss(prediction):
     return prediction.sin().mean()
 
 
+def every_product(gramian):
+    """Weights that depend on all inner products, on their scale, and smoothly: rounding stays small."""
+    return 1 / (1 + gramian.diagonal()) + 0.3 * gramian.sum(1).tanh()
+
+
 class Hook:
-    """One of the three ways to operate, behind what a loop calls: the backward of a batch, the optimiser."""
+    """One of the ways to operate, behind what a loop calls: the backward of a batch, the optimiser."""
 
     def __init__(self, kind: str, model: nn.Module, /, optimizer_options=None, **options):
         self.kind = kind
@@ -82,18 +88,32 @@ class Hook:
             self.optimizer = torch.optim.AdamW(model.parameters(), **ADAMW, **(optimizer_options or {}))
             if kind == "parameters":
                 self.surgery = OptimizerSurgery(self.optimizer, alignment=ALIGNMENT, **options)
+            elif kind == "objectives":
+                options = {"weighting": every_product, "granularity": "tensor", **options}
+                self.surgery = ObjectiveSurgery(self.optimizer, **options)
+
+    def contexts(self) -> list:
+        """Where the backward of each reference loss runs."""
+        if self.kind == "objectives":
+            return [partial(self.surgery.objective, name) for name in ("harmful", "beneficial")]
+        return [self.surgery.harmful, self.surgery.beneficial]
 
     def references(self, model, b: Batch, backward=torch.Tensor.backward, weight=1.0) -> None:
         if self.kind != "features":
-            with self.surgery.harmful():
-                backward(reference_loss(model(b.x_harmful)[0]) * weight)
-            with self.surgery.beneficial():
-                backward(reference_loss(model(b.x_beneficial)[0]) * weight)
+            for context, x in zip(self.contexts(), (b.x_harmful, b.x_beneficial)):
+                with context():
+                    backward(reference_loss(model(x)[0]) * weight)
 
     def loss(self, model, b: Batch):
         directions = (b.harmful, b.beneficial) if self.kind == "features" else ()
         prediction, alignment_loss = model(b.x, *directions)
         return task_loss(prediction, b) + ALIGNMENT * alignment_loss
+
+    def capture(self, model, b: Batch, backward=torch.Tensor.backward, weight=1.0) -> None:
+        """Every loss as an objective, the task's too."""
+        with self.surgery.objective("task"):
+            backward(self.loss(model, b) * weight)
+        self.references(model, b, backward, weight)
 
     def backward(self, model, b: Batch, backward=torch.Tensor.backward, weight=1.0) -> None:
         self.references(model, b, backward, weight)
@@ -135,7 +155,12 @@ def plain(
                 )
             )
             grads = clipped(grads, max_norm) if clip == "before" else grads
-            grads = reference.project_align_(grads, harmful, beneficial, layers, alignment=ALIGNMENT)
+            if kind == "objectives":
+                objectives = [grads, harmful, beneficial]
+                per_layer = torch.stack([*map(every_product, reference.gramian(objectives, layers))])
+                grads = reference.combine_(grads, objectives, per_layer, layers)
+            else:
+                grads = reference.project_align_(grads, harmful, beneficial, layers, alignment=ALIGNMENT)
         grads = clipped(grads, max_norm) if clip and (kind == "features" or clip == "after") else grads
         for p, grad in zip(params, grads):
             p.grad = grad

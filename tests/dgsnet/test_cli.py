@@ -1,9 +1,14 @@
-"""Every command explains itself, and every mistake ends in one line."""
+"""Every command explains itself, and every mistake ends in one line, soon."""
 
 import inspect
+import json
+import subprocess
+import sys
 
 import pytest
+import yaml
 from dgsnet.cli import COMMANDS, main
+from PIL import Image
 
 
 def ends(capsys, *argv):
@@ -30,10 +35,10 @@ def test_help_lists_every_command(capsys):
     "words, told",
     [
         (["fly"], "fly"),
-        (["predict", "--model", "m"], "paths"),
+        (["predict", "--model", "m"], "PATHS"),
         (["predict", "a.jpg"], "model"),
         (["predict", "a.jpg", "--model", "m", "--views", "many"], "views"),
-        (["predict", "a.jpg", "--model", "m", "--no-such", "1"], "no-such"),
+        (["predict", "a.jpg", "--model", "m", "--no-such", "1"], "no_such"),
         (["predict", "a.jpg", "--model", "m", "--out", "scores.xls"], ".parquet"),
         (["predict", "a.jpg", "--model", "m", "--engine", "ray", "--heatmaps", "h"], "--engine local"),
         (["train", "--optim.lr", "fast", "--out", "o"], "optim.lr"),
@@ -52,3 +57,88 @@ def test_a_switch_takes_no_word(name, capsys):
     _, said = ends(capsys, name, "--help")
     for switch in switches:
         assert f"[--{switch}]" in said.out
+
+
+# In a process of its own: a command line's exit code, its words and the processor time until they came; and
+# whether torch, which takes seconds, had been imported.
+TELL = """
+import contextlib, io, json, sys, time
+from dgsnet.cli import main
+for words in json.load(sys.stdin):
+    said = io.StringIO()
+    with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
+        try:
+            main(words)
+        except SystemExit as stop:
+            code = stop.code
+    print(json.dumps([code, said.getvalue(), time.process_time(), "torch" in sys.modules]))
+"""
+
+
+def test_mistakes_are_told_before_the_heavy_imports(tmp_path):
+    for name in ("train/0_real", "train/1_fake", "val/0_real", "one/0_real", "results"):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / "data" / name / "a.png")
+    (tmp_path / "file").touch()
+    tiny = "--model.name dgsnet-tiny --data.train data --data.captions none --out new"
+    told = {
+        "--version": "dgsnet ",
+        "train --out new": "no training images",
+        "train --data.train nowhere --out new": "nowhere: no such file",
+        f"train {tiny} --preprocess.image_size 64": "takes images of 32 pixels",
+        f"train {tiny} --model.pretrained openai": "give builtin, a weights file",
+        f"train {tiny} --model.lora_rank -1": "lora_rank=-1",
+        f"train {tiny} --model.lora_dropout 1": "lora_dropout=1.0",
+        f"train {tiny} --optim.betas [0.9,1]": "beta2=1.0",
+        f"train {tiny} --data.captions auto": "3 of 3 images have no caption",
+        f"train {tiny} --data.train data/one": "all training images are real",
+        f"train {tiny} --data.val data/train/0_real": "no labelled images of split val",
+        f"train {tiny} --out data": "is not empty",
+        f"train {tiny} --out file": "is a file",
+        "train --data.train data --model.name ViT-X --out new": "unknown model 'ViT-X'",
+        "train --data.train data --model.name RN50 --out new": "is a ResNet",
+        "train --data.train data --model.pretrained no/such.pt --out new": "no/such.pt does not exist",
+        "train --data.train data --preprocess.image_size 64 --out new": "num_patches=49",
+        "predict data --model nowhere": "no model at nowhere",
+        "predict data --model data": "data is no model",
+        "evaluate --data data --model nowhere --out new": "holds the splits train, val",
+        "evaluate --data data --split train --model nowhere --out new": "no model at nowhere",
+        "calibrate --reals data --model nowhere": "no model at nowhere",
+        "export --format hf --out new --model nowhere": "no model at nowhere",
+        "serve --model nowhere": "no model at nowhere",
+        "caption --data nowhere": "nowhere: no such file",
+        "demo --out data": "not a demo's",
+    }
+    found = subprocess.run(
+        [sys.executable, "-c", TELL],
+        input=json.dumps([line.split() for line in told]),
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
+    before = 0.0
+    for (line, words), answer in zip(told.items(), map(json.loads, found.stdout.splitlines()), strict=True):
+        code, said, seconds, heavy = answer
+        assert words in said and said.count("\n") == 1, line
+        assert code == (0 if line == "--version" else 2), line
+        assert not heavy and seconds - before < 2, (line, seconds - before, heavy)
+        before = seconds
+    assert not (tmp_path / "new").exists()
+
+
+def test_the_built_in_model_brings_its_settings(tmp_path, capsys):
+    def settings(*words):
+        code, said = ends(capsys, "train", *words, "--print_config")
+        assert code == 0
+        return yaml.safe_load(said.out)
+
+    tiny = settings("--model.name", "dgsnet-tiny", "--preprocess.normalization", "imagenet")
+    assert tiny["model"]["pretrained"] == "builtin"
+    assert tiny["preprocess"]["mode"] == "crop" and tiny["preprocess"]["image_size"] == 32
+    assert tiny["preprocess"]["normalization"] == "imagenet"  # as was said
+    assert settings()["preprocess"]["image_size"] == 224
+
+    (tmp_path / "run.yaml").write_text("{model: {name: dgsnet-tiny, pretrained: mine.pt}}")
+    written = settings("--config", tmp_path / "run.yaml")
+    assert written["model"]["pretrained"] == "mine.pt" and written["preprocess"]["mode"] == "crop"

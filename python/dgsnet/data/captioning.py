@@ -14,6 +14,7 @@ from dgsnet.data.captions import CAPTIONS_FILE
 from dgsnet.data.samples import Sample, find_samples
 from dgsnet.data.tables import Partial, read_rows, replacing
 from dgsnet.errors import UserError
+from dgsnet.processes import default_workers, start_worker
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -159,12 +160,14 @@ def _fill(
     batches = [samples[start : start + batch_size] for start in range(0, len(samples), batch_size)]
     batches = [batch for batch in batches if any(sample.path not in done for sample in batch)]
     if workers is None:
-        workers = 0 if len(batches) < 4 else min(4, os.cpu_count() or 1)
+        workers = 0 if len(batches) < 4 else min(4, default_workers())
     elif workers < 0:
         raise UserError(f"workers is {workers}; it must be 0 or more")
     prepared: Any = _Batches(captioner.prepare)  # torch takes any map-style object
-    loader: Any = DataLoader(prepared, sampler=batches, batch_size=None, num_workers=workers)
-    with tqdm(total=len(samples), initial=table.done, unit="image") as progress:
+    loader: Any = DataLoader(
+        prepared, sampler=batches, batch_size=None, num_workers=workers, worker_init_fn=start_worker
+    )
+    with tqdm(total=len(samples), initial=table.done, unit="image", disable=None) as progress:
         for batch, (pixels, errors) in zip(batches, loader):
             words: Iterator[str] = iter(captioner(pixels) if len(pixels) else [])
             for sample, error in zip(batch, errors):

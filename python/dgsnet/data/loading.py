@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import time
 import warnings
 from collections.abc import Iterable, Iterator
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from dgsnet.data.images import ImageError, file_hash, read_image
 from dgsnet.data.preprocess import Preprocessor
 from dgsnet.data.samples import Sample
+from dgsnet.processes import start_worker, usable_cores
 
 SHARDS_MIXED = 16  # shards read at a time
 
@@ -181,6 +182,7 @@ def make_loader(
     prefetch: int = 2,
     shuffle: bool = False,
     seed: int = 0,
+    told: bool = False,
 ) -> DataLoader:
     """A loader whose batches depend on seed and epoch alone.
 
@@ -194,23 +196,25 @@ def make_loader(
         prefetch: batches that every worker makes ahead.
         shuffle: draw a new order each epoch.
         seed: decides the order, at least 0.
+        told: another loader's workers give the warnings.
     """
     return DataLoader(
         dataset,
         batch_size=batch_size,
         sampler=EpochSampler(dataset, shuffle=shuffle, seed=seed),
-        **loader_options(workers, prefetch),
+        **loader_options(workers, prefetch, told),
     )
 
 
-def loader_options(workers: int, prefetch: int = 2) -> dict[str, Any]:
-    """What every DataLoader of an ImageDataset has in common."""
+def loader_options(workers: int, prefetch: int = 2, told: bool = False) -> dict[str, Any]:
+    """What every DataLoader of an ImageDataset has in common; `told`: as `processes.start_worker` has it."""
     return {
         "num_workers": workers,
         "collate_fn": collate,
         "pin_memory": torch.cuda.is_available(),
         "persistent_workers": workers > 0,
         "prefetch_factor": prefetch if workers else None,
+        "worker_init_fn": partial(start_worker, told=told),
     }
 
 
@@ -265,7 +269,7 @@ class LoaderWatch:
         self.steps, self.images, self.waited, self.opened = steps, 0, 0.0, time.perf_counter()
 
     def _message(self, elapsed: float) -> str:
-        cores = os.cpu_count() or 1
+        cores = usable_cores()
         more = (
             f"raise data.workers ({self.workers} now, the machine has {cores} cores)"
             if self.workers < cores

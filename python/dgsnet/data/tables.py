@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from dgsnet.errors import UserError
+from dgsnet.files import lock
 
 
 class Partial:
@@ -48,7 +49,8 @@ class Partial:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.file = open(self.path, "a+b", buffering=0)  # noqa: SIM115 - held until __exit__
         try:
-            self._lock()
+            if not lock(self.file):
+                raise UserError(f"{self.path} is being written by another process; give another --out")
             self.done = self._repair(settings, resume)
         except UserError:
             self.file.close()
@@ -73,18 +75,6 @@ class Partial:
     def _write(self, line: dict[str, Any]) -> None:
         # One write: a kill can cut the last line, but not mix two.
         self.file.write(json.dumps(line).encode() + b"\n")
-
-    def _lock(self) -> None:
-        try:
-            import fcntl
-        except ImportError:  # Windows
-            return
-        try:
-            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"{self.path} is being written by another process; give another --out") from None
-        # Processes that read images must not keep the lock when this one is killed.
-        os.register_at_fork(after_in_child=self.file.close)
 
     def _repair(self, settings: dict[str, Any], resume: bool) -> int:
         """Cut away half a last line, write or compare the settings; returns the number of rows."""

@@ -12,6 +12,7 @@ import numpy as np
 
 from dgsnet.demo.compare import DGSNET, LORA, Run, compare, first, results, table
 from dgsnet.errors import UserError
+from dgsnet.files import LOCK_FILE, locked
 
 if TYPE_CHECKING:
     from dgsnet.data.samples import Sample
@@ -28,12 +29,16 @@ def demo_command(out: str = "runs/demo") -> None:
     Args:
         out: folder for everything; a former demo in it is replaced.
     """
+    with locked(Path(out)):
+        _demo(_prepare(Path(out)))
+
+
+def _demo(folder: Path) -> None:
     from dgsnet import builtin
     from dgsnet.data.samples import find_samples
     from dgsnet.demo import report
 
     started = time.monotonic()
-    folder = _prepare(Path(out))
     print("writing the built-in data ...", flush=True)
     data = builtin.write_dataset(folder / "data")
     test = find_samples(data, "test")
@@ -58,16 +63,16 @@ def demo_command(out: str = "runs/demo") -> None:
 
 
 def _prepare(out: Path) -> Path:
-    """Make the folder, or empty that of a former demo; refuse to empty any other."""
-    if out.is_dir() and any(out.iterdir()):
+    """Empty the folder of a former demo; refuse to empty any other."""
+    entries = [entry for entry in out.iterdir() if entry.name != LOCK_FILE]
+    if entries:
         if not (out / MARKER).is_file():
             raise UserError(f"{out} holds files that are not a demo's; give --out a new folder")
-        for entry in out.iterdir():
+        for entry in entries:
             if entry.is_dir():
                 shutil.rmtree(entry)
             elif entry.name != MARKER:
                 entry.unlink()
-    out.mkdir(parents=True, exist_ok=True)
     (out / MARKER).touch()
     return out
 

@@ -10,7 +10,6 @@ import csv
 import math
 import multiprocessing
 import os
-import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -23,6 +22,7 @@ import numpy as np
 from dgsnet.evaluation.evaluate import evaluate
 from dgsnet.evaluation.report import write_tables
 from dgsnet.evaluation.results import Evaluation, percent, text_table
+from dgsnet.processes import follow_parent, usable_cores
 
 if TYPE_CHECKING:
     from dgsnet.config import Config
@@ -92,7 +92,7 @@ def compare(
     started = time.monotonic()
     # The slowest method first, so that no core is left with a long one at the end.
     jobs = [(method, seed) for method in reversed(methods) for seed in seeds]
-    processes = min(len(jobs), os.cpu_count() or 1)
+    processes = min(len(jobs), usable_cores())
     print(f"training {len(jobs)} models, {processes} at a time ...", flush=True)
     runs = []
     context = multiprocessing.get_context("spawn")
@@ -120,14 +120,7 @@ def _start_worker(folder: Path) -> None:
     log = os.open(folder / f"process-{os.getpid()}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for stream in (1, 2):
         os.dup2(log, stream)
-
-    def follow() -> None:
-        parent = multiprocessing.parent_process()
-        assert parent  # this is one of the pool's
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=follow, daemon=True).start()
+    follow_parent()
 
 
 def _train_one(data: Path, config: Config, folder: Path, method: str, seed: int) -> Run:
@@ -136,7 +129,7 @@ def _train_one(data: Path, config: Config, folder: Path, method: str, seed: int)
 
     from dgsnet.data.samples import find_samples
     from dgsnet.detection.detector import Detector
-    from dgsnet.training.run import train
+    from dgsnet.training.train import train
 
     torch.set_num_threads(1)
     started = time.monotonic()

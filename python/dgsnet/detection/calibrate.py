@@ -83,7 +83,8 @@ def _logits(detector: Any, items: Sequence[Item], workers: int | None) -> np.nda
     """Logits of the images that can be read; one that is there twice counts once, as its score tells."""
     from tqdm import tqdm
 
-    scores = list(tqdm(detector.stream_logits(items, workers=workers), total=len(items), unit="image"))
+    logits = detector.stream_logits(items, workers=workers)
+    scores = list(tqdm(logits, total=len(items), unit="image", disable=None))
     for _, error in scores:
         if error:
             print(f"left out: {error}")

@@ -263,7 +263,7 @@ def save_calibration(folder: str | Path, calibration: Calibration) -> Path:
 
     A model that is trained or saved again has none: the folder is replaced as a whole.
     """
-    from dgsnet.model.checkpoint import model_folder
+    from dgsnet.model.folders import model_folder
 
     path = model_folder(folder) / CALIBRATION_FILE
     write_file(path, calibration.to_json().encode())
@@ -276,7 +276,7 @@ def load_calibration(folder: str | Path) -> Calibration | None:
     Raises:
         UserError: no model there, or a damaged calibration.
     """
-    from dgsnet.model.checkpoint import model_folder
+    from dgsnet.model.folders import model_folder
 
     path = model_folder(folder) / CALIBRATION_FILE
     try:

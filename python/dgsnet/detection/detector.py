@@ -102,9 +102,13 @@ class Detector:
             UserError: the folder holds no model, its backbone cannot be loaded, it was calibrated for another
                 number of views, or there is no such device.
         """
+        from dgsnet.detection.decisions import load_calibration
+        from dgsnet.model.folders import model_folder
+
+        model_folder(run)  # refuses what is no model, before the imports that take seconds
+
         import torch
 
-        from dgsnet.detection.decisions import load_calibration
         from dgsnet.model.checkpoint import load_model
 
         if device is None:
@@ -158,16 +162,20 @@ class Detector:
         """As `stream`, with the logit averaged over the views, before any temperature; NaN with an error."""
         from torch.utils.data import DataLoader
 
+        from dgsnet.processes import default_workers, start_worker
+
         if workers is None:
             few = isinstance(images, Sized) and len(images) < MIN_IMAGES_FOR_WORKERS
-            workers = 0 if few else min(MAX_WORKERS, os.cpu_count() or 1)
+            workers = 0 if few else min(MAX_WORKERS, default_workers())
         elif workers < 0:
             raise UserError(f"workers is {workers}; it must be 0 or more")
         # batch_size=None hands the prepared images over one by one. The images themselves are the indices
         # sent to the workers: no more of them are taken from `images` than are being prepared.
         images = images if isinstance(images, list) else map(_image, images)
         prepared: Any = Prepared(self.preprocess, self.views)
-        for pixels, error in DataLoader(prepared, sampler=images, batch_size=None, num_workers=workers):
+        for pixels, error in DataLoader(
+            prepared, sampler=images, batch_size=None, num_workers=workers, worker_init_fn=start_worker
+        ):
             yield float("nan") if error else self.logits(pixels).mean().item(), error
 
     def logits(self, pixels: Tensor) -> Tensor:

@@ -201,7 +201,7 @@ def _fill(table: Partial, rows: Iterator[Score]) -> str:
     from tqdm import tqdm
 
     before, seconds = table.done, 0.0
-    with tqdm(initial=before, unit="image") as progress:
+    with tqdm(initial=before, unit="image", disable=None) as progress:
         begin = time.monotonic()
         for row in rows:
             table.add(row._asdict())

@@ -45,7 +45,7 @@ def evaluate(
         distortions: each is measured on all images, besides the images as they are.
         journal: file that keeps the logits as they are made. Scores already in it are not made again.
         workers: as in `Detector.predict`.
-        progress: show a progress bar on stderr.
+        progress: show a progress bar on stderr, where that is a terminal.
 
     Raises:
         UserError: the journal is of another model or of other images.
@@ -58,7 +58,7 @@ def evaluate(
     kept = Journal(journal, detector, listed) if journal else None
     scores = []
     variants = [("", detector), *((d.name, _distorting(detector, d)) for d in distortions)]
-    with tqdm(total=len(variants) * len(listed), unit="image", disable=not progress) as bar:
+    with tqdm(total=len(variants) * len(listed), unit="image", disable=None if progress else True) as bar:
         for name, scorer in variants:
             done = dict(kept.rows.get(name, {})) if kept else {}
             bar.update(len(done))

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dgsnet.errors import UserError
+from dgsnet.files import lock
 
 if TYPE_CHECKING:
     from dgsnet.data.samples import Sample
@@ -43,8 +44,11 @@ class Journal:
         self.rows: dict[str, dict[int, tuple[float, str]]] = {}
         settings = _settings(detector, listed)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        end = self._read(settings) if self.path.exists() else 0
         self.file = open(self.path, "a+", encoding="ascii")  # noqa: SIM115 - held until close()
+        if not lock(self.file):
+            self.file.close()
+            raise UserError(f"{self.path} is being written by another process; give another --out")
+        end = self._read(settings)
         self.file.truncate(end)
         if not end:
             self._write(settings)

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from markupsafe import Markup
 from PIL import Image
 
@@ -143,6 +142,8 @@ def write_page(path: str | Path, evaluation: Evaluation, *, model: str, views: i
         model: the model's folder, as it was given.
         views: views averaged per image.
     """
+    import torch  # for its version; whoever has something to write has imported it
+
     mean = evaluation.mean_of()
     suites = [_suite(evaluation, suite) for suite in evaluation.suites]
     text = page.render(

@@ -63,7 +63,6 @@ def export(model: str | Path, out: str | Path, format: Format) -> Path:
         >>> export("runs/mine", "mine.onnx", "onnx")  # doctest: +SKIP
     """
     from dgsnet.detection.detector import Detector
-    from dgsnet.model.checkpoint import read_extra
 
     if format not in get_args(Format):
         raise UserError(f"unknown format {format}: give one of {', '.join(get_args(Format))}")
@@ -75,6 +74,9 @@ def export(model: str | Path, out: str | Path, format: Format) -> Path:
             f"{out} is a folder: give --out the name of a file, such as {out / f'model.{format}'}"
         )
     detector = Detector.load(model, "cpu")
+
+    from dgsnet.model.checkpoint import read_extra
+
     expected = detector.logits(_pixels(detector))
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=".export-") as folder:

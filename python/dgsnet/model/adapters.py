@@ -116,10 +116,6 @@ def split_attention(visual: VisionTransformer) -> None:
 
 
 def inject_lora(visual: VisionTransformer, config: ModelConfig) -> None:
-    if config.lora_rank < 0 or not 0 <= config.lora_dropout < 1:
-        raise UserError(
-            f"lora_rank={config.lora_rank} must be at least 0, lora_dropout={config.lora_dropout} in [0, 1)"
-        )
     lora = LoraConfig(
         r=config.lora_rank,
         lora_alpha=config.lora_alpha,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import functools
 import zipfile
 from pathlib import Path
@@ -13,10 +12,15 @@ from accelerate import init_empty_weights
 from torch import Tensor, nn
 
 from dgsnet.errors import UserError
-
-BUILTIN_NAME = "dgsnet-tiny"
-BUILTIN_WEIGHTS = "builtin"
-BUILTIN_FOLDER = Path(__file__).parents[1] / "builtin"
+from dgsnet.model.catalogue import (
+    BUILTIN_FOLDER,
+    BUILTIN_NAME,
+    BUILTIN_WEIGHTS,
+    canonical,
+    check_known,
+    check_tower,
+    check_weights,
+)
 
 
 def encode_text(text: nn.Module, tokens: Tensor) -> Tensor:
@@ -68,38 +72,13 @@ def build_clip(name: str, pretrained: str, with_text: bool) -> open_clip.CustomT
     return clip
 
 
-def canonical(name: str) -> str:
-    return name.replace("/", "-")
-
-
 def _model_config(name: str) -> dict:
     """open_clip's configuration of a model whose vision tower DGS-Net can adapt."""
     if name == BUILTIN_NAME and name not in open_clip.list_models():
         open_clip.add_model_config(BUILTIN_FOLDER / f"{BUILTIN_NAME}.json")
-    known = open_clip.list_models()
-    if canonical(name) not in known:
-        close = difflib.get_close_matches(name, known, n=3) or ["ViT-L-14-quickgelu", BUILTIN_NAME]
-        raise UserError(
-            f"unknown model {name!r}: did you mean {' or '.join(close)}? "
-            "open_clip.list_models() names them all"
-        )
+    check_known(name, open_clip.list_models())
     config = open_clip.get_model_config(canonical(name))
-    vision = config["vision_cfg"]
-    found = (
-        "a timm tower"
-        if "timm_model_name" in vision
-        else "a ResNet"
-        if isinstance(vision.get("layers"), (list, tuple))
-        else "CoCa, with attentional pooling"
-        if "multimodal_cfg" in config or vision.get("attentional_pool")
-        else "a transformer with custom attention blocks"
-        if vision.get("block_type") == "custom"
-        else None
-    )
-    if found:
-        raise UserError(
-            f"model {name} is {found}; dgsnet adapts plain CLIP vision transformers, e.g. ViT-L-14-quickgelu"
-        )
+    check_tower(name, config)
     return config
 
 
@@ -107,9 +86,8 @@ def _find_weights(name: str, pretrained: str, quick_gelu: bool) -> Path | None:
     """The weights file for a tag, a path or "builtin"; None for "" (random weights)."""
     if not pretrained:
         return None
+    check_weights(name, pretrained)
     if pretrained == BUILTIN_WEIGHTS:
-        if name != BUILTIN_NAME:
-            raise UserError(f"pretrained='builtin' goes with name='{BUILTIN_NAME}' only, not with {name}")
         return BUILTIN_FOLDER / f"{BUILTIN_NAME}.safetensors"
 
     tag = open_clip.get_pretrained_cfg(canonical(name), pretrained)
@@ -121,10 +99,6 @@ def _find_weights(name: str, pretrained: str, quick_gelu: bool) -> Path | None:
         if _is_torchscript(path):  # the only TorchScript CLIPs are OpenAI's originals
             _check_activation(name, str(path), True, quick_gelu)
         return path
-    if path.suffix or len(path.parts) > 1:
-        raise UserError(
-            f"weights file {pretrained} does not exist: give an existing .pt, .bin or .safetensors file"
-        )
     tags = [
         known
         for known in open_clip.list_pretrained_tags_by_model(canonical(name))

@@ -24,12 +24,12 @@ from safetensors.torch import save as to_safetensors
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from dgsnet.config import CONFIG_FILE, Config
+from dgsnet.config import CONFIG_FILE, Config, read_config
 from dgsnet.errors import UserError
-from dgsnet.files import aside, one_line, replace_folder, sync, sync_folder, write_synced
+from dgsnet.files import one_line, replace_folder, sync, sync_folder, write_synced
 from dgsnet.model.dgsnet import DGSNet
+from dgsnet.model.folders import WEIGHTS_FILE, model_folder
 
-WEIGHTS_FILE = "adapters.safetensors"
 # As `pretrained` in config.json it means the file of this name in the model folder.
 BACKBONE_FILE = "clip.safetensors"
 # Hashes of the training images' files (images.file_hash), int64, ascending.
@@ -224,44 +224,6 @@ def trained_on(folder: str | Path) -> np.ndarray:
         return np.empty(0, np.int64)
     except (ValueError, EOFError) as error:
         raise UserError(f"{path} is damaged ({one_line(error)}): copy it again, or remove it") from None
-
-
-def model_folder(path: str | Path) -> Path:
-    """The model folder that `path` means: itself, or the best model of a run folder.
-
-    Raises:
-        UserError: there is none.
-    """
-    path = Path(path)
-    for folder in (path / "best", path):
-        for candidate in (
-            folder,
-            aside(folder),
-        ):  # the latter after a kill between replace_folder's renames
-            if (candidate / WEIGHTS_FILE).is_file():
-                return candidate
-    if not path.exists():
-        raise UserError(f"no model at {path}: give the folder that `dgsnet train --out` wrote")
-    if (path / CONFIG_FILE).is_file():
-        raise UserError(
-            f"{path} has no finished model yet ({WEIGHTS_FILE} is missing): finish its training with --resume"
-        )
-    raise UserError(
-        f"{path} is no model: it holds no {WEIGHTS_FILE}; give the folder that `dgsnet train` wrote"
-    )
-
-
-def read_config(path: Path) -> Config:
-    """Read a config.json; UserError when it is missing, damaged or unknown."""
-    try:
-        config = Config.load(path)
-        if "model" not in json.loads(path.read_text()):
-            raise ValueError("it names no model")
-        return config
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing: a model needs it beside {WEIGHTS_FILE}") from None
-    except (ValueError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is damaged or of another version of dgsnet: {one_line(error)}") from None
 
 
 def _read_weights(path: Path) -> tuple[dict[str, str], dict[str, torch.Tensor]]:

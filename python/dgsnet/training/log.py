@@ -1,4 +1,4 @@
-"""What a run writes down of itself: metrics.csv and TensorBoard."""
+"""What a run tells of itself: metrics.csv, TensorBoard and its progress."""
 
 from __future__ import annotations
 
@@ -6,9 +6,12 @@ import csv
 import io
 import math
 import os
+import sys
+import time
 from pathlib import Path
 
 from accelerate import Accelerator
+from tqdm import tqdm
 
 from dgsnet.errors import UserError
 from dgsnet.files import write_file
@@ -62,3 +65,49 @@ class Log:
         assert self.file  # the main process calls this
         os.fsync(self.file.fileno())
         return self.file.seek(0, io.SEEK_END)
+
+
+class Progress:
+    """How far an epoch is, on stderr: a bar on a terminal, a line for every `tell` in a log.
+
+    Args:
+        place: stage and epoch in words.
+        done, total: optimiser steps of the epoch that are done, and all of them.
+        silent: say nothing, as all processes but the first.
+    """
+
+    def __init__(self, place: str, done: int, total: int, *, silent: bool = False) -> None:
+        self.place, self.done, self.total = place, done, total
+        terminal = sys.stderr.isatty()
+        self.lines = not terminal and not silent
+        self.bar = tqdm(desc=place, initial=done, total=total, unit="step", disable=silent or not terminal)
+        self.begun, self.first, self.images = time.monotonic(), done, 0
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.close()
+
+    def step(self, images: int) -> None:
+        """An optimiser step over so many images is done."""
+        self.done += 1
+        self.images += images
+        self.bar.update()
+
+    @property
+    def speed(self) -> float:
+        """Images per second since the epoch was begun or gone on with."""
+        return self.images / (time.monotonic() - self.begun)
+
+    def tell(self, loss: float) -> None:
+        """Show the loss, the speed and, as the bar does by itself, the time that is left of the epoch."""
+        self.bar.set_postfix_str(f"loss {loss:.4f}, {self.speed:.1f} images/s")
+        if self.lines:
+            left = (self.total - self.done) * (time.monotonic() - self.begun) / (self.done - self.first)
+            print(
+                f"{self.place}: step {self.done}/{self.total}, loss {loss:.4f}, {self.speed:.1f} images/s, "
+                f"{tqdm.format_interval(left)} left",
+                file=sys.stderr,
+                flush=True,
+            )

@@ -30,6 +30,11 @@ class Position:
     step: int = 0
 
 
+def dropout_seed(seed: int, step: int, process: int) -> int:
+    """What a process draws dropout from in an optimiser step: one number for each three."""
+    return int(np.random.SeedSequence((seed, step, process)).generate_state(1)[0])
+
+
 @dataclass
 class MicroBatch:
     """Images of one process and one backward pass, and their weight in the mean over the optimiser step."""

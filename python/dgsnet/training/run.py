@@ -12,7 +12,6 @@ import hashlib
 import itertools
 import math
 import sys
-import time
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -25,7 +24,6 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import gather_object, set_seed
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 from dgsnet.config import CONFIG_FILE, Config
 from dgsnet.data.loading import (
@@ -43,6 +41,7 @@ from dgsnet.data.samples import Sample
 from dgsnet.errors import UserError
 from dgsnet.evaluation.metrics import metrics
 from dgsnet.files import write_file
+from dgsnet.model.catalogue import check_image_size
 from dgsnet.model.checkpoint import (
     build_model,
     fingerprint,
@@ -52,50 +51,20 @@ from dgsnet.model.checkpoint import (
     trained_state,
     write_model,
 )
+from dgsnet.processes import default_workers
 from dgsnet.training import parallel
+from dgsnet.training.checks import uses_surgery, uses_text
 from dgsnet.training.frozen import CaptionFeatures
-from dgsnet.training.log import VAL_COLUMNS, Log
-from dgsnet.training.plan import BRANCHES, HEAD, MicroBatch, Position, StepPlan
-from dgsnet.training.setup import (
-    accelerator_for,
-    check_folder,
-    training_samples,
-    uses_surgery,
-    uses_text,
-    with_batch_size,
-)
+from dgsnet.training.log import VAL_COLUMNS, Log, Progress
+from dgsnet.training.plan import BRANCHES, HEAD, MicroBatch, Position, StepPlan, dropout_seed
+from dgsnet.training.setup import accelerator_for, with_batch_size
 from dgsnet.training.step import TRAIN_COLUMNS, Step, layer_surgery, named_parameters, speed_up
 
 STATE_FILE = Path("state") / "resume.pt"
 
 
-def train(config: Config, out: str | Path, *, resume: bool = False) -> Path:
-    """Train a detector.
-
-    Writes into `out`: config.json, metrics.csv, tensorboard/, best/ and last/ (model folders, see
-    checkpoint.load_model) and state/ (what a killed run resumes from). docs/training.md describes them.
-
-    Args:
-        config: the run.
-        out: the run's folder: new or empty, unless resuming.
-        resume: go on with the run in `out`, or start it if there is none yet.
-
-    Returns:
-        `out`, which every command takes as --model.
-
-    Raises:
-        UserError: data, model or configuration cannot be used, `out` is taken, training diverged or ran out
-            of GPU memory; one line with the remedy.
-
-    Example:
-        >>> from dgsnet.config import Config, DataConfig
-        >>> train(Config(data=DataConfig(train=["photos"])), "runs/mine")  # doctest: +SKIP
-        PosixPath('runs/mine')
-    """
-    out = Path(out)
-    check_folder(config, out, resume)
-    samples = training_samples(config, config.data.train, "train")
-    val_samples = training_samples(config, config.data.val, "val") if config.data.val else []
+def run(config: Config, out: Path, samples: list[Sample], val_samples: list[Sample]) -> None:
+    """Train from where `out`, which is this run's alone, stands to the end; see train.train."""
     with accelerator_for(config, out) as accelerator:
         try:
             config = with_batch_size(config, out, accelerator)
@@ -105,11 +74,6 @@ def train(config: Config, out: str | Path, *, resume: bool = False) -> Path:
                 f"out of GPU memory with optim.batch_size={config.optim.batch_size}: halve it and double "
                 "optim.accumulation"
             ) from None
-    return out
-
-
-def _watched() -> bool:
-    return sys.stderr.isatty()
 
 
 class _Run:
@@ -130,9 +94,10 @@ class _Run:
         self.order = EpochSampler(dataset, shuffle=True, seed=config.seed)
         images = optim.batch_size * optim.accumulation * self.world
         self.plan = StepPlan(images, optim.batch_size, rank, self.world)
-        options = loader_options(data.workers, data.prefetch)
+        workers = default_workers() if data.workers is None else data.workers
+        options = loader_options(workers, data.prefetch, told=not accelerator.is_main_process)
         self.loader = DataLoader(dataset, batch_sampler=self.plan, **options)
-        self.watch = LoaderWatch(data.workers, accelerator.device)
+        self.watch = LoaderWatch(workers, accelerator.device)
         self.watch.told = not accelerator.is_main_process  # one process speaks for all
         self.val_loader = None
         if val:
@@ -140,25 +105,22 @@ class _Run:
                 val[rank :: self.world], self.preprocess, train=False, selection=data.selection
             )
             self.val_loader = make_loader(
-                val_dataset, batch_size=optim.batch_size, workers=data.workers, prefetch=data.prefetch
+                val_dataset, batch_size=optim.batch_size, workers=workers, prefetch=data.prefetch, told=True
             )
             # As many on every process, since a sharded model is gathered from all of them for each.
             self.val_batches = math.ceil(math.ceil(len(val) / self.world) / optim.batch_size)
         self.damage, self.val_damage = DamageReport(len(samples)), DamageReport(len(val))
 
         self.model = build_model(config, with_text=uses_text(config))
-        if self.model.image_size != config.preprocess.image_size:
-            raise UserError(
-                f"model {config.model.name} takes images of {self.model.image_size} pixels, but "
-                f"preprocess.image_size is {config.preprocess.image_size}: make them equal"
-            )
+        check_image_size(config.model.name, self.model.image_size, config.preprocess.image_size)
         self.backbone = fingerprint(self.model)
         self.model.to(accelerator.device)
         self.text = None
         if self.model.text is not None:
             with accelerator.main_process_first():  # which encodes, so that the others find all done
                 captions = (sample.caption or "" for sample in samples)
-                self.text = CaptionFeatures(self.model, captions, config.data.cache, progress=_watched())
+                shown = sys.stderr.isatty()
+                self.text = CaptionFeatures(self.model, captions, config.data.cache, progress=shown)
             self.model.text = None
         speed_up(self.model, optim)
         self.position = Position(HEAD if uses_surgery(config) else BRANCHES)
@@ -244,35 +206,30 @@ class _Run:
         self.model.train()
         batches = iter(self.loader) if self.plan.steps else iter(())
         self.watch.start()
-        bar = tqdm(
-            self.plan.steps,
-            desc=f"stage {position.stage} epoch {position.epoch + 1}/{epochs}",
-            unit="step",
-            disable=not (_watched() and self.accelerator.is_main_process),
-        )
-        started, images = time.monotonic(), 0
-        for number, (size, micro_batches) in enumerate(bar, 1):
-            self._optimiser_step(batches, micro_batches)
-            self.watch.step(sum(len(micro.indices) for micro in micro_batches))
-            position.step += 1
-            position.stage_step += 1
-            position.seen += size
-            images += size
-            more = number < len(self.plan.steps)
-            if not more or position.step % self.config.log_every == 0:
-                speed = images / (time.monotonic() - started)
-                loss = self._log_training(speed)
-                bar.set_postfix(loss=f"{loss:.4f}", images_per_s=f"{speed:.1f}")
-            if more and position.step % self.config.checkpoint_every == 0:
-                self._checkpoint()
+        done = math.ceil(position.seen / self.plan.images)
+        total = done + len(self.plan.steps)
+        with Progress(
+            self._place(epochs), done, total, silent=not self.accelerator.is_main_process
+        ) as progress:
+            for size, micro_batches in self.plan.steps:
+                self._optimiser_step(batches, micro_batches)
+                self.watch.step(sum(len(micro.indices) for micro in micro_batches))
+                position.step += 1
+                position.stage_step += 1
+                position.seen += size
+                progress.step(size)
+                more = progress.done < total
+                if not more or position.step % self.config.log_every == 0:
+                    progress.tell(self._log_training(progress.speed))
+                if more and position.step % self.config.checkpoint_every == 0:
+                    self._checkpoint()
         if not any(gather_object([self.readable])):
             raise UserError(f"none of the training images could be read; {self.damage.summary(shown=1)}")
         self._end_epoch(epochs)
 
     def _optimiser_step(self, batches: Iterator[dict[str, Any]], micro_batches: list[MicroBatch]) -> None:
         # Dropout depends on this seed alone, so that no generator's state need outlive a kill.
-        key = (self.config.seed, self.position.step, self.accelerator.process_index)
-        set_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
+        set_seed(dropout_seed(self.config.seed, self.position.step, self.accelerator.process_index))
         device = self.accelerator.device
         texts = self.text if self.position.stage == BRANCHES else None
         for number, micro in enumerate(micro_batches, 1):
@@ -318,13 +275,15 @@ class _Run:
         )
         return row["loss"]
 
+    def _place(self, epochs: int) -> str:
+        return f"stage {self.position.stage} epoch {self.position.epoch + 1}/{epochs}"
+
     def _end_epoch(self, epochs: int) -> None:
         """Validate, keep the model if it is the best, and make this a point to resume from."""
         position = self.position
         result = self._validate() if self.val_loader else {}
         text = "".join(f", {name} {value:.4f}" for name, value in result.items())
-        place = f"stage {position.stage} epoch {position.epoch + 1}/{epochs}: step {position.step}"
-        self.accelerator.print(place + text)
+        self.accelerator.print(f"{self._place(epochs)}: step {position.step}{text}")
         if result:
             self.log.write(position, result)
         if position.stage == BRANCHES:

@@ -1,4 +1,4 @@
-"""What is decided before the first step: folder, data, processes and the size of a batch."""
+"""What is decided before the first step: processes and the size of a batch."""
 
 from __future__ import annotations
 
@@ -13,46 +13,16 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import ProjectConfiguration, find_executable_batch_size, gather_object
 
-from dgsnet.config import CONFIG_FILE, Config
-from dgsnet.data.captions import attach_captions
-from dgsnet.data.samples import Sample, find_samples
+from dgsnet.config import CONFIG_FILE, Config, read_config
 from dgsnet.errors import UserError
-from dgsnet.model.checkpoint import build_model, read_config
+from dgsnet.model.checkpoint import build_model
+from dgsnet.processes import announced_size
+from dgsnet.training.checks import uses_surgery, uses_text
 from dgsnet.training.plan import BRANCHES
 from dgsnet.training.step import Step, speed_up
 
-# Settings that a resumed run may change, because they do not decide its weights.
-FREE_SETTINGS = (
-    "data.workers",
-    "data.prefetch",
-    "data.cache",
-    "optim.parallel",
-    "checkpoint_every",
-    "log_every",
-)
 # Where the search for the largest batch starts, going down by tenths.
 LARGEST_BATCH = 4096
-
-
-def check_folder(config: Config, out: Path, resume: bool) -> None:
-    """Refuse a folder that is taken, and a resumption with other settings; nothing is written yet."""
-    saved = out / CONFIG_FILE
-    if out.exists() and not out.is_dir():
-        raise UserError(f"--out {out} is a file: give a folder")
-    if not resume and out.exists() and any(out.iterdir()):
-        raise UserError(f"--out {out} is not empty: give another folder, or --resume to go on with its run")
-    if resume and saved.is_file():
-        before, now = read_config(saved).flat(), config.flat()
-        for name, value in now.items():
-            found = name == "optim.batch_size" and value == "auto"  # and is kept
-            if value != before[name] and name not in FREE_SETTINGS and not found:
-                raise UserError(
-                    f"cannot resume {out} with {name}={value}, it was started with {before[name]}: leave "
-                    "the setting out, or start a new run"
-                )
-    if not config.data.train:
-        nothing = f" ({out} holds no run to resume)" if resume else ""
-        raise UserError(f"no training images: name a dataset with --data.train{nothing}")
 
 
 def with_batch_size(config: Config, out: Path, accelerator: Accelerator) -> Config:
@@ -90,31 +60,6 @@ def largest_batch(config: Config, device: torch.device, start: int = LARGEST_BAT
     return attempt()
 
 
-def training_samples(config: Config, roots: list[str] | str, split: str) -> list[Sample]:
-    """All samples of a split, with captions where the text branch needs them."""
-    roots = [roots] if isinstance(roots, str) else roots
-    found = {root: find_samples(root, split) for root in roots}
-    if split == "train":
-        labels = {sample.label for samples in found.values() for sample in samples}
-        if len(labels) == 1:
-            kind = "generated" if labels == {1} else "real"
-            raise UserError(
-                f"{', '.join(roots)}: all training images are {kind}; training needs both classes"
-            )
-        if uses_text(config):
-            found = {root: attach_captions(s, config.data.captions, root) for root, s in found.items()}
-    return [sample for samples in found.values() for sample in samples]
-
-
-def uses_surgery(config: Config) -> bool:
-    """Without adapters no gradient enters the encoder, so there is nothing to edit."""
-    return config.surgery.mode != "none" and config.model.lora_rank > 0
-
-
-def uses_text(config: Config) -> bool:
-    return uses_surgery(config) and config.data.captions != "none"
-
-
 @contextlib.contextmanager
 def accelerator_for(config: Config, out: Path) -> Iterator[Accelerator]:
     # bf16 needs no autocast: the backbone is kept in it, and all else widens what it takes.
@@ -122,7 +67,20 @@ def accelerator_for(config: Config, out: Path) -> Iterator[Accelerator]:
     project = ProjectConfiguration(project_dir=str(out), logging_dir=str(out))
     deterministic = torch.are_deterministic_algorithms_enabled()
     try:
-        accelerator = Accelerator(mixed_precision=precision, log_with="tensorboard", project_config=project)
+        # Without a GPU accelerate makes a group only where it is told to use none.
+        several = announced_size() > 1
+        accelerator = Accelerator(
+            mixed_precision=precision,
+            log_with="tensorboard",
+            project_config=project,
+            cpu=several and not torch.accelerator.is_available(),
+        )
+        if accelerator.num_processes != announced_size():
+            raise UserError(
+                f"{announced_size()} processes were started, but this one is in a group of "
+                f"{accelerator.num_processes}: start them with torchrun, and with ACCELERATE_USE_CPU=1 where "
+                "their GPUs are not CUDA's"
+            )
         kind = accelerator.distributed_type.value
         if kind not in ("NO", "MULTI_GPU", "MULTI_CPU"):
             raise UserError(

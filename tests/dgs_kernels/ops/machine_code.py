@@ -6,6 +6,7 @@ interpreter mode.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -23,6 +24,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from dgs_kernels.triton import (
+    combine_,
+    gramian,
     project_align,
     project_align_,
     spectral_entropy,
@@ -172,6 +175,24 @@ def layer_codes(kernels: dict, capability: int) -> Iterator[tuple[str, dict]]:
 def project_align__codes(capability: int) -> Iterator[tuple[str, dict]]:
     kernels = {"sums": project_align_._chunk_kernel, "apply": project_align_._apply_kernel}
     yield from layer_codes(kernels, capability)
+
+
+def objectives_codes(kernel, counts, shape, capability: int) -> Iterator[tuple[str, dict]]:
+    for dtype, count in itertools.product((torch.bfloat16, torch.float32), counts):
+        types = defaultdict(lambda: "*fp32", {"table_ptr": "*i64", "tensors": "i32"})
+        types |= {"chunks": "i32", "weights_stride": "i32"}
+        constants = {"COUNT": count, "ALIGNED": True, "TAILS": False, "CHUNK": project_align_.CHUNK}
+        constants |= {"TYPE": project_align_.POINTERS[dtype], "ACC": tl.float32} | shape(count)
+        code = machine_code(kernel, types, constants, capability, project_align_.WARPS)
+        yield f"{TYPES[dtype]} {count}", code
+
+
+def gramian_codes(capability: int) -> Iterator[tuple[str, dict]]:
+    yield from objectives_codes(gramian._chunk_kernel, (2, 8), gramian.launch_shape, capability)
+
+
+def combine__codes(capability: int) -> Iterator[tuple[str, dict]]:
+    yield from objectives_codes(combine_._kernel, (2, 16), lambda count: {}, capability)
 
 
 def surgery_adamw__codes(capability: int) -> Iterator[tuple[str, dict]]:

@@ -315,7 +315,7 @@ class Marked(torch.Tensor):
 def test_subclasses_are_tensors_too(backend):
     lists = [draw(SHAPES[:3], device=backend, seed=seed) for seed in range(3)]
     marked = [[t.clone().as_subclass(Marked) for t in tensors] for tensors in lists]
-    parameters = [[torch.nn.Parameter(t.clone()) for t in tensors] for tensors in lists]
+    parameters = [[torch.nn.Parameter(t.clone(), requires_grad=False) for t in tensors] for tensors in lists]
     strength = torch.tensor(0.3, device=backend)
     sums = project_align_(*lists, alignment=strength)
     for others, alignment in ((marked, strength.as_subclass(Marked)), (parameters, strength)):
@@ -371,8 +371,8 @@ def test_leaves_the_graph_alone():
         ({"order": "first"}, "order must be one of align_first, project_first, got 'first'"),
         ({"rule": "half"}, "rule must be one of positive, full, conflict, got 'half'"),
         ({"eps": 0.0}, "eps must be > 0, got 0.0"),
-        ({"eps": "small"}, "(?s)'eps'.*'str'"),
-        ({"harmful": [1.0] * 9}, "'harmful' but instead found"),
+        ({"eps": "small"}, "eps must be a number, got str"),
+        ({"harmful": [1.0] * 9}, r"harmful\[0\] must be a torch.Tensor, got float"),
         ({"alignment": torch.ones(2)}, "alignment must be a number or a 0-dim tensor"),
     ],
 )
@@ -440,7 +440,7 @@ def test_tensors_made_under_capture(monkeypatch):
 
 def test_sparse_gradients_are_refused():
     sparse = torch.eye(3).to_sparse()
-    with pytest.raises(TypeError, match="dense tensors, not sparse"):
+    with pytest.raises(TypeError, match=r"harmful\[0\] must be a dense tensor .*sparse_coo"):
         project_align_([torch.eye(3)], [sparse])
 
 

@@ -209,7 +209,7 @@ def test_compiles_whole():
             TypeError,
             "uint8 or floating-point, got torch.int32",
         ),
-        (torch.zeros(1, 3, 64, 64), 0, ValueError, "patch_size must be at least 1, got 0"),
+        (torch.zeros(1, 3, 64, 64), 0, ValueError, "patch_size must be >= 1, got 0"),
     ],
 )
 def test_errors(images, patch_size, error, words):

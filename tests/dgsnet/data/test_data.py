@@ -16,6 +16,7 @@ from dgsnet.data.loading import DamageReport, ImageDataset, LoaderWatch, collate
 from dgsnet.data.preprocess import Preprocessor
 from dgsnet.data.samples import Sample, find_samples
 from dgsnet.errors import UserError
+from dgsnet.processes import start_worker, usable_cores
 from PIL import Image
 
 from tests.support.permissions import folder_of_others, unprivileged
@@ -356,11 +357,18 @@ def test_order_and_augmentation_change_with_epoch_and_seed(folder):
     assert sorted(first["index"].tolist()) == sorted(second["index"].tolist())
     other = epoch_of(make_loader(dataset_of(folder), batch_size=16, shuffle=True, seed=1), 0)[0]
     assert other["index"].tolist() != first["index"].tolist()
+    assert other["index"].tolist() != second["index"].tolist()  # seed and epoch do not add up
     dataset, reseeded = dataset_of(folder), dataset_of(folder, seed=1)
     pixels = [dataset[0]["pixels"]]
     dataset.set_epoch(1)
     pixels += [dataset[0]["pixels"], reseeded[0]["pixels"]]
     assert not any(torch.equal(pixels[i], pixels[j]) for i, j in ((0, 1), (0, 2), (1, 2)))
+
+
+def test_workers_end_with_their_parent_and_one_of_them_warns(folder):
+    loader = make_loader(dataset_of(folder), batch_size=5, workers=2, told=True)
+    assert loader.worker_init_fn.func is start_worker
+    assert loader.worker_init_fn.keywords == {"told": True}
 
 
 def test_without_training_nothing_is_random(folder):
@@ -507,6 +515,6 @@ def test_the_start_of_an_epoch_does_not_count():
 
 
 def test_remedies_fit_the_machine():
-    watch = QuickWatch(workers=os.cpu_count(), device=torch.device("cpu"))
+    watch = QuickWatch(workers=usable_cores(), device=torch.device("cpu"))
     (message,) = watched(watch, wait=0.02, work=0.001)
     assert "cores are busy: scale the images down" in message

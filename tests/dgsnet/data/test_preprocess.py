@@ -8,6 +8,7 @@ import torch
 from dgsnet.config import PreprocessConfig
 from dgsnet.data.images import ImageError
 from dgsnet.data.preprocess import NORMALIZATIONS, Preprocessor, content_seed
+from open_clip.constants import IMAGENET_MEAN, IMAGENET_STD, OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 from PIL import Image
 
 from dgs_kernels import backends
@@ -217,6 +218,11 @@ def test_training_is_a_function_of_its_random_numbers(config):
     assert not torch.equal(draws[0], draws[2])
 
 
+def test_normalisations_are_the_published_ones():
+    assert NORMALIZATIONS["clip"] == (OPENAI_DATASET_MEAN, OPENAI_DATASET_STD)
+    assert NORMALIZATIONS["imagenet"] == (IMAGENET_MEAN, IMAGENET_STD)
+
+
 def test_shuffle_when_scoring_comes_from_the_pixels():
     image = picture(256, 256)
     changed = image.copy()
@@ -278,7 +284,9 @@ SIZES = [(300, 400), (64, 64), (224, 224), (512, 333), (40, 900)]
 
 
 @pytest.mark.parametrize("train", [True, False])
-@pytest.mark.parametrize("config", [CONFIGS[0], CONFIGS[2]])
+@pytest.mark.parametrize(
+    "config", [CONFIGS[0], CONFIGS[2], PreprocessConfig(image_size=64, patch_size=16, num_patches=16)]
+)
 def test_selection_for_a_batch_gives_the_same_bits(config, train):
     preprocess = Preprocessor(config)
     images = [picture(*size, seed) for seed, size in enumerate(SIZES)]

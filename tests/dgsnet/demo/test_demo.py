@@ -1,6 +1,7 @@
 """The demo's comparison on a few images and a CLIP with random weights: fair, complete, told as it is."""
 
 import json
+import os
 import re
 from html.parser import HTMLParser
 
@@ -13,6 +14,7 @@ from dgsnet.demo import compare as demo
 from dgsnet.detection.detector import Detector
 from dgsnet.errors import UserError
 from dgsnet.evaluation.results import Evaluation, Score
+from dgsnet.files import locked
 from PIL import Image
 
 SPLITS = {"train": ["nearest"], "val": ["bicubic"], "test": ["shuffle", "unpool"]}
@@ -155,7 +157,12 @@ def test_only_a_former_demo_is_overwritten(tmp_path):
         command.demo_command(str(mine))
     assert (mine / "thesis.txt").read_text() == "do not lose"
 
-    former = command._prepare(tmp_path / "former")
+    former = tmp_path / "former"
+    former.mkdir()
+    command._prepare(former)
     (former / "runs").mkdir()
     (former / "report.html").touch()
+    with locked(former), pytest.raises(UserError, match=f"in use by process {os.getpid()} "):
+        command.demo_command(str(former))
+    assert (former / "report.html").exists()
     assert [entry.name for entry in command._prepare(former).iterdir()] == [command.MARKER]

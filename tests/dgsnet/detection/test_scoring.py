@@ -10,6 +10,7 @@ import time
 from dataclasses import dataclass, fields
 
 import numpy as np
+import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -431,8 +432,10 @@ def test_a_killed_run_goes_on_without_losing_or_repeating_a_row(run, images, tab
         child.start()
         while child.is_alive() and (not part.exists() or part.read_bytes().count(b"\n") < least):
             time.sleep(0.002)
+        workers = psutil.Process(child.pid).children(recursive=True)
         os.kill(child.pid, signal.SIGKILL)
         child.join()
+        assert workers and not psutil.wait_procs(workers, timeout=20)[1]
         assert not out.exists()
         kept.append(part.read_bytes().count(b"\n") - 1)
         with open(part, "ab") as file:

@@ -210,6 +210,19 @@ def test_stage_1_is_the_linear_head_on_the_frozen_encoder(tmp_path, capsys):
     assert detector.config.model.lora_rank == 0 and detector.config.surgery.mode == "none"
 
 
+@pytest.mark.parametrize(
+    "mixed, merged",
+    [("resblocks.1.attn.", False), ("resblocks.0.attn.k_proj.", True), ("resblocks.0.attn.q_proj.", False)],
+)
+def test_half_merged_files_are_refused(tmp_path, mixed, merged):
+    state, other = official(NAME, merged=merged), official(NAME, merged=not merged)
+    weights = [key for key in state if mixed in key and key.endswith("_proj.weight") and "frozen" not in key]
+    assert weights
+    torch.save(state | {key: other[key] for key in weights}, tmp_path / "c.pth")
+    with pytest.raises(UserError, match="not the one that it is in the blocks before"):
+        read(tmp_path / "c.pth", name=NAME, alpha=ALPHA)
+
+
 def test_adapters_that_were_never_trained_count_as_not_merged(tmp_path):
     torch.save(official(NAME, trained=False), tmp_path / "c.pth")
     assert not read(tmp_path / "c.pth", name=NAME, alpha=ALPHA).merged

@@ -19,6 +19,7 @@ from dgsnet.data.samples import find_samples
 from dgsnet.model import checkpoint
 from dgsnet.training import run as training_run
 from dgsnet.training.log import METRICS_FILE
+from dgsnet.training.train import train
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -62,9 +63,11 @@ def _rank(rank, world, port, arguments, checkpoints):
     """In a process of its own: one rank, as torchrun starts it; ends after so many checkpoints, if any."""
     torch.set_num_threads(1)
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world, "MASTER_ADDR": "localhost"}
-    place |= {"MASTER_PORT": port, "ACCELERATE_USE_CPU": "true", "GLOO_SOCKET_IFNAME": "lo"}
+    place |= {"MASTER_PORT": port, "GLOO_SOCKET_IFNAME": "lo"}
+    if torch.cuda.is_available():
+        place["ACCELERATE_USE_CPU"] = "true"
     os.environ.update({name: str(value) for name, value in place.items()})
-    written, save_state = [], run.save_state
+    written, save_state = [], training_run.save_state
 
     def save(*arguments):
         save_state(*arguments)
@@ -185,7 +188,7 @@ def test_selection_on_the_device_trains_the_same_weights(dataset, tmp_path):
     for selection in ("workers", "device"):
         config = dataclasses.replace(config_of(dataset, 8, 1), preprocess=preprocess)
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, selection=selection))
-        out = training_run.train(config, tmp_path / selection)
+        out = train(config, tmp_path / selection)
         weights.append(load_file(out / "last" / "adapters.safetensors"))
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
     assert rows(tmp_path / "workers") == rows(tmp_path / "device")

@@ -1,12 +1,17 @@
 """Training end to end on a tiny model: it learns, is reproducible, survives SIGKILL, refuses wrong input."""
 
+import contextlib
 import csv
 import dataclasses
+import itertools
 import json
 import os
 import random
+import re
+import shutil
 import signal
 import socket
+import sys
 import time
 from pathlib import Path
 
@@ -17,12 +22,16 @@ from dgsnet import cli
 from dgsnet.config import Config, DataConfig, ModelConfig, OptimConfig, PreprocessConfig, SurgeryConfig
 from dgsnet.data.images import file_hash
 from dgsnet.errors import UserError
+from dgsnet.files import locked
 from dgsnet.model import checkpoint
-from dgsnet.training.log import METRICS_FILE
-from dgsnet.training.plan import BRANCHES, StepPlan
-from dgsnet.training.run import STATE_FILE, train
-from dgsnet.training.setup import largest_batch
+from dgsnet.training import log as training_log
+from dgsnet.training import run as training_run
+from dgsnet.training.log import METRICS_FILE, Progress
+from dgsnet.training.plan import BRANCHES, StepPlan, dropout_seed
+from dgsnet.training.run import STATE_FILE
+from dgsnet.training.setup import accelerator_for, largest_batch
 from dgsnet.training.step import Step, layer_surgery, named_parameters
+from dgsnet.training.train import train
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -204,7 +213,9 @@ def _train_as(rank, world, port, arguments):
         "MASTER_ADDR": "localhost",
         "MASTER_PORT": port,
     }
-    os.environ.update({name: str(value) for name, value in place.items()}, ACCELERATE_USE_CPU="true")
+    if torch.cuda.is_available():
+        place["ACCELERATE_USE_CPU"] = "true"
+    os.environ.update({name: str(value) for name, value in place.items()})
     cli.main(arguments)
 
 
@@ -287,6 +298,114 @@ def test_killed_at_any_moment_and_resumed_it_ends_with_the_same_weights(command,
     _assert_as_uninterrupted(tmp_path / "run", finished)
     assert launch(command) == 0  # nothing left to do
     _assert_as_uninterrupted(tmp_path / "run", finished)
+
+
+@pytest.fixture
+def validated(monkeypatch):
+    """validated([(ap, loss), ...]): what validations find in place of the truth; then the run is stopped."""
+
+    def script(results):
+        left = iter(results)
+
+        def validate(run):
+            try:
+                ap, loss = next(left)
+            except StopIteration:
+                raise KeyboardInterrupt from None
+            return {"val_loss": loss, "val_accuracy": 0.5, "val_ap": ap, "val_auc": 0.5}
+
+        monkeypatch.setattr(training_run._Run, "_validate", validate)
+
+    return script
+
+
+def test_best_is_the_highest_ap_then_the_lowest_loss_over_interruptions(dataset, tmp_path, validated):
+    plain = settings(dataset, surgery_mode="none", optim_batch_size=32, optim_epochs=7)  # a step an epoch
+    kept, run = [], tmp_path / "run"
+
+    def lives(*results):
+        validated(results)
+        with contextlib.suppress(KeyboardInterrupt):
+            train(plain, run, resume=True)
+        kept.append(checkpoint.read_extra(run)["step"])
+
+    lives((0.6, 0.9), (0.8, 0.9), (0.7, 0.1))  # higher; lower, if surer
+    lives((0.8, 0.5), (0.8, 0.7))  # as high, and surer; as high, and less sure
+    lives((0.7, 0.1), (float("nan"), 0.1))  # what was best is remembered
+    assert kept == [2, 4, 4]
+    assert (run / "last").is_dir() and checkpoint.load_state(run / STATE_FILE)["position"]["stage"] == 3
+
+
+def test_a_run_is_not_resumed_on_another_backbone(finished, dataset, tmp_path):
+    run = shutil.copytree(finished, tmp_path / "run")
+    state = checkpoint.load_state(run / STATE_FILE)
+    assert state["backbone"] == checkpoint.fingerprint(checkpoint.build_model(settings(dataset)))
+    checkpoint.save_state(run / STATE_FILE, state | {"backbone": "of others"})
+    with pytest.raises(UserError, match="the weights of dgsnet-tiny have changed"):
+        train(settings(dataset), run, resume=True)
+
+
+def test_dropout_differs_with_seed_step_and_process():
+    keys = list(itertools.product(range(4), repeat=3))
+    assert len({dropout_seed(*key) for key in keys}) == len(keys)
+
+
+@pytest.mark.parametrize("resume", [[], ["--resume"]])
+def test_a_folder_in_use_is_refused_by_the_name_of_its_process(dataset, tmp_path, capsys, resume):
+    path, run = tmp_path / "run.yaml", tmp_path / "run"
+    path.write_text(json.dumps(settings(dataset).to_dict()))
+    with locked(run):
+        line = _fails(["train", "--config", str(path), "--out", str(run), *resume], capsys)
+        assert os.listdir(run) == [".lock"]
+    assert f"run is in use by process {os.getpid()} on " in line
+
+
+def test_processes_that_are_in_no_group_are_refused(dataset, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)  # one without groups
+    for name, value in {"WORLD_SIZE": "2", "RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    refused = pytest.raises(UserError, match="2 processes were started, but this one is in a group of 1")
+    with refused, accelerator_for(settings(dataset), tmp_path):
+        pass
+
+
+# -- progress --------------------------------------------------------------------------------------------
+
+
+def test_a_log_has_a_line_for_every_log_step_and_no_bar(dataset, tmp_path, capsys):
+    train(settings(dataset, data_val=[], optim_epochs=1), tmp_path / "run")
+    told = capsys.readouterr().err
+    pattern = r"stage (\d) epoch 1/1: step (\d)/4, loss \d\.\d{4}, [\d.]+ images/s, (\d\d:\d\d) left"
+    lines = [re.fullmatch(pattern, line) for line in told.splitlines() if "warning" not in line]
+    assert [line.group(1, 2) for line in lines] == [("1", "3"), ("1", "4"), ("2", "2"), ("2", "4")]
+    assert lines[-1][3] == "00:00" and "\r" not in told
+
+
+def test_a_terminal_has_a_bar_and_other_processes_say_nothing(monkeypatch, capsys):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    with Progress("stage 2 epoch 1/1", 2, 10) as progress:
+        progress.step(32)
+        progress.tell(0.25)
+    told = capsys.readouterr().err
+    assert "3/10" in told and "loss 0.2500" in told and "images/s" in told and "\r" in told
+    assert re.search(r"<\d\d:\d\d", told)  # the time that is left
+    for terminal in (True, False):
+        monkeypatch.setattr(sys.stderr, "isatty", lambda terminal=terminal: terminal)
+        with Progress("stage 2 epoch 1/1", 0, 1, silent=True) as progress:
+            progress.step(32)
+            progress.tell(0.25)
+    assert capsys.readouterr().err == ""
+
+
+def test_the_time_that_is_left_counts_from_where_an_epoch_was_gone_on_with(monkeypatch, capsys):
+    clock = [100.0]
+    monkeypatch.setattr(training_log.time, "monotonic", lambda: clock[0])
+    progress = Progress("stage 2 epoch 1/1", 8, 12)
+    progress.step(30)
+    progress.step(30)
+    clock[0] += 20
+    progress.tell(0.5)
+    assert "step 10/12, loss 0.5000, 3.0 images/s, 00:20 left" in capsys.readouterr().err
 
 
 # -- what is trained -------------------------------------------------------------------------------------

@@ -1,0 +1,436 @@
+"""Gradient surgery between any number of losses, before every step of any optimiser."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from dgs_kernels.capturing import average, local, place, stamp
+from dgs_kernels.hooks import BeforeStep
+from dgs_kernels.ops.arguments import check_choice
+from dgs_kernels.ops.combine_ import combine_
+from dgs_kernels.ops.gramian import MAX_OBJECTIVES, gramian
+from dgs_kernels.weightings import NAMES, Weighting, weigh
+
+MODES = ("exact", "running")
+TASK, RUNNING_SUM = ".grad", "sum so far"
+Gradient = dict[Tensor, Tensor]  # of parameters
+BUCKETS = 32  # of a gradient's sketch
+REPEATED = 1e-4  # of the gradients' energy: a difference of 1% in norm, as bfloat16 rounds
+
+
+@dataclass(frozen=True)
+class ObjectiveMetrics:
+    """What a step's surgery found in each of G layers; tensors on the layers' device, made without a sync.
+
+    Attributes:
+        layers: G names. With `mode="running"` an entry for each objective and layer, "objective/layer".
+        objectives: K names. With `mode="running"` K is 2: the sum so far and the objective that joins it.
+        gramian: [G, K, K], inner products of the gradients.
+        weights: [G, K], what they were added with.
+    """
+
+    layers: list[str]
+    objectives: list[str]
+    gramian: Tensor
+    weights: Tensor
+
+    @property
+    def cosine(self) -> Tensor:
+        """[G, K, K], between every two gradients; 0 where one is zero."""
+        norms = self.gramian.diagonal(dim1=1, dim2=2).sqrt()
+        lengths = norms[:, :, None] * norms[:, None, :]
+        return torch.where(lengths > 0, self.gramian / lengths, self.gramian * 0)
+
+    @property
+    def conflict(self) -> Tensor:
+        """[G, K, K] bool, which pairs have a negative inner product."""
+        return self.gramian < 0
+
+    @property
+    def conflict_rate(self) -> Tensor:
+        """Share of the pairs that conflict, over all layers, 0-dim."""
+        count = len(self.objectives)
+        return self.conflict.float().mean() * count / (count - 1)
+
+    def scalars(self, prefix: str = "objectives") -> dict[str, float]:
+        """Every number under the name of its plot, as TensorBoard takes them; waits for the device once."""
+        count = len(self.objectives)
+        first, second = torch.triu_indices(count, count, 1).tolist()
+        both = torch.cat([self.cosine[:, first, second], self.weights], 1).float()
+        rate, *values = torch.cat([self.conflict_rate[None], both.reshape(-1)]).tolist()
+        names = [f"cosine/{self.objectives[i]}, {self.objectives[j]}" for i, j in zip(first, second)]
+        names += [f"weight/{name}" for name in self.objectives]
+        plots = [f"{prefix}/{name}/{layer}" for layer in self.layers for name in names]
+        return {f"{prefix}/conflict_rate": rate, **dict(zip(plots, values))}
+
+
+@dataclass
+class _Running:
+    """What mode="running" keeps of a step's objectives beside the sum of their gradients."""
+
+    sketches: dict[str, Tensor | None] = field(default_factory=dict)
+    folds: list[ObjectiveMetrics] = field(default_factory=list)
+
+
+@dataclass
+class _Part:
+    """The gradients of K objectives that live on one device and are split over the same processes."""
+
+    lists: list[list[Any]]
+    groups: list[int] = field(default_factory=list)
+
+    def fill(self, shared: bool) -> None:
+        """Zeros where a loss does not reach a parameter: views of a common tensor, or own ones."""
+        missing = [(tensors, i) for tensors in self.lists for i, t in enumerate(tensors) if t is None]
+        sizes = [self.lists[0][i].numel() for _, i in missing]
+        zeros: dict[torch.dtype, Tensor] = {}
+        for (tensors, i), size in zip(missing, sizes):
+            like = self.lists[0][i]
+            if not shared:
+                tensors[i] = torch.zeros_like(like)
+                continue
+            if like.dtype not in zeros:
+                zeros[like.dtype] = like.new_zeros(max(sizes))
+            tensors[i] = zeros[like.dtype][:size].view(like.shape)
+
+
+class ObjectiveSurgery(BeforeStep):
+    """Train on several losses: before every step their gradients are made one that respects them all.
+
+    Each loss's backward runs in a context that captures its gradient beside `.grad`. Before the optimiser
+    steps, one pass finds the inner products of all gradients (`gramian`), a method makes weights of them, and
+    one pass adds the gradients up (`combine_`). What a plain backward left in `.grad` is an objective too,
+    the first. Of a loss that does not reach a parameter the gradient there is zero.
+
+    Args:
+        optimizer: any `torch.optim.Optimizer`; of a wrapper (accelerate, Lightning) the `.optimizer` inside.
+        weighting: "mean", "pcgrad", "ogd" (the first objective, made orthogonal to all others), "gem" (the
+            first objective, the nearest gradient that conflicts with none of the others), "mgda" or "upgrad",
+            see `dgs_kernels.weightings`; or a callable from the Gramian [K, K] to weights [K], as TorchJD's
+            weightings are; or a list of them, one for each layer.
+        granularity: what a layer is: "tensor"; "layer", the tensors of one module, whose names come from
+            `model` or an optimiser made from `model.named_parameters()`; or "model", all of them.
+        mode: "exact" holds K gradients. "running" holds two: each objective joins the sum of those before it
+            by PCGrad between the two, which for two objectives is PCGrad and for more approximates it.
+        seed: of the random orders of "pcgrad"; the same on all ranks. `generator` draws them: to resume to
+            the same weights, save its `get_state()`.
+        model: the module that holds the parameters. Needed with FSDP2.
+        scaler: the GradScaler of the loop, if there is one. Scale every loss with it.
+        process_group: average captured gradients over these ranks, for backwards that DDP does not reduce.
+            None: they come reduced, as through DDP's wrapper.
+        check_ranks: compare the gradients' norms between ranks once, at the first step.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: an option that does not exist or a combination that would be
+            wrong, with the remedy.
+
+    Example:
+        >>> import torch
+        >>> from dgs_kernels import ObjectiveSurgery
+        >>> w = torch.nn.Parameter(torch.zeros(2))
+        >>> optimizer = torch.optim.SGD([w], lr=1.0)
+        >>> surgery = ObjectiveSurgery(optimizer, weighting="pcgrad")
+        >>> for loss in (w[0], w[1] - w[0]):
+        ...     with surgery.objective():
+        ...         loss.backward()
+        >>> optimizer.step()
+        >>> w.detach()
+        tensor([-0.5000, -1.5000])
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        weighting: str | Weighting | list[str | Weighting] = "pcgrad",
+        granularity: str = "model",
+        *,
+        mode: str = "exact",
+        seed: int = 0,
+        model: nn.Module | None = None,
+        scaler: torch.amp.GradScaler | None = None,
+        process_group: dist.ProcessGroup | None = None,
+        check_ranks: bool = True,
+    ) -> None:
+        check_choice("ObjectiveSurgery", "mode", mode, MODES)
+        if mode == "running" and weighting != "pcgrad":
+            raise ValueError('mode="running" is PCGrad against a running sum: it needs weighting="pcgrad"')
+        super().__init__(
+            optimizer,
+            caller="ObjectiveSurgery",
+            granularity=granularity,
+            model=model,
+            scaler=scaler,
+            process_group=process_group,
+            check_ranks=check_ranks,
+        )
+        self.weighting, self.mode = weighting, mode
+        self.generator = torch.Generator().manual_seed(seed)
+        self._running = _Running()
+        self._numbers_checked: set[int] = set()
+        self._last: ObjectiveMetrics | None = None
+        self._combined: dict[Tensor, tuple] = {}
+        self._check_weighting()
+
+    def clear(self) -> None:
+        """Forget what was captured since the last step."""
+        super().clear()
+        self._running = _Running()
+
+    @contextmanager
+    def objective(self, name: str | None = None) -> Iterator[None]:
+        """A context: what `backward()` inside computes is the gradient of one objective; `.grad` stays.
+
+        Without a name it is one more objective. Contexts of one name add up, over micro-batches.
+        """
+        if any(p.grad is not None and stamp(p.grad) == made for p, made in self._combined.items()):
+            raise RuntimeError(
+                "objective() after combine(): .grad waits for a step; with micro-batches name the objectives "
+                "and call combine() after the last"
+            )
+        self._forget_skipped_step()
+        running = self.mode == "running"
+        seen = list(self._running.sketches if running else self._captured)
+        name = f"objective {len(seen)}" if name is None else name
+        if running and name in seen:
+            raise RuntimeError(
+                f'{name!r} has joined the running sum: with mode="running" run all backwards of an objective '
+                "in one context"
+            )
+        if not running and name not in seen and len(seen) == MAX_OBJECTIVES:
+            raise RuntimeError(
+                f"more than {MAX_OBJECTIVES} objectives in one step: name them, objective(name), so that "
+                'micro-batches of one add up, or use mode="running"'
+            )
+        with self._capture(name, "objective()"):
+            yield
+        if running:
+            self._fold(name)
+
+    def combine(self) -> None:
+        """Do now what the step would do: `.grad` then holds one gradient, to clip or unscale as any other."""
+        scale = 1.0
+        if self.scaler is not None and self.scaler.is_enabled():
+            if any(p.grad is not None for p in self.parameters()):
+                raise RuntimeError(
+                    "combine() with a GradScaler cannot tell whether .grad is unscaled: run every backward "
+                    "inside objective()"
+                )
+            scale = self.scaler.get_scale()
+        self._operate(self._running, self._release(unscale=False), scale)
+        self._combined = {p: stamp(p.grad) for p in self.parameters() if p.grad is not None}
+
+    def metrics(self) -> ObjectiveMetrics | None:
+        """What the last surgery found; None if there were not two objectives. Waits for nothing."""
+        return self._last
+
+    # Operating -------------------------------------------------------------------------------------------
+
+    def _edit(self) -> None:
+        self._combined = {}
+        if self._captured or self._open:
+            self._operate(self._running, self._release())
+
+    @torch.no_grad()
+    def _operate(self, running: _Running, captured: dict, scale: float = 1.0) -> None:
+        """Make one gradient in `.grad` of what was captured and of what stands there."""
+        if not captured:
+            return
+        task = {p: p.grad for p in self.parameters() if p.grad is not None}
+        if self.mode == "running":
+            self._check_sketches(running.sketches, task)
+        fresh = [name for name in captured if name != RUNNING_SUM]
+        merged, found = self._merge({TASK: task, **captured} if task else captured, fresh, scale)
+        for p, grad in merged.items():
+            p.grad = grad
+        self._last = found
+        if self.mode == "running":
+            self._last = _end_to_end([*running.folds, *([found] if found else [])])
+
+    @torch.no_grad()
+    def _fold(self, name: str) -> None:
+        """Let what was captured join the running sum."""
+        alone, _ = self._merge({name: self._captured.pop(name)}, [name])
+        self._running.sketches[name] = None if self._numbers_checked else _sketch(alone)
+        total = self._captured.pop(RUNNING_SUM, None)
+        if total is not None:
+            alone, found = self._merge({RUNNING_SUM: total, name: alone})
+            self._running.folds += [found] if found else []
+        self._captured[RUNNING_SUM] = alone
+
+    def _merge(
+        self, objectives: dict[str, Gradient], fresh: Sequence[str] = (), scale: float = 1.0
+    ) -> tuple[Gradient, ObjectiveMetrics | None]:
+        """One gradient of K, written where the first one's tensors are, and what was found on the way.
+
+        `fresh` are those that `process_group` has still to average. `scale` is what all gradients were
+        multiplied with; weightings shall not see it.
+        """
+        names = list(objectives)
+        merged, parts, layers = self._parts(list(objectives.values()))
+        if self.process_group is not None:
+            for part in parts.values():
+                for name, tensors in zip(names, part.lists):
+                    if name in fresh:
+                        average(tensors, self.process_group)
+        if len(names) == 1:
+            return merged, None
+        products = self._gramian(parts, len(layers), len(names)) / scale**2
+        if self.mode == "exact":
+            self._check_repeated(products.sum(0), names)
+        self._check_ranks(dict(zip(names, products.diagonal(dim1=1, dim2=2).T)))
+        weights = self._weights(layers, products)
+        for (device, _), part in parts.items():
+            mine = weights if len(parts) == 1 else weights[list(dict.fromkeys(part.groups))]
+            combine_(part.lists[0], part.lists, mine.to(device), groups=part.groups)
+        return merged, ObjectiveMetrics(layers, names, products, weights)
+
+    def _parts(self, objectives: list[Gradient]) -> tuple[Gradient, dict[tuple, _Part], list[str]]:
+        """The first gradient, whole; all of them by device and mesh dimensions; and the names of G layers."""
+        whole: Gradient = {}
+        numbers: dict[str, int] = {}
+        parts: dict[tuple, _Part] = {}
+        for p in self._reached(objectives):
+            first, *others = (grads.get(p) for grads in objectives)
+            layer = self._layer(p)
+            if first is None:
+                first = torch.zeros_like(p)
+            elif first.layout != torch.strided:
+                raise TypeError(f"the gradient of {layer} is sparse; surgery needs dense gradients")
+            whole[p] = first
+            mine, meshes = place(first, layer)
+            part = parts.setdefault((mine.device, meshes), _Part([[] for _ in objectives]))
+            part.groups.append(numbers.setdefault(layer, len(numbers)))
+            for tensors, grad in zip(part.lists, (first, *others)):
+                tensors.append(None if grad is None else local(grad))
+        for part in parts.values():
+            part.fill(shared=self.process_group is None)
+        return whole, parts, list(numbers)
+
+    def _reached(self, objectives: list[Gradient]) -> list[Tensor]:
+        """The parameters that a loss has reached: in `process_group`, on any rank."""
+        params = self.parameters()
+        reached = [any(p in grads for grads in objectives) for p in params]
+        if self.process_group is not None:
+            anywhere = torch.tensor(reached, dtype=torch.uint8, device=params[0].device)
+            dist.all_reduce(anywhere, dist.ReduceOp.MAX, self.process_group)
+            reached = anywhere.tolist()
+        return [p for p, is_reached in zip(params, reached) if is_reached]
+
+    def _gramian(self, parts: dict[tuple, _Part], layers: int, count: int) -> Tensor:
+        """[G, K, K], added up over devices and processes."""
+        total: Tensor | None = None
+        for (_, meshes), part in parts.items():
+            products = gramian(part.lists, groups=part.groups)
+            for mesh, dim in meshes:
+                dist.all_reduce(products, group=mesh.get_group(dim))
+            if len(parts) == 1:
+                return products
+            if total is None:
+                total = products.new_zeros(layers, count, count, dtype=torch.float64)
+            total[list(dict.fromkeys(part.groups))] += products.to(total)
+        assert total is not None, "a gradient was captured"
+        return total
+
+    def _weights(self, layers: list[str], products: Tensor) -> Tensor:
+        if not isinstance(self.weighting, list):
+            return weigh(self.weighting, products, self.generator)
+        every = self._all_layers()
+        rows = [
+            weigh(self.weighting[every.index(layer)], products[g : g + 1], self.generator)
+            for g, layer in enumerate(layers)
+        ]
+        return torch.cat(rows)
+
+    def _all_layers(self) -> list[str]:
+        return list(dict.fromkeys(map(self._layer, self.parameters())))
+
+    # What cannot be right --------------------------------------------------------------------------------
+
+    def _check_sketches(self, sketches: dict[str, Tensor | None], task: Gradient) -> None:
+        """What `_check_repeated` does, where the gradients themselves are gone."""
+        kept = {name: sketch for name, sketch in sketches.items() if sketch is not None}
+        if len(kept) == len(sketches):
+            kept = {TASK: _sketch(task), **kept} if task else kept
+            rows = torch.stack(list(kept.values()))
+            self._check_repeated(rows @ rows.T, list(kept))
+
+    def _check_weighting(self) -> None:
+        layers = self._all_layers()
+        each = self.weighting if isinstance(self.weighting, list) else [self.weighting]
+        for weighting in each:
+            if not callable(weighting) and weighting not in NAMES:
+                raise ValueError(
+                    f"weighting must be one of {', '.join(NAMES)} or a callable from [K, K] to [K], got "
+                    f"{weighting!r}"
+                )
+        if each is self.weighting and len(each) != len(layers):
+            raise ValueError(
+                f"a list of weightings needs one for each of the {len(layers)} layers ({', '.join(layers)}), "
+                f"got {len(each)}"
+            )
+        if each is not self.weighting and len(layers) > 1 and hasattr(self.weighting, "reset"):
+            raise ValueError(
+                f"{type(self.weighting).__name__} remembers earlier Gramians, and layers would mix: pass a "
+                f"list of {len(layers)}, one for each layer"
+            )
+
+    def _check_repeated(self, products: Tensor, names: list[str]) -> None:
+        """At the first step with so many objectives: none may be the sum of the others; waits for the device.
+
+        ||g_k - sum of the others||^2 is a sum over the Gramian with signs.
+        """
+        count = len(names)
+        if count < 2 or count in self._numbers_checked:
+            return
+        signs = 2 * torch.eye(count, dtype=products.dtype, device=products.device) - 1
+        apart = ((signs @ products) * signs).sum(1)
+        energy, apart = torch.stack([products.diagonal(), apart]).tolist()
+        if not 0 < sum(energy) < float("inf"):
+            return
+        self._numbers_checked.add(count)
+        if names[0] == TASK and energy[0] == 0:
+            raise RuntimeError(
+                ".grad holds zeros, which would count as an objective: clear it with "
+                "zero_grad(set_to_none=True)"
+            )
+        for name, distance in zip(names, apart):
+            if distance <= REPEATED * sum(energy):
+                raise RuntimeError(
+                    f"the gradient of {name!r} is the sum of the others ({', '.join(names)}): a loss was "
+                    "captured twice, alone and in a total; run each loss's backward once (of a loss that the "
+                    "loop itself differentiates, as Lightning and HF Trainer do, return the one not captured)"
+                )
+
+
+def _sketch(grads: Gradient) -> Tensor:
+    """Sums of a gradient's numbers in a few buckets: linear, and equal only of equal gradients."""
+    flat = [local(grad).reshape(-1) for grad in grads.values()]
+    total = torch.zeros(BUCKETS, dtype=torch.float64, device=flat[0].device)
+    for numbers in flat:  # in their own type, as a sum in another would copy them
+        whole = len(numbers) // BUCKETS * BUCKETS
+        total += numbers[:whole].view(-1, BUCKETS).sum(0).to(total)
+        total[: len(numbers) - whole] += numbers[whole:].to(total)
+    return total
+
+
+def _end_to_end(folds: list[ObjectiveMetrics]) -> ObjectiveMetrics | None:
+    """The metrics of a running sum: an entry for each objective that joined it, and layer."""
+    if not folds:
+        return None
+    last = folds[-1]
+    if last.objectives[0] == TASK:  # it came last, but is the first so that its tensors stay in .grad
+        flipped = last.gramian.flip(1, 2), last.weights.flip(1)
+        folds = [*folds[:-1], ObjectiveMetrics(last.layers, [RUNNING_SUM, TASK], *flipped)]
+    return ObjectiveMetrics(
+        [f"{fold.objectives[1]}/{layer}" for fold in folds for layer in fold.layers],
+        [RUNNING_SUM, "objective"],
+        torch.cat([fold.gramian for fold in folds]),
+        torch.cat([fold.weights for fold in folds]),
+    )

@@ -1,0 +1,110 @@
+"""What operations ask of their arguments before any kernel or torch's dispatcher sees them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from numbers import Integral, Real
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from dgs_kernels.reference import ORDERS, RULES
+
+# Those of NumPy too, and those that torch.compile does not know yet.
+NUMBER: Any = (int, float, Real, torch.SymInt, torch.SymFloat)
+WHOLE: Any = (int, Integral, torch.SymInt)
+
+
+def check_tensors(caller: str, **tensors: object) -> None:
+    """Raise a TypeError unless all are dense tensors."""
+    for name, x in tensors.items():
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{caller}: {name} must be a torch.Tensor, got {_type_name(x)}")
+        # Sparse tensors are none of those that torch.compile traces, and dynamo does not read the layout.
+        if not torch.compiler.is_compiling() and x.layout != torch.strided:
+            raise TypeError(f"{caller}: {name} must be a dense tensor (.to_dense()), got layout {x.layout}")
+
+
+def check_items(caller: str, **lists: Sequence[object]) -> None:
+    """Raise a TypeError unless all are lists of dense tensors."""
+    for name, items in lists.items():
+        check_tensors(caller, **{f"{name}[{i}]": x for i, x in enumerate(items)})
+
+
+def check_choice(caller: str, name: str, value: object, choices: tuple[str, ...]) -> None:
+    if not isinstance(value, str) or value not in choices:
+        raise ValueError(f"{caller}: {name} must be one of {', '.join(choices)}, got {value!r}")
+
+
+def check_whole(caller: str, name: str, value: Any) -> None:
+    """Raise unless it is a whole number of at least 1."""
+    if not isinstance(value, WHOLE):
+        raise TypeError(f"{caller}: {name} must be an integer, got {_type_name(value)}")
+    if value < 1:
+        raise ValueError(f"{caller}: {name} must be >= 1, got {value}")
+
+
+def check_options(
+    caller: str,
+    device: torch.device | None,
+    alignment: Any,
+    eps: Any,
+    order: object,
+    rule: object,
+) -> None:
+    """Raise unless these are what `project_align` documents; of a tensor `alignment` no value is read."""
+    check_choice(caller, "order", order, ORDERS)
+    check_choice(caller, "rule", rule, RULES)
+    check_eps(caller, eps)
+    if isinstance(alignment, Tensor):
+        if alignment.dim() or device not in (None, alignment.device):
+            where = "" if device is None else f" on {device}"
+            raise ValueError(
+                f"{caller}: alignment must be a number or a 0-dim tensor{where}, "
+                f"got shape {tuple(alignment.shape)} on {alignment.device}"
+            )
+        if alignment.is_complex():
+            raise TypeError(f"{caller}: alignment must be real, got {alignment.dtype}")
+    elif not isinstance(alignment, NUMBER):
+        raise TypeError(
+            f"{caller}: alignment must be a number or a 0-dim tensor, got {_type_name(alignment)}"
+        )
+    elif not -math.inf < alignment < math.inf:
+        raise ValueError(f"{caller}: alignment must be finite, got {alignment}")
+
+
+def check_number(caller: str, name: str, value: object) -> None:
+    if not isinstance(value, NUMBER):
+        raise TypeError(f"{caller}: {name} must be a number, got {_type_name(value)}")
+
+
+def check_eps(caller: str, eps: Any) -> None:
+    check_number(caller, "eps", eps)
+    if not eps > 0:
+        raise ValueError(f"{caller}: eps must be > 0, got {eps}")
+    if eps == math.inf:
+        raise ValueError(f"{caller}: eps must be finite, got {eps}")
+
+
+def in_forward_mode() -> bool:
+    """Whether forward-mode differentiation is on, whose tangents kernels do not carry along."""
+    return forward_ad._current_level >= 0
+
+
+def refuse_forward_mode(caller: str, *tensors: object) -> None:
+    """Raise where a tensor has a tangent that the operation would lose."""
+    if not in_forward_mode():
+        return
+    for x in tensors:
+        if isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None:
+            raise NotImplementedError(
+                f"{caller} has no forward-mode derivative (jvp): it edits gradients, which flow backward; "
+                "use backward() or torch.autograd.grad"
+            )
+
+
+def _type_name(x: object) -> str:
+    return "None" if x is None else f"{type(x).__module__}.{type(x).__qualname__}".removeprefix("builtins.")

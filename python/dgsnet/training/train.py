@@ -1,0 +1,50 @@
+"""`train`: one call from a configuration to a trained detector. Its errors come before the heavy imports."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+
+from dgsnet.config import Config
+from dgsnet.files import locked
+from dgsnet.model.catalogue import check_model
+from dgsnet.processes import announced_rank, announced_size
+from dgsnet.training.checks import check_folder, training_samples
+
+
+def train(config: Config, out: str | Path, *, resume: bool = False) -> Path:
+    """Train a detector.
+
+    Writes into `out`: config.json, metrics.csv, tensorboard/, best/ and last/ (model folders, see
+    checkpoint.load_model) and state/ (what a killed run resumes from). docs/training.md describes them.
+
+    Args:
+        config: the run.
+        out: the run's folder: new or empty, unless resuming.
+        resume: go on with the run in `out`, or start it if there is none yet.
+
+    Returns:
+        `out`, which every command takes as --model.
+
+    Raises:
+        UserError: data, model or configuration cannot be used, `out` is taken, or in use by another process,
+            training diverged or ran out of GPU memory; one line with the remedy.
+
+    Example:
+        >>> from dgsnet.config import Config, DataConfig
+        >>> train(Config(data=DataConfig(train=["photos"])), "runs/mine")  # doctest: +SKIP
+        PosixPath('runs/mine')
+    """
+    out = Path(out)
+    announced_size()  # which refuses a launcher that has not started what it was asked for
+    # The first of a run's processes holds the folder for all of them.
+    with contextlib.nullcontext() if announced_rank() else locked(out):
+        check_folder(config, out, resume)
+        check_model(config.model, config.preprocess.image_size)
+        samples = training_samples(config, config.data.train, "train")
+        val_samples = training_samples(config, config.data.val, "val") if config.data.val else []
+
+        from dgsnet.training.run import run
+
+        run(config, out, samples, val_samples)
+    return out
