@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 
-.PHONY: demo test gpu wheel docs install lint format clean
+.PHONY: demo test mutants gpu wheel docs install lint format clean
 
 # Tests that follow the others: one compiles what those launched, one takes times with nothing beside it.
 LAST := tests/dgs_kernels/ops/test_triton_compiles.py tests/dgs_kernels/test_speed.py
@@ -15,6 +15,10 @@ demo: install
 test: lint docs
 	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(addprefix --ignore ,$(LAST))
 	$(BIN)/python -m pytest $(LAST)
+
+# Plants faults in a copy, one at a time, and writes down which of them the tests notice; not part of `make test`.
+mutants: install
+	$(BIN)/python tests/mutants/run.py $(FILES)
 
 # On a machine with a CUDA device; takes the packages of $(PYTHON), installs nothing, leaves everything in OUT.
 gpu:

@@ -2,6 +2,8 @@
 // A fiber runs until it waits at a barrier or a shuffle. Shared memory starts as NaN. The order of blocks and
 // of threads can be turned round, to show that no result depends on it. Then asynchronous copies land as late as
 // they may, where in the forward order they land at once: neither a read too early nor a copy too early goes unseen.
+// Shared memory is gone when its block has ended, so a block that ends before the others of its cluster have read is
+// seen too.
 #include <cuda_runtime.h>
 #include <sanitizer/common_interface_defs.h>
 #include <ucontext.h>
@@ -35,7 +37,7 @@ struct Warp {
 };
 struct Block {
   uint3 index;
-  unsigned rank;
+  unsigned rank, running;  // threads that have not ended
   Barrier barrier;
   std::vector<Warp> warps;
   std::unique_ptr<unsigned char, decltype(&std::free)> shared{nullptr, &std::free};
@@ -133,6 +135,7 @@ void run_cluster(unsigned first_block, unsigned size, unsigned threads, size_t s
     Block& block = blocks[rank];
     block.index = {first_block + rank, 0, 0};
     block.rank = rank;
+    block.running = threads;
     block.barrier = {threads};
     block.warps.resize(threads / kWarp);
     for (Warp& warp : block.warps) warp.barrier = {kWarp};
@@ -167,7 +170,9 @@ void run_cluster(unsigned first_block, unsigned size, unsigned threads, size_t s
         fiber.waits_for = nullptr;
         enter(fiber);
         ++ran;
-        running -= fiber.done;
+        if (!fiber.done) continue;
+        --running;
+        if (!--fiber.block->running) fiber.block->shared.reset();
       }
       progress += ran;
     }

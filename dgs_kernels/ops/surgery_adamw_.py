@@ -103,9 +103,11 @@ def _kernel(*arguments: Any) -> None:
         return
     _check(*arguments)
     params, grads, exp_avgs, exp_avg_sqs, steps, harmful, beneficial, groups, sums, *rest = arguments
-    if not grads:
-        return
     scale, alignment, surgery_eps, order, rule, part, *hyper = rest
+    if not grads:
+        if part == "all":
+            sums.zero_()
+        return
     lists = (params, exp_avgs, exp_avg_sqs, steps)
     types = {
         t.dtype for tensors in (params, exp_avgs, exp_avg_sqs, grads, harmful, beneficial) for t in tensors

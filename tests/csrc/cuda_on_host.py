@@ -394,6 +394,12 @@ def make_list(sizes, dtype, shift=0):
     ]
 
 
+def thrice_removed(grads, beneficial, edited, alignment):
+    """What surgery leaves where the inner products it is given are three times the tensors' own."""
+    aligned = [g + alignment * b.clamp(max=0) for g, b in zip(grads, beneficial)]
+    return [a - 3 * (a - e) for a, e in zip(aligned, edited)]
+
+
 def project_align_list_case(
     sizes, groups, dtype, *, launched, shift=0, parts=1, order="align_first", rule="positive"
 ):
@@ -403,7 +409,8 @@ def project_align_list_case(
     def expected(to):
         lists = [[t.to(to) for t in column] for column in (grads, harmful, beneficial)]
         sums = reference.layer_sums(*lists, groups, rule)
-        return reference.project_align_(*lists, groups, **options), sums
+        edited = reference.project_align_(*lists, groups, **options)
+        return (edited if parts == 1 else thrice_removed(lists[0], lists[2], edited, 0.2)), sums
 
     (exact, exact_sums), (plain, _), (_, plain_sums) = map(expected, [torch.float64, dtype, compute(dtype)])
     columns = dict(grad=grads, harmful=harmful, beneficial=beneficial)
@@ -416,6 +423,7 @@ def project_align_list_case(
         call("project_align_", first, stream=stream)
         second, given, _keep = tensor_list(columns, groups, part="apply", **options)
         given.copy_(sums)
+        given[:, [0, 3]] *= 3  # as if other processes had added theirs
         call("project_align_", second, stream=stream)
     assert launches() - before == MAKE_TABLES + launched
     check(sums, exact_sums, plain_sums, size=exact_sums.abs().max().item(), what=f"sums {sizes} {dtype}")
@@ -485,12 +493,18 @@ def test_project_align_list_of_many_tensors():
         torch.testing.assert_close(result, e.float(), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
+def test_project_align_list_of_more_chunks_than_threads():
+    """One block adds up a group's chunks, more of them than it has threads; every tensor has one at least."""
+    project_align_list_case([8] * 3 + [5] * 600, [1] * 3 + [0] * 600, torch.float32, launched=3 + 10)
+
+
 class List:
     """Tensors that are worked on again and again, as those of a training step are."""
 
-    def __init__(self, sizes=(96, 5, 64, 7, 32), groups=LAYERS):
+    def __init__(self, sizes=(96, 5, 64, 7, 32), groups=LAYERS, dtype=torch.float32):
         self.groups = groups
-        self.grads, self.harmful, self.beneficial = make_list(sizes, torch.float32)
+        self.grads, self.harmful, self.beneficial = make_list(sizes, dtype)
         self.fresh = [g.clone() for g in self.grads]
         self.options = dict(alignment=0.2, order="align_first", rule="positive")
 
@@ -508,6 +522,14 @@ class List:
             torch.testing.assert_close(result, e)
         return launches() - before
 
+    def in_the_same_memory(self, dtype):
+        """Other tensors of as many numbers of a narrower type at the same addresses."""
+        other = List([t.numel() for t in self.grads], self.groups, dtype)
+        for name in ("grads", "harmful", "beneficial"):
+            pairs = zip(getattr(self, name), getattr(other, name))
+            setattr(other, name, [mine.view(dtype)[: t.numel()].copy_(t) for mine, t in pairs])
+        return other
+
 
 def test_tables_are_kept_while_all_of_the_list_is_the_same():
     first, second, stream, other = List(), List(), NEW_STREAM(), NEW_STREAM()
@@ -518,6 +540,12 @@ def test_tables_are_kept_while_all_of_the_list_is_the_same():
     assert first.launches(stream, groups=[0, 1, 1, 2, 2]) == MAKE_TABLES + 1
     first.harmful[3] = first.harmful[3].clone()
     assert [first.launches(stream) for _ in range(2)] == [MAKE_TABLES + 1, 1]
+
+
+def test_tables_are_of_one_dtype():
+    wide, stream = List([6000, 5], [0, 0], torch.float64), NEW_STREAM()
+    assert [wide.launches(stream) for _ in range(2)] == [MAKE_TABLES + 1, 1]
+    assert wide.in_the_same_memory(torch.float32).launches(stream) == MAKE_TABLES + 1
 
 
 def test_tables_are_made_inside_a_captured_graph():
@@ -573,7 +601,7 @@ AdamW = struct("""
 """)
 
 
-def adamw_case(sizes, groups, dtype, *, launched, maximize=False, steps=(3,)):
+def adamw_case(sizes, groups, dtype, *, launched, maximize=False, steps=(3,), foreign_sums=False):
     """`steps`: of every tensor, or of all alike."""
     surgery = dict(alignment=0.2, order="align_first", rule="positive")
     lr, betas, eps, weight_decay = 1e-2, (0.9, 0.99), 1e-4, 0.1
@@ -583,7 +611,10 @@ def adamw_case(sizes, groups, dtype, *, launched, maximize=False, steps=(3,)):
     each = steps if len(steps) > 1 else steps * len(sizes)
 
     def expected(to):
-        grads = reference.project_align_(*([t.to(to) for t in column] for column in lists), groups, **surgery)
+        columns = [[t.to(to) for t in column] for column in lists]
+        grads = reference.project_align_(*columns, groups, **surgery)
+        if foreign_sums:
+            grads = thrice_removed(columns[0], columns[2], grads, 0.2)
         tensors = zip(*([t.to(to) for t in column] for column in state))
         options = dict(lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, maximize=maximize)
         return [
@@ -598,7 +629,11 @@ def adamw_case(sizes, groups, dtype, *, launched, maximize=False, steps=(3,)):
         *(Rates(lr / (1 - betas[0] ** step) * root, eps * root) for step, root in zip(steps, roots))
     )
     options = AdamW(lr, *betas, weight_decay, eps, maximize, addressof(rates), len(steps) == 1)
-    arguments, _sums, _keep = tensor_list(dict(zip(names, lists + state)), groups, **surgery)
+    part = "apply" if foreign_sums else "all"
+    arguments, sums, _keep = tensor_list(dict(zip(names, lists + state)), groups, part=part, **surgery)
+    if foreign_sums:
+        sums.copy_(reference.layer_sums(*lists, groups, surgery["rule"]))
+        sums[:, [0, 3]] *= 3
     before = launches()
     call("surgery_adamw_", arguments, options, stream=NEW_STREAM())
     assert launches() - before == MAKE_TABLES + launched
@@ -611,6 +646,10 @@ def adamw_case(sizes, groups, dtype, *, launched, maximize=False, steps=(3,)):
 @pytest.mark.parametrize("sizes", [[768, 32, 512, 16, 64], [768, 1, 513, 0, 65]], ids=["even", "odd"])
 def test_adamw_in_one_launch(dtype, sizes):
     adamw_case(sizes, LAYERS, dtype, launched=1)
+
+
+def test_adamw_with_sums_of_elsewhere():
+    adamw_case([96, 5, 64, 7, 32], LAYERS, torch.float32, launched=1, foreign_sums=True)
 
 
 def test_adamw_maximizes():

@@ -108,6 +108,14 @@ def ddp_two_backwards_remedy(kind, rank):
     return one_forward(kind, rank, task_first=True, **options)
 
 
+def process_group_of_one(kind, rank):
+    """Captured gradients that DDP has averaged already, over a group that is not all processes."""
+    groups = [dist.new_group([r]) for r in range(2)]
+    model = DistributedDataParallel(Net())
+    options = {} if kind == "features" else {"process_group": groups[rank]}
+    return train(Hook(kind, model, **options), model, rank)
+
+
 def ddp_captures_without_the_wrapper(kind, rank):
     model = DistributedDataParallel(Net())
     hook = Hook(kind, model)
@@ -123,6 +131,22 @@ def sharded(granularity):
         return train(hook, model, rank, parts=2)
 
     return fsdp2
+
+
+def fsdp2_in_part(kind, rank):
+    """A layer whose inner products are partly summed over the processes: its head is the same on both."""
+    model = Net()
+    fully_shard(model.backbone, mesh=init_device_mesh("cpu", (2,)))
+    for p in model.head.parameters():
+        p.register_hook(averaged)
+    options = {} if kind == "features" else {"model": model, "granularity": "model"}
+    return train(Hook(kind, model, **options), model, rank)
+
+
+def averaged(grad: torch.Tensor) -> torch.Tensor:
+    grad = grad.clone()
+    dist.all_reduce(grad)
+    return grad / dist.get_world_size()
 
 
 def shard(kind, granularity="tensor", **options):
@@ -256,10 +280,12 @@ SCENARIOS = {
     "ddp_no_sync_bucket_views": ddp_no_sync_bucket_views,
     "ddp_two_backwards": ddp_two_backwards,
     "ddp_two_backwards_remedy": ddp_two_backwards_remedy,
+    "process_group_of_one": process_group_of_one,
     "ddp_captures_without_the_wrapper": ddp_captures_without_the_wrapper,
     "fsdp2": sharded("tensor"),
     "fsdp2_layer": sharded("layer"),
     "fsdp2_model": sharded("model"),
+    "fsdp2_in_part": fsdp2_in_part,
     "fsdp2_scaler": fsdp2_scaler,
     "fsdp2_no_sync": fsdp2_no_sync,
     "fsdp2_task_unreduced": fsdp2_task_unreduced,

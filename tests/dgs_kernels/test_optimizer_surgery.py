@@ -112,6 +112,36 @@ def test_any_optimizer(optimizer_class, options):
     assert_same(model, plain)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [{"maximize": True}, {"betas": (0.7, 0.9)}, {"betas": (0.9, 0.8)}, {"eps": 0.3}, {"weight_decay": 0.5}],
+    ids=str,
+)
+def test_options_of_adamw_belong_to_its_groups(options):
+    """Of the second group here, and the first has the usual ones."""
+
+    def groups(model):
+        return [{"params": model[0].parameters()}, {"params": model[2].parameters(), **options}]
+
+    model, plain = small_model(), small_model()
+    optimizer = SurgeryAdamW(groups(model), lr=0.05, alignment=0.3)
+    plain_optimizer = torch.optim.AdamW(groups(plain), lr=0.05)
+    for step in range(3):
+        surgery_step(model, optimizer, optimizer, step)
+        plain_step(plain, plain_optimizer, step, None, alignment=0.3)
+    assert_same(model, plain)
+
+
+def test_maximize_of_surgery_adamw():
+    model, plain = small_model(), small_model()
+    optimizer = SurgeryAdamW(model.parameters(), lr=0.05, maximize=True)
+    plain_optimizer = torch.optim.AdamW(plain.parameters(), lr=0.05, maximize=True)
+    for step in range(2):
+        surgery_step(model, optimizer, optimizer, step)
+        plain_step(plain, plain_optimizer, step, None)
+    assert_same(model, plain)
+
+
 @both
 def test_captured_gradients_accumulate_and_the_tasks_stay(kind):
     model, plain = small_model(), small_model()
@@ -147,6 +177,21 @@ def test_without_captures_it_is_the_plain_optimizer(kind):
             o.step()
             o.zero_grad()
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), plain.parameters()))
+
+
+@both
+def test_alignment_without_anything_harmful(kind):
+    model, plain = small_model(), small_model()
+    optimizer, surgery = make(kind, model, alignment=0.3)
+    with surgery.beneficial():
+        loss_on(model, 1).backward()
+    loss_on(model, 0).backward()
+    optimizer.step()
+
+    for p, g, b in zip(plain.parameters(), grads_of(plain, 0), grads_of(plain, 1)):
+        p.grad = g + 0.3 * b.clamp(max=0)
+    torch.optim.AdamW(plain.parameters(), lr=0.05, weight_decay=0.1).step()
+    assert_same(model, plain)
 
 
 @both
@@ -243,10 +288,11 @@ def test_alignment_may_change_and_be_a_tensor(kind):
 @both
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("rule", RULES)
-def test_metrics(kind, order, rule):
+@pytest.mark.parametrize("strength", [0.3, 30.0])  # the second turns the sign of an inner product
+def test_metrics(kind, order, rule, strength):
     model = small_model()
     g, h, b = (grads_of(model, i) for i in range(3))
-    optimizer, surgery = make(kind, model, granularity="layer", alignment=0.3, order=order, rule=rule)
+    optimizer, surgery = make(kind, model, granularity="layer", alignment=strength, order=order, rule=rule)
     assert surgery.metrics() is None
     surgery_step(model, optimizer, surgery, 0)
     metrics = surgery.metrics()
@@ -254,7 +300,7 @@ def test_metrics(kind, order, rule):
     for i, layer in enumerate(([0, 1], [2, 3])):
         g_, h_, b_ = (torch.cat([t[j].flatten() for j in layer]) for t in (g, h, b))
         h_ = h_.clamp(min=0) if rule == "positive" else h_
-        pull = 0.3 * b_.clamp(max=0)
+        pull = strength * b_.clamp(max=0)
         x = g_ + pull if order == "align_first" else g_
         left = reference.project_align(x[None], h_[None], rule="full" if rule == "positive" else rule)[0]
         want = {
@@ -270,6 +316,29 @@ def test_metrics(kind, order, rule):
     assert scalars["surgery/cosine/0"] == pytest.approx(float(metrics.cosine[0]))
     assert scalars["surgery/conflict_rate"] == pytest.approx(float(metrics.conflict_rate))
     assert len(scalars) == 1 + 4 * 2
+
+
+@both
+@pytest.mark.parametrize("zero", ["harmful", "task"])
+def test_metrics_of_a_zero_gradient_are_numbers(kind, zero):
+    model = small_model()
+    optimizer, surgery = make(kind, model)
+    with surgery.harmful():
+        loss_on(model, 1, scale=zero != "harmful").backward()
+    loss_on(model, 0, scale=zero != "task").backward()
+    optimizer.step()
+    metrics = surgery.metrics()
+    assert not metrics.cosine.any() and not metrics.removed.any() and not metrics.conflict.any()
+
+
+@both
+def test_metrics_are_of_the_step_whatever_alignment_becomes(kind):
+    model, alignment = small_model(), torch.tensor(0.3, dtype=torch.float64)
+    optimizer, surgery = make(kind, model, alignment=alignment)
+    surgery_step(model, optimizer, surgery, 0)
+    before = surgery.metrics().alignment
+    alignment.fill_(9.0)
+    assert before.any() and torch.equal(surgery.metrics().alignment, before)
 
 
 def test_state_dicts_are_those_of_adamw():
@@ -319,6 +388,13 @@ def test_remove():
     plain_optimizer = torch.optim.AdamW(plain.parameters(), lr=0.05, weight_decay=0.1)
     for m, o in ((model, optimizer), (plain, plain_optimizer)):
         loss_on(m, 0).backward()
+        o.step()
+        o.zero_grad()
+    assert_same(model, plain)
+    with surgery.harmful():  # what is captured now is nobody's
+        loss_on(model, 1).backward()
+    for m, o in ((model, optimizer), (plain, plain_optimizer)):
+        loss_on(m, 2).backward()
         o.step()
     assert_same(model, plain)
     copy.deepcopy(optimizer)
@@ -421,6 +497,8 @@ def test_misuse_raises(kind):
 def test_an_error_inside_a_capture_leaves_nothing_behind(kind):
     model = small_model()
     optimizer, surgery = make(kind, model)
+    with surgery.harmful():
+        loss_on(model, 2).backward()
     loss_on(model, 0).backward()
     task = [p.grad.clone() for p in model.parameters()]
     with pytest.raises(KeyError), surgery.harmful():

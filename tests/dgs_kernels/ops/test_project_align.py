@@ -247,6 +247,23 @@ def test_gradients(order, rule):
     assert gradcheck(lambda g: project_align(g, harmful, order=order, rule=rule), inputs[:1])
 
 
+@pytest.mark.parametrize("order", ORDERS)
+def test_gradients_where_alignment_decides_the_conflict(order):
+    """One row conflicts before it is aligned alone, the other after it."""
+    harmful = torch.tensor([[1.0, -1.0], [1.0, 0.0]], dtype=torch.float64)
+    beneficial = torch.tensor([[0.0, -1.0], [-1.0, 0.0]], dtype=torch.float64)
+    grad = torch.tensor([[-0.3, 0.1], [0.3, 0.2]], dtype=torch.float64, requires_grad=True)
+    for alignment in (0.6, torch.tensor(0.6, dtype=torch.float64, requires_grad=True)):
+
+        def function(grad, alignment=alignment):
+            return project_align(
+                grad, harmful, beneficial, alignment=alignment, order=order, rule="conflict"
+            ).sin()
+
+        assert gradcheck(function, grad)
+        assert gradgradcheck(function, grad)
+
+
 def test_directions_are_constants():
     grad, harmful, beneficial = (t.requires_grad_() for t in draw(3, 2, 4).unbind())
     project_align(grad, harmful, beneficial).sum().backward()

@@ -175,6 +175,28 @@ def test_sums_then_apply_is_all(backend, order, rule):
 
 
 @everywhere
+def test_apply_works_with_the_sums_it_is_given(backend):
+    """Sums of several processes differ from those of the tensors here: three times the inner product, thrice
+    what is removed."""
+    grads, harmful, beneficial = (draw(device=backend, seed=seed) for seed in range(3))
+    whole, given_foreign = clones(grads), clones(grads)
+    foreign = project_align_(whole, harmful, beneficial, groups=GROUPS, alignment=0.3)
+    foreign[:, [0, 3]] *= 3
+    before = foreign.clone()
+    options = (None, 0.3, 1e-6, "align_first", "positive", "apply")
+    run(given_foreign, harmful, beneficial, list(GROUPS), foreign, *options)
+    assert torch.equal(foreign, before)
+    want = thrice_removed(grads, beneficial, whole, 0.3)
+    torch.testing.assert_close(given_foreign, want, rtol=1e-5, atol=1e-5)
+
+
+def thrice_removed(grads, beneficial, edited, alignment):
+    """What surgery leaves where the inner products it is given are three times the tensors' own."""
+    aligned = [g + alignment * b.clamp(max=0) for g, b in zip(grads, beneficial)]
+    return [a - 3 * (a - e) for a, e in zip(aligned, edited)]
+
+
+@everywhere
 def test_deterministic(backend):
     results = []
     for _ in range(2):

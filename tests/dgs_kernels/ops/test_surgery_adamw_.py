@@ -19,6 +19,7 @@ from tests.dgs_kernels.ops.test_project_align_ import (
     clones,
     doubles,
     draw,
+    thrice_removed,
     triton_machine_code,
 )
 
@@ -110,10 +111,19 @@ def test_sums_are_those_of_project_align_(backend):
 @everywhere
 def test_apply_takes_the_sums_it_is_given(backend):
     lists = drawn(backend)
-    whole, applied = ([clones(ts) for ts in lists] for _ in range(2))
+    whole, applied, foreign = ([clones(ts) for ts in lists] for _ in range(3))
     sums = call(whole)
     call(applied, part="apply", sums=sums)
     torch.testing.assert_close(applied[:4], whole[:4])
+
+    sums[:, [0, 3]] *= 3  # as if other processes had added theirs
+    call(foreign, part="apply", sums=sums)
+    params, grads, averages, squares, steps, harmful, beneficial = map(doubles, lists)
+    edited = reference.project_align_(grads, harmful, beneficial, GROUPS, alignment=0.7)
+    edited = thrice_removed(grads, beneficial, edited, 0.7)
+    for out, p, g, m, v, step in zip(foreign[0], params, edited, averages, squares, steps):
+        want = reference.adamw_step(p, g, m, v, int(step) + 1, **HYPER)[0]
+        torch.testing.assert_close(out.double(), want, rtol=2e-5, atol=2e-5)
 
 
 @everywhere
@@ -145,7 +155,9 @@ def test_no_tensors(name, monkeypatch):
     if name:
         monkeypatch.setenv(backends.VARIABLE, name)
     hyper = (1.0, 0.9, 0.9, 0.0, 1e-8, False)
-    run(*[[]] * 8, torch.zeros(0, 6), None, 1.0, 1e-6, "align_first", "full", "all", *hyper)
+    sums = torch.full((2, 6), torch.nan)  # of two layers without tensors
+    run(*[[]] * 8, sums, None, 1.0, 1e-6, "align_first", "full", "all", *hyper)
+    assert torch.equal(sums, torch.zeros(2, 6))
 
 
 @everywhere

@@ -19,6 +19,8 @@ from dgsnet.errors import UserError
 from dgsnet.processes import start_worker, usable_cores
 from PIL import Image
 
+from tests.support.permissions import folder_of_others, unprivileged
+
 PREPROCESS = Preprocessor(PreprocessConfig(mode="crop", image_size=16))
 
 
@@ -125,14 +127,14 @@ def test_nothing_found(tmp_path, name, reason):
     assert one_line(error) and name in str(error.value)
 
 
-def test_folder_that_cannot_be_listed(tmp_path):
-    root = tmp_path / "root"
-    root.mkdir()
-    os.chmod(root, 0)
-    if os.access(root, os.R_OK):
-        pytest.skip("this user may list every folder")
-    with pytest.raises(UserError, match="root: cannot be listed: Permission denied"):
-        find_samples(root)
+@pytest.mark.skipif(os.name == "nt", reason="needs the permissions of POSIX")
+def test_folder_that_cannot_be_listed():
+    with folder_of_others() as folder:
+        root = folder / "root"
+        root.mkdir()
+        root.chmod(0)
+        with unprivileged(), pytest.raises(UserError, match="root: cannot be listed: Permission denied"):
+            find_samples(root)
 
 
 def test_unknown_split_and_unknown_file(tmp_path):

@@ -7,7 +7,7 @@ import os
 import signal
 import tarfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 import psutil
@@ -19,6 +19,7 @@ import webdataset
 from dgsnet.config import Config, ModelConfig, PreprocessConfig
 from dgsnet.data.sources import Item, find_items
 from dgsnet.data.tables import Partial
+from dgsnet.detection.decisions import Calibration
 from dgsnet.detection.detector import Detector
 from dgsnet.detection.rows import Score
 from dgsnet.detection.scoring import predict_command, score, settings
@@ -27,6 +28,7 @@ from dgsnet.model.checkpoint import build_model, save_model
 from PIL import Image
 
 from tests.support.fresh import FORKSERVER
+from tests.support.permissions import folder_of_others, unprivileged
 
 N = 80
 
@@ -386,28 +388,22 @@ def test_links_out_of_the_folder_and_what_is_no_file(run, images, tmp_path):
     assert [row["error"].rpartition(": ")[2] for row in rows(out)] == ["", *["not a regular file"] * 2]
 
 
-@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="needs root to become nobody")
-def test_what_may_not_be_read(tmp_path):
-    import pathlib
-    import shutil
-
-    folder = pathlib.Path("/tmp") / f"dgsnet-{os.getpid()}"
-    try:
+@pytest.mark.skipif(os.name == "nt", reason="needs the permissions of POSIX")
+def test_what_may_not_be_read():
+    with folder_of_others() as folder:
         for name in ("closed", "open"):
             (folder / name).mkdir(parents=True)
             (folder / name / "a.png").touch()
         (folder / "b.png").touch()
         (folder / "b.png").chmod(0)
         (folder / "closed").chmod(0)
-        os.seteuid(65534)
-        items = list(find_items([str(folder)]))
-        assert paths_of(items, folder) == ["b.png", "open/a.png"]
-        assert errors_of(items, folder) == {"closed/": "cannot be listed: Permission denied"}
-        with pytest.raises(Exception, match=r"b.png: cannot be opened: Permission denied$"):
-            items[0].read()
-    finally:
-        os.seteuid(0)
-        shutil.rmtree(folder, ignore_errors=True)
+        with unprivileged():
+            items = list(find_items([str(folder)]))
+            assert paths_of(items, folder) == ["b.png", "open/a.png"]
+            assert errors_of(items, folder) == {"closed/": "cannot be listed: Permission denied"}
+            with pytest.raises(Exception, match=r"b.png: cannot be opened: Permission denied$"):
+                items[0].read()
+        (folder / "closed").chmod(0o700)
 
 
 def test_nothing_to_score_is_one_line(run, tmp_path):
@@ -508,6 +504,10 @@ def test_a_partial_table_that_does_not_fit_is_refused(run, images, tmp_path):
     refused(r"begun with other settings \(paths\)", paths=[str(images / "00.png")])
     refused(r"begun with other settings \(views\)", views=2)
     refused(r"begun with other settings \(model\)", model=make_model(tmp_path, seed=1))
+    numbers = {field.name: 0.5 for field in fields(Calibration)}
+    detector.calibration = Calibration(**numbers | {"views": 1})
+    begun(settings(detector, [str(images)]))
+    refused(r"begun with other settings \(calibration\)")
     begun({"of": "another program"})
     refused("is no partial table of this version")
     begun()

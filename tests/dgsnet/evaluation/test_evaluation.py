@@ -137,6 +137,11 @@ def test_ece_by_hand():
     assert bins["generated"][14] == 0.5 and bins["probability"][14] == pytest.approx(0.96)
 
 
+def test_ece_does_not_merge_neighbouring_bins():
+    """Of fifteen: 0.05 lies in the first, 0.08 in the second."""
+    assert metrics([0, 1], [0.05, 0.08])["ece"] == pytest.approx((0.05 + 0.92) / 2)
+
+
 def test_ece_vanishes_for_probabilities_that_are_true():
     scores = RNG.random(200_000)
     labels = RNG.random(200_000) < scores
