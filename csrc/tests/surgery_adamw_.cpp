@@ -27,8 +27,14 @@ void compare(DType dtype, Order order, Rule rule, bool aligned, bool maximize, b
   std::vector<dgs::ListTensor> tensors;
   std::vector<dgs::Rates> rates;
   for (size_t t = 0; t < sizes.size(); ++t) {
-    tensors.push_back({l.at(0, t), l.at(1, t), aligned ? l.at(2, t) : nullptr, sizes[t], layer_of[t], l.at(3, t),
-                       l.at(4, t), l.at(5, t)});
+    tensors.push_back({.numel = sizes[t],
+                       .group = layer_of[t],
+                       .grad = l.at(0, t),
+                       .harmful = l.at(1, t),
+                       .beneficial = aligned ? l.at(2, t) : nullptr,
+                       .param = l.at(3, t),
+                       .exp_avg = l.at(4, t),
+                       .exp_avg_sq = l.at(5, t)});
     if (t == 0 || !all_alike) rates.push_back(adamw.at_step(step_of(t)));
   }
   std::vector<double> sums(groups * 6);

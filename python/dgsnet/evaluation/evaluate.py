@@ -62,7 +62,7 @@ def evaluate(
         for name, scorer in variants:
             done = dict(kept.rows.get(name, {})) if kept else {}
             bar.update(len(done))
-            if progress:
+            if not bar.disable:
                 bar.initial += len(done)  # not part of the speed shown
             missing = [i for i in range(len(listed)) if i not in done]
             stream = scorer.stream_logits([listed[i][1].item for i in missing], workers=workers)

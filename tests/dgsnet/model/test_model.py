@@ -376,14 +376,19 @@ def test_openais_torchscript_archives_load(tmp_path):
         (dict(name="ViT-B-32", pretrained="nope"), "no pretrained weights 'nope': .* laion2b_s34b_b79k"),
         (dict(name="ViT-B-32", pretrained="no/such.pt"), "no/such.pt does not exist"),
         (dict(name="ViT-B-32", pretrained="builtin"), "goes with name='dgsnet-tiny'"),
-        (dict(name="dgsnet-tiny", pretrained="", lora_rank=-1), "lora_rank=-1"),
-        (dict(name="dgsnet-tiny", pretrained="", lora_dropout=1.0), "lora_dropout=1.0"),
     ],
 )
 def test_wrong_settings_end_in_one_line(config, message):
     with pytest.raises(UserError, match=message) as caught:
         DGSNet(ModelConfig(**config))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("setting", [{"lora_rank": -1}, {"lora_dropout": 1.0}, {"lora_dropout": -0.1}])
+def test_settings_out_of_range_are_refused_where_they_are_made(setting):
+    ((name, value),) = setting.items()
+    with pytest.raises(ValueError, match=f"{name}={value} must be at least 0"):
+        ModelConfig(**setting)
 
 
 @pytest.mark.parametrize("content", [b"", b"junk" * 100, b"PK\x03\x04" + b"\0" * 50])
