@@ -3,6 +3,7 @@
 from dgs_kernels import reference
 from dgs_kernels.backends import BackendError, explain
 from dgs_kernels.hooks import OptimizerSurgery, gradient_surgery
+from dgs_kernels.module import SurgeryHead
 from dgs_kernels.objectives import ObjectiveSurgery
 from dgs_kernels.ops.combine_ import combine_
 from dgs_kernels.ops.gramian import gramian
@@ -10,7 +11,7 @@ from dgs_kernels.ops.project_align import project_align
 from dgs_kernels.ops.project_align_ import project_align_
 from dgs_kernels.ops.select_patches import select_patches
 from dgs_kernels.ops.spectral_entropy import spectral_entropy
-from dgs_kernels.ops.surgery_head import SurgeryHead, SurgeryHeadOutput, surgery_head
+from dgs_kernels.ops.surgery_head import SurgeryHeadOutput, surgery_head
 from dgs_kernels.optim import SurgeryAdamW
 
 __all__ = [
