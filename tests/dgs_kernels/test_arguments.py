@@ -192,7 +192,10 @@ def test_negated_views_are_read_as_torch_reads_them(where, monkeypatch):
             *(torch.zeros(1, 6), None, 0.3, 0.5, "align_first", "full", "all"),
             *(0.1, 0.9, 0.99, 0.0, 1e-8, False),
         )
+        combined = [torch.empty(1, 1)]
+        dgs_kernels.combine_(combined, [[number()], [number()]], torch.stack([number()[0, 0], h[0, 0]]))
         got[name] = (
+            *(combined[0], dgs_kernels.gramian([[number()], [h]])),
             dgs_kernels.project_align(number(), h, number(), alignment=number()[0, 0], eps=0.5),
             dgs_kernels.project_align(h, number(), None, eps=0.5, rule="full"),
             *(grads, sums, param, step, *state, *head[:4]),
