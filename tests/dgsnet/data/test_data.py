@@ -78,7 +78,7 @@ def test_genimage(tmp_path):
     assert len(find_samples(tmp_path, "train")) == 2
     inside = tmp_path / name / "val"
     assert {s.generator for s in find_samples(inside)} == {"imagenet_ai_0419_sdv4"}
-    with pytest.raises(UserError, match="splits train, val; choose one as split") as error:
+    with pytest.raises(UserError, match="splits train, val; choose one with --split") as error:
         find_samples(tmp_path)
     assert one_line(error)
 
