@@ -121,7 +121,7 @@ def _judge(
     return image_residual, text_residual, image_loss, text_loss, alignment
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch", "chunk_rows"])
 def _row_kernel(
     features_ptr,
     teacher_ptr,
@@ -206,7 +206,7 @@ def _row_kernel(
     tl.store(partials_ptr + 2 * dim + 5, tl.sum(tl.sum(distances, 1), 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch", "chunk_rows"])
 def _long_row_kernel(
     features_ptr,
     teacher_ptr,
@@ -289,7 +289,7 @@ def _long_row_kernel(
     tl.store(at + 2 * dim + 5, tl.sum(distances, 0, keep_dims=True))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch", "chunk_rows"])
 def _weighted_sums_kernel(
     features_ptr,
     text_ptr,
@@ -318,7 +318,7 @@ def _weighted_sums_kernel(
     tl.store(partials_ptr + dim + 1 + column, text_sum, mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["programs"])
 def _sum_kernel(
     partials_ptr,
     head_grads_ptr,

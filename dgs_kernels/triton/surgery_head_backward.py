@@ -89,7 +89,7 @@ def _products_kernel(
         tl.store(out_ptr + i, found[i])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch", "program_rows"])
 def _backward_kernel(
     residuals_ptr,
     image_weight_ptr,

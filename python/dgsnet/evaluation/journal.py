@@ -48,7 +48,11 @@ class Journal:
         if not lock(self.file):
             self.file.close()
             raise UserError(f"{self.path} is being written by another process; give another --out")
-        end = self._read(settings)
+        try:
+            end = self._read(settings)
+        except UserError:
+            self.file.close()  # and with it the lock
+            raise
         self.file.truncate(end)
         if not end:
             self._write(settings)
