@@ -272,6 +272,7 @@ def test_what_cannot_be_calibrated_is_one_line(folder, capsys, options, message)
         (lambda text: text[:-10], "damaged"),
         (lambda text: "[]", "not a JSON object"),
         (lambda text: text.replace('"low"', '"lower"'), "field low"),
+        (lambda text: json.dumps({k: v for k, v in json.loads(text).items() if k != "views"}), "field views"),
         (lambda text: json.dumps(json.loads(text) | {"temperature": 0}), "temperature=0"),
         (lambda text: json.dumps(json.loads(text) | {"low": 0.99, "threshold": 0.5}), "threshold=0.5"),
         (lambda text: json.dumps(json.loads(text) | {"threshold": "high"}), "'high' is no number"),
@@ -295,6 +296,15 @@ def test_a_model_saved_again_is_not_calibrated(folder, tmp_path):
     assert Detector.load(tmp_path / "m", device="cpu").calibration
     save_model(tmp_path / "m", detector.model, detector.config)
     assert Detector.load(tmp_path / "m", device="cpu").calibration is None
+
+
+def test_as_many_generated_images_are_called_real_as_the_bound_allows():
+    rng = np.random.default_rng(5)
+    reals, generated = rng.normal(-1, 1, 500), rng.normal(1, 1, 500)
+    c = calibrate(reals, generated, fpr=0.05)
+    assert c.low < c.threshold
+    scores = np.round(1 / (1 + np.exp(-generated / c.temperature)), 6)
+    assert decide(scores, c).count("real") == stats.binom.ppf(0.05, 500, 0.05) - 1
 
 
 def labelled(folder, root, splits=("",)):
