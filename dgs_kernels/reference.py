@@ -155,7 +155,7 @@ def gramian(objectives: Sequence[Sequence[Tensor]], groups: Sequence[int]) -> Te
 def combine_(
     grads: Sequence[Tensor], objectives: Sequence[Sequence[Tensor]], weights: Tensor, groups: Sequence[int]
 ) -> list[Tensor]:
-    """Weighted sums of K gradients of the same T tensors: sum over k of weights[g(t), k] * objectives[k][t].
+    """Weighted sums of K gradients of the same T tensors: `sum_k weights[g(t), k] * objectives[k][t]`.
 
     `weights` is [G, K], or [K] for all layers. Returns the new gradients, in the dtypes of `grads`.
     """

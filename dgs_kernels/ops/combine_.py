@@ -50,13 +50,13 @@ def combine_(
     *,
     groups: Sequence[int] | None = None,
 ) -> None:
-    """Write weighted sums of K gradients: grads[t] = sum over k of weights[g(t), k] * objectives[k][t].
+    """Write weighted sums of K gradients: `grads[t] = sum_k weights[g(t), k] objectives[k][t]`.
 
     Each list is read once, in one kernel launch whatever the number of tensors; nothing waits for the device.
 
     Args:
         grads: T tensors that are written, float32, float64, bfloat16 or float16. grads[t] may be
-            objectives[k][t] itself; otherwise no two of these tensors may share memory with one that is
+            `objectives[k][t]` itself; otherwise no two of these tensors may share memory with one that is
             written.
         objectives: K lists, 2 <= K <= 16, of T tensors of the shapes of grads, on the same device.
         weights: [G, K], the weights of each layer in order of first appearance, or [K] for all layers, on the
