@@ -33,6 +33,7 @@ from dgs_kernels.ops.project_align_ import (
     dense,
     in_a_row,
     number_layers,
+    span,
     sums_dtype,
 )
 
@@ -109,7 +110,7 @@ def _check(
 def _refuse_overlaps(grads: list[Tensor], lists: list[list[Tensor]]) -> None:
     """Of tensors without gaps: what is written to may be read at the same place only."""
     gapless = torch.ops.aten.is_non_overlapping_and_dense
-    spans = sorted((*_span(g), i) for i, g in enumerate(grads) if g.numel() and gapless(g))
+    spans = sorted((*span(g), i) for i, g in enumerate(grads) if g.numel() and gapless(g))
     for (_, end, i), (begin, _, j) in itertools.pairwise(spans):
         if begin < end:
             raise ValueError(f"combine_: grads[{i}] and grads[{j}] share memory; write to distinct tensors")
@@ -117,17 +118,13 @@ def _refuse_overlaps(grads: list[Tensor], lists: list[list[Tensor]]) -> None:
         for i, t in enumerate(tensors):
             if not t.numel() or not gapless(t):
                 continue
-            begin, end = _span(t)
+            begin, end = span(t)
             place = bisect.bisect_left(spans, (end, 0, 0))  # spans before it begin before t ends
             if place and spans[place - 1][1] > begin and spans[place - 1] != (begin, end, i):
                 raise ValueError(
                     f"combine_: grads[{spans[place - 1][2]}] and objectives[{k}][{i}] share memory; only "
                     f"grads[{i}] may be objectives[{k}][{i}], and the same tensor then"
                 )
-
-
-def _span(t: Tensor) -> tuple[int, int]:
-    return t.data_ptr(), t.data_ptr() + t.numel() * t.element_size()
 
 
 def _served_as_it_is(

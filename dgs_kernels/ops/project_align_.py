@@ -193,7 +193,7 @@ def check(
 
 def _refuse_shared_memory(grads: Sequence[Tensor]) -> None:
     """Raise where an edit of one number would be one of another."""
-    spans = sorted((*_span(x), i) for i, x in enumerate(grads) if x.numel())
+    spans = sorted((*span(x), i) for i, x in enumerate(grads) if x.numel())
     together: list[int] = []  # whose spans cross one another; single numbers are looked at only there
     reached = 0
     for begin, end, i in [*spans, (sys.maxsize, sys.maxsize, -1)]:
@@ -208,7 +208,7 @@ def _refuse_shared_memory(grads: Sequence[Tensor]) -> None:
         reached = max(reached, end)
 
 
-def _span(x: Tensor) -> tuple[int, int]:
+def span(x: Tensor) -> tuple[int, int]:
     """The first address of a tensor's numbers, and the one after the last."""
     last = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride()))
     return x.data_ptr(), x.data_ptr() + (last + 1) * x.element_size()
