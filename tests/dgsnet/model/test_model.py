@@ -323,6 +323,8 @@ def test_frozen_parameters_stay_as_the_caller_set_them():
             parameter.requires_grad_(False)
     model.teacher_features(pixels_for(model))
     assert len(model.trainable_parameters()) == 4
+    model.train()
+    assert model.visual.training and not any(module.training for module in model.text.modules())
 
 
 def test_weights_load_from_every_kind_of_file(tmp_path):
