@@ -27,8 +27,8 @@ SOURCES = sorted(p.name for p in CUDA.glob("*.cu"))
 # chunk; table entries, sums of a group; rates.
 SCALARS = {
     "rows_in_registers": (1, 0),
-    "sum_row_parts": (1, 2),
-    "project_row_parts": (5, 0),
+    "sum_row_parts": (1, 3),
+    "project_row_parts": (7, 0),
     "head_rows": (5, 19),
     "head_backward": (9, 0),
     "chunk_sums": (8, 6),
