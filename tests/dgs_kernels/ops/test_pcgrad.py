@@ -105,15 +105,14 @@ def test_tiny_and_huge_gradients(backend):
 
 
 @everywhere
-@pytest.mark.parametrize("dim", [24, 70000])
-def test_not_finite_stays_visible(backend, dim):
-    for bad in (float("nan"), float("inf"), -float("inf")):
-        for which in range(2):
-            inputs = torch.stack(pairs(3, dim, device=backend))
-            inputs[which, 1, 5] = bad
-            out = pcgrad(*inputs)
-            assert out[::2].isfinite().all()
-            assert not out[1].isfinite().all(), f"{bad} in input {which} was lost"
+@pytest.mark.parametrize("which", [0, 1])
+def test_not_finite_stays_visible(backend, which):
+    for dim, bad in ((24, float("nan")), (24, float("inf")), (24, -float("inf")), (16400, float("nan"))):
+        inputs = torch.stack(pairs(2, dim, device=backend))
+        inputs[which, 1, 5] = bad
+        out = pcgrad(*inputs)
+        assert out[0].isfinite().all()
+        assert not out[1].isfinite().all(), f"{bad} in a row of {dim} was lost"
 
 
 @everywhere
