@@ -42,7 +42,8 @@ def pcgrad(first: Tensor, second: Tensor, *, eps: float = 1e-6) -> Tensor:
     `gramian` and `combine_`, or for `ObjectiveSurgery`.
 
     Args:
-        first: [..., D], D >= 1; the leading axes are rows. float32, float64, bfloat16 or float16, any strides.
+        first: [..., D], D >= 1; the leading axes are rows. float32, float64, bfloat16 or float16, any
+            strides.
         second: of the same shape.
         eps: added to the norms, > 0.
 

@@ -169,7 +169,10 @@ def _part_kernel(
     inner = tl.sum(tl.load(partials_ptr, part < parts, 0.0), 0)
     square = tl.sum(tl.load(partials_ptr + 1, part < parts, 0.0), 0)
     own = tl.sum(tl.load(partials_ptr + 2, part < parts, 0.0), 0)
-    coefficient, of_own = _coefficient(inner, square, eps, rule, ACC), _coefficient(inner, own, eps, rule, ACC)
+    coefficient, of_own = (
+        _coefficient(inner, square, eps, rule, ACC),
+        _coefficient(inner, own, eps, rule, ACC),
+    )
     for start in range(begin, tl.minimum(begin + part_size, dim), BLOCK):
         column = start + tl.arange(0, BLOCK)
         mask = column < dim

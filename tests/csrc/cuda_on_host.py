@@ -233,7 +233,9 @@ def pcgrad_case(dtype, rows, dim, shift=0):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", [(0, 5), (3, 1), (67, 5), (3, 123), (5, 768), (3, 1023), (3, 4096)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(0, 5), (3, 1), (67, 5), (3, 123), (5, 768), (3, 1023), (3, 4096)], ids=str
+)
 def test_pcgrad_shapes(dtype, shape):
     pcgrad_case(dtype, *shape)
 

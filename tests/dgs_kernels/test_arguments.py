@@ -10,6 +10,7 @@ from torch.autograd import forward_ad
 
 import dgs_kernels
 from dgs_kernels import (
+    ObjectiveSurgery,
     OptimizerSurgery,
     SurgeryAdamW,
     SurgeryHead,
@@ -276,6 +277,24 @@ def test_hooks_refuse_options_when_they_are_made(change):
     change = {"surgery_eps" if name == "eps" else name: value for name, value in change.items()}
     with pytest.raises((ValueError, TypeError), match=r"^SurgeryAdamW: "):
         SurgeryAdamW([parameter], **change)
+
+
+@pytest.mark.parametrize("name", ["model", "scaler", "process_group"])
+@pytest.mark.parametrize("hook", [OptimizerSurgery, SurgeryAdamW, ObjectiveSurgery])
+def test_hooks_refuse_objects_of_other_classes(hook, name):
+    parameters = [nn.Parameter(torch.zeros(2))]
+    given = parameters if hook is SurgeryAdamW else torch.optim.SGD(parameters)
+    expected = {"model": "nn.*Module", "scaler": "GradScaler", "process_group": "ProcessGroup"}[name]
+    with pytest.raises(TypeError, match=rf"^{hook.__name__}: {name} must be .*{expected} or None, got str"):
+        hook(given, **{name: "x"})
+
+
+@pytest.mark.parametrize("hook", [OptimizerSurgery, ObjectiveSurgery])
+def test_hooks_need_an_optimizer(hook):
+    with pytest.raises(
+        TypeError, match=f"^{hook.__name__}: optimizer must be a torch.optim.Optimizer, got list"
+    ):
+        hook([nn.Parameter(torch.zeros(2))])
 
 
 @pytest.mark.parametrize("make", [lambda p, **o: OptimizerSurgery(torch.optim.SGD([p]), **o), SurgeryAdamW])

@@ -1,4 +1,4 @@
-"""pcgrad on every backend against project_align's exact version, taken both ways; its derivatives and errors."""
+"""pcgrad on every backend against project_align's exact version, both ways; its derivatives and errors."""
 
 from __future__ import annotations
 
@@ -40,7 +40,9 @@ def assert_accurate(out, first, second, eps=1e-6) -> None:
 @everywhere
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
-    "shape", [(0, 7), (1, 1), (64, 5), (3, 123), (9, 768), (5, 1023), (1, 4096), (9, 4097), (1, 65537)], ids=str
+    "shape",
+    [(0, 7), (1, 1), (64, 5), (3, 123), (9, 768), (5, 1023), (9, 4097), (1, 65537)],
+    ids=str,
 )
 def test_accuracy(backend, dtype, shape, nan_filled):
     assert_accurate(pcgrad(*pairs(*shape, dtype=dtype, device=backend)), *pairs(*shape, dtype=dtype))
@@ -198,7 +200,11 @@ def test_subclasses_are_tensors_too():
         ({"first": torch.zeros(3, 0)}, ValueError, "first must be .*D >= 1"),
         ({"second": torch.zeros(4)}, ValueError, r"second must have first's shape \(3, 4\), got \(4,\)"),
         ({"second": torch.zeros(1, 4)}, ValueError, "second must have first's shape"),
-        ({"second": torch.zeros(3, 4).long()}, TypeError, "second must be of torch.float32, .*, got torch.int64"),
+        (
+            {"second": torch.zeros(3, 4).long()},
+            TypeError,
+            "second must be of torch.float32, .*, got torch.int64",
+        ),
         ({"second": torch.zeros(3, 4, device="meta")}, ValueError, "second is on meta and first on cpu"),
         ({"eps": 0.0}, ValueError, "eps must be > 0, got 0.0"),
     ],
