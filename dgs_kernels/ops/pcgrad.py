@@ -107,12 +107,12 @@ def _kernel(first: Tensor, second: Tensor, eps: float) -> Tensor:
     check(first, second, eps)
     # Kernels read one type: mixed types meet in their common type.
     dtype = torch.promote_types(first.dtype, second.dtype)
-    rows = [rows_of(x, first.shape, dtype) for x in (first, second)]
-    out = _native(*rows, eps)
+    x, y = rows_of(first, first.shape, dtype), rows_of(second, first.shape, dtype)
+    out = _native(x, y, eps)
     if out is None:
         serve = backends.implementation("pcgrad", first.device.type)
         assert not backends.is_native(serve), "a native function takes what has been checked and laid out"
-        out = serve(*rows, eps)
+        out = serve(x, y, eps)
     return out.view(first.shape)
 
 
