@@ -102,11 +102,11 @@ DGS_INLINE void apply_any(const Block<T>& b, Align align, Rule rule, const Share
 }
 
 // Multiversioning is for plain functions only, hence the list.
-#define DGS_KERNELS(T)                                                                                             \
-  DGS_MULTIVERSION Sums sum(const Block<T>& b, Align align, Rule rule) { return sum_any(b, align, rule); }         \
-  DGS_MULTIVERSION void apply(const Block<T>& b, Align align, Rule rule, const Shares<double>& shares, T* out) {   \
-    using F = Block<T>::F;                                                                                         \
-    apply_any(b, align, rule, {F(shares.kept), F(shares.removed)}, out);                                           \
+#define DGS_KERNELS(T)                                                                                           \
+  DGS_MULTIVERSION Sums sum(const Block<T>& b, Align align, Rule rule) { return sum_any(b, align, rule); }       \
+  DGS_MULTIVERSION void apply(const Block<T>& b, Align align, Rule rule, const Shares<double>& shares, T* out) { \
+    using F = Block<T>::F;                                                                                       \
+    apply_any(b, align, rule, {F(shares.kept), F(shares.removed)}, out);                                         \
   }
 DGS_KERNELS(float)
 DGS_KERNELS(double)

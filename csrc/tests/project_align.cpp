@@ -1,4 +1,5 @@
-// project_align and pcgrad on the CPU against plain loops in long double: types, options, shapes, strides, NaN and infinity.
+// project_align and pcgrad on the CPU against plain loops in long double: types, options, shapes, strides, NaN and
+// infinity.
 #include "project_align.h"
 
 #include "check.h"
@@ -58,8 +59,7 @@ void compare(const Case& c, check::Random& random) {
     };
     const auto before = [&](int64_t i) { return c.order == Order::align_first ? x(i) + pull(i) : x(i); };
     long double inner = 0, square = 0, own = 0;
-    for (int64_t i = 0; i < c.dim; ++i)
-      inner += before(i) * h(i), square += h(i) * h(i), own += before(i) * before(i);
+    for (int64_t i = 0; i < c.dim; ++i) inner += before(i) * h(i), square += h(i) * h(i), own += before(i) * before(i);
     const bool kept = c.rule >= Rule::conflict && inner >= 0;
     const auto along = [&](long double square) {
       const long double norm = std::sqrt(square) + eps;
