@@ -162,6 +162,18 @@ def test_project_align_misaligned_and_broadcast(dtype):
     project_align_case(dtype, 4, 768, broadcast=True, **options)
 
 
+@pytest.mark.parametrize("dim", [5, 8])
+def test_project_align_rows_that_lie_apart(dim):
+    """Each begins on a boundary, whether or not it ends on one; what lies between them is left alone."""
+    tensors = [make(4, 12, dtype=torch.float32, seed=i)[:, :dim] for i in range(3)]
+    room = nans(4, 12, dtype=torch.float32)
+    options = dict(order="align_first", rule="positive")
+    project_align(*tensors, alignment=1.0, scale=None, out=room[:, :dim], **options)
+    exact = reference.project_align(*(t.double() for t in tensors), alignment=1.0, **options)
+    check(room[:, :dim], exact, reference.project_align(*tensors, alignment=1.0, **options), size=4.0)
+    assert room[:, dim:].isnan().all()
+
+
 def clusters_serve(device, code):
     """Whether clusters are there: the device may grant them, and the loaded code have their instructions."""
     LIBRARY.shim_set_clusters(device)
