@@ -14,12 +14,12 @@ import numpy as np
 
 from dgsnet.data.captions import attach_captions
 from dgsnet.data.nuisances import NUISANCES
-from dgsnet.data.samples import Sample, find_samples
+from dgsnet.data.samples import Sample, find_samples, read_json
 from dgsnet.errors import UserError
 from dgsnet.files import locked, write_file
 
 if TYPE_CHECKING:
-    from dgsnet.audit.shortcuts import Leak, Shortcuts
+    from dgsnet.audit.shortcuts import FileModel, Leak, Shortcuts
 
 # Beyond it a figure gains nothing: the interval of an AUC is then two points wide.
 MOST_IMAGES = 2**14
@@ -28,8 +28,8 @@ NEARLY_ALL = 0.98
 # What can be done about it, by the beginnings of the nuisances' names.
 REMEDIES = {
     ("format", "JPEG", "chroma", "log2 bytes"): "Re-encode both classes alike: one format, one quality, one "
-    "chroma subsampling. Pixels still hold the first compression, so a detector may see it all the same; better "
-    "are images of both classes that were compressed alike to begin with.",
+    "chroma subsampling. Pixels still hold the first compression, so a detector may see it all the same; "
+    "better are images of both classes that were compressed alike to begin with.",
     ("log2 width", "log2 height", "log2 aspect"): "Cut both classes to the same sizes. Scaling leaves traces "
     "of its own in the pixels.",
     ("mode", "EXIF"): "Write both classes in one colour mode, and without metadata.",
@@ -132,7 +132,7 @@ def audit_command(data: list[str], out: str, captions: str | None = None, split:
 
 def document(result: Audit) -> dict[str, Any]:
     """What audit.json holds: AUC as fractions, with intervals that hold together."""
-    from dgsnet.audit.shortcuts import CONFIDENCE
+    from dgsnet.audit.shortcuts import CONFIDENCE, FileModel
 
     def plain(leak: Leak | None) -> dict[str, float] | None:
         return leak and leak._asdict()
@@ -154,13 +154,32 @@ def document(result: Audit) -> dict[str, Any]:
         "n_generated": generated,
         "n_images": result.total,
         "damaged": result.damaged,
+        "model": dataclasses.asdict(FileModel.fit(result.nuisances, result.labels)) | {"of": NUISANCES},
     }
+
+
+def load_model(path: str | Path) -> FileModel:
+    """What the files of an audited data set say, from its audit.json.
+
+    Raises:
+        UserError: there is no such file, or it is of another version or none of an audit.
+    """
+    from dgsnet.audit.shortcuts import FileModel
+
+    saved = read_json(Path(path))
+    try:
+        model = dict(saved["model"])
+        if tuple(model.pop("of")) != NUISANCES:
+            raise ValueError
+        return FileModel(**model)
+    except (KeyError, TypeError, ValueError):
+        raise UserError(f"{path} is no audit.json of this version: make one with dgsnet audit") from None
 
 
 def verdict(found: Shortcuts) -> list[str]:
     """What the figures say, as sentences."""
     sentences = []
-    if found.files.found or found.strongest:
+    if found.files.found:
         sentences.append(
             f"What the files alone say tells real from generated images with an AUC of {shown(found.files)}."
         )
@@ -169,10 +188,13 @@ def verdict(found: Shortcuts) -> list[str]:
         sentences.append(f"Strongest by itself: {names}.")
     if found.captions and found.captions.found:
         sentences.append(f"The words of the captions tell them with an AUC of {shown(found.captions)}.")
-    if alone := [
-        name for name, leaks in found.generators.items() if any(a and a.found for a in leaks.values())
-    ]:
-        sentences.append(f"Within the images of one generator they tell it for {', '.join(alone)}.")
+    within = {
+        name: [f"{kind} {shown(leak)}" for kind, leak in leaks.items() if leak and leak.found]
+        for name, leaks in found.generators.items()
+    }
+    if any(within.values()):
+        names = "; ".join(f"{name}: {', '.join(kinds)}" for name, kinds in within.items() if kinds)
+        sentences.append(f"Within the images of a single generator, {names}.")
     if sentences:
         return ["A shortcut: the label can be told without looking at a single pixel.", *sentences]
     captions = f", that of the captions {shown(found.captions)}" if found.captions else ""

@@ -32,6 +32,8 @@ FOLDS = 5
 FEWEST = 2 * FOLDS
 # Nuisances that are amounts; the others are yes or no.
 MEASURED = [i for i, name in enumerate(NUISANCES) if name == "JPEG quality" or name.startswith("log2")]
+# Below it a nuisance counts as the same in all images.
+LEAST_DEVIATION = 1e-6
 WORDS = 8
 
 
@@ -193,19 +195,56 @@ def find_shortcuts(
 def features(nuisances: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Nuisances as a linear model takes them: of zero mean and unit variance, without those that never vary.
 
-    An amount has a second column, how far it is from its median: generated images that are all of one size
-    amidst photographs of many have no other direction.
-
     Returns:
         float64 [N, C], and [C] which of NUISANCES each column is of.
     """
-    values = nuisances.astype(np.float64)
-    away = np.abs(values[:, MEASURED] - np.median(values[:, MEASURED], axis=0))
-    columns = np.concatenate([values, away], axis=1)
+    columns = _columns(nuisances, _medians(nuisances))
     deviation = columns.std(axis=0)
-    varied = deviation > 1e-6
+    varied = deviation > LEAST_DEVIATION
     columns = (columns[:, varied] - columns[:, varied].mean(axis=0)) / deviation[varied]
     return columns, np.array([*range(len(NUISANCES)), *MEASURED])[varied]
+
+
+def _medians(nuisances: np.ndarray) -> np.ndarray:
+    return np.median(nuisances[:, MEASURED].astype(np.float64), axis=0)
+
+
+def _columns(nuisances: np.ndarray, medians: np.ndarray) -> np.ndarray:
+    """The nuisances, and how far the amounts are from a median: generated images that are all of one size
+    amidst photographs of many have no other direction."""
+    values = nuisances.astype(np.float64)
+    return np.concatenate([values, np.abs(values[:, MEASURED] - medians)], axis=1)
+
+
+@dataclass(frozen=True)
+class FileModel:
+    """What the files of a data set say of the label, to be asked of other images.
+
+    Attributes:
+        medians: of the MEASURED nuisances.
+        weights: [len(NUISANCES) + len(MEASURED)] of the nuisances and of the distances from the medians.
+        bias: added to their sum.
+    """
+
+    medians: list[float]
+    weights: list[float]
+    bias: float
+
+    @classmethod
+    def fit(cls, nuisances: np.ndarray, labels: np.ndarray) -> FileModel:
+        """Logistic regression on nuisances [N, len(NUISANCES)] and labels [N], both classes counted alike."""
+        medians = _medians(nuisances)
+        columns = _columns(nuisances, medians)
+        mean, deviation = columns.mean(axis=0), columns.std(axis=0)
+        # What never varies says nothing.
+        scale = np.where(deviation > LEAST_DEVIATION, 1 / deviation.clip(LEAST_DEVIATION), 0)
+        model = _fit((columns - mean) * scale, labels)
+        weights = model.coef_[0] * scale
+        return cls(medians.tolist(), weights.tolist(), float(model.intercept_[0] - mean @ weights))
+
+    def logits(self, nuisances: np.ndarray) -> np.ndarray:
+        """[N] of being generated."""
+        return _columns(nuisances, np.array(self.medians)) @ np.array(self.weights) + self.bias
 
 
 def predict(columns: Any, labels: np.ndarray, groups: np.ndarray | None = None) -> Prediction | None:
@@ -254,18 +293,27 @@ def _area(logits: np.ndarray, labels: np.ndarray) -> float:
     return float(ranks.mean() - (n_generated + 1) / 2) / n_real
 
 
-def interval(auc: float, n_real: int, n_generated: int, *, trained: bool, figures: int = 1) -> Leak:
+def interval(
+    auc: float,
+    n_real: int,
+    n_generated: int,
+    *,
+    trained: bool,
+    figures: int = 1,
+    confidence: float = CONFIDENCE,
+) -> Leak:
     """The AUC of a cross-validated prediction with its interval.
 
     All true values that the measured one is not too far from, by Hanley and McNeil's variance at the true
-    value (Newcombe's method 5). That variance is of a fixed order of the images. Where the order was learned, the
-    models of the folds share images, and it is larger by 1 + FOLDS / (FOLDS - 1) (Nadeau and Bengio 2003).
+    value (Newcombe's method 5). That variance is of a fixed order of the images. Where the order was learned,
+    the models of the folds share images, and it is larger by 1 + FOLDS / (FOLDS - 1) (Nadeau and Bengio).
 
     Args:
         auc: the measured value.
         n_real, n_generated: images of each class.
         trained: whether the order was learned.
-        figures: how many intervals are to hold together with probability CONFIDENCE.
+        figures: how many intervals are to hold together.
+        confidence: with which probability.
 
     Example:
         >>> from dgsnet.audit.shortcuts import interval
@@ -273,7 +321,7 @@ def interval(auc: float, n_real: int, n_generated: int, *, trained: bool, figure
         >>> f"{leak.low:.2f} to {leak.high:.2f}"
         '0.64 to 0.90'
     """
-    quantile = norm.ppf(1 - (1 - CONFIDENCE) / (2 * figures))
+    quantile = norm.ppf(1 - (1 - confidence) / (2 * figures))
     true = np.sort(np.append(np.linspace(0, 1, 2001), auc))
     one, other = true / (2 - true), 2 * true**2 / (1 + true)
     variance = true * (1 - true) + (n_generated - 1) * (one - true**2) + (n_real - 1) * (other - true**2)
@@ -301,12 +349,12 @@ def _predict_captions(captions: np.ndarray, labels: np.ndarray) -> tuple[Predict
     """
     words = _words_of(captions)
     if words is None:
-        return None, *_counts(labels)
+        return None, 0, 0
     _, groups = np.unique(captions.astype(str), return_inverse=True)
     distinct = [len(set(groups[labels == label])) for label in (0, 1)]
     if min(distinct) < FOLDS:
         return predict(words[1], labels), *_counts(labels)
-    return predict(words[1], labels, groups), *distinct
+    return predict(words[1], labels, groups), distinct[0], distinct[1]
 
 
 def _words_of(captions: np.ndarray) -> tuple[TfidfVectorizer, Any] | None:
@@ -323,9 +371,12 @@ def _words(captions: np.ndarray, labels: np.ndarray) -> dict[str, list[str]]:
     found = _words_of(captions)
     assert found  # else they would tell nothing
     vectorizer, weights = found
-    order = np.argsort(_fit(weights, labels).coef_[0], kind="stable")
+    speaks = _fit(weights, labels).coef_[0]
     names = vectorizer.get_feature_names_out()
-    return {"real": names[order[:WORDS]].tolist(), "generated": names[order[::-1][:WORDS]].tolist()}
+    return {
+        kind: [names[i] for i in np.argsort(-way, kind="stable")[:WORDS] if way[i] > 0]
+        for kind, way in (("real", -speaks), ("generated", speaks))
+    }
 
 
 def _counts(labels: np.ndarray) -> tuple[int, int]:

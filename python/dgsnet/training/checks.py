@@ -101,8 +101,8 @@ def warn_of_shortcuts(config: Config, samples: list[Sample]) -> None:
         alone = f", {names[0]} alone {shown(found.shortcuts.nuisances[names[0]])}" if names else ""
         print(
             f"dgsnet: warning: the files give the label away: AUC {shown(files)}{alone}, of "
-            f"{len(found.labels)} images; the detector will learn that first. Look with dgsnet audit, re-encode "
-            "or balance, or give --surgery.text expert --data.nuisances files",
+            f"{len(found.labels)} images; the detector will learn that first. Look with dgsnet audit, "
+            "re-encode or balance, or give --surgery.text expert --data.nuisances files",
             file=sys.stderr,
         )
 
