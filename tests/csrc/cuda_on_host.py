@@ -49,9 +49,12 @@ def launches():
 NEW_STREAM = itertools.count(1).__next__  # tables of lists are kept per stream
 
 
-@pytest.fixture(autouse=True, params=["forward", "reversed", "shuffled"])
+@pytest.fixture(autouse=True, params=["reversed", "shuffled"])
 def order_of_threads(request):
-    """Every case runs with the blocks and threads in several orders: no result may depend on it."""
+    """Every case runs with the blocks and threads in two orders: no result may depend on it.
+
+    What goes wrong in the natural order goes wrong for some threads of a shuffle too.
+    """
     if request.param != "shuffled" and request.node.get_closest_marker("slow"):
         pytest.skip("a long case runs in one order")
     LIBRARY.shim_set_order(["forward", "reversed", "shuffled"].index(request.param))
