@@ -158,26 +158,24 @@ def find_shortcuts(
     captioned = np.array([text is not None for text in texts])
     found: dict[Any, tuple[Prediction | None, int, int]] = {}
 
-    def measure(key: Any, chosen: np.ndarray, column: np.ndarray | slice = slice(None)) -> None:
-        part = columns[chosen][:, column]
-        found[key] = predict(part, labels[chosen]), *_counts(labels[chosen])
-
     def measure_captions(key: Any, chosen: np.ndarray) -> None:
         chosen = chosen[captioned[chosen]]
         if min(_counts(labels[chosen])) >= FEWEST:
             found[key] = _predict_captions(texts[chosen], labels[chosen])
 
-    everything = np.arange(len(labels))
-    measure("files", everything)
-    measure_captions("captions", everything)
+    counts, splits = _counts(labels), folds(labels)
+    found["files"] = predict(columns, labels, splits), *counts
+    measure_captions("captions", np.arange(len(labels)))
     for i in range(len(NUISANCES)):
-        measure(i, everything, owner == i)
+        found[i] = predict(columns[:, owner == i], labels, splits), *counts
     names = np.array(generators)
     several = sorted(set(generators)) if len(set(generators)) > 1 else []
     large = [name for name in several if min(_counts(labels[names == name])) >= FEWEST]
     for name in large:
-        measure((name, "files"), np.flatnonzero(names == name))
-        measure_captions((name, "captions"), np.flatnonzero(names == name))
+        chosen = np.flatnonzero(names == name)
+        part, own = features(nuisances[chosen])[0], labels[chosen]
+        found[name, "files"] = predict(part, own, folds(own)), *_counts(own)
+        measure_captions((name, "captions"), chosen)
 
     figures = sum(prediction is not None for prediction, *_ in found.values())
     leaks = {key: _leak(*value, figures) for key, value in found.items()}
@@ -247,23 +245,35 @@ class FileModel:
         return _columns(nuisances, np.array(self.medians)) @ np.array(self.weights) + self.bias
 
 
-def predict(columns: Any, labels: np.ndarray, groups: np.ndarray | None = None) -> Prediction | None:
+def folds(labels: np.ndarray, groups: np.ndarray | None = None) -> list[tuple[np.ndarray, np.ndarray]]:
+    """FOLDS pairs of indices to fit on and to test on, with the classes in equal shares.
+
+    Args:
+        labels: [N], 0 or 1, at least FOLDS of each.
+        groups: [N]; images of one group are never on both sides of a fold.
+    """
+    split = StratifiedKFold if groups is None else StratifiedGroupKFold
+    return list(split(FOLDS, shuffle=True, random_state=0).split(labels, labels, groups))
+
+
+def predict(
+    columns: Any, labels: np.ndarray, splits: list[tuple[np.ndarray, np.ndarray]]
+) -> Prediction | None:
     """Logistic regression, cross-validated.
 
     Args:
         columns: [N, C], an array or sparse.
-        labels: [N], 0 or 1, at least FOLDS of each.
-        groups: [N]; images of one group are never on both sides of a fold.
+        labels: [N], 0 or 1.
+        splits: `folds` of them.
 
     Returns:
         The prediction; None without columns, or where no fold has both classes on both sides.
     """
     if not columns.shape[1]:
         return None
-    split = StratifiedKFold if groups is None else StratifiedGroupKFold
     logits = np.full(len(labels), np.nan)
     areas, pairs = [], []
-    for train, test in split(FOLDS, shuffle=True, random_state=0).split(columns, labels, groups):
+    for train, test in splits:
         if not min(*_counts(labels[train]), *_counts(labels[test])):
             continue
         logits[test] = _logits(columns[train], labels[train], columns[test])
@@ -353,8 +363,8 @@ def _predict_captions(captions: np.ndarray, labels: np.ndarray) -> tuple[Predict
     _, groups = np.unique(captions.astype(str), return_inverse=True)
     distinct = [len(set(groups[labels == label])) for label in (0, 1)]
     if min(distinct) < FOLDS:
-        return predict(words[1], labels), *_counts(labels)
-    return predict(words[1], labels, groups), distinct[0], distinct[1]
+        return predict(words[1], labels, folds(labels)), *_counts(labels)
+    return predict(words[1], labels, folds(labels, groups)), distinct[0], distinct[1]
 
 
 def _words_of(captions: np.ndarray) -> tuple[TfidfVectorizer, Any] | None:

@@ -10,7 +10,7 @@ import numpy as np
 from sklearn.linear_model import Ridge
 from sklearn.model_selection import KFold, cross_val_predict
 
-from dgsnet.audit.shortcuts import FEWEST, FOLDS, FileModel, Prediction, features, interval, predict
+from dgsnet.audit.shortcuts import FEWEST, FOLDS, FileModel, Prediction, features, folds, interval, predict
 from dgsnet.detection.decisions import DECIMALS
 from dgsnet.evaluation.metrics import CONFIDENCE, SHORTCUT_COUNTS, SHORTCUT_MEASURES, metrics, resampled
 from dgsnet.evaluation.metrics import interval as percentiles
@@ -97,7 +97,7 @@ def _word_of_files(nuisances: np.ndarray, labels: np.ndarray, model: FileModel |
     if np.bincount(labels, minlength=2).min() < FEWEST:
         return None
     if model is None:
-        return predict(features(nuisances)[0], labels)
+        return predict(features(nuisances)[0], labels, folds(labels))
     logits = model.logits(nuisances).round(9)
     return Prediction(logits, metrics(labels, logits)["auc"], trained=False)
 

@@ -9,6 +9,7 @@ from dgsnet.audit.shortcuts import (
     Leak,
     features,
     find_shortcuts,
+    folds,
     interval,
     predict,
     read_nuisances,
@@ -117,7 +118,7 @@ def test_intervals_cover_what_they_should(columns):
     rng = np.random.default_rng(0)
     labels, far = np.repeat([0, 1], 40), 0
     for _ in range(60):
-        prediction = predict(rng.standard_normal((80, columns)), labels)
+        prediction = predict(rng.standard_normal((80, columns)), labels, folds(labels))
         far += interval(prediction.auc, 40, 40, trained=columns > 1, confidence=0.8).found
     assert far <= 12  # a tenth is expected; 13 or more have a probability below 0.01
 
