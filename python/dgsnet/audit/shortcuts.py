@@ -10,7 +10,6 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from multiprocessing.pool import ThreadPool
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,7 +23,6 @@ from tqdm import tqdm
 from dgsnet.data.images import ImageError
 from dgsnet.data.nuisances import NUISANCES, file_nuisances
 from dgsnet.data.samples import Sample
-from dgsnet.processes import default_workers
 
 CONFIDENCE = 0.99
 FOLDS = 5
@@ -113,26 +111,17 @@ def read_nuisances(
         float32 [n, len(NUISANCES)], a row of NaN where a file cannot be read, n smaller than N where time was
         up; and of each such file a line that says why.
     """
-
-    def read(sample: Sample) -> np.ndarray | str:
-        try:
-            return file_nuisances(sample.item.read_bytes(), name=sample.path)
-        except ImageError as error:
-            return str(error)
-
     rows, errors = [], []
     end = time.monotonic() + seconds
-    with ThreadPool(default_workers()) as pool:
-        found = pool.imap(read, samples)
-        for row in tqdm(
-            found, "reading files", len(samples), unit="image", disable=None if progress else True
-        ):
-            if isinstance(row, str):
-                errors.append(row)
-                row = np.full(len(NUISANCES), np.nan, np.float32)
-            rows.append(row)
-            if time.monotonic() > end:
-                break
+    # One by one: reading an image sets how warnings are treated, which threads share.
+    for sample in tqdm(samples, "reading files", unit="image", disable=None if progress else True):
+        try:
+            rows.append(file_nuisances(sample.item.read_bytes(), name=sample.path))
+        except ImageError as error:
+            errors.append(str(error))
+            rows.append(np.full(len(NUISANCES), np.nan, np.float32))
+        if time.monotonic() > end:
+            break
     return np.stack(rows) if rows else np.empty((0, len(NUISANCES)), np.float32), errors
 
 

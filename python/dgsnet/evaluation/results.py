@@ -78,7 +78,7 @@ class Evaluation:
     scores: list[Score]
     threshold: float = THRESHOLD
     calibrated_threshold: float | None = None
-    nuisances: np.ndarray | None = None
+    nuisances: np.ndarray | None = field(default=None, repr=False, compare=False)
     file_model: FileModel | None = None
 
     @property
