@@ -22,8 +22,8 @@ ARCHITECTURES = ["sm_80", "sm_90", "sm_100"]
 # chunk; table entries, sums of a group; rates.
 SCALARS = {
     "rows_in_registers": (1, 0),
-    "sum_row_parts": (1, 2),
-    "project_row_parts": (5, 0),
+    "sum_row_parts": (1, 3),
+    "project_row_parts": (7, 0),
     "head_rows": (5, 19),
     "head_backward": (9, 0),
     "chunk_sums": (8, 6),
