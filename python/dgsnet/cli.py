@@ -37,6 +37,9 @@ class Command:
 # named, a bool no words, and is false without its name.
 # `train` alone has a configuration file.
 COMMANDS = {
+    "audit": Command(
+        "tell how much of the label files and captions give away", "dgsnet.audit.audit", "audit_command"
+    ),
     "train": Command("train a detector", "dgsnet.cli", "train_command"),
     "evaluate": Command(
         "measure a detector on labelled images", "dgsnet.evaluation.evaluate", "evaluate_command"
