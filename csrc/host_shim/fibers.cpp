@@ -21,6 +21,7 @@ namespace shim {
 bool has_clusters = true;
 int compiled_for = 90;
 bool capturing = false;
+bool (*on_launch)(const Launch*) = nullptr;
 
 namespace {
 
@@ -190,6 +191,7 @@ cudaError_t run(const cudaLaunchConfig_t& config, const std::function<void()>& t
     return cudaErrorInvalidValue;
   if (until_failure && !--until_failure) return cudaErrorInvalidValue;
   ++launches;
+  if (!thread_body) return cudaSuccess;
   body = &thread_body;
   gridDim = config.gridDim;
   blockDim = config.blockDim;
@@ -248,5 +250,6 @@ extern "C" void shim_set_order(int order) { shim::order = order; }
 extern "C" void shim_set_clusters(bool available) { shim::has_clusters = available; }
 extern "C" void shim_set_compiled_for(int architecture) { shim::compiled_for = architecture; }
 extern "C" void shim_set_capturing(bool capturing) { shim::capturing = capturing; }
+extern "C" void shim_on_launch(bool (*call)(const shim::Launch*)) { shim::on_launch = call; }
 extern "C" void shim_fail_launch(int which) { shim::until_failure = which; }
 extern "C" int shim_launches() { return shim::launches; }

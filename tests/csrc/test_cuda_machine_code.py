@@ -4,12 +4,13 @@ no load or store of matrix data narrower than 16 bytes. Needs nvcc, but no GPU.
 `python -m tests.csrc.test_cuda_machine_code` writes the table in docs/kernels.md anew.
 """
 
+import fcntl
 import hashlib
 import importlib.util
-import os
 import re
 import shutil
 import subprocess
+import tempfile
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -70,7 +71,10 @@ def output(*command):
 
 
 def compile_all(architectures=tuple(ARCHITECTURES)):
-    """{(source, architecture): (cubin, what ptxas said)}, compiled again only when a source has changed."""
+    """{(source, architecture): (cubin, what ptxas said)}, compiled again only when a source has changed.
+
+    Beside the cubin lies its PTX. Of two processes that want the same, one compiles it.
+    """
     sources = [p for p in sorted((ROOT / "csrc").rglob("*")) if p.suffix in (".cu", ".cuh", ".h")]
     key = hashlib.sha256(b"".join(p.read_bytes() for p in sources)).hexdigest()[:16]
     folder = ROOT / "build" / f"cubins-{key}"
@@ -80,11 +84,16 @@ def compile_all(architectures=tuple(ARCHITECTURES)):
         source, architecture = job
         cubin = folder / f"{Path(source).stem}.{architecture}.cubin"
         log = cubin.with_suffix(".log")
-        if not log.exists():
-            options = ["-std=c++17", f"-arch={architecture}", "-cubin", "-Xptxas", "-v"]
-            said = output(NVCC, *options, "-o", str(cubin), str(CUDA / source))
-            log.with_suffix(".part").write_text(said)
-            os.replace(log.with_suffix(".part"), log)
+        with open(cubin.with_suffix(".lock"), "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not log.exists():
+                options = ["-std=c++17", f"-arch={architecture}", "-cubin", "-Xptxas", "-v"]
+                with tempfile.TemporaryDirectory() as kept:
+                    options += ["--keep", "--keep-dir", kept]
+                    said = output(NVCC, *options, "-o", str(cubin), str(CUDA / source))
+                    shutil.move(Path(kept, source).with_suffix(".ptx"), cubin.with_suffix(".ptx"))
+                log.with_suffix(".part").write_text(said)
+                log.with_suffix(".part").replace(log)
         return job, (cubin, log.read_text())
 
     with ThreadPoolExecutor(2) as pool:

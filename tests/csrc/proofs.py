@@ -1,0 +1,215 @@
+"""Proofs about the CUDA kernels: `sentryward`, a verifier of PTX, is given a launch as the launcher makes it
+(`launches.py`) and decides for every schedule whether barriers match and conflicting accesses are ordered.
+
+Its input names parameters by byte offset. Which offsets a kernel reads, with which type, is taken from its PTX; values
+and memory from the recorded launch. Pointers into one piece of memory become one pointer and distances from it.
+
+Kernels on lists read tables of addresses from memory, of which the verifier knows nothing. There the contents of the tables
+are appended to the kernel's parameters, and the loads of them become loads of parameters: what is proved is the compiled
+kernel with these very tables.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import struct
+import tempfile
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from tests.csrc.launches import kernel_name
+
+NAMESPACE = "12_GLOBAL__N_1"
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One entry of a PTX file, with what comes before all entries."""
+
+    name: str
+    head: str
+    body: list[str]
+
+
+def kernels(ptx: str) -> dict[str, Kernel]:
+    """All entries of a PTX file by the name that `launches.kernel_name` gives them."""
+    starts = [m.start() for m in re.finditer(r"^(?:\t?// \.globl.*\n)?(?:\.visible |\.weak )?\.entry ", ptx, re.M)]
+    preamble = ptx[: starts[0]]
+    found = {}
+    for start, end in zip(starts, [*starts[1:], len(ptx)]):
+        text = ptx[start:end]
+        name = re.search(r"\.entry (\w+)\(", text)[1]
+        body_at = text.index("\n{\n") + 1
+        short = kernel_name(name)
+        own = name[len("_ZN3dgs4cuda") : -len(short)]  # the compiler's name of the namespace, which a path decides
+        head, body = ((preamble + text[:body_at]).replace(own, NAMESPACE), text[body_at:].replace(own, NAMESPACE))
+        head = re.sub("^//.*\n", "", head, flags=re.M)
+        found[short] = Kernel(f"_ZN3dgs4cuda{NAMESPACE}{short}", head, body.splitlines())
+    return found
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What the verifier is given: a kernel's PTX and a launch of it."""
+
+    kernel: str
+    head: str
+    body: tuple[str, ...]
+    config: dict
+    blocks: int  # of the whole launch
+
+    @property
+    def ptx(self) -> str:
+        return "\n".join([self.head, *self.body])
+
+    @property
+    def launch(self) -> str:
+        """As people write it."""
+        launch = self.config["launch"]
+        first, threads, cluster = (launch[f"{name}_dim"][0] for name in ("grid", "block", "cluster"))
+        blocks = f"{first} of {self.blocks}" if first < self.blocks else f"{first}"
+        return f"{blocks} x {threads}" + (f", clusters of {cluster}" if cluster > 1 else "")
+
+    def fingerprint(self) -> str:
+        """Of all that a proof depends on, save the verifier."""
+        said = self.ptx + json.dumps(self.config, sort_keys=True)
+        return hashlib.sha256(said.encode()).hexdigest()[:12]
+
+    def barriers(self) -> list[tuple[int, ...]]:
+        """Lines of the body, by barrier: of a warp, a block, or a cluster, which arrives and waits."""
+        found: list[tuple[int, ...]] = []
+        for number, line in enumerate(self.body):
+            if re.match(r"\s*(bar\.(warp\.)?sync|barrier\.cluster\.arrive)\b", line):
+                found.append((number,))
+            elif re.match(r"\s*barrier\.cluster\.wait\b", line):
+                found[-1] = (*found[-1], number)
+        return found
+
+    def without(self, barrier: tuple[int, ...]) -> Problem:
+        return replace(self, body=tuple("" if n in barrier else line for n, line in enumerate(self.body)))
+
+
+# Where the parameters of kernels on lists point to tables, and the widths of the fields of a table's entries.
+CHUNKED = {0: (8,), 8: (8, 4, 4), 16: (8,)}
+CUT = {0: (8,), 16: (8,)}
+
+
+def problem(kernel: Kernel, launch: dict) -> Problem:
+    params = bytes.fromhex(launch["params"])
+    memory, held = dict(launch["memory"]), dict(launch["tables"])
+    name = f"{kernel.name}_param_0"
+    tables_at = -(-len(params) // 16) * 16  # in the parameters, behind the others
+    tables: dict[int, tuple[int, ...]] = {}
+    base = memory.get(struct.unpack_from("<Q", params)[0], (0,))[0]
+    data = params.ljust(tables_at, b"\0")
+    if base in held:
+        tables = CUT if "cut_tensors" in kernel.name else CHUNKED
+        data += bytes.fromhex(held[base])
+    pieces: dict[int, int] = {}  # where the first pointer into a piece of memory is, by the piece
+    objects: dict[int, str] = {}
+    fields: dict[int, dict] = {}
+
+    def word(offset: int) -> int:
+        return struct.unpack_from("<Q", data, offset)[0]
+
+    for at in sorted((o for o in range(0, len(data) - 7, 8) if word(o) in memory), key=word):
+        pieces.setdefault(memory[word(at)][0], at)
+
+    def declare(offset: int, kind: str) -> None:
+        """Says what a field is: a pointer to an object, or a number."""
+        size = int(re.search(r"\d+$", kind)[0]) // 8
+        value = int.from_bytes(data[offset : offset + size], "little")
+        if size == 8 and value in memory:
+            piece = memory[value][0]
+            if value == word(pieces[piece]):
+                name_of = objects.setdefault(piece, f"memory_{len(objects)}")
+                fields[offset] = dict(type="pointer", space="global", object=name_of)
+            else:
+                assert offset < tables_at, "a table with two pointers into one piece of memory"
+            return
+        if kind == "f64":
+            value = struct.unpack_from("<d", data, offset)[0]
+        fields[offset] = dict(type=kind.replace("b", "u").replace("s", "u"), value=value)
+
+    addresses: dict[str, int] = {}
+    from_tables: set[str] = set()
+    body = []
+    for line in kernel.body:
+        code = line.strip()
+        if found := re.match(r"(?:mov\.[bu]64|add\.s64)\s+(%\w+), ([%\w]+)(?:, (-?\d+))?;", code):
+            at = 0 if found[2] == name else addresses.get(found[2])
+            if at is not None:
+                addresses[found[1]] = at + int(found[3] or 0)
+        if found := re.match(r"ld\.param\.(v\d\.)?(\w+)\s+(.*), \[(\w+|%\w+)(?:\+(-?\d+))?\];", code):
+            vector, kind, target = found[1], found[2], found[3]
+            at = 0 if found[4] == name else addresses.get(found[4])
+            if at is None:  # depends on the thread: data
+                body.append(line)
+                continue
+            offset = at + int(found[5] or 0)
+            if offset in tables:
+                from_tables.add(target)
+                body.append(f"\tmov.b64 {target}, {name};")
+                body.append(f"\tadd.s64 {target}, {target}, {tables_at + word(offset) - base};")
+                continue
+            for k in range(int(vector[1]) if vector else 1):
+                declare(offset + k * int(kind[1:]) // 8, kind)
+            if kind[1:] == "64" and word(offset) in memory and offset not in fields:
+                first = pieces[memory[word(offset)][0]]
+                declare(first, kind)
+                body.append(f"\tld.param.{kind} {target}, [{name}+{first}];")
+                body.append(f"\tadd.s64 {target}, {target}, {word(offset) - word(first)};")
+                continue
+        elif from_tables and (found := re.match(r"([\w.]+)\s+(%\w+|\{[^}]*\}), (.*);", code)):
+            operation, target, operands = found.groups()
+            if from_tables & set(re.findall(r"%\w+", operands)):
+                if operation.startswith("ld."):
+                    line = re.sub(r"ld\.(global\.)?", "ld.param.", line)
+                elif re.match(r"mov|add|mad|selp|cvta", operation):
+                    from_tables.add(target)
+                    if operation.startswith("cvta"):
+                        line = f"\tmov.b64 {target}, {operands};"
+                else:
+                    raise ValueError(f"what becomes of a table's address? {code}")
+        body.append(line)
+    if tables:
+        # A table ends where the next thing in the same piece of memory begins.
+        edges = sorted(word(o) for o in range(0, tables_at, 8) if memory.get(word(o), [0])[0] == base)
+        for offset, widths in tables.items():
+            at, end = word(offset), edges[edges.index(word(offset)) + 1]
+            while at < end:
+                for size in widths:
+                    declare(tables_at + at - base, f"u{8 * size}")
+                    at += size
+    head = kernel.head
+    if tables:
+        head = head.replace(f"{name}[{len(params)}]", f"{name}[{len(data)}]")
+    config = {
+        "schema": "spverify.kernel-input/v1",
+        "entry": kernel.name,
+        "launch": {
+            "grid_dim": [launch.get("first", launch["grid"]), 1, 1],
+            "block_dim": [launch["threads"], 1, 1],
+            "cluster_dim": [launch["cluster"], 1, 1],
+            "dynamic_shared_bytes": launch["shared"],
+        },
+        "declarations": [
+            {"parameter": name, "offset": o} | f for o, f in fields.items() if f["type"] == "pointer"
+        ],
+        "arguments": [
+            {"parameter": name, "offset": o} | f for o, f in fields.items() if f["type"] != "pointer"
+        ],
+    }
+    return Problem(kernel.name, head, tuple(body), config, launch["grid"])
+
+
+def verify(given: Problem, seconds: int = 250) -> dict:
+    from sentryward import verify
+
+    with tempfile.TemporaryDirectory() as folder:
+        ptx, config = Path(folder, "kernel.ptx"), Path(folder, "input.json")
+        ptx.write_text(given.ptx)
+        config.write_text(json.dumps(given.config))
+        return verify(ptx, input=config, timeout_seconds=seconds)

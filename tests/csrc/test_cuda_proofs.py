@@ -1,0 +1,168 @@
+"""Proves that the CUDA kernels are free of races and that their barriers match, in every schedule, from their PTX and
+their launchers' own launches. Needs nvcc, g++ and the verifier `sentryward`, but no GPU.
+
+The table in docs/kernels.md lists every path that a launcher can choose, with a fingerprint of what was proved: the
+PTX and the launch. The test makes both anew and compares, and repeats the proofs that take seconds.
+
+`python -m tests.csrc.test_cuda_proofs` repeats all, removes each barrier in turn, and writes the table anew; that
+takes minutes and 3 GB. `python -m tests.csrc.test_cuda_proofs head_rows` only does that for some kernels.
+"""
+
+import importlib.metadata
+import importlib.util
+import re
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from tests.csrc import proofs
+from tests.csrc.host_library import COMPILER, build
+from tests.csrc.launches import NM, record
+from tests.csrc.test_cuda_machine_code import NVCC, SOURCES, compile_all, name_and_type, nvcc_version
+
+DOCUMENT = Path(__file__).resolve().parents[2] / "docs" / "kernels.md"
+HEADING = "| kernel | path | blocks and threads | barriers | proof |"
+MADE_WITH = r"nvcc [\d.]+ and sentryward [\d.]+"
+# Blocks of one grid that are looked at, at most. They do the same on other data, and blocks 0 and 1 meet each other.
+MOST_THREADS = 1700
+
+# Proofs that are repeated in every run of the tests: some of each kind.
+QUICK = {
+    ("rows_in_registers", "a thread per row, wide"),
+    ("rows_in_registers", "a warp per row"),
+    ("rows_in_registers", "2 warps per row, wide"),
+    ("head_sum_chunks", "4 rows at a time, a warp each, staged"),
+}
+
+# Where each barrier is removed in turn, to see that the proof misses it. One of a path that is not taken is not needed.
+REMOVALS = {
+    ("rows_in_registers", "2 warps per row, wide"),
+    ("rows_in_registers", "a cluster of 2 per row, wide"),
+    ("sum_row_parts", "in parts, wide"),
+    ("project_row_parts", "in parts, wide"),
+    ("head_rows", "4 rows at a time, a warp each, staged"),
+    ("head_rows", "a row of 2 warps, staged"),
+    ("head_sum_chunks", "4 rows at a time, a warp each, staged"),
+    ("head_read_twice", "longer rows"),
+    ("head_backward", "a row of 2 warps"),
+    ("patch_entropy", "floats, wide"),
+    ("chunk_sums", "sums first, wide"),
+    ("add_chunk_sums", "sums first, wide"),
+    ("project_chunks", "a cluster of 2 per layer, wide"),
+    ("adamw_chunks", "a cluster of 2 per layer, wide"),
+    ("chunk_products", "2 objectives, wide"),
+    ("add_chunk_products", "2 objectives, wide"),
+}
+
+pytestmark = [
+    pytest.mark.skipif(NVCC is None, reason="no nvcc on the PATH"),
+    pytest.mark.skipif(COMPILER is None or NM is None, reason="no g++ to record the launches with"),
+    pytest.mark.skipif(importlib.util.find_spec("sentryward") is None, reason="no sentryward, the verifier"),
+]
+
+
+def made_with():
+    return f"nvcc {nvcc_version()} and sentryward {importlib.metadata.version('sentryward')}"
+
+
+def problems():
+    """{(kernel, path): problem}: what there is to prove."""
+    entries = {}
+    for source in SOURCES:
+        entries |= proofs.kernels(compile_all(["sm_100"])[source, "sm_100"][0].with_suffix(".ptx").read_text())
+    found = {}
+    for launch in record(build()):
+        if launch["grid"] * launch["threads"] > MOST_THREADS:
+            launch["first"] = max(launch["cluster"], 2)
+        kernel = entries[launch["kernel"]]
+        name, _, _ = name_and_type(kernel.name)
+        assert (name, launch["path"]) not in found
+        found[name, launch["path"]] = proofs.problem(kernel, launch)
+    return found
+
+
+@pytest.fixture(scope="module")
+def given():
+    return problems()
+
+
+def written_rows():
+    """{(kernel, path): the other cells} of the table."""
+    text = DOCUMENT.read_text()
+    table = re.search(re.escape(HEADING) + r"\n(\|.*\n)+", text)
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table[0].splitlines()[2:]]
+    return {(row[0].split("`")[1], row[1]): row for row in rows}
+
+
+def row_of(key, problem, barriers, proved):
+    name, path = key
+    _, dtype, _ = name_and_type(problem.kernel)
+    proof = f"`{problem.fingerprint()}`" if proved is True else proved
+    return [f"`{name}`" + (f" {dtype}" if dtype else ""), path, problem.launch, barriers, proof]
+
+
+def test_every_kernel_has_a_proof(given):
+    """The table is of today's kernels and launches. Another compiler writes other PTX."""
+    if made_with() not in DOCUMENT.read_text():
+        pytest.skip("the table in docs/kernels.md was made with other releases of nvcc or sentryward")
+    written = written_rows()
+    for key, problem in given.items():
+        row = written.get(key)
+        again = "python -m tests.csrc.test_cuda_proofs proves it anew"
+        assert row, f"{key} is not in the table; {again}"
+        assert row == row_of(key, problem, row[3], True if row[4].startswith("`") else row[4]), again
+    assert given.keys() == written.keys()
+    kernels = {kernel for kernel, _ in given}
+    sources = "".join(p.read_text() for p in DOCUMENT.parents[1].glob("csrc/cuda/*.cu"))
+    assert kernels == set(re.findall(r"__global__ (?:__launch_bounds__\([^)]*\)\)? )?void (?:\w+ )?(\w+)\(", sources))
+
+
+@pytest.mark.parametrize("key", sorted(QUICK), ids=": ".join)
+def test_proof_holds(given, key):
+    found = proofs.verify(given[key])
+    assert found["result"] == "race_free", found.get("diagnostics")
+
+
+def test_missing_barrier_is_found(given):
+    problem = given["rows_in_registers", "2 warps per row, wide"]
+    (barrier,) = problem.barriers()
+    assert proofs.verify(problem.without(barrier))["result"] == "potential_race"
+
+
+def prove(job):
+    key, problem = job
+    found = proofs.verify(problem)
+    if found["result"] != "race_free":
+        return row_of(key, problem, "", f"{found['result']}: {found.get('diagnostics')}")
+    barriers = problem.barriers()
+    text = "" if barriers else "none"
+    if key in REMOVALS:
+        useless = [b for b in barriers if proofs.verify(problem.without(b))["result"] == "race_free"]
+        text = f"{len(barriers) - len(useless)} of {len(barriers)} needed"
+    row = row_of(key, problem, text, True)
+    print(row, flush=True)
+    return row
+
+
+def main(names):
+    """Proves what is new or named."""
+    written = written_rows()
+    given = problems()
+    chosen = {
+        key: p
+        for key, p in given.items()
+        if (key[0] in names if names else f"`{p.fingerprint()}`" not in written.get(key, ()))
+    }
+    with ThreadPoolExecutor(2) as pool:
+        rows = written | dict(zip(chosen, pool.map(prove, chosen.items())))
+    lines = [HEADING, "|---" * 5 + "|", *(f"| {' | '.join(rows[k])} |" for k in sorted(rows) if k in given)]
+    text = DOCUMENT.read_text()
+    old = re.search(re.escape(HEADING) + r"\n(\|.*\n)+", text)[0]
+    text = text.replace(old, "\n".join(lines) + "\n")
+    DOCUMENT.write_text(re.sub(MADE_WITH, made_with(), text))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
