@@ -1,7 +1,8 @@
-"""Launches of every CUDA kernel as their launchers make them, recorded where the host shim runs them on the CPU.
+"""Launches of every CUDA kernel as the launchers make them, recorded in the host shim.
 
-`record(library)` gives, for each, its kernel, grid, block, cluster and shared memory, the bytes of its parameters, and
-which of these point to memory. They are told of, and not run: that is `cuda_on_host.py`'s part, whose cases these are.
+`record(library)` gives, for each, its kernel, grid, block, cluster and shared memory, the bytes of its
+parameters, and which of these point to memory. They are told of and not run: `cuda_on_host.py`, whose cases
+these are, does that.
 """
 
 from __future__ import annotations
@@ -17,7 +18,10 @@ from pathlib import Path
 
 from tests.csrc.host_library import run
 
-MAKE_TABLES = ("write_piece", "cut_tensors")  # kernels that are run, as others' launches depend on what they write
+MAKE_TABLES = (
+    "write_piece",
+    "cut_tensors",
+)  # kernels that are run, as others' launches depend on what they write
 LARGEST_TABLE = 1 << 16  # bytes
 NM = shutil.which("nm")
 
@@ -30,7 +34,7 @@ def record(library: Path) -> list[dict]:
 
 
 def kernel_name(mangled: str) -> str:
-    """A kernel's mangled name without that of the anonymous namespace, which every compiler calls its own way."""
+    """A kernel's mangled name without the anonymous namespace, which every compiler calls its own way."""
     outer, rest = mangled[: len("_ZN3dgs4cuda")], mangled[len("_ZN3dgs4cuda") :]
     assert outer == "_ZN3dgs4cuda", mangled
     length = re.match(r"\d+", rest)
@@ -46,10 +50,7 @@ def base_name(kernel: str) -> str:
 
 
 def cases():
-    """Every path that a launcher can choose, each in a launch with a tail: what it is, kernels, and a call that takes it.
-
-    The kernels are those that the case is about.
-    """
+    """Every path that a launcher can choose, in a launch with a tail: its name, kernels, and a call."""
     import torch
 
     from tests.csrc import cuda_on_host as host
@@ -77,7 +78,8 @@ def cases():
     head = host.surgery_head_case
     more = dict(expert=True, distillation=0.3)
     forward_and_backward = "head_rows head_backward"
-    yield "4 rows at a time, a warp each, staged", "head_rows head_sum_chunks", partial(head, f32, 1057, 4)
+    yield "4 rows at a time, a warp each, staged", "head_rows", partial(head, f32, 1057, 260)
+    yield "212 chunks", "head_sum_chunks", partial(head, f32, 1057, 4)
     yield "4 rows at a time, a warp each", forward_and_backward, partial(head, f32, 1057, 3)
     yield "a row of 2 warps, staged", forward_and_backward, partial(head, f32, 529, 772)
     yield "a row of 4 warps, staged", "head_rows", partial(head, bf16, 3, 1544)
@@ -99,10 +101,12 @@ def cases():
         yield "a block per layer", kernel, partial(operation, odd, [0, 1], bf16, launched=1)
         yield "a cluster of 2 per layer, wide", kernel, partial(operation, wide, [0, 0], f32, launched=1)
         yield "a cluster of 2 per layer", kernel, partial(operation, odd, [0, 0], f64, launched=1)
-        three = kernel if operation is adamw else f"write_piece cut_tensors chunk_sums add_chunk_sums {kernel}"
+        three = (
+            kernel if operation is adamw else f"write_piece cut_tensors chunk_sums add_chunk_sums {kernel}"
+        )
         yield "sums first, wide", three, partial(without, operation, wide, [0, 0], f32, launched=3)
-        three = kernel if operation is adamw else f"chunk_sums {kernel}"
-        yield "sums first", three, partial(without, operation, odd, [0, 0], bf16, launched=3)
+        sums = "" if operation is adamw else "chunk_sums"
+        yield "sums first", f"{sums} {kernel}", partial(without, operation, odd, [0, 0], bf16, launched=3)
     steps = dict(steps=(2, 3), maximize=True)
     yield "other steps for each", "adamw_chunks", partial(adamw, odd, [0, 1], f32, launched=2, **steps)
 
@@ -111,7 +115,8 @@ def cases():
     yield "2 objectives, wide", f"{both} add_chunk_products", partial(objectives, 2, wide, [0, 1], f32)
     yield "2 objectives", both, partial(objectives, 2, odd, [0, 1], bf16, in_place=True)
     for count in (3, 5, 9):
-        yield f"{count} objectives, wide", "chunk_products", partial(objectives, count, [32], [0], f32)
+        kernels = both if count == 3 else "chunk_products"
+        yield f"{count} objectives, wide", kernels, partial(objectives, count, [32], [0], f32)
         yield f"{count} objectives", "chunk_products", partial(objectives, count, [31], [0], f32)
 
 
@@ -125,8 +130,6 @@ def without_clusters(host):
 
 
 def main() -> None:
-    import torch
-
     from tests.csrc import cuda_on_host as host
 
     class Launch(ctypes.Structure):
@@ -140,7 +143,7 @@ def main() -> None:
     runtime = ctypes.CDLL(None)  # with the sanitizer's, which knows every piece of memory
 
     def memory_of(word: int) -> tuple[int, int] | None:
-        """The piece of memory that an address lies in, as its address and size; None for what is no address."""
+        """The piece of memory that an address lies in, as its address and size; None: it is no address."""
         if word >> 44 not in range(1, 8):  # where no program's memory is
             return None
         name = ctypes.create_string_buffer(8)

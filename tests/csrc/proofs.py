@@ -1,18 +1,20 @@
 """Proofs about the CUDA kernels: `sentryward`, a verifier of PTX, is given a launch as the launcher makes it
 (`launches.py`) and decides for every schedule whether barriers match and conflicting accesses are ordered.
 
-Its input names parameters by byte offset. Which offsets a kernel reads, with which type, is taken from its PTX; values
-and memory from the recorded launch. Pointers into one piece of memory become one pointer and distances from it.
+Its input names parameters by byte offset. Which offsets a kernel reads, and with which type, is taken from
+its PTX; values and memory from the recorded launch. Of several pointers into one piece of memory one is
+declared, and the others become distances from it: the verifier takes declared objects not to overlap.
 
-Kernels on lists read tables of addresses from memory, of which the verifier knows nothing. There the contents of the tables
-are appended to the kernel's parameters, and the loads of them become loads of parameters: what is proved is the compiled
-kernel with these very tables.
+Kernels on lists read tables of addresses from memory, of which the verifier knows nothing. There the contents
+of the tables are appended to the kernel's parameters, and the loads of them become loads of parameters: what
+is proved is the compiled kernel with these very tables.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 import struct
 import tempfile
@@ -35,7 +37,9 @@ class Kernel:
 
 def kernels(ptx: str) -> dict[str, Kernel]:
     """All entries of a PTX file by the name that `launches.kernel_name` gives them."""
-    starts = [m.start() for m in re.finditer(r"^(?:\t?// \.globl.*\n)?(?:\.visible |\.weak )?\.entry ", ptx, re.M)]
+    starts = [
+        m.start() for m in re.finditer(r"^(?:\t?// \.globl.*\n)?(?:\.visible |\.weak )?\.entry ", ptx, re.M)
+    ]
     preamble = ptx[: starts[0]]
     found = {}
     for start, end in zip(starts, [*starts[1:], len(ptx)]):
@@ -43,8 +47,13 @@ def kernels(ptx: str) -> dict[str, Kernel]:
         name = re.search(r"\.entry (\w+)\(", text)[1]
         body_at = text.index("\n{\n") + 1
         short = kernel_name(name)
-        own = name[len("_ZN3dgs4cuda") : -len(short)]  # the compiler's name of the namespace, which a path decides
-        head, body = ((preamble + text[:body_at]).replace(own, NAMESPACE), text[body_at:].replace(own, NAMESPACE))
+        own = name[
+            len("_ZN3dgs4cuda") : -len(short)
+        ]  # the compiler's name of the namespace, which a path decides
+        head, body = (
+            (preamble + text[:body_at]).replace(own, NAMESPACE),
+            text[body_at:].replace(own, NAMESPACE),
+        )
         head = re.sub("^//.*\n", "", head, flags=re.M)
         found[short] = Kernel(f"_ZN3dgs4cuda{NAMESPACE}{short}", head, body.splitlines())
     return found
@@ -78,14 +87,15 @@ class Problem:
         return hashlib.sha256(said.encode()).hexdigest()[:12]
 
     def barriers(self) -> list[tuple[int, ...]]:
-        """Lines of the body, by barrier: of a warp, a block, or a cluster, which arrives and waits."""
+        """Lines of the body, by barrier: of a warp, a block, or a cluster where there is one."""
         found: list[tuple[int, ...]] = []
         for number, line in enumerate(self.body):
             if re.match(r"\s*(bar\.(warp\.)?sync|barrier\.cluster\.arrive)\b", line):
                 found.append((number,))
             elif re.match(r"\s*barrier\.cluster\.wait\b", line):
                 found[-1] = (*found[-1], number)
-        return found
+        clusters = self.config["launch"]["cluster_dim"][0] > 1
+        return [barrier for barrier in found if len(barrier) == 1 or clusters]
 
     def without(self, barrier: tuple[int, ...]) -> Problem:
         return replace(self, body=tuple("" if n in barrier else line for n, line in enumerate(self.body)))
@@ -114,7 +124,8 @@ def problem(kernel: Kernel, launch: dict) -> Problem:
     def word(offset: int) -> int:
         return struct.unpack_from("<Q", data, offset)[0]
 
-    for at in sorted((o for o in range(0, len(data) - 7, 8) if word(o) in memory), key=word):
+    addresses_at = [at for at in range(0, len(data) - 7, 8) if word(at) in memory and at not in tables]
+    for at in sorted(addresses_at, key=word):
         pieces.setdefault(memory[word(at)][0], at)
 
     def declare(offset: int, kind: str) -> None:
@@ -205,11 +216,52 @@ def problem(kernel: Kernel, launch: dict) -> Problem:
     return Problem(kernel.name, head, tuple(body), config, launch["grid"])
 
 
-def verify(given: Problem, seconds: int = 250) -> dict:
+Tensor = tuple[str, tuple[int, ...]]  # an object's name, and the shape of the float32 numbers in it
+
+
+def verify(
+    given: Problem, reference: str = "", inputs: dict[str, Tensor] | None = None, output: Tensor = ("", ())
+):
+    """What the verifier says of a launch.
+
+    With `reference`, Python that defines a function of that name of `inputs`, also whether `output` is what
+    it returns, in real arithmetic.
+    """
     from sentryward import verify
 
+    def place(tensor: Tensor) -> tuple[str, list[int], list[int]]:
+        name, shape = tensor
+        strides = [4 * math.prod(shape[n + 1 :]) for n in range(len(shape))]
+        return f"6:global{len(name)}:{name}", list(shape), strides
+
     with tempfile.TemporaryDirectory() as folder:
-        ptx, config = Path(folder, "kernel.ptx"), Path(folder, "input.json")
-        ptx.write_text(given.ptx)
-        config.write_text(json.dumps(given.config))
-        return verify(ptx, input=config, timeout_seconds=seconds)
+        files = {
+            name: Path(folder, name) for name in ("kernel.ptx", "input.json", "reference.py", "binding.json")
+        }
+        files["kernel.ptx"].write_text(given.ptx)
+        files["input.json"].write_text(json.dumps(given.config))
+        more = {}
+        if inputs is not None:
+            layouts, arguments = {}, []
+            for name, tensor in inputs.items():
+                allocation, shape, strides = place(tensor)
+                arguments.append(dict(name=name, allocation=allocation, shape=shape, dtype="float32"))
+                layouts[allocation] = dict(
+                    shape=shape, source_strides_bytes=strides, target_strides_bytes=strides, element_bytes=4
+                )
+            allocation, shape, strides = place(output)
+            outputs = dict(kind="dense_tensor", shape=shape, element_bytes=4)
+            for side in ("left", "right"):
+                outputs |= {
+                    f"{side}_allocation": allocation, f"{side}_strides_bytes": strides, f"{side}_offset": 0
+                }  # fmt: skip
+            binding = dict(
+                reference=dict(arguments=arguments),
+                left_inputs=dict(layouts=layouts),
+                right_inputs=dict(layouts=layouts),
+                outputs=outputs,
+            )
+            files["reference.py"].write_text(reference)
+            files["binding.json"].write_text(json.dumps(binding))
+            more = dict(reference=files["reference.py"], reference_binding=files["binding.json"])
+        return verify(files["kernel.ptx"], input=files["input.json"], timeout_seconds=250, **more)
