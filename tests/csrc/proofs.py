@@ -37,9 +37,8 @@ class Kernel:
 
 def kernels(ptx: str) -> dict[str, Kernel]:
     """All entries of a PTX file by the name that `launches.kernel_name` gives them."""
-    starts = [
-        m.start() for m in re.finditer(r"^(?:\t?// \.globl.*\n)?(?:\.visible |\.weak )?\.entry ", ptx, re.M)
-    ]
+    entry = r"^(?:\t?// \.globl.*\n)?(?:\.visible |\.weak )?\.entry "
+    starts = [found.start() for found in re.finditer(entry, ptx, re.M)]
     preamble = ptx[: starts[0]]
     found = {}
     for start, end in zip(starts, [*starts[1:], len(ptx)]):
@@ -47,13 +46,8 @@ def kernels(ptx: str) -> dict[str, Kernel]:
         name = re.search(r"\.entry (\w+)\(", text)[1]
         body_at = text.index("\n{\n") + 1
         short = kernel_name(name)
-        own = name[
-            len("_ZN3dgs4cuda") : -len(short)
-        ]  # the compiler's name of the namespace, which a path decides
-        head, body = (
-            (preamble + text[:body_at]).replace(own, NAMESPACE),
-            text[body_at:].replace(own, NAMESPACE),
-        )
+        own = name[len("_ZN3dgs4cuda") : -len(short)]  # the compiler's, made of the source's path
+        head, body = (t.replace(own, NAMESPACE) for t in (preamble + text[:body_at], text[body_at:]))
         head = re.sub("^//.*\n", "", head, flags=re.M)
         found[short] = Kernel(f"_ZN3dgs4cuda{NAMESPACE}{short}", head, body.splitlines())
     return found
@@ -102,80 +96,100 @@ class Problem:
 
 
 # Where the parameters of kernels on lists point to tables, and the widths of the fields of a table's entries.
-CHUNKED = {0: (8,), 8: (8, 4, 4), 16: (8,)}
-CUT = {0: (8,), 16: (8,)}
+CHUNKED: dict[int, tuple[int, ...]] = {0: (8,), 8: (8, 4, 4), 16: (8,)}
+CUT: dict[int, tuple[int, ...]] = {0: (8,), 16: (8,)}
 
 
-def problem(kernel: Kernel, launch: dict) -> Problem:
-    params = bytes.fromhex(launch["params"])
-    memory, held = dict(launch["memory"]), dict(launch["tables"])
-    name = f"{kernel.name}_param_0"
-    tables_at = -(-len(params) // 16) * 16  # in the parameters, behind the others
-    tables: dict[int, tuple[int, ...]] = {}
-    base = memory.get(struct.unpack_from("<Q", params)[0], (0,))[0]
-    data = params.ljust(tables_at, b"\0")
-    if base in held:
-        tables = CUT if "cut_tensors" in kernel.name else CHUNKED
-        data += bytes.fromhex(held[base])
-    pieces: dict[int, int] = {}  # where the first pointer into a piece of memory is, by the piece
-    objects: dict[int, str] = {}
-    fields: dict[int, dict] = {}
+class Parameters:
+    """The bytes of a launch's parameters, its tables behind them, and what the verifier is told of them."""
 
-    def word(offset: int) -> int:
-        return struct.unpack_from("<Q", data, offset)[0]
+    def __init__(self, kernel: Kernel, launch: dict):
+        params = bytes.fromhex(launch["params"])
+        self.name = f"{kernel.name}_param_0"
+        self.memory, held = dict(launch["memory"]), dict(launch["tables"])
+        self.end = -(-len(params) // 16) * 16
+        self.data = params.ljust(self.end, b"\0")
+        self.tables: dict[int, tuple[int, ...]] = {}
+        self.base = self.memory.get(self.word(0), (0,))[0]
+        if self.base in held:
+            self.tables = CUT if "cut_tensors" in kernel.name else CHUNKED
+            self.data += bytes.fromhex(held[self.base])
+        words = range(0, len(self.data) - 7, 8)
+        addresses = [at for at in words if self.word(at) in self.memory and at not in self.tables]
+        self.pieces: dict[int, int] = {}  # where the first pointer into a piece of memory is, by the piece
+        for at in sorted(addresses, key=self.word):
+            self.pieces.setdefault(self.memory[self.word(at)][0], at)
+        self.objects: dict[int, str] = {}
+        self.fields: dict[int, dict] = {}
 
-    addresses_at = [at for at in range(0, len(data) - 7, 8) if word(at) in memory and at not in tables]
-    for at in sorted(addresses_at, key=word):
-        pieces.setdefault(memory[word(at)][0], at)
+    def word(self, at: int) -> int:
+        return struct.unpack_from("<Q", self.data, at)[0]
 
-    def declare(offset: int, kind: str) -> None:
-        """Says what a field is: a pointer to an object, or a number."""
-        size = int(re.search(r"\d+$", kind)[0]) // 8
-        value = int.from_bytes(data[offset : offset + size], "little")
-        if size == 8 and value in memory:
-            piece = memory[value][0]
-            if value == word(pieces[piece]):
-                name_of = objects.setdefault(piece, f"memory_{len(objects)}")
-                fields[offset] = dict(type="pointer", space="global", object=name_of)
+    def first_of_piece(self, at: int) -> int | None:
+        """Where the first pointer is into the memory that the field points to; None: it is no pointer."""
+        return self.pieces[self.memory[self.word(at)][0]] if self.word(at) in self.memory else None
+
+    def declare(self, at: int, kind: str) -> None:
+        """Says what a field is: a pointer to an object or a number; nothing of a piece's other pointers."""
+        size = int(kind[1:]) // 8
+        if size == 8 and (first := self.first_of_piece(at)) is not None:
+            if self.word(at) == self.word(first):
+                piece = self.memory[self.word(at)][0]
+                name = self.objects.setdefault(piece, f"memory_{len(self.objects)}")
+                self.fields[at] = dict(type="pointer", space="global", object=name)
             else:
-                assert offset < tables_at, "a table with two pointers into one piece of memory"
-            return
-        if kind == "f64":
-            value = struct.unpack_from("<d", data, offset)[0]
-        fields[offset] = dict(type=kind.replace("b", "u").replace("s", "u"), value=value)
+                assert at < self.end, "a table with two pointers into one piece of memory"
+        elif kind == "f64":
+            self.fields[at] = dict(type=kind, value=struct.unpack_from("<d", self.data, at)[0])
+        else:
+            value = int.from_bytes(self.data[at : at + size], "little")
+            self.fields[at] = dict(type=f"u{kind[1:]}", value=value)
 
-    addresses: dict[str, int] = {}
-    from_tables: set[str] = set()
+    def declare_tables(self) -> None:
+        """A table ends where the next thing in the same piece of memory begins."""
+        words = [self.word(at) for at in range(0, self.end, 8)]
+        edges = sorted(word for word in words if self.memory.get(word, (0,))[0] == self.base)
+        for offset, widths in self.tables.items():
+            at, end = self.word(offset), edges[edges.index(self.word(offset)) + 1]
+            while at < end:
+                for size in widths:
+                    self.declare(self.end + at - self.base, f"u{8 * size}")
+                    at += size
+
+
+def rewritten(kernel: Kernel, params: Parameters) -> list[str]:
+    """The kernel's body with its tables among the parameters; declares every field that it reads."""
+    addresses = {params.name: 0}  # in the parameters, by the register that holds it
+    from_tables: set[str] = set()  # registers with addresses in tables
     body = []
     for line in kernel.body:
         code = line.strip()
         if found := re.match(r"(?:mov\.[bu]64|add\.s64)\s+(%\w+), ([%\w]+)(?:, (-?\d+))?;", code):
-            at = 0 if found[2] == name else addresses.get(found[2])
-            if at is not None:
-                addresses[found[1]] = at + int(found[3] or 0)
-        if found := re.match(r"ld\.param\.(v\d\.)?(\w+)\s+(.*), \[(\w+|%\w+)(?:\+(-?\d+))?\];", code):
-            vector, kind, target = found[1], found[2], found[3]
-            at = 0 if found[4] == name else addresses.get(found[4])
-            if at is None:  # depends on the thread: data
+            target, source, distance = found.groups()
+            if source in addresses:
+                addresses[target] = addresses[source] + int(distance or 0)
+        if found := re.match(r"ld\.param\.(?:v(\d)\.)?(\w+)\s+(.*), \[([%\w]+)(?:\+(-?\d+))?\];", code):
+            count, kind, target, source, distance = found.groups()
+            if source not in addresses:  # depends on the thread: data
                 body.append(line)
                 continue
-            offset = at + int(found[5] or 0)
-            if offset in tables:
+            at = addresses[source] + int(distance or 0)
+            if at in params.tables:
                 from_tables.add(target)
-                body.append(f"\tmov.b64 {target}, {name};")
-                body.append(f"\tadd.s64 {target}, {target}, {tables_at + word(offset) - base};")
+                body.append(f"\tmov.b64 {target}, {params.name};")
+                body.append(f"\tadd.s64 {target}, {target}, {params.end + params.word(at) - params.base};")
                 continue
-            for k in range(int(vector[1]) if vector else 1):
-                declare(offset + k * int(kind[1:]) // 8, kind)
-            if kind[1:] == "64" and word(offset) in memory and offset not in fields:
-                first = pieces[memory[word(offset)][0]]
-                declare(first, kind)
-                body.append(f"\tld.param.{kind} {target}, [{name}+{first}];")
-                body.append(f"\tadd.s64 {target}, {target}, {word(offset) - word(first)};")
+            for k in range(int(count or 1)):
+                params.declare(at + k * int(kind[1:]) // 8, kind)
+            first = params.first_of_piece(at) if kind[1:] == "64" else None
+            if first is not None and at not in params.fields:
+                params.declare(first, kind)
+                body.append(f"\tld.param.{kind} {target}, [{params.name}+{first}];")
+                body.append(f"\tadd.s64 {target}, {target}, {params.word(at) - params.word(first)};")
                 continue
         elif from_tables and (found := re.match(r"([\w.]+)\s+(%\w+|\{[^}]*\}), (.*);", code)):
             operation, target, operands = found.groups()
-            if from_tables & set(re.findall(r"%\w+", operands)):
+            if from_tables & {*re.findall(r"%\w+", operands)}:
                 if operation.startswith("ld."):
                     line = re.sub(r"ld\.(global\.)?", "ld.param.", line)
                 elif re.match(r"mov|add|mad|selp|cvta", operation):
@@ -185,18 +199,18 @@ def problem(kernel: Kernel, launch: dict) -> Problem:
                 else:
                     raise ValueError(f"what becomes of a table's address? {code}")
         body.append(line)
-    if tables:
-        # A table ends where the next thing in the same piece of memory begins.
-        edges = sorted(word(o) for o in range(0, tables_at, 8) if memory.get(word(o), [0])[0] == base)
-        for offset, widths in tables.items():
-            at, end = word(offset), edges[edges.index(word(offset)) + 1]
-            while at < end:
-                for size in widths:
-                    declare(tables_at + at - base, f"u{8 * size}")
-                    at += size
+    return body
+
+
+def problem(kernel: Kernel, launch: dict) -> Problem:
+    params = Parameters(kernel, launch)
+    body = rewritten(kernel, params)
     head = kernel.head
-    if tables:
-        head = head.replace(f"{name}[{len(params)}]", f"{name}[{len(data)}]")
+    if params.tables:
+        params.declare_tables()
+        size = len(launch["params"]) // 2
+        head = head.replace(f"{params.name}[{size}]", f"{params.name}[{len(params.data)}]")
+    told = [dict(parameter=params.name, offset=at) | field for at, field in params.fields.items()]
     config = {
         "schema": "spverify.kernel-input/v1",
         "entry": kernel.name,
@@ -206,12 +220,8 @@ def problem(kernel: Kernel, launch: dict) -> Problem:
             "cluster_dim": [launch["cluster"], 1, 1],
             "dynamic_shared_bytes": launch["shared"],
         },
-        "declarations": [
-            {"parameter": name, "offset": o} | f for o, f in fields.items() if f["type"] == "pointer"
-        ],
-        "arguments": [
-            {"parameter": name, "offset": o} | f for o, f in fields.items() if f["type"] != "pointer"
-        ],
+        "declarations": [field for field in told if field["type"] == "pointer"],
+        "arguments": [field for field in told if field["type"] != "pointer"],
     }
     return Problem(kernel.name, head, tuple(body), config, launch["grid"])
 
