@@ -129,6 +129,27 @@ __host__ __device__ constexpr int scratch_bytes(int numbers, int threads) {
   return (threads / kWarp + 1) * numbers * static_cast<int>(sizeof(A));
 }
 
+// Numbers in the shared memory of another block of the cluster. The space is named, where a generic address would hide
+// from the compiler, and from a proof, that it is no global memory.
+template <int N, typename A>
+__device__ __forceinline__ void read_of_block(unsigned rank, A* shared, A (&values)[N]) {
+#ifdef __CUDACC__
+  unsigned there;
+  asm("mapa.shared::cluster.u32 %0, %1, %2;"
+      : "=r"(there)
+      : "r"(static_cast<unsigned>(__cvta_generic_to_shared(shared))), "r"(rank));
+#pragma unroll
+  for (int n = 0; n < N; ++n)
+    if constexpr (sizeof(A) == 8)
+      asm volatile("ld.shared::cluster.f64 %0, [%1];" : "=d"(values[n]) : "r"(there + 8 * n) : "memory");
+    else
+      asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(values[n]) : "r"(there + 4 * n) : "memory");
+#else
+  const A* there = cooperative_groups::this_cluster().map_shared_rank(shared, rank);
+  for (int n = 0; n < N; ++n) values[n] = there[n];
+#endif
+}
+
 // The same over the blocks of a cluster, through distributed shared memory; scratch holds N numbers. A block
 // must not end before the others have read: cluster_done() comes last. Never reached on a device without
 // clusters, because the launcher then chooses other kernels.
@@ -142,9 +163,9 @@ __device__ __forceinline__ void sum_over_cluster(int blocks, A (&values)[N], A* 
     for (int n = 0; n < N; ++n) scratch[n] = values[n];
   cluster.sync();
   int lane = threadIdx.x % kWarp;  // takes what block number `lane` found
-  const A* found = cluster.map_shared_rank(scratch, lane % blocks);
+  read_of_block(lane % blocks, scratch, values);
 #pragma unroll
-  for (int n = 0; n < N; ++n) values[n] = lane < blocks ? found[n] : A(0);
+  for (int n = 0; n < N; ++n) values[n] = lane < blocks ? values[n] : A(0);
   sum_over(kWarp, values, static_cast<A*>(nullptr));
 #endif
 }

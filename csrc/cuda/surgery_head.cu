@@ -278,9 +278,9 @@ __global__ __launch_bounds__(kThreads, 1) void head_read_twice(const __grid_cons
     A image_residual, text_residual;
     judge(a, row, threadIdx.x == 0, dots, scalars, image_residual, text_residual);
   }
+  // Its barrier also lets all see the residuals that thread 0 has written.
   sum_over(kThreads, distance, shared_memory<A>() + (end - begin) % 2 * (kThreads / kWarp * kNumDots));
   scalars[kDistillationLoss] = distance[0];
-  __syncthreads();  // thread 0 has written the residuals
   A* partial = static_cast<A*>(a.workspace) + blockIdx.x * partial_size(a.dim);
   for (int64_t i = threadIdx.x; i < a.dim; i += kThreads) {
     A image_sum = 0, text_sum = 0;
@@ -437,7 +437,6 @@ __global__ __launch_bounds__(kThreads) void head_backward(const __grid_constant_
       }
     }
   sum_over(blockDim.x, products, scratch);
-  __syncthreads();  // where the block is one warp, sum_over has no barrier
 
   A distill = a.differences
                   ? *static_cast<const A*>(a.distillation_scale) * (A(a.distillation) / (A(a.dim) * A(a.batch)))

@@ -55,6 +55,16 @@ struct cudaLaunchConfig_t {
 
 namespace shim {
 
+// What a GPU would be told of a launch.
+struct Launch {
+  const void* kernel;
+  unsigned grid, threads, cluster, shared_bytes;
+  const void* params;
+  uint64_t params_bytes;
+};
+extern bool (*on_launch)(const Launch*);  // if not null, is told of each and says whether to run it
+
+// Without a body it only counts the launch.
 cudaError_t run(const cudaLaunchConfig_t&, const std::function<void()>& thread_body);
 unsigned char* shared_memory();               // the running block's, exactly as large as asked for
 unsigned char* shared_memory(unsigned rank);  // of another block of the cluster
@@ -83,9 +93,17 @@ T shuffle(T value, unsigned source_lane) {
 
 }  // namespace shim
 
-template <typename... P, typename... A>
-cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(P...), A&&... arguments) {
-  return shim::run(*config, [=] { kernel(arguments...); });
+template <typename P>
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(P), const P& params) {
+  const shim::Launch launch{reinterpret_cast<const void*>(kernel),
+                            config->gridDim.x,
+                            config->blockDim.x,
+                            config->numAttrs ? config->attrs[0].val.clusterDim.x : 1,
+                            static_cast<unsigned>(config->dynamicSmemBytes),
+                            &params,
+                            sizeof(P)};
+  if (shim::on_launch && !shim::on_launch(&launch)) return shim::run(*config, nullptr);
+  return shim::run(*config, [=] { kernel(params); });
 }
 inline const char* cudaGetErrorString(cudaError_t) { return "invalid launch"; }
 inline cudaError_t cudaGetLastError() { return cudaErrorInvalidValue; }

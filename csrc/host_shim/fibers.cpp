@@ -21,6 +21,7 @@ namespace shim {
 bool has_clusters = true;
 int compiled_for = 90;
 bool capturing = false;
+bool (*on_launch)(const Launch*) = nullptr;
 
 namespace {
 
@@ -62,7 +63,7 @@ struct Fiber {  // lives on from launch to launch, since making one takes system
   size_t committed;          // groups of copies
 };
 
-enum Order { kForward, kReversed, kShuffled };
+enum Order { kForward, kShuffled };
 int order = kForward;
 int launches = 0;
 int until_failure = 0;  // launches; 0: none fails
@@ -190,12 +191,12 @@ cudaError_t run(const cudaLaunchConfig_t& config, const std::function<void()>& t
     return cudaErrorInvalidValue;
   if (until_failure && !--until_failure) return cudaErrorInvalidValue;
   ++launches;
+  if (!thread_body) return cudaSuccess;
   body = &thread_body;
   gridDim = config.gridDim;
   blockDim = config.blockDim;
   std::vector<unsigned> clusters(grid / size);
   std::iota(clusters.begin(), clusters.end(), 0u);
-  if (order == kReversed) std::reverse(clusters.begin(), clusters.end());
   if (order == kShuffled) std::shuffle(clusters.begin(), clusters.end(), std::mt19937(launches));
   for (unsigned i : clusters) run_cluster(i * size, size, threads, config.dynamicSmemBytes);
   return cudaSuccess;
@@ -248,5 +249,6 @@ extern "C" void shim_set_order(int order) { shim::order = order; }
 extern "C" void shim_set_clusters(bool available) { shim::has_clusters = available; }
 extern "C" void shim_set_compiled_for(int architecture) { shim::compiled_for = architecture; }
 extern "C" void shim_set_capturing(bool capturing) { shim::capturing = capturing; }
+extern "C" void shim_on_launch(bool (*call)(const shim::Launch*)) { shim::on_launch = call; }
 extern "C" void shim_fail_launch(int which) { shim::until_failure = which; }
 extern "C" int shim_launches() { return shim::launches; }

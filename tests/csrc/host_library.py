@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import shutil
@@ -31,7 +32,10 @@ FLAGS = [
 
 
 def build() -> Path:
-    """The shared library; an object is compiled again only when its source or a header has changed."""
+    """The shared library; an object is compiled again only when its source or a header has changed.
+
+    Of two processes that want the same, one compiles it.
+    """
     assert COMPILER
     sources = sorted(CSRC.glob("cuda/*.cu")) + sorted(CSRC.glob("host_shim/*.cpp"))
     headers = [p.read_bytes() for p in sorted(CSRC.rglob("*")) if p.suffix in (".cuh", ".h")]
@@ -40,9 +44,11 @@ def build() -> Path:
     folder.mkdir(parents=True, exist_ok=True)
 
     def make(target: Path, *arguments: str) -> Path:
-        if not target.exists():
-            subprocess.run([COMPILER, *FLAGS, *arguments, "-o", f"{target}.part"], check=True)
-            os.replace(f"{target}.part", target)
+        with open(f"{target}.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not target.exists():
+                subprocess.run([COMPILER, *FLAGS, *arguments, "-o", f"{target}.part"], check=True)
+                os.replace(f"{target}.part", target)
         return target
 
     def compiled(source: Path) -> Path:
