@@ -24,7 +24,7 @@ from sklearn.metrics import roc_auc_score
 
 def configure(root):
     return Config(
-        model=ModelConfig(name="dgsnet-tiny", pretrained="", lora_rank=2),
+        model=ModelConfig(name="dgsnet-tiny", pretrained="builtin", lora_rank=2),
         preprocess=PreprocessConfig(mode="crop", image_size=32),
         data=DataConfig(train=[str(root / "train")], workers=0),
         optim=OptimConfig(batch_size=6, head_epochs=0, epochs=1, max_steps=2),
@@ -39,7 +39,7 @@ def compared(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(builtin, "COUNTS", {"test": 6})
         builtin.write_dataset(folder / "data", splits=("test",), compressed=(0.5, 0.5))
-    runs = demo.compare(folder / "data", configure, folder / "runs", seeds=(3, 4), tasks=(demo.BIASED,))
+    runs = demo.compare(folder / "data", configure, folder / "runs", seeds=(3,), tasks=(demo.BIASED,))
     return folder, runs
 
 
@@ -81,7 +81,7 @@ def test_methods_differ_in_nothing_but_the_method():
 
 def test_every_method_and_seed_is_trained_and_measured(compared):
     folder, runs = compared
-    assert [(r.method, r.seed) for r in runs] == [(m, s) for m in demo.METHODS for s in (3, 4)]
+    assert [(r.method, r.seed) for r in runs] == [(m, 3) for m in demo.METHODS]
     for run in runs:
         assert sorted(run.evaluation.by_generator()) == sorted(builtin.FAMILIES["test"])
         assert len(run.evaluation.scores) == 60 and run.auc == run.evaluation.mean()["auc"]
@@ -99,6 +99,7 @@ def test_every_method_and_seed_is_trained_and_measured(compared):
 
 def test_the_shortcut_is_in_the_training_images_and_differs_from_seed_to_seed(compared):
     folder, _ = compared
+    demo._write(folder / "data", demo.BIASED, 4)
     shares = []
     for seed in (3, 4):
         samples = find_samples(demo.training_set(folder / "data", demo.BIASED, seed))
@@ -116,9 +117,7 @@ def test_conflicting_images_are_generated_jpegs_and_real_pngs():
 
 def test_measures_are_those_of_the_features(compared):
     folder, _ = compared
-    config = replace(
-        configure(folder), model=ModelConfig(name="dgsnet-tiny", pretrained="builtin", lora_rank=2)
-    )
+    config = configure(folder)
     exam = measure.prepare(folder / "data", "test", config)
     model = DGSNet(config.model).eval()  # adapters that change nothing yet
     with torch.no_grad():
@@ -200,7 +199,7 @@ def test_the_verdict_follows_the_numbers(expert, says):
     assert len(sentences) == 3
     for sentence in sentences[:2]:
         assert f"DGS-Net with expert has {says}" in sentence
-        assert "DGS-Net has less" in sentence  # 0.5 in every seed
+        assert "DGS-Net has no telling difference (−10.0 ± 2.9 (0/3)) in AUC" in sentence
 
 
 def test_the_verdict_admits_guessing():
