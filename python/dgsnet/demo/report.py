@@ -40,7 +40,8 @@ EXAMPLES_PER_DECODER = 1
 NEAR_CHANCE = 0.55
 CONFIDENCE = 0.95
 COLORS = dict(zip(METHODS, plots.SERIES))
-TITLES = {BALANCED: "balanced training images", BIASED: "training images with a JPEG shortcut"}
+TITLES = {BALANCED: "Balanced training images", BIASED: "Training images with a JPEG shortcut"}
+SPOKEN = MEASURES | {"auc_conflicting": "AUC on conflicting images", "zero_shot": "zero-shot accuracy"}
 
 
 def write(
@@ -106,31 +107,30 @@ def write(
 
 
 def verdict(runs: list[Run]) -> list[str]:
-    """What the numbers say, as sentences: each method against plain LoRA, task by task."""
+    """What the numbers say, as sentences: either kind of DGS-Net against plain LoRA, task by task."""
     sentences = []
     for task, title in TITLES.items():
-        compared = "; ".join(
-            f"{method} has "
-            + ", ".join(f"{said(gain(runs, task, method, key))} {name}" for key, name in MEASURES.items())
-            for method in (DGSNET, EXPERT)
-        )
-        sentences.append(f"With {title}, compared with plain LoRA: {compared}.")
+        for method in (DGSNET, EXPERT):
+            gains = {name: gain(runs, task, method, key) for key, name in SPOKEN.items()}
+            found = ", ".join(f"{name} {value}: {said(value)}" for name, value in gains.items())
+            sentences.append(f"{title}, {method} against plain LoRA: {found}.")
         if values(runs, task, LORA, "auc").mean() < NEAR_CHANCE:
             sentences.append("There LoRA is not far from guessing, so differences in AUC mean little.")
     seeds = len(of(runs, BIASED, LORA))
     return [
         *sentences,
-        f"“More” and “less” are differences whose {CONFIDENCE:.0%} intervals over {seeds} seeds leave out 0; "
-        "they cover the seeds and their training images, not other photographs or decoders.",
+        "Percent points, mean ± standard error (seeds in which it is higher). “More” and “less”: the "
+        f"{CONFIDENCE:.0%} interval over {seeds} seeds leaves out 0. It covers the seeds and their training "
+        "images, not other photographs or decoders.",
     ]
 
 
 def said(found: Gain) -> str:
-    """A gain in words: whether its interval of CONFIDENCE, by Student's t, holds 0."""
+    """A gain in a word: whether its interval of CONFIDENCE, by Student's t, holds 0."""
     reach = student.ppf((1 + CONFIDENCE) / 2, found.seeds - 1) * found.error if found.seeds > 1 else np.inf
     if abs(found.mean) <= reach:
-        return f"no telling difference ({found}) in"
-    return f"{'more' if found.mean > 0 else 'less'} ({found})"
+        return "not told apart"
+    return "more" if found.mean > 0 else "less"
 
 
 def _differences(runs: list[Run]) -> dict[str, dict[str, dict[str, list[float]]]]:

@@ -188,25 +188,25 @@ def test_gains_are_paired():
 @pytest.mark.parametrize(
     ("expert", "says"),
     [
-        ([0.70, 0.81, 0.75], "more (+15.3 ± 0.3 (3/3)) AUC"),
-        ([0.50, 0.61, 0.55], "less (−4.7 ± 0.3 (0/3)) AUC"),
-        ([0.50, 0.81, 0.60], "no telling difference (+3.7 ± 6.3 (1/3)) in AUC"),
+        ([0.70, 0.81, 0.75], "+15.3 ± 0.3 (3/3): more"),
+        ([0.50, 0.61, 0.55], "−4.7 ± 0.3 (0/3): less"),
+        ([0.50, 0.81, 0.60], "+3.7 ± 6.3 (1/3): not told apart"),
     ],
 )
 def test_the_verdict_follows_the_numbers(expert, says):
     runs = made_up(auc={"lora": [0.55, 0.65, 0.60], "expert": expert})
-    sentences = report.verdict([*(replace(run, task=demo.BALANCED) for run in runs), *runs])
-    assert len(sentences) == 3
-    for sentence in sentences[:2]:
-        assert f"DGS-Net with expert has {says}" in sentence
-        assert "DGS-Net has no telling difference (−10.0 ± 2.9 (0/3)) in AUC" in sentence
+    sentences = report.verdict([*made_up(demo.BALANCED, auc={"lora": [0.9] * 3}), *runs])
+    assert len(sentences) == 5
+    published, ours = sentences[2:4]
+    assert f"DGS-Net with expert against plain LoRA: AUC {says}, AUC on conflicting images" in ours
+    assert "DGS-Net against plain LoRA: AUC −10.0 ± 2.9 (0/3): not told apart, AUC on" in published
 
 
 def test_the_verdict_admits_guessing():
     near, far = (
         [*made_up(demo.BALANCED, auc={"lora": [v] * 2}), *made_up(auc={"lora": [v] * 2})] for v in (0.5, 0.6)
     )
-    assert "far from guessing" in report.verdict(near)[1]
+    assert "far from guessing" in report.verdict(near)[2]
     assert not any("guessing" in sentence for sentence in report.verdict(far))
 
 
