@@ -1,4 +1,6 @@
 # Two commands do everything on a fresh machine: `make demo` and `make test`.
+# Both start Python many times: it keeps what it has compiled, even where the machine's settings say otherwise.
+export PYTHONDONTWRITEBYTECODE :=
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin

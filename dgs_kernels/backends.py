@@ -22,6 +22,7 @@ VARIABLE = "DGS_KERNELS_BACKEND"
 BACKENDS = ("cuda", "triton", "cpu", "eager")
 OPERATIONS = (
     "project_align",
+    "pcgrad",
     "project_align_",
     "gramian",
     "combine_",

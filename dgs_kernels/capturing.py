@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from dgs_kernels.ops.arguments import check_choice
+from dgs_kernels.ops.arguments import check_choice, check_class
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
@@ -50,6 +50,9 @@ class GradientCapture:
         check_ranks: bool = True,
     ) -> None:
         check_choice(caller, "granularity", granularity, GRANULARITIES)
+        check_class(caller, "model", model, nn.Module)
+        check_class(caller, "scaler", scaler, torch.amp.GradScaler)
+        check_class(caller, "process_group", process_group, getattr(dist, "ProcessGroup", ()))
         self.optimizer, self.model, self.scaler, self.process_group = optimizer, model, scaler, process_group
         self.granularity = granularity
         self._captured: dict[Hashable, dict[Tensor, Tensor]] = {}

@@ -97,15 +97,18 @@ class _GradientSurgery(torch.autograd.Function):
 class BeforeStep(GradientCapture):
     """Surgery that `_edit` does before every step of an optimiser, which the optimiser carries as a hook."""
 
-    def __init__(self, optimizer: torch.optim.Optimizer, **options: Any) -> None:
+    def __init__(self, optimizer: torch.optim.Optimizer, *, caller: str, **options: Any) -> None:
         inner = getattr(optimizer, "optimizer", None)
         if isinstance(inner, torch.optim.Optimizer):
             raise TypeError(
-                f"{type(optimizer).__name__} only wraps an optimizer and runs no hooks: pass its .optimizer"
+                f"{caller}: {type(optimizer).__name__} only wraps an optimizer and runs no hooks: pass its "
+                ".optimizer"
             )
         if not isinstance(optimizer, torch.optim.Optimizer):
-            raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}")
-        super().__init__(optimizer, **options)
+            raise TypeError(
+                f"{caller}: optimizer must be a torch.optim.Optimizer, got {type(optimizer).__name__}"
+            )
+        super().__init__(optimizer, caller=caller, **options)
         self._handle = optimizer.register_step_pre_hook(self._before_step)
         vars(optimizer)["__reduce_ex__"] = _refuse_copy
 

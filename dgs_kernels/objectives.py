@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from dgs_kernels.capturing import average, local, place, stamp
 from dgs_kernels.hooks import BeforeStep
-from dgs_kernels.ops.arguments import check_choice
+from dgs_kernels.ops.arguments import WHOLE, check_choice
 from dgs_kernels.ops.combine_ import combine_
 from dgs_kernels.ops.gramian import MAX_OBJECTIVES, gramian
 from dgs_kernels.weightings import NAMES, Weighting, weigh
@@ -159,8 +159,15 @@ class ObjectiveSurgery(BeforeStep):
         check_ranks: bool = True,
     ) -> None:
         check_choice("ObjectiveSurgery", "mode", mode, MODES)
+        for one in weighting if isinstance(weighting, list) else [weighting]:
+            _check_weighting(one)
         if mode == "running" and weighting != "pcgrad":
-            raise ValueError('mode="running" is PCGrad against a running sum: it needs weighting="pcgrad"')
+            raise ValueError(
+                'ObjectiveSurgery: mode="running" is PCGrad against a running sum: it needs '
+                f'weighting="pcgrad", got {weighting!r}'
+            )
+        if not isinstance(seed, WHOLE):
+            raise TypeError(f"ObjectiveSurgery: seed must be an integer, got {type(seed).__name__}")
         super().__init__(
             optimizer,
             caller="ObjectiveSurgery",
@@ -171,12 +178,16 @@ class ObjectiveSurgery(BeforeStep):
             check_ranks=check_ranks,
         )
         self.weighting, self.mode = weighting, mode
-        self.generator = torch.Generator().manual_seed(seed)
+        self.generator = torch.Generator().manual_seed(int(seed))
         self._running = _Running()
         self._numbers_checked: set[int] = set()
         self._last: ObjectiveMetrics | None = None
         self._combined: dict[Tensor, tuple] = {}
-        self._check_weighting()
+        try:
+            self._check_layers()
+        except ValueError:
+            self.remove()
+            raise
 
     def clear(self) -> None:
         """Forget what was captured since the last step."""
@@ -361,24 +372,18 @@ class ObjectiveSurgery(BeforeStep):
             rows = torch.stack(list(kept.values()))
             self._check_repeated(rows @ rows.T, list(kept))
 
-    def _check_weighting(self) -> None:
+    def _check_layers(self) -> None:
         layers = self._all_layers()
-        each = self.weighting if isinstance(self.weighting, list) else [self.weighting]
-        for weighting in each:
-            if not callable(weighting) and weighting not in NAMES:
+        if isinstance(self.weighting, list):
+            if len(self.weighting) != len(layers):
                 raise ValueError(
-                    f"weighting must be one of {', '.join(NAMES)} or a callable from [K, K] to [K], got "
-                    f"{weighting!r}"
+                    f"ObjectiveSurgery: a list of weightings needs one for each of the {len(layers)} layers "
+                    f"({', '.join(layers)}), got {len(self.weighting)}"
                 )
-        if each is self.weighting and len(each) != len(layers):
+        elif len(layers) > 1 and hasattr(self.weighting, "reset"):
             raise ValueError(
-                f"a list of weightings needs one for each of the {len(layers)} layers ({', '.join(layers)}), "
-                f"got {len(each)}"
-            )
-        if each is not self.weighting and len(layers) > 1 and hasattr(self.weighting, "reset"):
-            raise ValueError(
-                f"{type(self.weighting).__name__} remembers earlier Gramians, and layers would mix: pass a "
-                f"list of {len(layers)}, one for each layer"
+                f"ObjectiveSurgery: {type(self.weighting).__name__} remembers earlier Gramians, and layers "
+                f"would mix: pass a list of {len(layers)}, one for each layer"
             )
 
     def _check_repeated(self, products: Tensor, names: list[str]) -> None:
@@ -407,6 +412,18 @@ class ObjectiveSurgery(BeforeStep):
                     "captured twice, alone and in a total; run each loss's backward once (of a loss that the "
                     "loop itself differentiates, as Lightning and HF Trainer do, return the one not captured)"
                 )
+
+
+def _check_weighting(weighting: object) -> None:
+    if isinstance(weighting, type):
+        raise TypeError(
+            f"ObjectiveSurgery: weighting is the class {weighting.__name__}: pass an instance of it"
+        )
+    if not callable(weighting) and not (isinstance(weighting, str) and weighting in NAMES):
+        raise ValueError(
+            f"ObjectiveSurgery: weighting must be one of {', '.join(NAMES)}, a callable from [K, K] to [K], "
+            f"or a list of these, got {weighting!r}"
+        )
 
 
 def _sketch(grads: Gradient) -> Tensor:

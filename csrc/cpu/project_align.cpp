@@ -1,5 +1,5 @@
 // project_align on the CPU. A row is read from memory once: the first loop over it leaves it in the cache for
-// the second, which writes the result. So the cost is that of moving three streams in and one out.
+// the second, which writes the result. So the cost is that of moving three streams in and one out (pcgrad: two, one).
 #include "../project_align.h"
 
 #include <algorithm>
@@ -19,11 +19,12 @@ constexpr int64_t block = 4096;
 constexpr int64_t work_per_thread = 16384;  // elements; less than that is done before a second thread wakes up
 
 struct Sums {
-  double inner = 0, square = 0;  // <x, h> and ||h||^2
+  double inner = 0, square = 0, own = 0;  // <x, h>, ||h||^2 and, under Rule::mutual, ||x||^2
 
   void operator+=(const Sums& other) {
     inner += other.inner;
     square += other.square;
+    own += other.own;
   }
 };
 
@@ -45,50 +46,67 @@ struct Block {
 };
 
 // Blocks are taken by value: a store through `out` cannot change them then, and the loops vectorise.
-template <Align align, bool positive, typename T>
+template <Align align, Rule rule, typename T>
 DGS_INLINE Sums sum_loop(const Block<T> b) {
-  typename Block<T>::F inner = 0, square = 0;
-#pragma omp simd reduction(+ : inner, square)
+  typename Block<T>::F inner = 0, square = 0, own = 0;
+#pragma omp simd reduction(+ : inner, square, own)
   for (int64_t i = 0; i < b.size; ++i) {
-    const auto h = direction<positive>(load(b.harmful[i]));
-    inner += b.template projected<align>(i) * h;
+    const auto x = b.template projected<align>(i);
+    const auto h = direction<rule == Rule::positive>(load(b.harmful[i]));
+    inner += x * h;
     square += h * h;
+    if constexpr (rule == Rule::mutual) own += x * x;
   }
-  return {double(inner), double(square)};
+  return {double(inner), double(square), double(own)};
 }
 
-template <Align align, bool positive, typename T>
-DGS_INLINE void apply_loop(const Block<T> b, typename Block<T>::F k, T* out) {
+template <Align align, Rule rule, typename T>
+DGS_INLINE void apply_loop(const Block<T> b, const Shares<typename Block<T>::F> shares, T* out) {
 #pragma omp simd
   for (int64_t i = 0; i < b.size; ++i) {
-    const auto x = b.template projected<align>(i) - k * direction<positive>(load(b.harmful[i]));
+    auto x = b.template projected<align>(i);
+    if constexpr (rule == Rule::mutual) x *= shares.kept;
+    x -= shares.removed * direction<rule == Rule::positive>(load(b.harmful[i]));
     store(&out[i], align == Align::last ? x + b.pull(i) : x);
   }
 }
 
+// The loops of Rule::full serve Rule::conflict too.
 template <typename T>
-DGS_INLINE Sums sum_any(const Block<T>& b, Align align, bool positive) {
-  if (align == Align::first) return positive ? sum_loop<Align::first, true>(b) : sum_loop<Align::first, false>(b);
-  return positive ? sum_loop<Align::none, true>(b) : sum_loop<Align::none, false>(b);
+DGS_INLINE Sums sum_any(const Block<T>& b, Align align, Rule rule) {
+  if (rule == Rule::mutual) return sum_loop<Align::none, Rule::mutual>(b);
+  const bool positive = rule == Rule::positive;
+  if (align == Align::first)
+    return positive ? sum_loop<Align::first, Rule::positive>(b) : sum_loop<Align::first, Rule::full>(b);
+  return positive ? sum_loop<Align::none, Rule::positive>(b) : sum_loop<Align::none, Rule::full>(b);
+}
+
+template <Align align, typename T>
+DGS_INLINE void apply_aligned(const Block<T>& b, Rule rule, const Shares<typename Block<T>::F>& shares, T* out) {
+  return rule == Rule::positive ? apply_loop<align, Rule::positive>(b, shares, out)
+                                : apply_loop<align, Rule::full>(b, shares, out);
 }
 
 template <typename T>
-DGS_INLINE void apply_any(const Block<T>& b, Align align, bool positive, typename Block<T>::F k, T* out) {
+DGS_INLINE void apply_any(const Block<T>& b, Align align, Rule rule, const Shares<typename Block<T>::F>& shares,
+                          T* out) {
+  if (rule == Rule::mutual) return apply_loop<Align::none, Rule::mutual>(b, shares, out);
   switch (align) {
     case Align::none:
-      return positive ? apply_loop<Align::none, true>(b, k, out) : apply_loop<Align::none, false>(b, k, out);
+      return apply_aligned<Align::none>(b, rule, shares, out);
     case Align::first:
-      return positive ? apply_loop<Align::first, true>(b, k, out) : apply_loop<Align::first, false>(b, k, out);
+      return apply_aligned<Align::first>(b, rule, shares, out);
     case Align::last:
-      return positive ? apply_loop<Align::last, true>(b, k, out) : apply_loop<Align::last, false>(b, k, out);
+      return apply_aligned<Align::last>(b, rule, shares, out);
   }
 }
 
 // Multiversioning is for plain functions only, hence the list.
-#define DGS_KERNELS(T)                                                                                             \
-  DGS_MULTIVERSION Sums sum(const Block<T>& b, Align align, bool positive) { return sum_any(b, align, positive); } \
-  DGS_MULTIVERSION void apply(const Block<T>& b, Align align, bool positive, double k, T* out) {                   \
-    apply_any(b, align, positive, typename Block<T>::F(k), out);                                                   \
+#define DGS_KERNELS(T)                                                                                           \
+  DGS_MULTIVERSION Sums sum(const Block<T>& b, Align align, Rule rule) { return sum_any(b, align, rule); }       \
+  DGS_MULTIVERSION void apply(const Block<T>& b, Align align, Rule rule, const Shares<double>& shares, T* out) { \
+    using F = Block<T>::F;                                                                                       \
+    apply_any(b, align, rule, {F(shares.kept), F(shares.removed)}, out);                                         \
   }
 DGS_KERNELS(float)
 DGS_KERNELS(double)
@@ -105,7 +123,6 @@ class Rows {
   const ProjectAlign& a_;
   const double alignment_;
   const Align align_;
-  const bool positive_;
 
  public:
   // Where float16 is widened. A row of one block is still here when its result is computed.
@@ -118,8 +135,7 @@ class Rows {
         alignment_(a.alignment * (a.scale ? double(*static_cast<const F*>(a.scale)) : 1.0)),
         align_(!a.beneficial                   ? Align::none
                : a.order == Order::align_first ? Align::first
-                                               : Align::last),
-        positive_(a.rule == Rule::positive) {}
+                                               : Align::last) {}
 
   Block<Seen> read(int64_t row, int64_t begin, Scratch& scratch) const {
     const int64_t size = std::min(block, a_.dim - begin);
@@ -137,19 +153,19 @@ class Rows {
             size};
   }
 
-  Sums sums(const Block<Seen>& b) const { return sum(b, align_, positive_); }
+  Sums sums(const Block<Seen>& b) const { return sum(b, align_, a_.rule); }
 
-  double coefficient(const Sums& total) const {
-    return projection(total.inner, std::sqrt(total.square), a_.eps, a_.rule);
+  Shares<double> shares_of(const Sums& total) const {
+    return shares(total.inner, std::sqrt(total.square), std::sqrt(total.own), a_.eps, a_.rule);
   }
 
-  void write(const Block<Seen>& b, double k, int64_t row, int64_t begin, Scratch& scratch) const {
+  void write(const Block<Seen>& b, const Shares<double>& shares, int64_t row, int64_t begin, Scratch& scratch) const {
     T* out = static_cast<T*>(a_.out) + row * a_.out_stride + begin;
     if constexpr (half) {
-      apply(b, align_, positive_, k, scratch.grad);
+      apply(b, align_, a_.rule, shares, scratch.grad);
       narrow(scratch.grad, out, b.size);
     } else {
-      apply(b, align_, positive_, k, out);
+      apply(b, align_, a_.rule, shares, out);
     }
   }
 
@@ -171,11 +187,11 @@ class Rows {
     Block<Seen> b = read(row, 0, scratch);
     Sums total = sums(b);
     for (int64_t i = block; i < a_.dim; i += block) total += sums(read(row, i, scratch));
-    const double k = coefficient(total);
+    const Shares<double> shares = shares_of(total);
     prefetch(row + 1);
     for (int64_t i = 0; i < a_.dim; i += block) {
       if (a_.dim > block) b = read(row, i, scratch);
-      write(b, k, row, i, scratch);
+      write(b, shares, row, i, scratch);
     }
   }
 };
@@ -197,16 +213,16 @@ void project_align(const ProjectAlign& a, ParallelFor parallel_for) {
     Scratch scratch;
     parts[i] = rows.sums(rows.read(i / blocks, i % blocks * block, scratch));
   });
-  std::vector<double> k(a.rows);
+  std::vector<Shares<double>> shares(a.rows);
   for (int64_t row = 0; row < a.rows; ++row) {
     Sums total;
     for (int64_t i = 0; i < blocks; ++i) total += parts[row * blocks + i];
-    k[row] = rows.coefficient(total);
+    shares[row] = rows.shares_of(total);
   }
   parallel(parallel_for, a.rows * blocks, grain, [&](int64_t i) {
     Scratch scratch;
     const int64_t row = i / blocks, begin = i % blocks * block;
-    rows.write(rows.read(row, begin, scratch), k[row], row, begin, scratch);
+    rows.write(rows.read(row, begin, scratch), shares[row], row, begin, scratch);
   });
 }
 

@@ -1,4 +1,5 @@
-// project_align on a GPU: one launch, every element read once and written once, save in rows that are too long.
+// project_align and pcgrad on a GPU: one launch, every element read once and written once, save in rows that are too
+// long.
 //
 // A row belongs to 1 to 512 threads, or to a cluster of up to 8 blocks of 512 that add up their sums through
 // distributed shared memory; either way it stays in registers between the inner products and the update.
@@ -13,6 +14,7 @@ constexpr int kThreads = 128;      // where a row needs at most a warp
 constexpr int kPartThreads = 256;  // on a part of a long row
 // Enough for every multiprocessor to have several, and few enough for each block to add up all sums of its row.
 constexpr int64_t kMostParts = 512;
+constexpr int kSums = 3;  // of a row: <x, h>, <h, h>, <x, x>
 
 struct Rows {
   ProjectAlign args;
@@ -23,13 +25,18 @@ struct Rows {
 struct LongRows {
   ProjectAlign args;
   int64_t parts, part_size;  // of a row
-  void* partials;            // [rows, parts, 2] of the compute type
+  void* partials;            // [rows, parts, kSums] of the compute type
 };
 
 template <typename A>
 __device__ __forceinline__ SurgeryOptions<A> options_of(const ProjectAlign& args) {
   A scale = args.scale ? *static_cast<const A*>(args.scale) : A(1);
   return {A(args.alignment) * scale, A(args.eps), args.order, args.rule};
+}
+
+template <typename A>
+__device__ __forceinline__ Shares<A> shares_of(const A (&sums)[kSums], const SurgeryOptions<A>& options) {
+  return shares(sums[0], sqrt(sums[1]), sqrt(sums[2]), options.eps, options.rule);
 }
 
 template <typename T>
@@ -57,12 +64,13 @@ __global__ __launch_bounds__(kMaxThreads) void rows_in_registers(const __grid_co
   SurgeryOptions<A> options = options_of<A>(p.args);
 
   Share<T, Aligned> share;
-  A sums[2] = {};
+  A sums[kSums] = {};
   share.read(at.grad, at.harmful, at.beneficial, count, lane, p.lanes, options, sums);
   sum_over(p.lanes, sums, scratch);
-  sum_over_cluster(p.cluster, sums, scratch + kMaxThreads / kWarp * 2);
-  A k = projection(sums[0], sqrt(sums[1]), options.eps, options.rule);
-  share.write(at.out, k, count, lane, p.lanes, options.rule);
+  sum_over_cluster(p.cluster, sums, scratch + kMaxThreads / kWarp * kSums);
+  Shares<A> shares = shares_of(sums, options);
+  share.scale(shares.kept);
+  share.write(at.out, shares.removed, count, lane, p.lanes, options.rule);
   cluster_done(p.cluster);
 }
 
@@ -80,7 +88,7 @@ struct PartOfRow {
         count(p.args.dim - part * p.part_size < p.part_size ? p.args.dim - part * p.part_size : p.part_size) {}
 
   __device__ __forceinline__ void read(Share<T, Aligned>& share, int64_t i, const SurgeryOptions<Compute<T>>& options,
-                                       Compute<T> (&sums)[2]) const {
+                                       Compute<T> (&sums)[kSums]) const {
     share.read(at.grad + i, at.harmful + i, at.beneficial ? at.beneficial + i : nullptr, count - i, threadIdx.x,
                kPartThreads, options, sums);
   }
@@ -91,13 +99,13 @@ __global__ __launch_bounds__(kPartThreads, 1) void sum_row_parts(const __grid_co
   using A = Compute<T>;
   const PartOfRow<T, Aligned> part(p);
   const SurgeryOptions<A> options = options_of<A>(p.args);
-  A sums[2] = {};
+  A sums[kSums] = {};
   Share<T, Aligned> share;
   for (int64_t i = 0; i < part.count; i += part.kStep) part.read(share, i, options, sums);
   sum_over(kPartThreads, sums, shared_memory<A>());
   if (threadIdx.x == 0)
 #pragma unroll
-    for (int n = 0; n < 2; ++n) static_cast<A*>(p.partials)[int64_t(blockIdx.x) * 2 + n] = sums[n];
+    for (int n = 0; n < kSums; ++n) static_cast<A*>(p.partials)[int64_t(blockIdx.x) * kSums + n] = sums[n];
 }
 
 template <typename T, bool Aligned>
@@ -105,21 +113,22 @@ __global__ __launch_bounds__(kPartThreads, 1) void project_row_parts(const __gri
   using A = Compute<T>;
   const PartOfRow<T, Aligned> part(p);
   const SurgeryOptions<A> options = options_of<A>(p.args);
-  const A* partials = static_cast<const A*>(p.partials) + part.row * p.parts * 2;
-  A sums[2] = {}, unused[2] = {};
+  const A* partials = static_cast<const A*>(p.partials) + part.row * p.parts * kSums;
+  A sums[kSums] = {}, unused[kSums] = {};
 #pragma unroll
   for (int v = 0; v < kMostParts / kPartThreads; ++v) {
     const int n = v * kPartThreads + threadIdx.x;
 #pragma unroll
-    for (int k = 0; k < 2; ++k)
-      if (n < p.parts) sums[k] += partials[n * 2 + k];
+    for (int k = 0; k < kSums; ++k)
+      if (n < p.parts) sums[k] += partials[n * kSums + k];
   }
   sum_over(kPartThreads, sums, shared_memory<A>());
-  const A k = projection(sums[0], sqrt(sums[1]), options.eps, options.rule);
+  const Shares<A> shares = shares_of(sums, options);
   Share<T, Aligned> share;
   for (int64_t i = 0; i < part.count; i += part.kStep) {
     part.read(share, i, options, unused);
-    share.write(part.at.out + i, k, part.count - i, threadIdx.x, kPartThreads, options.rule);
+    share.scale(shares.kept);
+    share.write(part.at.out + i, shares.removed, part.count - i, threadIdx.x, kPartThreads, options.rule);
   }
 }
 
@@ -129,9 +138,9 @@ const char* run_in_parts(const ProjectAlign& args, const Allocate& allocate, voi
   constexpr int64_t kStep = PartOfRow<T, Aligned>::kStep;
   const int64_t part_size = ceil_div(ceil_div(args.dim, kMostParts), kStep) * kStep;
   const int64_t parts = ceil_div(args.dim, part_size);
-  const auto partials = allocate(args.rows * parts * 2 * sizeof(A), Lifetime::call);
+  const auto partials = allocate(args.rows * parts * kSums * sizeof(A), Lifetime::call);
   const LongRows rows{args, parts, part_size, partials.get()};
-  const int scratch = scratch_bytes<A>(2, kPartThreads);
+  const int scratch = scratch_bytes<A>(kSums, kPartThreads);
   const char* error = launch(sum_row_parts<T, Aligned>, args.rows * parts, kPartThreads, scratch, stream, rows);
   if (error) return error;
   return launch(project_row_parts<T, Aligned>, args.rows * parts, kPartThreads, scratch, stream, rows);
@@ -144,7 +153,7 @@ const char* run(const ProjectAlign& args, const Allocate& allocate, void* stream
   int cluster = power_of_two(ceil_div(shares, kMaxThreads), kMaxCluster);
   bool fits = shares <= int64_t(lanes) * cluster && (cluster == 1 || has_clusters());
   if (!fits) return run_in_parts<T, Aligned>(args, allocate, stream);
-  int scratch = scratch_bytes<Compute<T>>(2, kMaxThreads);
+  int scratch = scratch_bytes<Compute<T>>(kSums, kMaxThreads);
   Rows rows{args, lanes, cluster};
   int threads = lanes > kWarp ? lanes : kThreads;
   int64_t blocks = ceil_div(args.rows, threads / lanes) * cluster;

@@ -18,11 +18,13 @@ __device__ __forceinline__ A direction(A harmful, Rule rule) {
   return rule == Rule::positive ? dgs::direction<true>(harmful) : dgs::direction<false>(harmful);
 }
 
-// What one element adds to a row's sums <x, h>, <h, h>, with x the vector that is projected,
+// What one element adds to a row's sums <x, h>, <h, h>, <x, x>, with x the vector that is projected,
 template <typename A>
-__device__ __forceinline__ void add_products(A g, A h, A, A moved, Order order, A (&sums)[2]) {
-  sums[0] += (order == Order::align_first ? moved : g) * h;
+__device__ __forceinline__ void add_products(A g, A h, A, A moved, Order order, A (&sums)[3]) {
+  const A x = order == Order::align_first ? moved : g;
+  sums[0] += x * h;
   sums[1] += h * h;
+  sums[2] += x * x;
 }
 // and to a group's, from which metrics are made too: <g, h>, <h, h>, <g, g>, <b, h>, <b, b>, <g, b>.
 template <typename A>
@@ -63,6 +65,11 @@ struct Share {
         y = x + options.alignment * pull;
         add_products(x, direction(widen(harmful[v].at[j]), options.rule), pull, y, options.order, sums);
       }
+  }
+
+  __device__ __forceinline__ void scale(A factor) {
+#pragma unroll
+    for (A& x : moved) x *= factor;
   }
 
   __device__ __forceinline__ A updated(int v, int j, A k, Rule rule) const {

@@ -256,16 +256,26 @@ bool launch(DLDevice device, Cpu on_cpu, Cuda on_cuda) {
   return false;
 }
 
+bool launch_rows(const dgs::ProjectAlign& call, DLDevice device) {
+  return call.rows == 0 ||
+         launch(
+             device, [&] { dgs::cpu::project_align(call, dgs::torch_runtime::parallel_for); },
+             [&](const auto& allocate, void* stream) { return dgs::cuda::project_align(call, allocate, stream); });
+}
+
+bool same_shape(const View& x, const View& y) {
+  return x.ndim == y.ndim && std::equal(x.shape, x.shape + x.ndim, y.shape);
+}
+
 // A direction of grad's shape, or one row for all; false if it is neither.
 bool direction_of(const View& grad, const View& direction, int64_t& stride) {
   int64_t count;
   if (!same(direction.dtype, grad.dtype) || !same(direction.device, grad.device) || !direction.rows(count, stride) ||
       direction.ndim > grad.ndim || direction.shape[direction.ndim - 1] != grad.shape[grad.ndim - 1])
     return false;
-  const bool same_shape =
-      direction.ndim == grad.ndim && std::equal(grad.shape, grad.shape + grad.ndim, direction.shape);
-  if (!same_shape) stride = 0;
-  return same_shape || count == 1;
+  if (same_shape(direction, grad)) return true;
+  stride = 0;
+  return count == 1;
 }
 
 bool project_align(Arguments arguments) {
@@ -291,10 +301,23 @@ bool project_align(Arguments arguments) {
   call.order = static_cast<dgs::Order>(order);
   call.rule = static_cast<dgs::Rule>(rule);
   call.dtype = *dtype;
-  return call.rows == 0 ||
-         launch(
-             grad.device, [&] { dgs::cpu::project_align(call, dgs::torch_runtime::parallel_for); },
-             [&](const auto& allocate, void* stream) { return dgs::cuda::project_align(call, allocate, stream); });
+  return launch_rows(call, grad.device);
+}
+
+bool pcgrad(Arguments arguments) {
+  View first, second, out;
+  if (!arguments.view(first) || !arguments.view(second) || !arguments.view(out)) return false;
+  dgs::ProjectAlign call{.alignment = 0, .eps = arguments.real(), .rule = dgs::Rule::mutual};
+  const auto dtype = dtype_of(first.dtype);
+  if (PyErr_Occurred() || !dtype || !first.rows(call.rows, call.grad_stride) || !alike(out, first) ||
+      !same_shape(first, second) || !direction_of(first, second, call.harmful_stride) || !positive(call.eps))
+    return false;
+  call.grad = first.at();
+  call.harmful = second.at();
+  call.out = out.at();
+  call.dim = call.out_stride = first.shape[first.ndim - 1];
+  call.dtype = *dtype;
+  return launch_rows(call, first.device);
 }
 
 // Whether all are in [0, 1]; of numbers on a GPU the kernel finds out.
@@ -640,6 +663,7 @@ PyMethodDef method(const char* name, const char* signature) {
 PyMethodDef methods[] = {
     method<function<project_align, 9>>(
         "project_align", "project_align(grad, harmful, beneficial, scale, out, alignment, eps, order, rule) -> bool"),
+    method<function<pcgrad, 4>>("pcgrad", "pcgrad(first, second, out, eps) -> bool"),
     method<function<surgery_head, 19>>(
         "surgery_head",
         "surgery_head(features, teacher_features, text_features, labels, image_weight, image_bias, "

@@ -39,6 +39,13 @@ def check_choice(caller: str, name: str, value: object, choices: tuple[str, ...]
         raise ValueError(f"{caller}: {name} must be one of {', '.join(choices)}, got {value!r}")
 
 
+def check_class(caller: str, name: str, value: object, kind: type | tuple[()]) -> None:
+    """Raise a TypeError unless it is None or of this class; `()` stands for one that this torch lacks."""
+    if value is not None and not isinstance(value, kind):
+        expected = f"a {kind.__module__}.{kind.__qualname__} or None" if kind else "None"
+        raise TypeError(f"{caller}: {name} must be {expected}, got {_type_name(value)}")
+
+
 def check_whole(caller: str, name: str, value: Any) -> None:
     """Raise unless it is a whole number of at least 1."""
     if not isinstance(value, WHOLE):

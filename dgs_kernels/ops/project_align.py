@@ -133,7 +133,7 @@ def _broadcasts(shape: torch.Size, target: torch.Size) -> bool:
     return all(n in (1, m) for n, m in zip(reversed(shape), reversed(target)))
 
 
-def _rows(x: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+def rows_of(x: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
     """A [rows, D] view with unit stride inside the row; a broadcast keeps stride 0 between rows."""
     if x.dtype != dtype:
         x = x.to(dtype)
@@ -188,9 +188,9 @@ def _kernel(
         dtype = compute_dtype(grad, harmful, beneficial)
     scale = number(scale, compute_dtype(grad, harmful, beneficial))
     rows = (
-        _rows(grad, shape, dtype),
-        _rows(harmful, shape, dtype),
-        None if beneficial is None else _rows(beneficial, shape, dtype),
+        rows_of(grad, shape, dtype),
+        rows_of(harmful, shape, dtype),
+        None if beneficial is None else rows_of(beneficial, shape, dtype),
     )
     serve = backends.implementation("project_align", grad.device.type)
     if backends.is_native(serve):

@@ -1,4 +1,4 @@
-"""Gradient surgery on rows in Triton: the portable GPU kernels behind `dgs::project_align`.
+"""Gradient surgery on rows in Triton: the portable GPU kernels of `dgs::project_align` and `dgs::pcgrad`.
 
 A row that fits in registers is read once and written once: 3 reads and 1 write of rows x D, or 1 and 1 with
 broadcast directions, whose rows stay in cache. A longer row is cut into parts, one program's each, and read
@@ -29,6 +29,8 @@ MOST_PARTS = tl.constexpr(512)
 PROJECT_FIRST = tl.constexpr(1)  # place in reference.ORDERS
 POSITIVE = tl.constexpr(0)  # places in reference.RULES
 CONFLICT = tl.constexpr(2)
+MUTUAL = tl.constexpr(3)  # pcgrad's: conflict both ways, and the sum of both results
+SUMS = tl.constexpr(3)  # of a row: <x, h>, <h, h>, <x, x>
 
 
 @triton.jit
@@ -47,9 +49,9 @@ def _strength(alignment, scale_ptr, ACC: tl.constexpr):
 
 @triton.jit
 def _coefficient(inner, square, eps, rule, ACC: tl.constexpr):
-    """What to subtract of the harmful row: <x, u> / (||h|| + eps)."""
+    """What to subtract of the row h, from <x, h> and <h, h>: <x, u> / (||h|| + eps)."""
     norm = root(square) + (tl.full((), 1.0, tl.float64) * eps).to(ACC)
-    inner = tl.where((rule == CONFLICT) & (inner > 0), 0.0, inner)
+    inner = tl.where((rule >= CONFLICT) & (inner > 0), 0.0, inner)
     return divide(divide(inner, norm), norm)
 
 
@@ -88,6 +90,10 @@ def _row_kernel(
         moved += _strength(alignment, scale_ptr, ACC) * tl.where(b > 0, 0.0, b)
         x = tl.where(order == PROJECT_FIRST, x, moved)
     inner, square = tl.sum(x * h, 1, keep_dims=True), tl.sum(h * h, 1, keep_dims=True)
+    if beneficial_ptr is None:  # noqa: SIM102
+        if rule == MUTUAL:
+            own = tl.sum(x * x, 1, keep_dims=True)
+            moved = moved - _coefficient(inner, own, eps, rule, ACC) * x + h
     moved -= _coefficient(inner, square, eps, rule, ACC) * h
     tl.store(out_ptr + row * dim + column, moved, mask)
 
@@ -111,11 +117,11 @@ def _part_sums_kernel(
     ACC: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """<x, h> and <h, h> of a part of a row, to partials [rows, parts, 2]."""
+    """The sums of a part of a row, to partials [rows, parts, SUMS]."""
     row, begin = tl.program_id(0).to(tl.int64) // parts, (tl.program_id(0) % parts).to(tl.int64) * part_size
     if beneficial_ptr is not None:
         strength = _strength(alignment, scale_ptr, ACC)
-    inner, square = tl.zeros((BLOCK,), ACC), tl.zeros((BLOCK,), ACC)
+    inner, square, own = tl.zeros((BLOCK,), ACC), tl.zeros((BLOCK,), ACC), tl.zeros((BLOCK,), ACC)
     for start in range(begin, tl.minimum(begin + part_size, dim), BLOCK):
         column = start + tl.arange(0, BLOCK)
         mask = column < dim
@@ -128,9 +134,11 @@ def _part_sums_kernel(
                 x += strength * tl.where(b > 0, 0.0, b)
         inner += x * h
         square += h * h
-    partials_ptr += tl.program_id(0).to(tl.int64) * 2
+        own += x * x
+    partials_ptr += tl.program_id(0).to(tl.int64) * SUMS
     tl.store(partials_ptr, tl.sum(inner, 0))
     tl.store(partials_ptr + 1, tl.sum(square, 0))
+    tl.store(partials_ptr + 2, tl.sum(own, 0))
 
 
 @triton.jit(do_not_specialize=["parts", "rule"])
@@ -157,15 +165,21 @@ def _part_kernel(
     if beneficial_ptr is not None:
         strength = _strength(alignment, scale_ptr, ACC)
     part = tl.arange(0, MOST_PARTS)
-    partials_ptr += (row * parts + part) * 2
+    partials_ptr += (row * parts + part) * SUMS
     inner = tl.sum(tl.load(partials_ptr, part < parts, 0.0), 0)
     square = tl.sum(tl.load(partials_ptr + 1, part < parts, 0.0), 0)
-    coefficient = _coefficient(inner, square, eps, rule, ACC)
+    own = tl.sum(tl.load(partials_ptr + 2, part < parts, 0.0), 0)
+    coefficient, of_own = (
+        _coefficient(inner, square, eps, rule, ACC),
+        _coefficient(inner, own, eps, rule, ACC),
+    )
     for start in range(begin, tl.minimum(begin + part_size, dim), BLOCK):
         column = start + tl.arange(0, BLOCK)
         mask = column < dim
         x = tl.load(grad_ptr + row * grad_stride + column, mask, 0.0).to(ACC)
         h = _direction(tl.load(harmful_ptr + row * harmful_stride + column, mask, 0.0).to(ACC), rule)
+        if rule == MUTUAL:
+            x = x - of_own * x + h
         x -= coefficient * h
         if beneficial_ptr is not None:
             b = tl.load(beneficial_ptr + row * beneficial_stride + column, mask, 0.0).to(ACC)
@@ -214,7 +228,7 @@ def project_align(
             )
             return out
         part_size, parts = cut(dim)
-        partials = torch.empty((rows, parts, 2), dtype=wide, device=grad.device)
+        partials = torch.empty((rows, parts, SUMS.value), dtype=wide, device=grad.device)
         sizes = (dim, part_size, parts, *strides, alignment)
         constants = {"ACC": acc, "BLOCK": CHUNK, "num_warps": 8}
         _part_sums_kernel[(rows * parts,)](*given, partials, *sizes, order, rule, **constants)

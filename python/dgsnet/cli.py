@@ -33,9 +33,13 @@ class Command:
 
 
 # A command is a function whose parameters become options by their types and docstring. Those in POSITIONAL
-# stand without a name; a list of strings takes one or more words, a bool none, and is false without its name.
+# stand without a name; a list of strings takes one or more words, a list of such lists one each time it is
+# named, a bool no words, and is false without its name.
 # `train` alone has a configuration file.
 COMMANDS = {
+    "audit": Command(
+        "tell how much of the label files and captions give away", "dgsnet.audit.audit", "audit_command"
+    ),
     "train": Command("train a detector", "dgsnet.cli", "train_command"),
     "evaluate": Command(
         "measure a detector on labelled images", "dgsnet.evaluation.evaluate", "evaluate_command"
@@ -54,6 +58,7 @@ COMMANDS = {
 }
 POSITIONAL = ("paths", "checkpoint")
 LISTS = (list[str], list[str] | None)
+GROUPS = list[list[str]]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -132,14 +137,16 @@ def _arguments(name: str, command: Command) -> ArgumentParser:
     own = [
         parameter
         for parameter in inspect.signature(function, eval_str=True).parameters.values()
-        if parameter.name in POSITIONAL or parameter.annotation in (*LISTS, bool)
+        if parameter.name in POSITIONAL or parameter.annotation in (*LISTS, GROUPS, bool)
     ]
     for parameter in own:
         if parameter.annotation is bool:
             flag = f"--{parameter.name}"
             parser.add_argument(flag, action="store_true", help=_parameter_help(function, parameter.name))
             continue
-        options: dict[str, Any] = {"nargs": "+"} if parameter.annotation in LISTS else {}
+        options: dict[str, Any] = {}
+        if parameter.annotation in (*LISTS, GROUPS):  # given twice, nothing of the first is lost
+            options = {"nargs": "+", "action": "append" if parameter.annotation == GROUPS else "extend"}
         if parameter.name not in POSITIONAL:
             options["required"] = parameter.default is inspect.Parameter.empty
         flag = parameter.name if parameter.name in POSITIONAL else f"--{parameter.name}"

@@ -10,6 +10,7 @@ from torch.autograd import forward_ad
 
 import dgs_kernels
 from dgs_kernels import (
+    ObjectiveSurgery,
     OptimizerSurgery,
     SurgeryAdamW,
     SurgeryHead,
@@ -51,6 +52,8 @@ def valid(operation):
     x = rows()
     if operation == "project_align":
         return {"grad": x, "harmful": x + 1, "beneficial": x - 1}
+    if operation == "pcgrad":
+        return {"first": x, "second": x + 1}
     if operation == "project_align_":
         return {"grads": [x], "harmful": [x + 1], "beneficial": [x - 1]}
     if operation == "gramian":
@@ -87,6 +90,10 @@ CASES = [
     *(case("project_align", **{name: value}) for name, values in NO_OPTION.items() for value in values),
     *(case("project_align", harmful=torch.zeros(shape)) for shape in ((3,), (1, 3, 4), (2, 4), ())),
     *(case("project_align", grad=torch.zeros(shape)) for shape in ((), (3, 0))),
+    *(case("pcgrad", **{name: value}) for name in ("first", "second") for value in NO_TENSOR.values()),
+    *(case("pcgrad", eps=value) for value in NO_OPTION["eps"]),
+    *(case("pcgrad", second=torch.zeros(shape)) for shape in ((4,), (1, 4), (1, 3, 4), (3, 3), ())),
+    *(case("pcgrad", first=torch.zeros(shape)) for shape in ((), (3, 0))),
     *(
         case("project_align_", **{name: [value]})
         for name in ("grads", "harmful", "beneficial")
@@ -163,7 +170,7 @@ def test_both_ways_serve_the_valid_ones(operation, way):
     call(operation, valid(operation))
 
 
-@pytest.mark.parametrize("operation", ["project_align", "project_align_", "surgery_head"])
+@pytest.mark.parametrize("operation", ["project_align", "pcgrad", "project_align_", "surgery_head"])
 def test_numbers_of_numpy(operation, way):
     options = {"surgery_head": {"reference_batch_size": np.int64(3), "distillation": np.float32(0.5)}}
     call(operation, valid(operation) | {"eps": np.float32(1e-6)} | options.get(operation, {}))
@@ -198,6 +205,7 @@ def test_negated_views_are_read_as_torch_reads_them(where, monkeypatch):
             *(combined[0], dgs_kernels.gramian([[number()], [h]])),
             dgs_kernels.project_align(number(), h, number(), alignment=number()[0, 0], eps=0.5),
             dgs_kernels.project_align(h, number(), None, eps=0.5, rule="full"),
+            *(dgs_kernels.pcgrad(number(), -h, eps=0.5), dgs_kernels.pcgrad(-h, number(), eps=0.5)),
             *(grads, sums, param, step, *state, *head[:4]),
         )
     for view, copy in zip(got["view"], got["copy"]):
@@ -269,6 +277,24 @@ def test_hooks_refuse_options_when_they_are_made(change):
     change = {"surgery_eps" if name == "eps" else name: value for name, value in change.items()}
     with pytest.raises((ValueError, TypeError), match=r"^SurgeryAdamW: "):
         SurgeryAdamW([parameter], **change)
+
+
+@pytest.mark.parametrize("name", ["model", "scaler", "process_group"])
+@pytest.mark.parametrize("hook", [OptimizerSurgery, SurgeryAdamW, ObjectiveSurgery])
+def test_hooks_refuse_objects_of_other_classes(hook, name):
+    parameters = [nn.Parameter(torch.zeros(2))]
+    given = parameters if hook is SurgeryAdamW else torch.optim.SGD(parameters)
+    expected = {"model": "nn.*Module", "scaler": "GradScaler", "process_group": "ProcessGroup"}[name]
+    with pytest.raises(TypeError, match=rf"^{hook.__name__}: {name} must be .*{expected} or None, got str"):
+        hook(given, **{name: "x"})
+
+
+@pytest.mark.parametrize("hook", [OptimizerSurgery, ObjectiveSurgery])
+def test_hooks_need_an_optimizer(hook):
+    with pytest.raises(
+        TypeError, match=f"^{hook.__name__}: optimizer must be a torch.optim.Optimizer, got list"
+    ):
+        hook([nn.Parameter(torch.zeros(2))])
 
 
 @pytest.mark.parametrize("make", [lambda p, **o: OptimizerSurgery(torch.optim.SGD([p]), **o), SurgeryAdamW])

@@ -54,6 +54,7 @@ def only_parsed(monkeypatch):
 def complete(words: list[str]) -> list[str]:
     """Prose leaves out what it does not speak of: what a command requires is added where it is missing."""
     required = {
+        "audit": ["--data", "d", "--out", "o"],
         "train": ["--out", "o"],
         "evaluate": ["--data", "d", "--model", "m", "--out", "o"],
         "predict": ["--model", "m"],

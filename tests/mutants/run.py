@@ -149,6 +149,8 @@ def main(words: list[str]) -> int:
     mutants = load(listed)
     rows = read_table(table)
     os.environ.setdefault("TRITON_INTERPRET", "1")
+    # A file's bytecode is told by its size and the second it was written in, as two faults' may be alike.
+    sys.dont_write_bytecode, os.environ["PYTHONDONTWRITEBYTECODE"] = True, "1"
     for name in PACKAGES.split():
         with contextlib.suppress(ImportError):
             importlib.import_module(name)

@@ -12,7 +12,9 @@ from dgsnet.errors import UserError
 CAPTIONS_FILE = "captions.json"
 
 
-def attach_captions(samples: list[Sample], captions: str | Path, root: str | Path) -> list[Sample]:
+def attach_captions(
+    samples: list[Sample], captions: str | Path, root: str | Path, *, partly: bool = False
+) -> list[Sample]:
     """The same samples, every one with a caption.
 
     Args:
@@ -21,6 +23,7 @@ def attach_captions(samples: list[Sample], captions: str | Path, root: str | Pat
             folder; "auto": captions.json of the root and of its split folders; "none": the empty caption
             for every image (what that means for training: docs/data.md).
         root: what find_samples was given.
+        partly: leave images without a caption as they are, if others have one.
 
     Raises:
         UserError: no or an unusable JSON file, or images without a caption, counted, with the remedy.
@@ -52,7 +55,7 @@ def attach_captions(samples: list[Sample], captions: str | Path, root: str | Pat
         for sample in samples
     ]
     missing = [sample.path for sample in captioned if sample.caption is None]
-    if missing:
+    if missing and not (partly and len(missing) < len(samples)):
         looked = ", ".join(map(str, files)) or f"{root / CAPTIONS_FILE}, which does not exist"
         raise UserError(
             f"{len(missing)} of {len(samples)} images have no caption, the first is {missing[0]} (looked in "

@@ -19,7 +19,7 @@ CLASSES = {0: "real", 1: "generated"}
 
 def calibrate_command(
     model: str,
-    reals: list[str],
+    reals: list[list[str]],
     generated: list[str] | None = None,
     fpr: float = 0.01,
     miss_rate: float | None = None,
@@ -35,7 +35,8 @@ def calibrate_command(
     Args:
         model: a model folder, or the folder of a training run.
         reals: real images like those to be decided on: files, folders (searched recursively), glob patterns.
-            Of a labelled dataset its real images are taken.
+            Of a labelled dataset its real images are taken. Given again for each further source: the rate
+            then holds for each of them.
         generated: generated images; needed for calibrated probabilities and a bound on misses. Of a labelled
             dataset its generated images are taken.
         fpr: how many of all real images may be called generated.
@@ -50,12 +51,20 @@ def calibrate_command(
             f"{model} is calibrated already (threshold {before.threshold:.6f} from {before.n_reals} real "
             "images): give --replace to calibrate it anew"
         )
-    items = {label: _items(paths, label) for label, paths in enumerate((reals, generated)) if paths}
-    warn_of_training_images(model, [item for found in items.values() for item in found])
+    sources = {" ".join(paths): _items(paths, 0) for paths in reals}
+    if len(sources) < len(reals):
+        raise UserError("--reals names a source twice")
+    fakes = _items(generated, 1) if generated else []
+    warn_of_training_images(model, [item for found in (*sources.values(), fakes) for item in found])
     # An older calibration must not decide how these scores are made.
     detector = Detector.load(model, device, views=views, calibrated=False)
-    logits = [_logits(detector, found, workers) for found in items.values()]
-    result = calibrate(*logits, fpr=fpr, miss_rate=miss_rate, views=views)
+    result = calibrate(
+        {name: _logits(detector, found, workers) for name, found in sources.items()},
+        _logits(detector, fakes, workers) if fakes else None,
+        fpr=fpr,
+        miss_rate=miss_rate,
+        views=views,
+    )
     print(summary(result))
     print(f"written to {save_calibration(model, result)}")
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,25 @@ CONFIDENCE = 0.95
 
 
 @dataclass(frozen=True)
+class Source:
+    """What a calibration's threshold means for one source of its real images.
+
+    Attributes:
+        name: what the user calls it.
+        n: its images.
+        fpr_upper: upper confidence bound of its rate of real images called generated.
+        fpr_observed: share of its images above the threshold.
+        threshold: what this source alone would have asked for.
+    """
+
+    name: str
+    n: int
+    fpr_upper: float
+    fpr_observed: float
+    threshold: float
+
+
+@dataclass(frozen=True)
 class Calibration:
     """How a model's scores become decisions; `calibration.json` of a model folder.
 
@@ -35,7 +55,7 @@ class Calibration:
         low: at or below it an image is called real, between the two it is unsure; negative: none is real.
         temperature: what logits are divided by; 1 where no generated images were given.
         fpr: the rate asked for: how many of all real images may be called generated.
-        fpr_upper: upper confidence bound of that rate at `threshold`; at most `fpr`.
+        fpr_upper: upper confidence bound of that rate at `threshold`, of the worst source; at most `fpr`.
         fpr_observed: share of the calibration's real images above `threshold`.
         miss_rate: how many of all generated images may be called real; None where none were given.
         miss_upper: upper confidence bound of that rate at `low`; None where none were given.
@@ -46,6 +66,7 @@ class Calibration:
         n_reals: real images it rests on.
         n_generated: generated images it rests on.
         views: mosaics averaged per image; the calibration holds for scores made with as many.
+        sources: of the real images, where there are several.
     """
 
     threshold: float
@@ -63,6 +84,7 @@ class Calibration:
     n_reals: int
     n_generated: int
     views: int = 1
+    sources: tuple[Source, ...] = ()
 
     def __post_init__(self) -> None:
         if not (self.low <= self.threshold and 0 <= self.threshold <= 1):
@@ -88,11 +110,18 @@ class Calibration:
         if not isinstance(values, dict):
             raise ValueError("not a JSON object")
         names = {f.name for f in fields(cls)}
+        sources = values.setdefault("sources", [])  # there were none once
         if wrong := sorted(values.keys() ^ names):
             raise ValueError(f"{'unknown' if wrong[0] not in names else 'missing'} field {wrong[0]}")
+        try:
+            values["sources"] = tuple(Source(**source) for source in sources)
+        except TypeError:
+            raise ValueError("sources are not what calibrate writes") from None
         for name, value in values.items():
-            if not (value is None and "None" in cls.__annotations__[name]) and (
-                isinstance(value, bool) or not isinstance(value, (int, float))
+            if (
+                name != "sources"
+                and not (value is None and "None" in cls.__annotations__[name])
+                and (isinstance(value, bool) or not isinstance(value, (int, float)))
             ):
                 raise ValueError(f"{name}={value!r} is no number")
         return cls(**values)
@@ -112,10 +141,12 @@ def calibrate(
     The threshold is an order statistic of the real images' scores: as many of them lie above it as the
     Clopper-Pearson upper bound allows. If real images to come are like these, at most `fpr` of them are
     called generated, with the given confidence over the choice of the calibration images, whatever the
-    distribution of scores (Wilks 1941, tolerance limits). docs/decisions.md has the rules.
+    distribution of scores (Wilks 1941, tolerance limits). Of several sources the highest of their thresholds
+    is taken, and with the same confidence the rate holds for all of them at once. docs/decisions.md has the
+    rules.
 
     Args:
-        reals: logits of real images, [N] floats.
+        reals: logits of real images, [N] floats; or such by the names of their sources.
         generated: logits of generated images, [M] floats; without them the temperature is 1, and nothing is
             known of misses.
         fpr: how many of all real images may be called generated.
@@ -131,7 +162,10 @@ def calibrate(
     >>> result.fpr_upper <= 0.05, 0 < result.low < result.threshold < 1
     (True, True)
     """
-    reals, generated = (np.asarray([] if x is None else x, dtype=np.float64) for x in (reals, generated))
+    by_source = dict(reals) if isinstance(reals, Mapping) else {"": reals}
+    by_source = {name: np.asarray(logits, dtype=np.float64) for name, logits in by_source.items()}
+    reals = np.concatenate([*by_source.values(), []])
+    generated = np.asarray([] if generated is None else generated, dtype=np.float64)
     miss_rate = fpr if miss_rate is None else miss_rate
     for name, rate in {"fpr": fpr, "miss_rate": miss_rate, "confidence": confidence}.items():
         if not 0 < rate < 1:
@@ -139,13 +173,32 @@ def calibrate(
     temperature = fit_temperature(reals, generated) if len(generated) else 1.0
     real_scores, generated_scores = (_scores(x, temperature) for x in (reals, generated))
 
-    above = _allowed(len(reals), fpr, confidence, "real", "fpr")
-    threshold = real_scores[::-1][above]
+    above = {
+        name: _allowed(len(logits), fpr, confidence, f"real images{name and f' of {name}'}", "fpr")
+        for name, logits in by_source.items()
+    }
+    scores = {name: _scores(logits, temperature) for name, logits in by_source.items()}
+    own = {name: float(scores[name][::-1][allowed]) for name, allowed in above.items()}
+    threshold = max(own.values())
+    sources = tuple(
+        Source(
+            name,
+            n=len(of_source),
+            # Where others have set the threshold, it is a fixed number to this source's images.
+            fpr_upper=_upper_bound(
+                above[name] if own[name] == threshold else wrong, len(of_source), confidence
+            ),
+            fpr_observed=wrong / len(of_source),
+            threshold=own[name],
+        )
+        for name, of_source in scores.items()
+        for wrong in [int((of_source > threshold).sum())]
+    )
     if len(generated):
-        below = _allowed(len(generated), miss_rate, confidence, "generated", "miss_rate")
+        below = _allowed(len(generated), miss_rate, confidence, "generated images", "miss_rate")
         low = round(generated_scores[below] - 10**-DECIMALS, DECIMALS)
     else:
-        low = _lower_limit(real_scores, fpr, confidence)
+        low = min(_lower_limit(of_source, fpr, confidence) for of_source in scores.values())
     low = min(low, threshold)
 
     def share(condition: np.ndarray) -> float | None:
@@ -156,7 +209,7 @@ def calibrate(
         low=float(low),
         temperature=temperature,
         fpr=fpr,
-        fpr_upper=_upper_bound(above, len(reals), confidence),
+        fpr_upper=max(source.fpr_upper for source in sources),
         fpr_observed=float((real_scores > threshold).mean()),
         miss_rate=miss_rate if len(generated) else None,
         miss_upper=_upper_bound(below, len(generated), confidence) if len(generated) else None,
@@ -167,6 +220,7 @@ def calibrate(
         n_reals=len(reals),
         n_generated=len(generated),
         views=views,
+        sources=sources if len(sources) > 1 else (),
     )
 
 
@@ -219,7 +273,7 @@ def _allowed(n: int, rate: float, confidence: float, kind: str, option: str) -> 
     if n == 0 or allowed < 0:
         needed = math.floor(math.log(1 - confidence) / math.log1p(-rate)) + 1
         raise UserError(
-            f"{n} {kind} images are too few for {option}={rate:g} with {confidence:.0%} confidence: at least "
+            f"{n} {kind} are too few for {option}={rate:g} with {confidence:.0%} confidence: at least "
             f"{needed} are needed; give more, or a larger {option}"
         )
     return allowed
@@ -297,6 +351,11 @@ def summary(calibration: Calibration) -> str:
         f"above {c.threshold:.6f}: generated. Of all real images at most {c.fpr_upper:.2%} {sure} "
         f"({c.fpr_observed:.2%} of the {c.n_reals} here)"
     ]
+    for source in sorted(c.sources, key=lambda source: -source.threshold):
+        lines.append(
+            f"  {source.name}: at most {source.fpr_upper:.2%} ({source.fpr_observed:.2%} of {source.n}); "
+            f"alone its threshold would be {source.threshold:.6f}"
+        )
     if c.n_generated:
         lines += [
             f"at or below {c.low:.6f}: real. Of all generated images at most {c.miss_upper:.2%} {sure} "

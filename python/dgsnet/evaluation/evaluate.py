@@ -8,17 +8,19 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dgsnet.audit.audit import load_model
 from dgsnet.detection.decisions import DECIMALS
 from dgsnet.detection.detector import Detector
 from dgsnet.detection.overlap import warn_of_training_images
 from dgsnet.errors import UserError
-from dgsnet.evaluation import robustness
+from dgsnet.evaluation import robustness, shortcut_tables
 from dgsnet.evaluation.journal import Journal
 from dgsnet.evaluation.metrics import THRESHOLD
 from dgsnet.evaluation.report import published_methods, write_page, write_tables
 from dgsnet.evaluation.results import Evaluation, Score, text_table
 
 if TYPE_CHECKING:
+    from dgsnet.audit.shortcuts import FileModel
     from dgsnet.data.samples import Sample
     from dgsnet.evaluation.robustness import Distortion
 
@@ -32,6 +34,7 @@ def evaluate(
     *,
     threshold: float = THRESHOLD,
     distortions: Sequence[Distortion] = (),
+    file_model: FileModel | None = None,
     journal: str | Path | None = None,
     workers: int | None = None,
     progress: bool = True,
@@ -43,6 +46,8 @@ def evaluate(
         samples: what `dgsnet.data.samples.find_samples` found, or suite to that.
         threshold: decision threshold of the accuracies.
         distortions: each is measured on all images, besides the images as they are.
+        file_model: what the files of other data say of the label, such as the training's, in place of what
+            these images' own say.
         journal: file that keeps the logits as they are made. Scores already in it are not made again.
         workers: as in `Detector.predict`.
         progress: show a progress bar on stderr, where that is a terminal.
@@ -51,6 +56,8 @@ def evaluate(
         UserError: the journal is of another model or of other images.
     """
     from tqdm import tqdm
+
+    from dgsnet.audit.shortcuts import read_nuisances
 
     if not isinstance(samples, Mapping):
         samples = {"": samples}
@@ -79,7 +86,9 @@ def evaluate(
     if kept:
         kept.close()
     calibration = detector.calibration
-    return Evaluation(scores, threshold, calibration.threshold if calibration else None)
+    calibrated_threshold = calibration.threshold if calibration else None
+    nuisances, _ = read_nuisances([sample for _, sample in listed], progress=progress)
+    return Evaluation(scores, threshold, calibrated_threshold, nuisances, file_model)
 
 
 def _distorting(detector: Detector, distortion: Distortion) -> Detector:
@@ -104,6 +113,7 @@ def evaluate_command(
     split: str | None = None,
     threshold: float = THRESHOLD,
     robustness: list[str] | None = None,
+    audit: str | None = None,
     views: int | None = None,
     device: str | None = None,
     workers: int | None = None,
@@ -121,11 +131,14 @@ def evaluate_command(
         threshold: an image is called generated where its probability is above it.
         robustness: measure on distorted images too: default, or any of jpeg:90,50 webp:80 blur:1 resize:0.5
             crop:0.8 and chains such as jpeg:90+resize:0.5+jpeg:70.
+        audit: audit.json of the training data: which images conflict with what *its* files say of the label,
+            rather than with what the measured images' own say.
         views: views averaged per image; what the calibration was made with, else 1, if not given.
         device: torch device; the GPU where there is one if not given.
         workers: processes that read and prepare images; chosen if not given.
     """
     distortions = _distortions(robustness or ())
+    file_model = load_model(audit) if audit else None
     suites = find_suites(data, split)
     detector = Detector.load(model, device, views=views)
     warn_of_training_images(model, [sample.item for samples in suites.values() for sample in samples])
@@ -134,12 +147,15 @@ def evaluate_command(
         suites,
         threshold=threshold,
         distortions=distortions,
+        file_model=file_model,
         journal=Path(out) / JOURNAL,
         workers=workers,
     )
     write_tables(out, result)
     write_page(Path(out) / "report.html", result, model=model, views=detector.views)
     print(result.table())
+    if shortcuts := shortcut_tables.text(result):
+        print(f"\nbeside what the files alone say:\n{shortcuts}")
     for suite, comparison in result.comparisons().items():
         print(f"\n{suite}:\n{text_table(published_methods(comparison))}")
     for score in result.damaged:

@@ -31,6 +31,18 @@ CALIBRATED_MEASURES = {
     "calibrated_real_accuracy": "cal. real",
     "calibrated_generated_accuracy": "cal. generated",
 }
+# What a generator has besides, where its files were looked at.
+SHORTCUT_MEASURES = {
+    "file_auc": "files alone",
+    "agree_auc": "AUC, agree",
+    "conflict_auc": "AUC, conflict",
+    "agree_accuracy": "accuracy, agree",
+    "conflict_accuracy": "accuracy, conflict",
+    "worst_group_accuracy": "worst group",
+    "explained_real": "explained, real",
+    "explained_generated": "explained, generated",
+}
+SHORTCUT_COUNTS = ("n_agree", "n_conflict")
 FALSE_POSITIVE_RATES = {"tpr_at_1": 0.01, "tpr_at_5": 0.05}
 ECE_BINS = 15
 CONFIDENCE = 0.95

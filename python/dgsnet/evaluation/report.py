@@ -18,9 +18,10 @@ from PIL import Image
 
 from dgsnet.data.images import ImageError, read_image
 from dgsnet.detection.decisions import DECIMALS
+from dgsnet.evaluation import shortcut_tables
 from dgsnet.evaluation.metrics import CONFIDENCE, RESAMPLES, reliability, roc
 from dgsnet.evaluation.published import AUTHORS_LOG, OFFICIAL, Comparison
-from dgsnet.evaluation.results import COUNTS, Evaluation, Result, Score, images, percent
+from dgsnet.evaluation.results import COUNTS, Evaluation, Result, Score, between, bounded, images, percent
 from dgsnet.files import write_file
 from dgsnet.pages import page, plots
 
@@ -39,8 +40,11 @@ def write_tables(out: str | Path, evaluation: Evaluation) -> None:
     write_file(out / "metrics.json", _json(document(evaluation)))
     write_file(out / "metrics.csv", _csv([_row(evaluation, result) for result in evaluation.results]))
     write_file(out / "metrics.md", markdown(evaluation).encode(errors="surrogateescape"))
+    said = shortcut_tables.file_probabilities(evaluation)
     rows = (
-        vars(s) | {"probability": "" if s.error else f"{s.probability:.{DECIMALS}f}"}
+        vars(s)
+        | {"probability": "" if s.error else f"{s.probability:.{DECIMALS}f}"}
+        | {"files": f"{said[id(s)]:.{DECIMALS}f}" if id(s) in said else ""}
         for s in evaluation.scores
     )
     write_file(out / "scores.csv", _csv(list(rows)))
@@ -52,7 +56,10 @@ def document(evaluation: Evaluation) -> dict[str, Any]:
     """What metrics.json holds: fractions, counts and intervals; published figures in percent."""
 
     def with_intervals(result: Result) -> dict[str, Any]:
-        return result.values | {"intervals": {key: list(result.interval(key)) for key in evaluation.measures}}
+        measured = {"intervals": {key: list(result.interval(key)) for key in evaluation.measures}}
+        if shortcut := evaluation.shortcut_of(result):
+            measured["shortcut"] = shortcut | shortcut_tables.details(evaluation, result)
+        return result.values | measured
 
     def part(distortion: str) -> dict[str, Any]:
         suites = evaluation.suites if len(evaluation.suites) > 1 else []
@@ -104,6 +111,9 @@ def markdown(evaluation: Evaluation) -> str:
         rows = [[name or "none", *cells(evaluation.mean_of(name))] for name in ("", *evaluation.distortions)]
         lines += ["", "## Robustness", "", "Means over all generators.", ""]
         lines += _markdown_table([["distortion", *columns], *rows])
+    if shortcuts := shortcut_tables.rows(evaluation):
+        lines += ["", "## Beside what the files alone say", "", shortcut_tables.caption(evaluation), ""]
+        lines += _markdown_table(shortcuts)
     for suite, comparison in evaluation.comparisons().items():
         lines += ["", f"## {suite}: published results", "", _source(comparison), ""]
         lines += [*_markdown_table(published_methods(comparison)), ""]
@@ -162,6 +172,8 @@ def write_page(path: str | Path, evaluation: Evaluation, *, model: str, views: i
         caption=_caption(evaluation),
         pooled=_pooled_figures(evaluation),
         robustness=_robustness(evaluation),
+        shortcuts=shortcut_tables.rows(evaluation),
+        shortcut_caption=shortcut_tables.caption(evaluation),
         mistakes=_mistakes(evaluation),
         images=images(mean.values),
         source=AUTHORS_LOG,
@@ -199,6 +211,7 @@ def verdict(evaluation: Evaluation) -> list[str]:
         worst = max(drops, key=drops.__getitem__)
         change = f"{-100 * drops[worst]:+.1f}".replace("-", "\N{MINUS SIGN}")
         sentences.append(f"Of the distortions {worst} costs most: {change} points of AUC.")
+    sentences += shortcut_tables.sentences(evaluation)
     if evaluation.damaged:
         lost = len(evaluation.damaged)
         which = (
@@ -349,13 +362,11 @@ def _svg(figure: Any, description: str) -> Markup:
 
 
 def _brackets(result: Result, key: str) -> str:
-    low, high = result.interval(key)
-    return "" if math.isnan(low) else f"{percent(low)}–{percent(high)}"
+    return between(result.interval(key))
 
 
 def _with_interval(result: Result, key: str) -> str:
-    brackets = _brackets(result, key)
-    return percent(result.values[key]) + (f" ({brackets})" if brackets else "")
+    return bounded(result.values[key], result.interval(key))
 
 
 def _row(evaluation: Evaluation, result: Result) -> dict[str, Any]:
@@ -366,6 +377,7 @@ def _row(evaluation: Evaluation, result: Result) -> dict[str, Any]:
         low, high = result.interval(key)
         row |= {key: result.values[key], f"{key}_low": low, f"{key}_high": high}
     row |= {key: result.values[key] for key in COUNTS}
+    row |= shortcut_tables.columns(evaluation, result)
     return {k: "" if isinstance(v, float) and math.isnan(v) else v for k, v in row.items()}
 
 

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from dgsnet.evaluation import published
 from dgsnet.evaluation.metrics import CALIBRATED_MEASURES, MEASURES, THRESHOLD, interval, metrics, resampled
+
+if TYPE_CHECKING:
+    from dgsnet.audit.shortcuts import FileModel
+    from dgsnet.evaluation.shortcuts import FileShortcut
 
 COUNTS = ("n_real", "n_generated", "n_damaged")
 
@@ -65,11 +70,16 @@ class Evaluation:
         scores: every image of every suite, as it is and distorted.
         threshold: an image is called generated where its probability is above it.
         calibrated_threshold: that of the model's calibration; None where it has none.
+        nuisances: float32 [images, len(NUISANCES)] of the images as they are, in the order of their scores, a
+            row of NaN where there are none; None where files were not looked at.
+        file_model: what files are taken to say of the label; None: what these images' own files say.
     """
 
     scores: list[Score]
     threshold: float = THRESHOLD
     calibrated_threshold: float | None = None
+    nuisances: np.ndarray | None = field(default=None, repr=False, compare=False)
+    file_model: FileModel | None = None
 
     @property
     def measures(self) -> dict[str, str]:
@@ -134,6 +144,43 @@ class Evaluation:
         """Unweighted mean over the generators that have the measure (NaN: none has), and total counts."""
         return self.mean_of(distortion).values
 
+    @cached_property
+    def shortcuts(self) -> dict[tuple[str, str], FileShortcut]:
+        """(suite, generator) to how its scores go with what its files say, of the images as they are."""
+        if self.nuisances is None:
+            return {}
+        from dgsnet.evaluation.shortcuts import file_shortcut
+
+        rows: dict[tuple[str, str], list[int]] = {}
+        plain = [s for s in self.scores if not s.distortion]
+        for index, s in enumerate(plain):
+            if not s.error:
+                rows.setdefault((s.suite, s.generator), []).append(index)
+        return {
+            key: file_shortcut(
+                self.nuisances[chosen],
+                np.array([plain[i].label for i in chosen]),
+                np.array([plain[i].probability for i in chosen]),
+                self.threshold,
+                self.file_model,
+                seed=_seed(*key),
+            )
+            for key, chosen in sorted(rows.items())
+        }
+
+    def shortcut_of(self, result: Result) -> dict[str, float]:
+        """What `shortcuts` has of a generator; of a mean, the mean over the generators that have the measure.
+
+        Empty where files were not looked at, and of distorted images.
+        """
+        if result.distortion:
+            return {}
+        if not result.is_mean:
+            found = self.shortcuts.get((result.suite, result.generator))
+            return found.values if found else {}
+        members = [f.values for (suite, _), f in self.shortcuts.items() if result.suite in ("", suite)]
+        return _means(members) if members else {}
+
     def comparisons(self) -> dict[str, published.Comparison]:
         """Suite to its comparison with published results, where there are any."""
         compared = {
@@ -167,8 +214,7 @@ class Evaluation:
             self.calibrated_threshold,
         )
         values = metrics(*arguments) | {"n_damaged": len(scores) - len(read)}
-        seed = list(f"{first.suite}/{first.generator}".encode(errors="surrogateescape"))
-        draw = partial(resampled, *arguments, seed=seed)
+        draw = partial(resampled, *arguments, seed=_seed(first.suite, first.generator))
         return Result(first.suite, first.generator, first.distortion, values, draw)
 
     def _text(self, title: str, rows: list[tuple[str, dict[str, float]]]) -> str:
@@ -181,6 +227,18 @@ class Evaluation:
 def percent(value: float) -> str:
     """A fraction in percent with one decimal; a dash for NaN."""
     return "-" if math.isnan(value) else f"{100 * value:.1f}"
+
+
+def between(bounds: Sequence[float]) -> str:
+    """An interval in percent; "" for NaN."""
+    low, high = bounds
+    return "" if math.isnan(low) else f"{percent(low)}–{percent(high)}"
+
+
+def bounded(value: float, bounds: Sequence[float]) -> str:
+    """A fraction in percent, with its interval in brackets."""
+    brackets = between(bounds)
+    return percent(value) + (f" ({brackets})" if brackets else "")
 
 
 def text_table(rows: list[list[str]]) -> str:
@@ -200,12 +258,23 @@ def images(values: Mapping[str, float]) -> int:
     return int(values["n_real"] + values["n_generated"])
 
 
+def _seed(suite: str, generator: str) -> list[int]:
+    """Resamples of a generator depend on nothing but its name and its scores."""
+    return list(f"{suite}/{generator}".encode(errors="surrogateescape"))
+
+
+def _means(members: list[dict[str, float]]) -> dict[str, float]:
+    """Unweighted means over those that have the measure, and sums of counts."""
+    result: dict[str, float] = {}
+    for key in members[0]:
+        having = [values[key] for values in members if not math.isnan(values[key])]
+        mean = math.fsum(having) / len(having) if having else math.nan
+        result[key] = sum(having) if key.startswith("n_") else mean
+    return result
+
+
 def _mean(members: list[Result], suite: str) -> Result:
-    values: dict[str, float] = {}
-    for key in (key for key in members[0].values if key not in COUNTS):
-        having = [m.values[key] for m in members if not math.isnan(m.values[key])]
-        values[key] = math.fsum(having) / len(having) if having else math.nan
-    values |= {key: sum(m.values[key] for m in members) for key in COUNTS}
+    values = _means([m.values for m in members])
     draw = partial(_mean_samples, members)
     return Result(suite, "mean", members[0].distortion, values, draw, is_mean=True)
 

@@ -7,6 +7,7 @@ heads; docs/official_weights.md has the layout. One copy of CLIP is kept.
 from __future__ import annotations
 
 import functools
+import hashlib
 import re
 import tempfile
 import warnings
@@ -33,6 +34,10 @@ IMAGE_HEAD, TEXT_HEAD, TEACHER_HEAD = "img_fc", "text_fc", "img_frozen_fc"
 ADAPTED = re.compile(r"visual\.(transformer\.resblocks\.\d+\.attn\.)([qkv]_proj)\.(weight|bias)")
 # The published mosaic's patches, in pixels.
 PATCH_SIZE = 32
+# SHA-256 of files that the authors have published.
+PUBLISHED = {
+    "89b96a586a6b9f2e5626b03aa27e8063bbe6aaae00f4d0cf97fd3ced2379c216": "the authors' detector (stage 2)"
+}
 
 
 @dataclass
@@ -46,6 +51,7 @@ class Official:
         rank: r; 0 in stage 1.
         stage: 1, the linear head on the frozen encoder, or 2, the detector.
         merged: whether the file's student had its adapters added into its weights.
+        sha256: of the file, as hexadecimal digits.
     """
 
     clip: State
@@ -54,6 +60,7 @@ class Official:
     rank: int
     stage: int
     merged: bool
+    sha256: str = ""
 
 
 def convert_command(
@@ -62,12 +69,13 @@ def convert_command(
     """Import a checkpoint that the authors published as a model folder for predict, evaluate and export.
 
     Args:
-        checkpoint: their .pth file, of stage 2 (the detector) or stage 1 (the linear head).
+        checkpoint: their .pth file, of stage 2 (the detector) or stage 1 (the linear head), by any name.
         out: folder for the model; must be new or empty.
         name: open_clip model name of its CLIP.
         alpha: numerator of the adapters' scaling; the file does not hold it.
     """
     found = convert(checkpoint, out, name=name, alpha=alpha)
+    print(f"SHA-256 {found.sha256}: {PUBLISHED.get(found.sha256, 'not a published file known here')}")
     what = (
         f"LoRA of rank {found.rank}, {'merged' if found.merged else 'not merged'}"
         if found.rank
@@ -114,6 +122,7 @@ def convert(
             config,
             backbone=backbone,
             source=checkpoint.name,
+            sha256=found.sha256,
             stage=found.stage,
             merged=found.merged,
         )
@@ -124,9 +133,19 @@ def read(checkpoint: Path, *, name: str, alpha: float) -> Official:
     """Read a published checkpoint; nothing is written. Arguments and errors are those of `convert`."""
     state = _load(checkpoint)
     try:
-        return _stage2(state, name, alpha) if _holds(state, STUDENT) else _stage1(state, name)
+        found = _stage2(state, name, alpha) if _holds(state, STUDENT) else _stage1(state, name)
     except ValueError as error:
         raise UserError(f"{checkpoint} is no checkpoint of DGS-Net on {name}: {error}") from None
+    found.sha256 = _sha256(checkpoint)
+    return found
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def _load(checkpoint: Path) -> State:

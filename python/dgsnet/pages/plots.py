@@ -208,6 +208,52 @@ def robustness(panels: Mapping[str, Mapping[str, tuple[float, float, float]]]) -
     return figure
 
 
+def intervals(rows: Mapping[str, tuple[float, float, float]], label: str, *, chance: float) -> Figure:
+    """A dot with its interval per row; what lies above chance is coloured.
+
+    Args:
+        rows: name to (value, low, high) as fractions.
+        label: what the values are.
+        chance: value of guessing as a fraction, drawn as a dashed line.
+    """
+    y = np.arange(len(rows))
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(WIDTH, 0.9 + 0.3 * len(rows)))
+        axes = figure.subplots()
+        axes.axvline(100 * chance, color=INK, linewidth=0.8, linestyle="--", alpha=0.6)
+        values, low, high = 100 * np.array(list(rows.values())).T
+        colors = np.where(low > 100 * chance, GENERATED, SERIES[0])
+        axes.hlines(y, low, high, color=colors, linewidth=2.5, alpha=0.45)
+        axes.scatter(values, y, color=colors, s=36, zorder=2)
+        axes.set_yticks(y, list(rows))
+        axes.set_ylim(len(rows) - 0.4, -0.6)
+        axes.set_xlim(min(100 * chance - 15, *low), 100)
+        axes.set_xlabel(f"{label}, percent")
+    return figure
+
+
+def by_class(panels: Mapping[str, np.ndarray], labels: np.ndarray) -> Figure:
+    """How some quantities are distributed in either class: one panel each.
+
+    Args:
+        panels: title to values [N].
+        labels: [N], 0 real, 1 generated.
+    """
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(WIDTH, 2.8))
+        for axes, (title, values) in zip(np.atleast_1d(figure.subplots(1, len(panels))), panels.items()):
+            edges = np.histogram_bin_edges(values, 20)
+            for label, name, color in ((0, "real", REAL), (1, "generated", GENERATED)):
+                chosen = values[labels == label]
+                legend = name if axes is figure.axes[0] else None
+                weights = np.full(len(chosen), 100 / len(chosen))
+                axes.hist(chosen, edges, weights=weights, color=color, alpha=0.6, label=legend)
+            axes.set_title(title)
+        figure.axes[0].set_ylabel("percent of the class")
+        figure.legend(loc="outside upper center", ncols=2)
+    return figure
+
+
 def methods_by_decoder(
     values: Mapping[str, Mapping[str, Sequence[float]]], label: str, *, chance: float
 ) -> Figure:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 from dgsnet.config import CONFIG_FILE, Config, read_config
@@ -19,6 +20,11 @@ FREE_SETTINGS = (
     "checkpoint_every",
     "log_every",
 )
+
+
+# What a look for shortcuts before training may cost.
+SHORTCUT_IMAGES = 2**10
+SHORTCUT_SECONDS = 2.0
 
 
 def check_folder(config: Config, out: Path, resume: bool) -> None:
@@ -75,6 +81,30 @@ def training_samples(config: Config, roots: list[str] | str, split: str) -> list
         if uses_text(config):
             found = {root: attach_captions(s, config.data.captions, root) for root, s in found.items()}
     return [sample for samples in found.values() for sample in samples]
+
+
+def warn_of_shortcuts(config: Config, samples: list[Sample]) -> None:
+    """One line on stderr where the files give labels away and no expert takes that off the student.
+
+    A sample of the files is read, for seconds at most; what so few do not show is left to `dgsnet audit`.
+    """
+    if uses_nuisances(config):
+        return
+    from dgsnet.audit.audit import audit, shown
+
+    try:
+        found = audit(samples, most=SHORTCUT_IMAGES, seconds=SHORTCUT_SECONDS)
+    except UserError:  # too few that can be read: training tells of them
+        return
+    files, names = found.shortcuts.files, found.shortcuts.strongest
+    if files.found or names:
+        alone = f", {names[0]} alone {shown(found.shortcuts.nuisances[names[0]])}" if names else ""
+        print(
+            f"dgsnet: warning: the files give the label away: AUC {shown(files)}{alone}, of "
+            f"{len(found.labels)} images; the detector will learn that first. Look with dgsnet audit, "
+            "re-encode or balance, or give --surgery.text expert --data.nuisances files",
+            file=sys.stderr,
+        )
 
 
 def uses_surgery(config: Config) -> bool:

@@ -9,7 +9,7 @@ from dgsnet.config import Config
 from dgsnet.files import locked
 from dgsnet.model.catalogue import check_model
 from dgsnet.processes import announced_rank, announced_size
-from dgsnet.training.checks import check_experts, check_folder, training_samples
+from dgsnet.training.checks import check_experts, check_folder, training_samples, warn_of_shortcuts
 
 
 def train(config: Config, out: str | Path, *, resume: bool = False) -> Path:
@@ -44,6 +44,8 @@ def train(config: Config, out: str | Path, *, resume: bool = False) -> Path:
         check_model(config.model, config.preprocess.image_size)
         samples = training_samples(config, config.data.train, "train")
         val_samples = training_samples(config, config.data.val, "val") if config.data.val else []
+        if not announced_rank():
+            warn_of_shortcuts(config, samples)
 
         from dgsnet.training.run import run
 

@@ -29,7 +29,8 @@ def backend(request, monkeypatch):
 
 
 def rows(device: str) -> list[Tensor]:
-    return [project_align(*draw_rows(3, 8, 96, device=device), alignment=0.3)]
+    gradients = draw_rows(3, 8, 96, device=device)
+    return [project_align(*gradients, alignment=0.3), dgs_kernels.pcgrad(*gradients[:2])]
 
 
 def head(device: str) -> list[Tensor]:

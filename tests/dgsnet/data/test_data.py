@@ -65,6 +65,8 @@ def test_class_folders_directly_in_the_root(tmp_path):
         ("0_real/a.png", 0, "sd14"),
         ("1_fake/deeper/b.png", 1, "sd14"),
     ]
+    other = tree(tmp_path / "other", "Nature/a.png", "AI/b.png")
+    assert listing(find_samples(other), other) == [("AI/b.png", 1, "other"), ("Nature/a.png", 0, "other")]
 
 
 def test_genimage(tmp_path):

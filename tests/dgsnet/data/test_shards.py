@@ -85,7 +85,8 @@ def test_names_of_shards(numbered):
         "photos-01.tar": 4,
         "{photos-00,photos-0*}.tar": 12,  # no archive comes twice
     }.items():
-        assert len(find_samples(numbered / source)) == count
+        samples = find_samples(numbered / source)
+        assert len(samples) == count and {s.generator for s in samples} == {"photos"}
     for source, reason in {
         "photos-{00..03}.tar": r"photos-03\.tar: no such archive",
         "other-*.tar": "no such archive",

@@ -20,6 +20,7 @@ from dgsnet.detection.decisions import (
     fit_temperature,
     load_calibration,
     save_calibration,
+    summary,
 )
 from dgsnet.detection.detector import Detector
 from dgsnet.errors import UserError
@@ -49,6 +50,53 @@ def test_the_asked_rate_is_exceeded_as_rarely_as_promised(n, fpr, confidence):
     assert stats.beta.sf(fpr, above + 2, n - above - 1) > 1 - confidence
     # The lower end of the band, without generated images: as rarely is the true rate below the one asked for.
     assert sum(1 - c.low < fpr for c in drawn) <= stats.binom.ppf(0.9999, REPEATS, 1 - confidence)
+
+
+def test_the_rate_holds_for_all_sources_at_once_as_often_as_promised():
+    """Also where all sources are alike, and any of them may turn out to be the worst."""
+    rng = np.random.default_rng(6)
+    for shifts in ((0, 0, 0), (-3, 0, 1)):
+        exceeded = 0
+        for _ in range(REPEATS):
+            sources = {
+                f"{i}": rng.logistic(shift, size=n)
+                for i, (shift, n) in enumerate(zip(shifts, (90, 200, 120)))
+            }
+            c = calibrate(sources, fpr=0.05)
+            assert c.threshold == max(s.threshold for s in c.sources)
+            assert c.threshold == max(calibrate(logits, fpr=0.05).threshold for logits in sources.values())
+            rates = stats.logistic.sf(math.log(c.threshold / (1 - c.threshold)), loc=shifts)
+            exceeded += max(rates) > 0.05
+        assert exceeded <= stats.binom.ppf(0.9999, REPEATS, 0.05)
+
+
+def test_sources_are_reported_each():
+    rng = np.random.default_rng(7)
+    quiet, loud, fakes = rng.normal(-3, 1, 400), rng.normal(0, 1, 300), rng.normal(3, 1, 300)
+    c = calibrate({"quiet": quiet, "loud": loud}, fakes, fpr=0.05)
+    assert [s.name for s in c.sources] == ["quiet", "loud"] and [s.n for s in c.sources] == [400, 300]
+    pooled = calibrate(np.concatenate([quiet, loud]), fakes, fpr=0.05)
+    assert pooled.temperature == c.temperature and pooled.threshold < c.threshold and pooled.sources == ()
+    scores = {
+        name: np.round(1 / (1 + np.exp(-x / c.temperature)), 6)
+        for name, x in (("quiet", quiet), ("loud", loud))
+    }
+    for source in c.sources:
+        assert source.fpr_observed == (scores[source.name] > c.threshold).mean()
+        assert source.fpr_observed < source.fpr_upper <= 0.05
+    assert c.threshold == c.sources[1].threshold > c.sources[0].threshold
+    assert c.sources[0].fpr_upper == pytest.approx(stats.beta.ppf(0.95, 1, 400))  # nothing above
+    assert c.fpr_upper == c.sources[1].fpr_upper
+    # Pooled, the loud source would have had more than was asked for.
+    assert (scores["loud"] > pooled.threshold).mean() > 0.08
+    assert Calibration.from_json(c.to_json()) == c
+    older = json.loads(pooled.to_json())
+    del older["sources"]  # as calibrations were before sources
+    assert Calibration.from_json(json.dumps(older)) == pooled
+    said = summary(c)
+    assert said.index("loud: at most") < said.index("quiet: at most 0.75% (0.00% of 400)")
+    with pytest.raises(UserError, match=r"^20 real images of loud are too few"):
+        calibrate({"quiet": quiet, "loud": loud[:20]}, fpr=0.05)
 
 
 def test_as_rarely_are_generated_images_called_real():
@@ -272,6 +320,7 @@ def test_what_cannot_be_calibrated_is_one_line(folder, capsys, options, message)
         (lambda text: text[:-10], "damaged"),
         (lambda text: "[]", "not a JSON object"),
         (lambda text: text.replace('"low"', '"lower"'), "field low"),
+        (lambda text: text.replace('"sources": []', '"sources": [{"name": "a"}]'), "sources are not"),
         (lambda text: json.dumps({k: v for k, v in json.loads(text).items() if k != "views"}), "field views"),
         (lambda text: json.dumps(json.loads(text) | {"temperature": 0}), "temperature=0"),
         (lambda text: json.dumps(json.loads(text) | {"low": 0.99, "threshold": 0.5}), "threshold=0.5"),
@@ -342,6 +391,39 @@ def test_of_a_labelled_dataset_each_option_takes_its_class(folder, tmp_path, cap
     for source in (listed, shard):
         main([*command, "--replace", "--reals", source, "--generated", source])
         assert load_calibration(run) == found
+
+
+def test_every_reals_option_is_a_source(folder, tmp_path, capsys):
+    run = shutil.copytree(folder / "run", tmp_path / "run")
+    (run / "best" / "calibration.json").unlink(missing_ok=True)
+    files = [str(path) for path in sorted((folder / "real").iterdir())]
+    command = ["calibrate", "--model", str(run), "--fpr", "0.1", "--workers", "0", "--reals"]
+    main([*command, *files[:50], "--reals", *files[50:]])
+    first, second = load_calibration(run).sources
+    assert (first.n, second.n) == (50, len(files) - 50)
+    assert first.name == " ".join(files[:50]) and f"{second.name}: at most" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main([*command, files[0], "--reals", files[0], "--replace"])
+    assert "--reals names a source twice" in capsys.readouterr().err
+
+
+def test_options_given_twice_add_up(folder, tmp_path):
+    run = shutil.copytree(folder / "run", tmp_path / "run")
+    (run / "best" / "calibration.json").unlink(missing_ok=True)
+    files = [str(path) for path in sorted((folder / "fake").iterdir())]
+    command = [
+        "calibrate",
+        "--model",
+        str(run),
+        "--fpr",
+        "0.1",
+        "--workers",
+        "0",
+        "--reals",
+        str(folder / "real"),
+    ]
+    main([*command, "--generated", *files[:50], "--generated", *files[50:]])
+    assert load_calibration(run).n_generated == len(files)
 
 
 def test_a_calibration_is_not_replaced_unasked(folder, tmp_path, capsys):

@@ -518,7 +518,8 @@ def test_a_partial_table_that_does_not_fit_is_refused(run, images, tmp_path):
     part.write_bytes(b"noise\n" + lines[1])
     refused("line 1 is damaged")
     begun()
-    with Partial(out, ours, resume=True):
+    with Partial(out, ours, resume=True) as table:
+        assert table.done == 1
         refused("is being written by another process")
 
 

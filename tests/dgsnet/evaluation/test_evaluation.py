@@ -526,6 +526,14 @@ def test_scores_of_other_settings_are_refused(model, data, tmp_path, capsys):
         run(model, data, tmp_path / "o", views=2)
     with pytest.raises(UserError, match="made with other images, or other names of suites"):
         run(model, [f"renamed={data}"], tmp_path / "o")
+    paths = sorted((data / "alpha").rglob("*.png"))
+    for labels in ((0, 1), (1, 0)):
+        lines = [f"{path},{labels[i % 2]}\n" for i, path in enumerate(paths)]
+        (tmp_path / "list.csv").write_text("path,label\n" + "".join(lines))
+        if labels == (0, 1):
+            run(model, tmp_path / "list.csv", tmp_path / "listed")
+    with pytest.raises(UserError, match="made with other images"):
+        run(model, tmp_path / "list.csv", tmp_path / "listed")
     (data / "alpha/1_fake/0.png").unlink()
     before = (tmp_path / "o/scores.jsonl").read_bytes()
     capsys.readouterr()
@@ -562,6 +570,17 @@ def test_a_file_that_is_no_journal_is_left_alone(model, data, tmp_path, content)
     with pytest.raises(UserError, match="not the journal of an evaluation"):
         run(model, data, tmp_path / "o")
     assert (tmp_path / "o/scores.jsonl").read_bytes() == content
+
+
+def test_rows_from_where_one_is_of_another_image_are_made_anew(model, data, tmp_path):
+    first = run(model, data, tmp_path / "o")
+    journal = tmp_path / "o/scores.jsonl"
+    whole = journal.read_text()
+    lines = whole.splitlines(keepends=True)
+    row = json.loads(lines[4])
+    lines[4] = json.dumps(row | {"path": "elsewhere.png", "logit": 99.0}) + "\n"
+    journal.write_text("".join(lines))
+    assert run(model, data, tmp_path / "o") == first and journal.read_text() == whole
 
 
 @pytest.mark.parametrize("part", [0, 40])

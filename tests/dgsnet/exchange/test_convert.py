@@ -1,5 +1,6 @@
 """Files of the published layout convert to models that score as a plain computation from the file does."""
 
+import hashlib
 import math
 import pickle
 
@@ -10,7 +11,7 @@ import torch.nn.functional as F
 from dgsnet.cli import main
 from dgsnet.detection.detector import Detector
 from dgsnet.errors import UserError
-from dgsnet.exchange.convert import convert, read
+from dgsnet.exchange.convert import PUBLISHED, convert, read
 from dgsnet.model.backbones import BUILTIN_FOLDER
 from dgsnet.model.checkpoint import load_model, read_extra
 from safetensors.torch import load_file
@@ -156,6 +157,7 @@ def test_a_detector_scores_as_the_published_forward(tmp_path, capsys, name, merg
     assert detector.config.preprocess.patch_size == 32
     assert read_extra(tmp_path / "run") == {
         "source": "model_epoch_step2.pth",
+        "sha256": hashlib.sha256((tmp_path / "model_epoch_step2.pth").read_bytes()).hexdigest(),
         "stage": 2,
         "merged": merged,
     }
@@ -200,8 +202,10 @@ def test_one_clip_is_kept_and_in_half_precision_where_that_loses_nothing(tmp_pat
 
 def test_stage_1_is_the_linear_head_on_the_frozen_encoder(tmp_path, capsys):
     state = official(NAME, stage=1)
-    torch.save(state, tmp_path / "model_epoch_step1.pth")
-    main(["convert", str(tmp_path / "model_epoch_step1.pth"), "--out", str(tmp_path / "run"), "--name", NAME])
+    torch.save(state, tmp_path / "model_epoch_stage1.pth")  # the other name that they have used
+    main(
+        ["convert", str(tmp_path / "model_epoch_stage1.pth"), "--out", str(tmp_path / "run"), "--name", NAME]
+    )
     assert "stage 1" in capsys.readouterr().out
     detector = Detector.load(tmp_path / "run", device="cpu")
     pixels = pixels_of(NAME)
@@ -221,6 +225,19 @@ def test_half_merged_files_are_refused(tmp_path, mixed, merged):
     torch.save(state | {key: other[key] for key in weights}, tmp_path / "c.pth")
     with pytest.raises(UserError, match="not the one that it is in the blocks before"):
         read(tmp_path / "c.pth", name=NAME, alpha=ALPHA)
+
+
+def test_a_published_file_is_told_from_others(tmp_path, capsys, monkeypatch):
+    (published,) = PUBLISHED
+    assert published == "89b96a586a6b9f2e5626b03aa27e8063bbe6aaae00f4d0cf97fd3ced2379c216"
+    torch.save(official(NAME), tmp_path / "c.pth")
+    own = hashlib.sha256((tmp_path / "c.pth").read_bytes()).hexdigest()
+    command = ["convert", str(tmp_path / "c.pth"), "--name", NAME, "--out"]
+    main([*command, str(tmp_path / "other")])
+    assert f"SHA-256 {own}: not a published file known here" in capsys.readouterr().out
+    monkeypatch.setitem(PUBLISHED, own, PUBLISHED[published])
+    main([*command, str(tmp_path / "published")])
+    assert f"SHA-256 {own}: the authors' detector (stage 2)" in capsys.readouterr().out
 
 
 def test_adapters_that_were_never_trained_count_as_not_merged(tmp_path):

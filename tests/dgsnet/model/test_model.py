@@ -8,6 +8,7 @@ import math
 import open_clip
 import pytest
 import torch
+import torch.nn.functional as F
 from dgsnet.config import ModelConfig
 from dgsnet.errors import UserError
 from dgsnet.model import adapters, backbones
@@ -138,6 +139,15 @@ def test_split_attention_reproduces_the_fused_one(dtype, tolerance):
         expected = fused(x, x, x, need_weights=False, attn_mask=attn_mask)[0]
         actual = SplitAttention(fused)(x, x, x, need_weights=False, attn_mask=attn_mask)[0]
         assert difference(actual, expected) < tolerance
+
+
+def test_attention_of_bf16_on_a_cpu_is_the_formula():
+    q, k, v = (torch.randn(2, 3, 5, 64, dtype=torch.bfloat16) for _ in range(3))
+    for mask in (None, torch.full((5, 5), -math.inf, dtype=torch.bfloat16).triu(1)):
+        wide = [t.double() for t in (q, k, v)]
+        expected = F.scaled_dot_product_attention(*wide, attn_mask=None if mask is None else mask.double())
+        actual = adapters._attention(q.requires_grad_(), k, v, mask)
+        torch.testing.assert_close(actual.double(), expected, rtol=0, atol=0.03)
 
 
 @pytest.mark.parametrize("rank", [0, 6])
@@ -313,6 +323,8 @@ def test_frozen_parameters_stay_as_the_caller_set_them():
             parameter.requires_grad_(False)
     model.teacher_features(pixels_for(model))
     assert len(model.trainable_parameters()) == 4
+    model.train()
+    assert model.visual.training and not any(module.training for module in model.text.modules())
 
 
 def test_weights_load_from_every_kind_of_file(tmp_path):

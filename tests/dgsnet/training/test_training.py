@@ -602,6 +602,8 @@ def test_a_step_is_the_mean_over_its_images(images, batch_size, accumulation, wo
         assert sorted(weight) == sorted(order[seen : seen + size])
         assert list(weight.values()) == pytest.approx([1 / size] * size)
         assert max(len(m.indices) for ms in micro for m in ms) <= batch_size
+        shares = [sum(len(m.indices) for m in ms) for ms in micro]
+        assert max(shares) - min(shares) <= 1
         seen += size
     assert seen == images
     for plan in plans:

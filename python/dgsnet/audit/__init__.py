@@ -1,0 +1,1 @@
+"""Before training: how much of the label the files and the captions give away."""

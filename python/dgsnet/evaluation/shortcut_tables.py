@@ -1,0 +1,101 @@
+"""A detector's scores beside what files alone say, as rows, columns and sentences of the reports."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from dgsnet.evaluation.metrics import SHORTCUT_COUNTS, SHORTCUT_MEASURES
+from dgsnet.evaluation.results import Evaluation, Result, Score, bounded, percent, text_table
+
+NO_INTERVAL = (math.nan, math.nan)
+
+
+def rows(evaluation: Evaluation) -> list[list[str]]:
+    """Rows of generator and its measures with intervals, the mean last, under a head; [] without files."""
+    result = [["generator", *SHORTCUT_MEASURES.values(), "conflict"]]
+    for of in _measured(evaluation):
+        values, more = evaluation.shortcut_of(of), details(evaluation, of)
+        intervals, worst = more.get("intervals", {}), more.get("worst_group")
+        cells = {key: bounded(values[key], intervals.get(key, NO_INTERVAL)) for key in SHORTCUT_MEASURES}
+        if worst:
+            cells["worst_group_accuracy"] += f": {worst}"
+        result.append([evaluation.title(of), *cells.values(), _conflict(values)])
+    return result if len(result) > 1 else []
+
+
+def text(evaluation: Evaluation) -> str:
+    """The same as lines of text, without intervals; "" without files."""
+    result = [["generator", *SHORTCUT_MEASURES.values(), "conflict"]]
+    for of in _measured(evaluation):
+        values = evaluation.shortcut_of(of)
+        cells = [percent(values[key]) for key in SHORTCUT_MEASURES]
+        result.append([evaluation.title(of), *cells, _conflict(values)])
+    return text_table(result) if len(result) > 1 else ""
+
+
+def columns(evaluation: Evaluation, result: Result) -> dict[str, float]:
+    """A result's columns of metrics.csv, NaN where not measured; none without files."""
+    if not evaluation.shortcuts:
+        return {}
+    values = evaluation.shortcut_of(result)
+    return {key: values.get(key, math.nan) for key in (*SHORTCUT_MEASURES, *SHORTCUT_COUNTS)}
+
+
+def details(evaluation: Evaluation, result: Result) -> dict[str, Any]:
+    """Worst group and intervals of a generator; nothing of a mean."""
+    if result.is_mean:
+        return {}
+    found = evaluation.shortcuts[result.suite, result.generator]
+    intervals = {key: list(bounds) for key, bounds in found.intervals.items()}
+    return {"worst_group": found.worst_group or None, "intervals": intervals}
+
+
+def file_probabilities(evaluation: Evaluation) -> dict[int, float]:
+    """By a score's id(), what the files alone say; without those of which they say nothing."""
+    scores: dict[tuple[str, str], list[Score]] = {}
+    for s in evaluation.scores:
+        if not s.error and not s.distortion:
+            scores.setdefault((s.suite, s.generator), []).append(s)
+    return {
+        id(s): probability
+        for key, found in evaluation.shortcuts.items()
+        for s, probability in zip(scores[key], found.probabilities.tolist())
+        if not math.isnan(probability)
+    }
+
+
+def sentences(evaluation: Evaluation) -> list[str]:
+    """What the figures say, of the generators whose files tell something of the label."""
+    names = [
+        f"{evaluation.title(of)} (AUC {percent(values['conflict_auc'])} and {percent(values['agree_auc'])})"
+        for of in evaluation.of()
+        if (values := evaluation.shortcut_of(of))
+        and evaluation.shortcuts[of.suite, of.generator].intervals.get("file_auc", NO_INTERVAL)[0] > 0.5
+    ]
+    if not names:
+        return []
+    return [
+        f"Files alone tell the label in part; on images that conflict and that agree: {', '.join(names)}."
+    ]
+
+
+def caption(evaluation: Evaluation) -> str:
+    """What the columns mean."""
+    whose = "fitted to the audited images" if evaluation.file_model else "cross-validated on these images"
+    return (
+        "Files alone: AUC of what format, compression, size and metadata say of the label, by a linear model "
+        f"{whose}. Images agree where it is right and conflict where it is wrong. Worst group: the lowest "
+        "accuracy among real and generated images that agree and that conflict. Explained: the share of the "
+        "variance of a class's logits that files explain. A detector that does not follow the files is as "
+        "good on images that conflict, and has 0 explained. Percent; in brackets 95% intervals."
+    )
+
+
+def _measured(evaluation: Evaluation) -> list[Result]:
+    return [of for of in (*evaluation.of(), evaluation.mean_of()) if evaluation.shortcut_of(of)]
+
+
+def _conflict(values: dict[str, float]) -> str:
+    agree, conflict = (int(values[key]) for key in SHORTCUT_COUNTS)
+    return f"{conflict} of {agree + conflict}"
