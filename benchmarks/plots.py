@@ -133,9 +133,11 @@ def plot_prior(results: list[dict], title: str, path: Path) -> None:
     figure, grid = plt.subplots(
         len(shown), len(settings), figsize=(3.2 * len(settings), 8), layout="constrained", sharey="row"
     )
+    for axes, words in zip(grid[:, 0], shown.values()):
+        axes.set_ylabel(words)
     for (rate, dropout), column in zip(settings, grid.T):
         column[0].set_title(f"learning rate {rate:g}, dropout {dropout:g}", fontsize=9, loc="left")
-        for axes, (measure, words) in zip(column, shown.items()):
+        for axes, measure in zip(column, shown):
             for method, colour in zip(methods, COLOURS):
                 key = (method, rate, dropout)
                 runs = [r for r in results if (r["method"], r["lr"], r["dropout"]) == key]
@@ -144,8 +146,6 @@ def plot_prior(results: list[dict], title: str, path: Path) -> None:
                 mean = [sum(values) / len(runs) for values in zip(*(run[measure] for run in runs))]
                 axes.plot(runs[0]["steps"], mean, color=colour, marker="o", markersize=3, label=method)
             axes.spines[["top", "right"]].set_visible(False)
-            if column is grid.T[0]:
-                axes.set_ylabel(words)
         column[-1].set_xlabel("step")
     figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=len(methods))
     figure.suptitle(title, fontsize=10)
