@@ -1,8 +1,9 @@
 """`python -m benchmarks.plots FOLDER --results FILE...`: a table of all results, and plots for each device.
 
 One shows the share of `torch.clone`'s bandwidth at equal bytes that every variant reached, another that
-share and the time against the number of rows, for operations measured at three sizes or more. Results that
-are not of operations on tensors (a training step, the data path) have tables of their own and are left out.
+share and the time against the number of rows, for operations measured at three sizes or more. What `prior`
+measures is plotted against steps. Other results that are not of operations on tensors (a training step, the
+data path) have tables of their own and are left out.
 """
 
 from __future__ import annotations
@@ -124,6 +125,34 @@ def plot_sizes(families: dict[str, list[dict]], title: str, path: Path) -> None:
     plt.close(figure)
 
 
+def plot_prior(results: list[dict], title: str, path: Path) -> None:
+    """What is left of CLIP against steps: a row per measure, a column per setting, means and every seed."""
+    settings = list(dict.fromkeys((r["lr"], r["dropout"]) for r in results))
+    methods = list(dict.fromkeys(r["method"] for r in results))
+    shown = {"zero_shot": "zero-shot accuracy", "cka": "CKA to the frozen features", "drift": "drift"}
+    figure, grid = plt.subplots(
+        len(shown), len(settings), figsize=(3.2 * len(settings), 8), layout="constrained", sharey="row"
+    )
+    for axes, words in zip(grid[:, 0], shown.values()):
+        axes.set_ylabel(words)
+    for (rate, dropout), column in zip(settings, grid.T):
+        column[0].set_title(f"learning rate {rate:g}, dropout {dropout:g}", fontsize=9, loc="left")
+        for axes, measure in zip(column, shown):
+            for method, colour in zip(methods, COLOURS):
+                key = (method, rate, dropout)
+                runs = [r for r in results if (r["method"], r["lr"], r["dropout"]) == key]
+                for run in runs:
+                    axes.plot(run["steps"], run[measure], color=colour, linewidth=0.8, alpha=0.35)
+                mean = [sum(values) / len(runs) for values in zip(*(run[measure] for run in runs))]
+                axes.plot(runs[0]["steps"], mean, color=colour, marker="o", markersize=3, label=method)
+            axes.spines[["top", "right"]].set_visible(False)
+        column[-1].set_xlabel("step")
+    figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=len(methods))
+    figure.suptitle(title, fontsize=10)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.plots", description=__doc__)
     parser.add_argument("folder", type=Path, help="where the plots go")
@@ -139,6 +168,9 @@ def main() -> None:
         device = f"{machine.get('gpu') or machine['cpu']}, torch {machine['torch']}"
         of_operations = [result for result in content.get("results", []) if "bytes_moved" in result]
         by_device.setdefault(device, []).extend(of_operations)
+        prior = [result for result in content.get("results", []) if result.get("benchmark") == "prior"]
+        if prior:
+            plot_prior(prior, device, arguments.folder / f"{prior[0]['device']}_prior.png")
     for device, results in by_device.items():
         if not results:
             continue

@@ -92,6 +92,9 @@ class DataConfig:
         prefetch: batches that every worker makes ahead.
         selection: where patches are selected from decoded images: in the "workers", or on the "device" for
             the whole batch.
+        views: draws of crop, shuffle and mirroring for each training image, used in turn by the epochs; what
+            the frozen tower sees is then finite, and its features are computed once and kept in memory
+            (4 bytes per number). 0: a fresh draw in every epoch, as published.
         cache: folder where text features are kept, computed once per caption and text encoder; empty:
             $XDG_CACHE_HOME/dgsnet, or ~/.cache/dgsnet.
     """
@@ -103,12 +106,13 @@ class DataConfig:
     workers: int | None = None
     prefetch: int = 2
     selection: Literal["workers", "device"] = "workers"
+    views: int = 0
     cache: str = ""
 
     def __post_init__(self) -> None:
         self.train = [self.train] if isinstance(self.train, str) else list(self.train)
         self.val = [self.val] if isinstance(self.val, str) else list(self.val)
-        _at_least(0, workers=self.workers or 0)
+        _at_least(0, workers=self.workers or 0, views=self.views)
         _at_least(1, prefetch=self.prefetch)
 
 

@@ -6,15 +6,14 @@ Its numbers show that the machinery works; they say nothing about real generator
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
 from scipy.ndimage import gaussian_filter
 
-from dgsnet.builtin.crops import Quality, degrade, describe, sample_crop
+from dgsnet.builtin.crops import Quality, damage, degrade, describe, encode, sample_crop
 from dgsnet.builtin.decoders import DECODERS
 from dgsnet.builtin.photographs import PHOTOGRAPHS, SPLITS
 from dgsnet.config import Config, DataConfig, ModelConfig, OptimConfig, PreprocessConfig, SurgeryConfig
@@ -36,9 +35,16 @@ CONTRAST = 8.0  # least standard deviation of grey values
 # How often each level of blur, noise and JPEG comes, in both classes.
 SHARES = ((0.8, 0.2, 0.0), (0.5, 0.4, 0.1), (0.8, 0.2, 0.0))
 CLASSES = ("0_real", "1_fake")
+JPEG_MAGIC = b"\xff\xd8"
 
 
-def write_dataset(root: str | Path, *, seed: int = 0) -> Path:
+def write_dataset(
+    root: str | Path,
+    *,
+    seed: int = 0,
+    splits: Sequence[str] = SPLITS,
+    compressed: tuple[float, float] | None = None,
+) -> Path:
     """Write the built-in dataset below `root` and return it; some seconds, and the same bytes every time.
 
     Makes root/{train,val,test}/DECODER/{0_real,1_fake}/NUMBER.png, 48 x 48 pixels, and
@@ -47,6 +53,11 @@ def write_dataset(root: str | Path, *, seed: int = 0) -> Path:
     Args:
         root: folder to write to, made if missing.
         seed: decides every crop and every degradation.
+        splits: of train, val and test.
+        compressed: shares of the real and of the generated images that are JPEG files, NUMBER.jpg of quality
+            70 to 92. Unequal shares are a shortcut: the file, and its traces in the pixels, tell the label.
+            All else is the same whatever the shares. None: all are PNG files, and a fifth of each class
+            was compressed before.
 
     Raises:
         UserError: a photograph is missing from its package.
@@ -59,29 +70,31 @@ def write_dataset(root: str | Path, *, seed: int = 0) -> Path:
         240
     """
     root = Path(root)
-    for split in SPLITS:
+    for split in splits:
         captions = {}
         for family in FAMILIES[split]:
             for label, name in enumerate(CLASSES):
                 folder = root / split / family / name
                 folder.mkdir(parents=True, exist_ok=True)
-                images = make_images(split, family, label, COUNTS[split], seed=seed)
-                for i, (pixels, text) in enumerate(images):
-                    path = folder / f"{i:04d}.png"
-                    Image.fromarray(pixels).save(path, compress_level=1)
+                share = compressed[label] if compressed else None
+                files = make_files(split, family, label, COUNTS[split], seed=seed, compressed=share)
+                for i, (data, text) in enumerate(files):
+                    path = folder / (f"{i:04d}.jpg" if data.startswith(JPEG_MAGIC) else f"{i:04d}.png")
+                    path.write_bytes(data)
                     captions[path.relative_to(root / split).as_posix()] = text
         (root / split / "captions.json").write_text(json.dumps(captions, indent=0) + "\n")
     return root
 
 
-def make_images(
-    split: str, family: str, label: int, count: int, *, seed: int
-) -> Iterator[tuple[np.ndarray, str]]:
-    """`count` images (uint8 [48, 48, 3]) with captions: real ones for label 0, else out of the decoder.
+def make_files(
+    split: str, family: str, label: int, count: int, *, seed: int, compressed: float | None = None
+) -> Iterator[tuple[bytes, str]]:
+    """`count` image files (48 x 48 pixels) with captions: real ones for label 0, else out of the decoder.
 
-    Both classes go through the same steps, drawn from the same distributions; only the decoding is the
-    generated ones' own.
+    Both classes go through the same steps, drawn from the same distributions but for `compressed`, the share
+    of JPEG files; only the decoding is the generated ones' own. See write_dataset.
     """
+    shares = SHARES if compressed is None else (*SHARES[:2], (1 - compressed, compressed, 0.0))
     # One generator per folder: a longer list of decoders leaves the others' images as they are.
     rng = np.random.default_rng([seed, SPLITS.index(split), *family.encode(), label])
     photographs = PHOTOGRAPHS[split]
@@ -97,20 +110,26 @@ def make_images(
         images = DECODERS[family](images)
     for pixels, content in zip(images.permute(0, 2, 3, 1).numpy() * 255, contents):
         top, left = MARGIN + rng.integers(2, size=2)  # either pixel of the decoder's grid may come first
-        quality = Quality.draw(rng, SHARES)
-        yield (
-            degrade(pixels[top : top + SIZE, left : left + SIZE], quality, rng),
-            describe(content, quality.words),
-        )
+        quality = Quality.draw(rng, shares)
+        crop = pixels[top : top + SIZE, left : left + SIZE]
+        if compressed is None:
+            data = encode(degrade(crop, quality, rng), 100)
+        else:
+            data = encode(damage(crop, quality, rng), quality.jpeg)
+        yield data, describe(content, quality.words)
 
 
 def demo_config(root: str | Path) -> Config:
-    """The settings that `dgsnet demo` trains DGS-Net with, on the dataset below `root`."""
+    """The settings that `dgsnet demo` trains DGS-Net with, on the training images below `root`.
+
+    Without validation, which is for choosing settings and takes as long as training.
+    """
     root = Path(root)
     return Config(
         model=ModelConfig(name="dgsnet-tiny", pretrained="builtin", lora_rank=6, lora_dropout=0.0),
         preprocess=PreprocessConfig(mode="crop", image_size=32, normalization="clip"),
-        data=DataConfig(train=[str(root / "train")], val=[str(root / "val")], workers=0),
-        optim=OptimConfig(lr=4e-3, batch_size=32, head_epochs=8, epochs=100, max_steps=400),
+        data=DataConfig(train=[str(root / "train")], workers=0, views=2),
+        optim=OptimConfig(lr=4e-3, batch_size=24, head_epochs=4, epochs=100, max_steps=150),
         surgery=SurgeryConfig(mode="feature", alignment=0.2, reference_batch_size=8),
+        checkpoint_every=1000,
     )

@@ -76,17 +76,30 @@ def sample_crop(
 
 def degrade(crop: np.ndarray, quality: Quality, rng: np.random.Generator) -> np.ndarray:
     """Blur, brightness, noise and JPEG, in this order, on a [H, W, 3] crop in 0..255; returns uint8."""
+    damaged = damage(crop, quality, rng)
+    if quality.jpeg < 100:
+        damaged = np.asarray(Image.open(io.BytesIO(encode(damaged, quality.jpeg))))
+    return damaged
+
+
+def damage(crop: np.ndarray, quality: Quality, rng: np.random.Generator) -> np.ndarray:
+    """All of `degrade` but JPEG."""
     pixels = crop.astype(np.float32)
     if quality.blur > 0.15:  # below, a Gaussian on the pixel grid is the identity
         pixels = gaussian_filter(pixels, (quality.blur, quality.blur, 0), mode="nearest", truncate=3.0)
     pixels = pixels * quality.gain + quality.offset
     pixels += rng.standard_normal(pixels.shape, dtype=np.float32) * quality.noise
-    degraded = np.clip(pixels + 0.5, 0, 255).astype(np.uint8)
-    if quality.jpeg < 100:
-        buffer = io.BytesIO()
-        Image.fromarray(degraded).save(buffer, "JPEG", quality=quality.jpeg)
-        degraded = np.asarray(Image.open(buffer))
-    return degraded
+    return np.clip(pixels + 0.5, 0, 255).astype(np.uint8)
+
+
+def encode(pixels: np.ndarray, jpeg: int) -> bytes:
+    """A JPEG file of that quality; of 100, a PNG file."""
+    file = io.BytesIO()
+    if jpeg < 100:
+        Image.fromarray(pixels).save(file, "JPEG", quality=jpeg)
+    else:
+        Image.fromarray(pixels).save(file, "PNG", compress_level=1)
+    return file.getvalue()
 
 
 def describe(content: str, words: Sequence[str]) -> str:

@@ -20,6 +20,8 @@ from dgsnet.data.samples import Sample
 from dgsnet.processes import start_worker, usable_cores
 
 SHARDS_MIXED = 16  # shards read at a time
+# Decoded images that each process keeps: a small training set is decoded once, of a large one it is nothing.
+KEPT_BYTES = 2**26
 
 
 class ImageDataset(Dataset):
@@ -35,6 +37,7 @@ class ImageDataset(Dataset):
         selection: "workers": items hold the finished input; "device": in mode "patches" they hold all
             patches of the image, and `pixels_on` selects on the device, for the batch at once.
         nuisances: items hold `file_nuisances` of their file too.
+        views: augmentations of an image, which the epochs take in turn; 0: a new one in every epoch.
     """
 
     def __init__(
@@ -46,12 +49,16 @@ class ImageDataset(Dataset):
         seed: int = 0,
         selection: Literal["workers", "device"] = "workers",
         nuisances: bool = False,
+        views: int = 0,
     ) -> None:
         self.samples = samples
         self.preprocess = preprocess
         self.train = train
         self.seed = seed
         self.nuisances = nuisances
+        self.views = views
+        self._kept: dict[int, tuple[np.ndarray, dict[str, Any]]] = {}
+        self._kept_bytes = 0
         self.cut_only = selection == "device" and preprocess.config.mode == "patches"
         # Shared memory, because persistent workers hold their own copy of this object.
         self._epoch = torch.zeros((), dtype=torch.int64).share_memory_()
@@ -70,21 +77,39 @@ class ImageDataset(Dataset):
         With nuisances, float32 [len(NUISANCES)] as `nuisances`.
         """
         sample = self.samples[index]
-        rng = np.random.default_rng((self.seed, int(self._epoch), index)) if self.train else None
+        rng = None
+        if self.train:
+            rng = np.random.default_rng((self.seed, self.view_of(int(self._epoch)), index))
         try:
-            data = sample.item.read_bytes()
-            image = read_image(data, name=sample.path)
+            image, item = self._read(index)
             if self.cut_only:
                 content = dict(zip(("patches", "seed", "flip"), self.preprocess.cut(image, rng=rng)))
             else:
                 content = {"pixels": self.preprocess(image, rng=rng)}
-            if self.nuisances:
-                content["nuisances"] = torch.from_numpy(file_nuisances(data, name=sample.path))
         except ImageError as error:
             text = str(error)
             return {"error": text if sample.path in text else f"{sample.path}: {text}", "index": index}
+        return content | item
+
+    def view_of(self, epoch: int) -> int:
+        """Number of the augmentation that an epoch sees."""
+        return epoch % self.views if self.views else epoch
+
+    def _read(self, index: int) -> tuple[np.ndarray, dict[str, Any]]:
+        """The decoded image, uint8 [H, W, 3], and those parts of its item that no augmentation changes."""
+        if index in self._kept:
+            return self._kept[index]
+        sample = self.samples[index]
+        data = sample.item.read_bytes()
+        image = read_image(data, name=sample.path)
         item = {"label": sample.label, "caption": sample.caption or "", "index": index}
-        return content | item | {"hash": file_hash(data)}
+        item["hash"] = file_hash(data)
+        if self.nuisances:
+            item["nuisances"] = torch.from_numpy(file_nuisances(data, name=sample.path))
+        if self._kept_bytes + image.nbytes <= KEPT_BYTES:
+            self._kept[index] = image, item
+            self._kept_bytes += image.nbytes
+        return image, item
 
 
 def collate(items: list[dict[str, Any]]) -> dict[str, Any]:

@@ -1,37 +1,54 @@
-"""Training and measuring several methods with several seeds on the same data.
+"""Training and measuring several methods with several seeds on the same data, with a shortcut and without.
 
-The comparison is fair by construction: same data, same seeds, same schedule, and a test on photographs and
-decoder families that no training has seen.
+The comparison is fair by construction: for a task and a seed all methods have the same images, order and
+schedule, and the test is on photographs and decoder families that no training has seen.
 """
 
 from __future__ import annotations
 
 import csv
+import json
 import math
 import multiprocessing
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dgsnet.evaluation.evaluate import evaluate
-from dgsnet.evaluation.report import write_tables
 from dgsnet.evaluation.results import Evaluation, percent, text_table
 from dgsnet.processes import follow_parent, usable_cores
 
 if TYPE_CHECKING:
     from dgsnet.config import Config
+    from dgsnet.demo.measure import Exam
 
-SEEDS = (0, 1, 2)
-PROBE, LORA, DGSNET = METHODS = ("linear probe", "LoRA", "DGS-Net")
+SEEDS = tuple(range(6))
+# Shares of real and of generated training images that are JPEG files. Tests are always balanced.
+BALANCED, BIASED = "balanced", "jpeg"
+TASKS = {BALANCED: (0.5, 0.5), BIASED: (0.8, 0.2)}
+PROBE, LORA, DGSNET, EXPERT = METHODS = ("linear probe", "LoRA", "DGS-Net", "DGS-Net with expert")
 LAYERWISE = "DGS-Net by layer"  # not in the demo itself; see docs/builtin.md
-# What the demo is judged by: key in Evaluation.mean() and column title.
-MEASURES = {"auc": "AUC", "ap": "AP", "accuracy": "accuracy"}
+# What the expert sees, by name: settings of section data.
+EXPERTS = {
+    "files": {"nuisances": "files", "captions": "none"},
+    "captions": {"nuisances": "none", "captions": "auto"},
+    "both": {"nuisances": "files", "captions": "auto"},
+}
+# Chosen on validation photographs by `python -m benchmarks demo_settings`; see docs/builtin.md.
+CHOSEN_EXPERT, DISTILLATION = "captions", 0.1
+# Of a Run, in percent: field and column title.
+MEASURES = {
+    "auc": "AUC",
+    "auc_conflicting": "AUC, conflicting",
+    "zero_shot": "zero-shot",
+    "cka": "CKA",
+}
 
 
 @dataclass
@@ -39,19 +56,27 @@ class Run:
     """One trained and measured model.
 
     Args:
-        method: one of METHODS, or LAYERWISE.
-        seed: decides everything random in it.
+        task: one of TASKS.
+        method: one of METHODS, or another of `configurations`.
+        seed: decides everything random in it, its training images too.
         folder: the run's folder.
         curves: columns of metrics.csv in the main stage, with "step" counted from its start; NaN where empty.
         evaluation: its scores on the test images.
+        auc: mean over test decoders.
+        auc_conflicting, zero_shot, cka: see measure.Measures.
         seconds: time it took.
     """
 
+    task: str
     method: str
     seed: int
     folder: Path
     curves: dict[str, np.ndarray]
     evaluation: Evaluation
+    auc: float
+    auc_conflicting: float
+    zero_shot: float
+    cka: float
     seconds: float
 
 
@@ -63,55 +88,81 @@ def configurations(config: Config, seed: int) -> dict[str, Config]:
         PROBE: replace(config, model=replace(config.model, lora_rank=0), surgery=plain),
         LORA: replace(config, surgery=plain),
         DGSNET: replace(config, surgery=replace(config.surgery, mode="feature")),
+        EXPERT: with_expert(config, CHOSEN_EXPERT, DISTILLATION),
         LAYERWISE: replace(config, surgery=replace(config.surgery, mode="layer")),
     }
 
 
+def with_expert(config: Config, expert: str, distillation: float) -> Config:
+    """The configuration with one of EXPERTS in place of the projection, and a pull to the frozen features."""
+    surgery = replace(config.surgery, mode="feature", text="expert", distillation=distillation)
+    data: Any = EXPERTS[expert]
+    return replace(config, data=replace(config.data, **data), surgery=surgery)
+
+
 def compare(
     data: Path,
-    config: Config,
+    configure: Callable[[Path], Config],
     folder: Path,
+    *,
     seeds: Sequence[int] = SEEDS,
+    tasks: Sequence[str] = tuple(TASKS),
     methods: Sequence[str] = METHODS,
 ) -> list[Run]:
-    """Train every method with every seed and measure it on the test split.
+    """Train every method on every task with every seed, and measure it on the test split.
+
+    Args:
+        data: dataset folder with the split test; training images go to data/TASK-SEED.
+        configure: gives what the methods share, for a folder that holds the split train.
+        folder: for the runs' folders.
+        seeds: one run of every task and method for each.
+        tasks: of TASKS.
+        methods: names of `configurations`.
+
+    Returns:
+        The runs, ordered by task, method and seed.
+    """
+    pairs = [(task, seed) for seed in seeds for task in tasks]
+    configs = {pair: configurations(configure(training_set(data, *pair)), pair[1]) for pair in pairs}
+    # The slowest method first, so that no core is left with a long one at the end.
+    jobs = [(*pair, method, configs[pair][method]) for method in reversed(methods) for pair in pairs]
+    runs = list(train_all(data, "test", folder, jobs))
+    return sorted(runs, key=lambda run: (tasks.index(run.task), methods.index(run.method), run.seed))
+
+
+def train_all(
+    data: Path, split: str, folder: Path, jobs: Sequence[tuple[str, int, str, Config]]
+) -> Iterator[Run]:
+    """Make the training sets, then train and measure each job; gives the runs as they end.
 
     One thread each, as many at a time as there are cores: a model this small gains little from a second
     thread and much from a second process.
 
     Args:
-        data: dataset folder with the splits train, val and test.
-        config: what the methods share; see `configurations`.
+        data: dataset folder with `split`.
+        split: images to measure on.
         folder: for the runs' folders.
-        seeds: one run of every method for each.
-        methods: names of `configurations`.
-
-    Returns:
-        The runs, ordered by method and seed.
+        jobs: task, seed, name of the method, and the configuration, trained on `training_set`.
     """
     started = time.monotonic()
-    # The slowest method first, so that no core is left with a long one at the end.
-    jobs = [(method, seed) for method in reversed(methods) for seed in seeds]
     processes = min(len(jobs), usable_cores())
     print(f"training {len(jobs)} models, {processes} at a time ...", flush=True)
-    runs = []
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(processes, context, _start_worker, (folder,)) as pool:
-        waiting = [pool.submit(_train_one, data, config, folder, *job) for job in jobs]
         try:
+            sets = [pool.submit(_write, data, *pair) for pair in dict.fromkeys(job[:2] for job in jobs)]
+            for written in sets:
+                written.result()
+            waiting = [pool.submit(_train_one, data, split, folder, *job) for job in jobs]
             for future in as_completed(waiting):
-                runs.append(future.result())
-                run = runs[-1]
-                mean = run.evaluation.mean()
-                scores = ", ".join(f"{title} {percent(mean[key])}" for key, title in MEASURES.items())
-                print(
-                    f"[{time.monotonic() - started:4.0f} s] {run.method}, seed {run.seed}: {scores}",
-                    flush=True,
-                )
+                run = future.result()
+                found = ", ".join(f"{title} {percent(getattr(run, key))}" for key, title in MEASURES.items())
+                name = f"{run.task}, {run.method}, seed {run.seed}"
+                print(f"[{time.monotonic() - started:4.0f} s] {name}: {found}", flush=True)
+                yield run
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
-    return sorted(runs, key=lambda run: (methods.index(run.method), run.seed))
 
 
 def _start_worker(folder: Path) -> None:
@@ -123,22 +174,62 @@ def _start_worker(folder: Path) -> None:
     follow_parent()
 
 
-def _train_one(data: Path, config: Config, folder: Path, method: str, seed: int) -> Run:
+def training_set(data: Path, task: str, seed: int) -> Path:
+    """Folder of a task's training images, which differ from seed to seed."""
+    return data / f"{task}-{seed}"
+
+
+def _write(data: Path, task: str, seed: int) -> None:
+    import torch
+
+    from dgsnet import builtin
+
+    torch.set_num_threads(1)
+    builtin.write_dataset(
+        training_set(data, task, seed), seed=seed, splits=("train",), compressed=TASKS[task]
+    )
+
+
+def _train_one(
+    data: Path, split: str, folder: Path, task: str, seed: int, method: str, config: Config
+) -> Run:
     """Train and measure one model."""
     import torch
 
-    from dgsnet.data.samples import find_samples
+    from dgsnet.config import Config
+    from dgsnet.demo.measure import measure
     from dgsnet.detection.detector import Detector
     from dgsnet.training.train import train
 
     torch.set_num_threads(1)
     started = time.monotonic()
-    name = f"{method.lower().replace(' ', '-')}-{seed}"
+    name = f"{task}-{method.lower().replace(' ', '-')}-{seed}"
     print(f"== {name}", flush=True)
-    run = train(configurations(config, seed)[method], folder / name)
-    evaluation = evaluate(Detector.load(run), find_samples(data, "test"), workers=0, progress=False)
-    write_tables(run / "test", evaluation)
-    return Run(method, seed, run, _curves(run / "metrics.csv"), evaluation, time.monotonic() - started)
+    run = train(config, folder / name)
+    shared = Config(model=replace(config.model, lora_rank=0), preprocess=config.preprocess)
+    found = measure(Detector.load(run, "cpu").model, _exam(data, split, shared.to_json()))
+    return Run(
+        task,
+        method,
+        seed,
+        run,
+        _curves(run / "metrics.csv"),
+        found.evaluation,
+        found.evaluation.mean()["auc"],
+        found.conflicting,
+        found.zero_shot,
+        found.cka,
+        time.monotonic() - started,
+    )
+
+
+@cache
+def _exam(data: Path, split: str, config: str) -> Exam:
+    """The exam of all runs of this process."""
+    from dgsnet.config import Config
+    from dgsnet.demo.measure import prepare
+
+    return prepare(data, split, Config.from_dict(json.loads(config)))
 
 
 def _curves(path: Path) -> dict[str, np.ndarray]:
@@ -153,40 +244,73 @@ def _curves(path: Path) -> dict[str, np.ndarray]:
     return columns | {"step": columns["step"] - before, "image_loss": image_loss}
 
 
-def first(runs: list[Run], method: str) -> Run:
-    """The run that stands for its method where only one can be shown: that of the first seed."""
-    return next(run for run in runs if run.method == method)
+def of(runs: list[Run], task: str, method: str) -> list[Run]:
+    """The runs of a task and a method, by seed."""
+    return sorted((r for r in runs if (r.task, r.method) == (task, method)), key=lambda run: run.seed)
 
 
-def by_seed(runs: list[Run], method: str, key: str, decoder: str | None = None) -> list[float]:
-    """A measure for every seed of a method: the mean over decoders, or that of one decoder."""
-    chosen = [run.evaluation for run in runs if run.method == method]
-    return [e.by_generator()[decoder][key] if decoder else e.mean()[key] for e in chosen]
+def values(runs: list[Run], task: str, method: str, key: str) -> np.ndarray:
+    """A measure of MEASURES for every seed, as a fraction."""
+    return np.array([getattr(run, key) for run in of(runs, task, method)])
 
 
-def mean_and_spread(values: list[float]) -> tuple[float, float]:
-    """Mean and sample standard deviation; the latter NaN of a single value."""
-    return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else math.nan
+@dataclass
+class Gain:
+    """Paired difference of a method to plain LoRA: same task, seed and images.
+
+    Args:
+        mean: over seeds, as a fraction.
+        error: standard error of the mean; NaN of a single seed.
+        won: seeds in which the method has more.
+        seeds: how many there are.
+    """
+
+    mean: float
+    error: float
+    won: int
+    seeds: int
+
+    def __str__(self) -> str:
+        """In percent points: mean ± standard error (seeds won)."""
+        mean = f"{100 * self.mean:+.1f}".replace("-", "\N{MINUS SIGN}")
+        return f"{mean} ± {percent(self.error)} ({self.won}/{self.seeds})"
+
+
+def gain(runs: list[Run], task: str, method: str, key: str) -> Gain:
+    """What a method has more of a measure than plain LoRA."""
+    differences = values(runs, task, method, key) - values(runs, task, LORA, key)
+    n = len(differences)
+    error = float(differences.std(ddof=1)) / math.sqrt(n) if n > 1 else math.nan
+    return Gain(float(differences.mean()), error, int((differences > 0).sum()), n)
 
 
 def table(runs: list[Run]) -> str:
-    """Mean and spread over the seeds per method, in percent, as lines of text."""
-    rows = [["mean over test decoders", *MEASURES.values()]]
-    for method in dict.fromkeys(run.method for run in runs):
-        cells = [mean_and_spread(by_seed(runs, method, key)) for key in MEASURES]
-        rows.append([method, *(f"{percent(mean)} ± {percent(spread)}" for mean, spread in cells)])
-    return text_table(rows)
+    """Per task: every method's mean and standard deviation over the seeds, in percent; then the gains."""
+    lines = []
+    for task in dict.fromkeys(run.task for run in runs):
+        methods = list(dict.fromkeys(run.method for run in runs))
+        rows = [[f"training images: {task}", *MEASURES.values()]]
+        for method in methods:
+            cells = [mean_and_spread(values(runs, task, method, key)) for key in MEASURES]
+            rows.append([method, *cells])
+        for method in methods:
+            if method != LORA:
+                cells = [str(gain(runs, task, method, key)) for key in MEASURES]
+                rows.append([f"{method} \N{MINUS SIGN} LoRA", *cells])
+        lines.append(text_table(rows))
+    return "\n\n".join(lines)
+
+
+def mean_and_spread(fractions: np.ndarray) -> str:
+    """Mean ± sample standard deviation, in percent; the latter NaN of a single value."""
+    spread = float(fractions.std(ddof=1)) if len(fractions) > 1 else math.nan
+    return f"{percent(float(fractions.mean()))} ± {percent(spread)}"
 
 
 def results(runs: list[Run]) -> list[dict]:
-    """What results.json holds: every run with its metrics per decoder and their mean."""
+    """What results.json holds: every run with its measures, and the metrics of every test decoder."""
     return [
-        {
-            "method": run.method,
-            "seed": run.seed,
-            "seconds": round(run.seconds, 1),
-            "mean": run.evaluation.mean(),
-            "decoders": run.evaluation.by_generator(),
-        }
+        {name: getattr(run, name) for name in ("task", "method", "seed", *MEASURES)}
+        | {"seconds": round(run.seconds, 1), "decoders": run.evaluation.by_generator()}
         for run in runs
     ]

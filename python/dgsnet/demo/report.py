@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import os
 import platform
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,17 +12,36 @@ from typing import Any
 import numpy as np
 import torch
 from markupsafe import Markup
+from scipy.stats import t as student
 
 from dgsnet.config import Config
 from dgsnet.data.samples import Sample
-from dgsnet.demo.compare import DGSNET, LORA, MEASURES, METHODS, Run, by_seed, first, mean_and_spread
-from dgsnet.evaluation.results import percent
+from dgsnet.demo.compare import (
+    BALANCED,
+    BIASED,
+    DGSNET,
+    EXPERT,
+    LORA,
+    MEASURES,
+    METHODS,
+    TASKS,
+    Gain,
+    Run,
+    gain,
+    mean_and_spread,
+    of,
+    values,
+)
+from dgsnet.demo.measure import conflicting
 from dgsnet.pages import page, plots
 
-EXAMPLES_PER_DECODER = 2
+EXAMPLES_PER_DECODER = 1
 # Mean AUC below which no order of the methods is worth a word.
 NEAR_CHANCE = 0.55
+CONFIDENCE = 0.95
 COLORS = dict(zip(METHODS, plots.SERIES))
+TITLES = {BALANCED: "Balanced training images", BIASED: "Training images with a JPEG shortcut"}
+SPOKEN = MEASURES | {"auc_conflicting": "AUC on conflicting images", "zero_shot": "zero-shot accuracy"}
 
 
 def write(
@@ -39,29 +57,31 @@ def write(
 
     Args:
         path: the HTML file.
-        runs: every method with every seed.
-        samples: split ("train", "val", "test") to its images.
+        runs: every task and method with every seed.
+        samples: name of a set to its images.
         maps: title to t-SNE points [N, 2].
         map_labels: [N], 0 real, 1 generated.
         seconds: time of the whole demo.
     """
-    config = Config.load(first(runs, DGSNET).folder / "config.json")
-    decoders = list(runs[0].evaluation.by_generator())
+    first = of(runs, BIASED, EXPERT)[0]
+    decoders = list(first.evaluation.by_generator())
     auc = {
-        method: {d: [100 * v for v in by_seed(runs, method, "auc", d)] for d in decoders}
+        method: {
+            d: [100 * run.evaluation.by_generator()[d]["auc"] for run in of(runs, BIASED, method)]
+            for d in decoders
+        }
         for method in METHODS
     }
-    curves = {method: [run.curves for run in runs if run.method == method] for method in METHODS}
-    panels = {
-        "image_loss": "loss (training)",
-        "accuracy": "accuracy (training)",
-        "val_auc": "AUC (validation)",
-    }
+    curves = {method: [run.curves for run in of(runs, BIASED, method)] for method in METHODS}
     figures = {
+        "gains": plots.svg(plots.differences(_differences(runs)), "differences to LoRA, seed by seed"),
         "auc": plots.svg(
             plots.methods_by_decoder(auc, "AUC (percent)", chance=50), "AUC by decoder and method"
         ),
-        "curves": plots.svg(plots.curves(curves, panels), "training curves by method"),
+        "curves": plots.svg(
+            plots.curves(curves, {"image_loss": "loss (training)", "accuracy": "accuracy (training)"}),
+            "training curves by method",
+        ),
         "maps": plots.svg(plots.feature_maps(maps, map_labels), "t-SNE of the test images' features"),
     }
     text = page.render(
@@ -70,13 +90,12 @@ def write(
         methods=METHODS,
         colors=COLORS,
         measures=MEASURES,
-        table=_table(runs),
-        decoder_table=_decoder_table(runs, decoders),
+        tables={TITLES[task]: _table(runs, task) for task in TASKS},
         verdict=verdict(runs),
-        splits=[_split(name, split) for name, split in samples.items()],
+        sets=[_set(name, members) for name, members in samples.items()],
         examples=_examples(runs, decoders),
-        config=config,
-        steps=int(first(runs, DGSNET).curves["step"].max()),
+        config=Config.load(first.folder / "config.json"),
+        steps=int(first.curves["step"].max()),
         seeds=sorted({run.seed for run in runs}),
         map_count=len(map_labels),
         model=_shown(Path(path).parent / "model"),
@@ -88,40 +107,43 @@ def write(
 
 
 def verdict(runs: list[Run]) -> list[str]:
-    """What the numbers say, as sentences: the order of the methods, and surgery against none seed by seed."""
-    auc = {method: by_seed(runs, method, "auc") for method in METHODS}
-    order = sorted(METHODS, key=lambda method: -np.mean(auc[method]))
-    ranking = ", ".join(f"{method} {_plus_minus(auc[method])}" for method in order)
-    gains = [100 * (a - b) for a, b in zip(auc[DGSNET], auc[LORA])]
-    mean_gain = _signed(float(np.mean(gains)))
-    by_seed_text = ", ".join(map(_signed, gains))
-    if min(gains) > 0:
-        meaning = "DGS-Net ranks unseen decoders better than LoRA with every seed"
-    elif max(gains) < 0:
-        meaning = "DGS-Net ranks unseen decoders worse than LoRA with every seed: surgery did not help here"
-    else:
-        meaning = "The sign changes from seed to seed: this run does not tell the two apart"
-    meaning += f"; {len(gains)} seeds are few."
-    if np.mean(auc[order[0]]) < NEAR_CHANCE:
-        meaning += " No method is far from guessing, so the order of the methods means little."
-    accuracy = {method: by_seed(runs, method, "accuracy") for method in METHODS}
+    """What the numbers say, as sentences: either kind of DGS-Net against plain LoRA, task by task."""
+    sentences = []
+    for task, title in TITLES.items():
+        for method in (DGSNET, EXPERT):
+            gains = {name: gain(runs, task, method, key) for key, name in SPOKEN.items()}
+            found = ", ".join(f"{name} {value}: {said(value)}" for name, value in gains.items())
+            sentences.append(f"{title}, {method} against plain LoRA: {found}.")
+        if values(runs, task, LORA, "auc").mean() < NEAR_CHANCE:
+            sentences.append("There LoRA is not far from guessing, so differences in AUC mean little.")
+    seeds = len(of(runs, BIASED, LORA))
     return [
-        f"By AUC, averaged over test decoders: {ranking}.",
-        f"DGS-Net minus LoRA, seed by seed: {by_seed_text} points of AUC, on average {mean_gain}.",
-        meaning,
-        "Accuracy at the threshold 0.5: "
-        + ", ".join(f"{method} {_plus_minus(accuracy[method])}" for method in order)
-        + ". Guessing gives 50 in both.",
+        *sentences,
+        "Percent points, mean ± standard error (seeds in which it is higher). “More” and “less”: the "
+        f"{CONFIDENCE:.0%} interval over {seeds} seeds leaves out 0. It covers the seeds and their training "
+        "images, not other photographs or decoders.",
     ]
 
 
-def _plus_minus(values: list[float]) -> str:
-    mean, spread = mean_and_spread(values)
-    return f"{percent(mean)} ± {percent(spread)}"
+def said(found: Gain) -> str:
+    """A gain in a word: whether its interval of CONFIDENCE, by Student's t, holds 0."""
+    reach = student.ppf((1 + CONFIDENCE) / 2, found.seeds - 1) * found.error if found.seeds > 1 else np.inf
+    if abs(found.mean) <= reach:
+        return "not told apart"
+    return "more" if found.mean > 0 else "less"
 
 
-def _signed(value: float) -> str:
-    return f"{value:+.1f}".replace("-", "\N{MINUS SIGN}")
+def _differences(runs: list[Run]) -> dict[str, dict[str, dict[str, list[float]]]]:
+    return {
+        task: {
+            title: {
+                method: (100 * (values(runs, task, method, key) - values(runs, task, LORA, key))).tolist()
+                for method in METHODS
+            }
+            for key, title in MEASURES.items()
+        }
+        for task in TASKS
+    }
 
 
 def _shown(path: Path) -> str:
@@ -130,60 +152,58 @@ def _shown(path: Path) -> str:
     return os.path.relpath(path) if below else str(path.resolve())
 
 
-def _table(runs: list[Run]) -> list[dict[str, Any]]:
-    """Rows of the main table; the best mean of a column is marked."""
-    means = {k: {m: mean_and_spread(by_seed(runs, m, k))[0] for m in METHODS} for k in MEASURES}
+def _table(runs: list[Run], task: str) -> list[dict[str, Any]]:
+    """Rows of a task's table; the best mean of a column is marked."""
+    means = {key: {m: values(runs, task, m, key).mean() for m in METHODS} for key in MEASURES}
     return [
         {
             "method": method,
             "cells": [
                 {
-                    "text": _plus_minus(by_seed(runs, method, key)),
+                    "text": mean_and_spread(values(runs, task, method, key)),
+                    "gain": "" if method == LORA else str(gain(runs, task, method, key)),
                     "best": means[key][method] == max(means[key].values()),
                 }
                 for key in MEASURES
             ],
-            "seconds": f"{np.mean([run.seconds for run in runs if run.method == method]):.0f}",
+            "seconds": f"{np.mean([run.seconds for run in of(runs, task, method)]):.0f}",
         }
         for method in METHODS
     ]
 
 
-def _decoder_table(runs: list[Run], decoders: list[str]) -> list[dict[str, Any]]:
-    """Accuracy per decoder and method, with that on real and generated images."""
+def _set(name: str, samples: Sequence[Sample]) -> dict[str, Any]:
+    def count(label: int) -> str:
+        members = [sample.path for sample in samples if sample.label == label]
+        return f"{len(members)} ({sum(path.endswith('.jpg') for path in members)})"
 
-    def cell(method: str, decoder: str) -> dict[str, str]:
-        keys = ("accuracy", "real_accuracy", "generated_accuracy")
-        return {key: percent(float(np.mean(by_seed(runs, method, key, decoder)))) for key in keys}
-
-    return [
-        {"decoder": decoder, "cells": [cell(method, decoder) for method in METHODS]} for decoder in decoders
-    ]
-
-
-def _split(name: str, samples: Sequence[Sample]) -> dict[str, Any]:
-    labels = Counter(sample.label for sample in samples)
     decoders = sorted({sample.generator for sample in samples})
-    return {"name": name, "real": labels[0], "generated": labels[1], "decoders": ", ".join(decoders)}
+    return {"name": name, "real": count(0), "generated": count(1), "decoders": ", ".join(decoders)}
 
 
 def _examples(runs: list[Run], decoders: list[str]) -> list[dict[str, Any]]:
-    """Images drawn by lot, some of either class per decoder, with every method's score (first seed)."""
+    """Test images drawn by lot, per decoder, class and file format, with every score of the first seed."""
     rng = np.random.default_rng(0)
-    shown = {method: first(runs, method).evaluation.scores for method in METHODS}
-    scores = shown[DGSNET]
+    shown = {method: of(runs, BIASED, method)[0].evaluation.scores for method in METHODS}
+    scores = shown[LORA]
     examples = []
     for decoder in decoders:
         for label in (0, 1):
-            pool = [
-                i for i, s in enumerate(scores) if s.generator == decoder and s.label == label and not s.error
-            ]
-            for i in rng.choice(pool, min(EXAMPLES_PER_DECODER, len(pool)), replace=False):
-                picture = base64.b64encode(Path(scores[i].path).read_bytes()).decode()
-                bars = [
-                    {"method": method, "probability": p, "right": (p > 0.5) == label}
-                    for method in METHODS
-                    for p in [shown[method][i].probability]
+            for misleading in (False, True):
+                pool = [
+                    i
+                    for i, s in enumerate(scores)
+                    if (s.generator, s.label, conflicting(s)) == (decoder, label, misleading)
                 ]
-                examples.append({"decoder": decoder, "label": label, "picture": picture, "bars": bars})
+                for i in rng.choice(pool, min(EXAMPLES_PER_DECODER, len(pool)), replace=False):
+                    path = Path(scores[i].path)
+                    kind = "jpeg" if path.suffix == ".jpg" else "png"
+                    bars = [
+                        {"method": method, "probability": p, "right": (p > 0.5) == label}
+                        for method in METHODS
+                        for p in [shown[method][i].probability]
+                    ]
+                    picture = f"data:image/{kind};base64,{base64.b64encode(path.read_bytes()).decode()}"
+                    words = f"{decoder}, {kind.upper()}{', conflicting' if misleading else ''}"
+                    examples.append({"words": words, "label": label, "picture": picture, "bars": bars})
     return examples

@@ -285,6 +285,33 @@ def methods_by_decoder(
     return figure
 
 
+def differences(grid: Mapping[str, Mapping[str, Mapping[str, Sequence[float]]]]) -> Figure:
+    """Paired differences: a row of panels per task, a column per measure, a line per method.
+
+    Small marks are the seeds, a large one their mean, the bar one standard error of it to either side.
+
+    Args:
+        grid: task to measure to method to one difference per seed, in percent points.
+    """
+    panels = next(iter(grid.values()))
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(WIDTH, 0.6 + 1.7 * len(grid)))
+        rows = figure.subplots(len(grid), len(panels), sharex="col", squeeze=False)
+        for row, (task, measures) in zip(rows, grid.items()):
+            for axes, (title, methods) in zip(row, measures.items()):
+                axes.axvline(0, color=INK, linewidth=0.8, linestyle="--", alpha=0.6)
+                for m, values in enumerate(methods.values()):
+                    style: dict[str, Any] = {"color": SERIES[m], "marker": MARKERS[m]}
+                    axes.plot(values, [m] * len(values), linestyle="none", markersize=4, alpha=0.45, **style)
+                    error = np.std(values, ddof=1) / len(values) ** 0.5 if len(values) > 1 else 0
+                    axes.errorbar(np.mean(values), m, xerr=error, markersize=8, linewidth=2, **style)
+                first = axes is row[0]
+                axes.set_yticks(range(len(methods)), list(methods) if first else [""] * len(methods))
+                axes.set_ylim(len(methods) - 0.4, -0.6)
+                axes.set_title(f"{task}: {title}" if first else title)
+    return figure
+
+
 def curves(runs: Mapping[str, Sequence[Mapping[str, np.ndarray]]], panels: Mapping[str, str]) -> Figure:
     """Training curves: one panel per quantity, one colour per method, a faint line per seed, their mean bold.
 

@@ -84,6 +84,12 @@ def summary(moments: Tensor) -> dict[str, float]:
     }
 
 
+@torch.no_grad()
+def cka(x: Tensor, y: Tensor) -> float:
+    """Linear centred kernel alignment of features [N, D] and [N, E], N of 4 or more, as `summary` has it."""
+    return _ratio(*_kernels(x, y).tolist())
+
+
 def _ratio(product: float, a: float, b: float) -> float:
     return product / math.sqrt(a * b) if min(a, b) > 1e-12 else math.nan
 

@@ -1,25 +1,33 @@
-"""Text features of captions, computed once and kept on disk, so that no text encoder runs in a training step.
+"""What frozen towers say, computed once, so that they need not run in a training step.
 
-A folder per text encoder holds immutable `.npy` files of (key, feature) rows, which are memory-mapped. New
-captions go to a new file that appears complete, so several processes may share a folder.
+Text features of captions are kept on disk: a folder per text encoder holds immutable `.npy` files of (key,
+feature) rows, which are memory-mapped. New captions go to a new file that appears complete, so several
+processes may share a folder. Features of images are kept in memory.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
+import sys
 from collections.abc import Iterable, Set
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from dgsnet.data.loading import ImageDataset, loader_options, pixels_on
 from dgsnet.errors import UserError
 from dgsnet.model.dgsnet import DGSNet
 
-BATCH = 256  # captions encoded at once
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+BATCH = 256  # captions, or images, encoded at once
 KEY_BYTES = 16
 
 
@@ -116,3 +124,38 @@ def encoder_identity(text: nn.Module) -> str:
 
 def _key(caption: str) -> bytes:
     return hashlib.sha256(caption.encode(errors="surrogateescape")).digest()[:KEY_BYTES]
+
+
+class FrozenFeatures:
+    """Features of every view of every training image from the tower without adapters, kept in memory.
+
+    The processes share the work, and every one of them then holds all of the result. Batches are the same in
+    every run on as many processes, so a resumed run has the same features to the last bit.
+
+    Args:
+        model: gives the features; in its device's precision, kept as float32.
+        dataset: training images with `views` of 1 or more.
+        accelerator: of the processes.
+        workers: decoding processes.
+    """
+
+    def __init__(self, model: DGSNet, dataset: ImageDataset, accelerator: Accelerator, workers: int) -> None:
+        self.dataset = dataset
+        self.rows = torch.zeros(dataset.views, len(dataset), model.dim)
+        own = range(accelerator.process_index, len(dataset), accelerator.num_processes)
+        loader = DataLoader(dataset, BATCH, sampler=own, **loader_options(workers, told=True))
+        shown = accelerator.is_main_process and sys.stderr.isatty()
+        for view in tqdm(range(dataset.views), desc="frozen features, view", disable=not shown):
+            dataset.set_epoch(view)
+            for batch in loader:
+                if not len(batch["labels"]):  # all were damaged, of which training tells
+                    continue
+                pixels = pixels_on(accelerator.device, batch, dataset.preprocess)
+                with accelerator.autocast():
+                    features = model.teacher_features(pixels)
+                self.rows[view, batch["index"]] = features.float().cpu()
+            self.rows[view] = accelerator.reduce(self.rows[view].to(accelerator.device), "sum").cpu()
+
+    def __call__(self, index: Tensor, epoch: int) -> Tensor:
+        """Features [n, D], float32, on the CPU, of the images as an epoch sees them."""
+        return self.rows[self.dataset.view_of(epoch), index]

@@ -56,7 +56,7 @@ from dgsnet.processes import default_workers
 from dgsnet.training import drift, parallel
 from dgsnet.training.checks import uses_nuisances, uses_surgery, uses_text
 from dgsnet.training.experts import FileExpert
-from dgsnet.training.frozen import CaptionFeatures
+from dgsnet.training.frozen import CaptionFeatures, FrozenFeatures
 from dgsnet.training.log import VAL_COLUMNS, Log, Progress
 from dgsnet.training.plan import BRANCHES, HEAD, MicroBatch, Position, StepPlan, dropout_seed
 from dgsnet.training.setup import accelerator_for, with_batch_size
@@ -97,6 +97,7 @@ class _Run:
             seed=config.seed,
             selection=data.selection,
             nuisances=uses_nuisances(config),
+            views=data.views,
         )
         self.order = EpochSampler(dataset, shuffle=True, seed=config.seed)
         images = optim.batch_size * optim.accumulation * self.world
@@ -131,6 +132,7 @@ class _Run:
             self.model.text = None
         speed_up(self.model, optim)
         self.expert = FileExpert().to(accelerator.device) if uses_nuisances(config) else None
+        self.frozen: FrozenFeatures | None = None
         self.position = Position(HEAD if uses_surgery(config) else BRANCHES)
         self.best: list[float] | None = None
         self.trained_on: set[int] = set()  # hashes of the files that this process has trained on
@@ -147,6 +149,10 @@ class _Run:
         if self.expert is not None and state is None:
             shown = sys.stderr.isatty() and self.accelerator.is_main_process
             self.expert.standardise(self.order.dataset.samples, progress=shown)
+        if self.config.data.views and (uses_surgery(self.config) or not self.config.model.lora_rank):
+            self.frozen = FrozenFeatures(
+                self.model, self.order.dataset, self.accelerator, self.loader.num_workers
+            )
         self.accelerator.wait_for_everyone()  # every process has looked at the folder before one writes
         if self.accelerator.is_main_process:
             (self.out / STATE_FILE).parent.mkdir(parents=True, exist_ok=True)
@@ -254,7 +260,8 @@ class _Run:
             unsynced = parallel.no_sync if self.sharded else self.accelerator.no_sync
             with contextlib.nullcontext() if last else unsynced(self.step_module):
                 text = texts(batch["captions"]) if texts and batch["captions"] else None
-                inputs = (pixels, labels, text, batch.get("nuisances"))
+                frozen = self.frozen(batch["index"], self.order.epoch) if self.frozen else None
+                inputs = (pixels, labels, text, batch.get("nuisances"), frozen)
                 loss, values, harmful, moments = self.step_module(
                     *(x if x is None else x.to(device, non_blocking=True) for x in inputs)
                 )

@@ -74,10 +74,11 @@ class Step(nn.Module):
         labels: Tensor | None = None,
         text: Tensor | None = None,
         nuisances: Tensor | None = None,
+        frozen: Tensor | None = None,
     ) -> tuple[Tensor | None, ...] | Tensor:
         """The loss to differentiate, TRAIN_COLUMNS as one detached tensor [5], for layer-wise surgery the
         harmful reference loss, and with three branches `drift.moments`; means over the batch. Without labels,
-        the logits of the head in training.
+        the logits of the head in training. `frozen` [B, D]: the frozen tower's features, where known.
 
         An empty batch (all its images damaged, or none for this process in an epoch's last step) counts as a
         black image of no weight, so that this process takes part in what the processes exchange.
@@ -88,19 +89,25 @@ class Step(nn.Module):
         if labels is None:
             return (self.model.teacher_logits if self.stage == HEAD else self.model.logits)(pixels)
         if not empty:
-            return self._losses(pixels, labels, text, nuisances)
+            return self._losses(pixels, labels, text, nuisances, frozen)
         text = pixels.new_zeros(1, self.model.dim) if self.captioned else None
         nuisances = None if self.expert is None else pixels.new_zeros(1, len(NUISANCES))
-        found = self._losses(pixels, labels.new_zeros(1), text, nuisances)
+        found = self._losses(pixels, labels.new_zeros(1), text, nuisances, None)
         return tuple(None if value is None else value * 0 for value in found)
 
     def _losses(
-        self, pixels: Tensor, labels: Tensor, text: Tensor | None, nuisances: Tensor | None
+        self,
+        pixels: Tensor,
+        labels: Tensor,
+        text: Tensor | None,
+        nuisances: Tensor | None,
+        frozen: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         if self.stage == HEAD or self.surgery is None:
-            return self._one_branch(pixels, labels)
+            return self._one_branch(pixels, labels, frozen)
         surgery = self.surgery
-        teacher = self.model.teacher_features(pixels)  # first, while no activations are kept for backward
+        # Before the student, while no activations are kept for backward.
+        teacher = self.model.teacher_features(pixels) if frozen is None else frozen
         student = self.model.student_features(pixels)
         options = {k: getattr(surgery, k) for k in ("order", "eps", "reference_batch_size", "distillation")}
         harmful = text_logits = offsets = None
@@ -154,9 +161,14 @@ class Step(nn.Module):
         loss = F.binary_cross_entropy_with_logits(logits, labels)
         return loss, logits.detach(), (student * directions).sum()
 
-    def _one_branch(self, pixels: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def _one_branch(
+        self, pixels: Tensor, labels: Tensor, frozen: Tensor | None
+    ) -> tuple[Tensor, Tensor, None, None]:
         teaching = self.stage == HEAD
-        features = (self.model.teacher_features if teaching else self.model.student_features)(pixels)
+        if frozen is not None and (teaching or not self.model.config.lora_rank):
+            features = frozen
+        else:
+            features = (self.model.teacher_features if teaching else self.model.student_features)(pixels)
         head = self.model.head.teacher_head if teaching else self.model.head.image_head
         with torch.autocast(pixels.device.type, enabled=False):
             logits = head(_wide(features)).squeeze(-1)

@@ -16,6 +16,8 @@ from dgsnet.builtin.decoders import DECODERS
 from dgsnet.builtin.photographs import PHOTOGRAPHS, SPLITS, Photograph
 from dgsnet.config import ModelConfig
 from dgsnet.data.captions import attach_captions
+from dgsnet.data.images import read_image
+from dgsnet.data.nuisances import NUISANCES, file_nuisances
 from dgsnet.data.samples import find_samples
 from dgsnet.errors import UserError
 from dgsnet.model.dgsnet import DGSNet
@@ -86,13 +88,14 @@ def test_dataset_is_deterministic_and_its_seed_matters(root, tmp_path):
     assert digest(builtin.write_dataset(tmp_path / "other", seed=1)) != digest(root)
 
 
-def test_both_classes_are_degraded_alike(monkeypatch):
+@pytest.mark.parametrize("compressed", [None, 0.5])
+def test_both_classes_are_degraded_alike(monkeypatch, compressed):
     """With a decoder that does nothing, the classes cannot be told: same steps, same distributions."""
     monkeypatch.setitem(DECODERS, "nothing", lambda images: images)
     statistics, words = [], []
     for label in (0, 1):
-        images = list(builtin.make_images("train", "nothing", label, 400, seed=0))
-        pixels = np.stack([image for image, _ in images]).astype(float)
+        images = list(builtin.make_files("train", "nothing", label, 400, seed=0, compressed=compressed))
+        pixels = np.stack([read_image(data) for data, _ in images]).astype(float)
         detail = np.log(1 + np.abs(np.diff(pixels, axis=2)).mean(axis=(1, 2, 3)))
         statistics.append((pixels.mean(axis=(1, 2, 3)), pixels.std(axis=(1, 2, 3)), detail))
         words.append([caption.split(" photo of ")[0] for _, caption in images])
@@ -102,6 +105,26 @@ def test_both_classes_are_degraded_alike(monkeypatch):
     for kind in set(words[0]) | set(words[1]):
         counts = [w.count(kind) for w in words]
         assert abs(counts[0] - counts[1]) < 4 * np.sqrt(sum(counts)) + 1
+
+
+def test_compression_is_all_that_a_shortcut_changes():
+    """The same crops whatever the share of JPEG files; those files are compressed once, and say so."""
+    balanced, biased, none = (
+        list(builtin.make_files("train", "shuffle", 1, 60, seed=0, compressed=share))
+        for share in (0.5, 0.8, 0)
+    )
+    qualities = []
+    for (data, caption), (other, _), (plain, said) in zip(biased, balanced, none):
+        jpeg = data.startswith(builtin.JPEG_MAGIC)
+        assert jpeg == (", compressed photo" in caption) and ", uncompressed photo" in said
+        assert caption.split(" photo of ")[1] == said.split(" photo of ")[1]
+        assert jpeg or data == plain
+        assert jpeg == other.startswith(builtin.JPEG_MAGIC) or jpeg  # more compressed, none less
+        difference = np.abs(read_image(data).astype(int) - read_image(plain)).mean()
+        assert (0 < difference < 12) if jpeg else difference == 0
+        qualities += [100 * file_nuisances(data)[NUISANCES.index("JPEG quality")]] if jpeg else []
+    assert 0.6 < len(qualities) / 60 < 0.95
+    assert 69.5 < min(qualities) < 76 and 86 < max(qualities) < 92.5
 
 
 @pytest.mark.parametrize("family", DECODERS)

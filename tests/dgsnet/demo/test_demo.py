@@ -1,118 +1,166 @@
-"""The demo's comparison on a few images and a CLIP with random weights: fair, complete, told as it is."""
+"""The demo's comparison with a few steps and a CLIP with random weights: fair, complete, told as it is."""
 
 import json
 import os
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+import torch
+from dgsnet import builtin
 from dgsnet.config import Config, DataConfig, ModelConfig, OptimConfig, PreprocessConfig
 from dgsnet.data.samples import find_samples
-from dgsnet.demo import command, report
+from dgsnet.demo import command, measure, report
 from dgsnet.demo import compare as demo
 from dgsnet.detection.detector import Detector
 from dgsnet.errors import UserError
 from dgsnet.evaluation.results import Evaluation, Score
 from dgsnet.files import locked
-from PIL import Image
+from dgsnet.model.dgsnet import DGSNet
+from sklearn.metrics import roc_auc_score
 
-SPLITS = {"train": ["nearest"], "val": ["bicubic"], "test": ["shuffle", "unpool"]}
+
+def configure(root):
+    return Config(
+        model=ModelConfig(name="dgsnet-tiny", pretrained="builtin", lora_rank=2),
+        preprocess=PreprocessConfig(mode="crop", image_size=32),
+        data=DataConfig(train=[str(root / "train")], workers=0),
+        optim=OptimConfig(batch_size=6, head_epochs=0, epochs=1, max_steps=2),
+        log_every=1,
+    )
 
 
 @pytest.fixture(scope="module")
 def compared(tmp_path_factory):
-    """Six small models, trained for real: (folder, runs)."""
+    """All methods on the task with the shortcut, trained for real: (folder, runs)."""
     folder = tmp_path_factory.mktemp("demo")
-    rng = np.random.default_rng(0)
-    for split, decoders in SPLITS.items():
-        captions = {}
-        for decoder in decoders:
-            for label in ("0_real", "1_fake"):
-                (folder / "data" / split / decoder / label).mkdir(parents=True)
-                for i in range(6):
-                    name = f"{decoder}/{label}/{i}.png"
-                    Image.fromarray(rng.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(
-                        folder / "data" / split / name
-                    )
-                    captions[name] = "a picture"
-        (folder / "data" / split / "captions.json").write_text(json.dumps(captions))
-    config = Config(
-        model=ModelConfig(name="dgsnet-tiny", pretrained="", lora_rank=2),
-        preprocess=PreprocessConfig(mode="crop", image_size=32),
-        data=DataConfig(train=[str(folder / "data")], val=[str(folder / "data")], workers=0),
-        optim=OptimConfig(batch_size=6, head_epochs=1, epochs=2),
-        log_every=1,
-    )
-    return folder, demo.compare(folder / "data", config, folder / "runs", seeds=(3, 4))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(builtin, "COUNTS", {"test": 6})
+        builtin.write_dataset(folder / "data", splits=("test",), compressed=(0.5, 0.5))
+    runs = demo.compare(folder / "data", configure, folder / "runs", seeds=(3,), tasks=(demo.BIASED,))
+    return folder, runs
 
 
-def made_up(auc):
-    """Runs whose AUC on one decoder is as given: method to one value per seed, in steps of 0.1."""
-    runs = []
-    for method, values in auc.items():
-        for seed, value in enumerate(values):
-            above = round(10 * value)
-            scores = [Score("r", "d", 0, 0.5)] + [
-                Score("g", "d", 1, 0.9 if i < above else 0.1) for i in range(10)
-            ]
-            runs.append(demo.Run(method, seed, None, {}, Evaluation(scores), 1.0))
-    return runs
+def made_up(task=demo.BIASED, **measures):
+    """Runs with these measures, each method to one value per seed; what is not given is 0.5."""
+    names = {"probe": demo.PROBE, "lora": demo.LORA, "dgsnet": demo.DGSNET, "expert": demo.EXPERT}
+    seeds = len(next(iter(next(iter(measures.values())).values())))
+    return [
+        demo.Run(
+            *(task, method, seed, None, {}, Evaluation([])),
+            **{key: measures.get(key, {}).get(name, [0.5] * seeds)[seed] for key in demo.MEASURES},
+            seconds=1.0,
+        )
+        for name, method in names.items()
+        for seed in range(seeds)
+    ]
 
 
 def test_methods_differ_in_nothing_but_the_method():
     config = Config(seed=7)
     made = demo.configurations(config, seed=1)
     changes = {
-        method: {
-            f"{section}.{name}"
-            for section, values in made[method].to_dict().items()
-            if isinstance(values, dict)
-            for name, value in values.items()
-            if value != config.to_dict()[section][name]
-        }
+        method: {name for name, value in made[method].flat().items() if value != config.flat()[name]}
         for method in made
     }
+    expert = {"surgery.text", "surgery.distillation"}
+    expert |= {
+        f"data.{k}" for k, v in demo.EXPERTS[demo.CHOSEN_EXPERT].items() if v != config.flat()[f"data.{k}"]
+    }
     assert changes == {
-        demo.PROBE: {"model.lora_rank", "surgery.mode"},
-        demo.LORA: {"surgery.mode"},
-        demo.DGSNET: set(),
-        demo.LAYERWISE: {"surgery.mode"},
+        demo.PROBE: {"model.lora_rank", "surgery.mode", "seed"},
+        demo.LORA: {"surgery.mode", "seed"},
+        demo.DGSNET: {"seed"},
+        demo.EXPERT: expert | {"seed"},
+        demo.LAYERWISE: {"surgery.mode", "seed"},
     }
     assert {c.seed for c in made.values()} == {1}
 
 
 def test_every_method_and_seed_is_trained_and_measured(compared):
-    _, runs = compared
-    assert [(r.method, r.seed) for r in runs] == [(m, s) for m in demo.METHODS for s in (3, 4)]
+    folder, runs = compared
+    assert [(r.method, r.seed) for r in runs] == [(m, 3) for m in demo.METHODS]
     for run in runs:
-        assert sorted(run.evaluation.by_generator()) == SPLITS["test"]
-        assert len(run.evaluation.scores) == 24
-        assert run.curves["step"][0] == 1 and np.isfinite(run.curves["val_auc"]).sum() == 2
-        assert np.isfinite(run.curves["image_loss"]).sum() == 4
-        assert (run.folder / "test/metrics.json").is_file()
-    paths = [s.path for s in runs[0].evaluation.scores]
+        assert sorted(run.evaluation.by_generator()) == sorted(builtin.FAMILIES["test"])
+        assert len(run.evaluation.scores) == 60 and run.auc == run.evaluation.mean()["auc"]
+        assert run.curves["step"].tolist() == [1, 2] and np.isfinite(run.curves["image_loss"]).all()
+        assert Config.load(run.folder / "config.json").data.train == [
+            str(folder / f"data/jpeg-{run.seed}/train")
+        ]
+    paths = [s.path for s in runs[-1].evaluation.scores]
     score = Detector.load(runs[-1].folder, device="cpu").predict(paths)
     np.testing.assert_allclose(score, [s.probability for s in runs[-1].evaluation.scores], atol=1e-6)
+    assert demo.of(runs, demo.BIASED, demo.PROBE)[0].cka == pytest.approx(1)
+    rows = json.loads(json.dumps(demo.results(runs)))
+    assert {"task", "method", "seed", "auc", "auc_conflicting", "zero_shot", "cka"} <= rows[0].keys()
+
+
+def test_the_shortcut_is_in_the_training_images_and_differs_from_seed_to_seed(compared):
+    folder, _ = compared
+    demo._write(folder / "data", demo.BIASED, 4)
+    shares = []
+    for seed in (3, 4):
+        samples = find_samples(demo.training_set(folder / "data", demo.BIASED, seed))
+        jpeg = np.array([sample.path.endswith(".jpg") for sample in samples])
+        labels = np.array([sample.label for sample in samples])
+        shares.append((jpeg[labels == 0].mean(), jpeg[labels == 1].mean()))
+    assert shares[0] != shares[1]
+    np.testing.assert_allclose(shares, [demo.TASKS[demo.BIASED]] * 2, atol=0.1)
+
+
+def test_conflicting_images_are_generated_jpegs_and_real_pngs():
+    expected = {("a.jpg", 1): True, ("a.png", 0): True, ("a.jpg", 0): False, ("a.png", 1): False}
+    assert {key: measure.conflicting(Score(key[0], "d", key[1], 0.5)) for key in expected} == expected
+
+
+def test_measures_are_those_of_the_features(compared):
+    folder, _ = compared
+    config = configure(folder)
+    exam = measure.prepare(folder / "data", "test", config)
+    model = DGSNet(config.model).eval()  # adapters that change nothing yet
+    with torch.no_grad():
+        model.head.image_head.weight.normal_(generator=torch.Generator().manual_seed(0))
+    found = measure.measure(model, exam)
+    assert found.cka == pytest.approx(1, abs=1e-6)
+    assert found.zero_shot > 0.6  # it was pretrained on these photographs
+    assert measure.zero_shot(exam.crops.flatten(1)[:, : model.dim], exam) < 0.2
+    scores = found.evaluation.scores
+    aucs = []
+    for decoder in builtin.FAMILIES["test"]:
+        chosen = [s for s in scores if s.generator == decoder and s.path.endswith(".jpg") == (s.label == 1)]
+        aucs.append(roc_auc_score([s.label for s in chosen], [s.probability for s in chosen]))
+    assert found.conflicting == pytest.approx(np.mean(aucs))
+    with torch.no_grad():
+        for name, tensor in model.adapter_state().items():
+            if "lora_B" in name:
+                tensor.normal_(generator=torch.Generator().manual_seed(0))
+    moved = measure.measure(model, exam)
+    assert moved.cka < 0.9 and moved.zero_shot < found.zero_shot
 
 
 def test_report_is_complete_and_self_contained(compared):
     folder, runs = compared
-    samples = {split: find_samples(folder / "data", split) for split in SPLITS}
-    maps, labels = command.feature_maps(runs, samples["test"])
-    assert [points.shape for points in maps.values()] == [(24, 2)] * 3 and labels.sum() == 12
+    test = find_samples(folder / "data/test")
+    maps, labels = command.feature_maps(runs, test)
+    assert [points.shape for points in maps.values()] == [(60, 2)] * 4 and labels.sum() == 30
     page = folder / "report.html"
-    report.write(page, runs, samples=samples, maps=maps, map_labels=labels, seconds=90)
+    both = [*(replace(run, task=demo.BALANCED) for run in runs), *runs]
+    report.write(page, both, samples={"test": test}, maps=maps, map_labels=labels, seconds=90)
     text = page.read_text()
     assert not re.search(r'(?:src|href)="(?!data:|#)', text), "the page refers to another file"
     assert "{{" not in text and "{%" not in text
-    assert text.count("<svg ") == 3 and "1.5 minutes" in text
+    assert text.count("<svg ") == 4 and "1.5 minutes" in text
+    jpeg = sum(sample.path.endswith(".jpg") for sample in test if sample.label == 0)
+    assert f"<td>30 ({jpeg})</td>" in text
+    assert text.count("data:image/jpeg;base64,/9j/") == 10 == text.count("data:image/png;base64,iVBOR")
 
     class Balance(HTMLParser):
         open_tags: list[str] = []  # noqa: RUF012
 
         def handle_starttag(self, tag, attrs):
-            if tag not in ("meta", "img"):
+            if tag not in ("meta", "img", "br"):
                 self.open_tags.append(tag)
 
         def handle_endtag(self, tag):
@@ -121,32 +169,45 @@ def test_report_is_complete_and_self_contained(compared):
     Balance().feed(text)
     assert Balance.open_tags == []
     for method in demo.METHODS:
-        mean, spread = demo.mean_and_spread(demo.by_seed(runs, method, "auc"))
-        assert f"{100 * mean:.1f} ± {100 * spread:.1f}" in text
+        for key in demo.MEASURES:
+            assert demo.mean_and_spread(demo.values(runs, demo.BIASED, method, key)) in text
 
 
-def test_table_has_mean_and_spread_over_seeds():
-    runs = made_up({demo.PROBE: [0.5, 0.5], demo.LORA: [0.6, 0.8], demo.DGSNET: [0.7, 0.9]})
+def test_gains_are_paired():
+    runs = made_up(auc={"lora": [0.5, 0.7, 0.6], "expert": [0.6, 0.7, 0.9]})
+    gain = demo.gain(runs[::-1], demo.BIASED, demo.EXPERT, "auc")
+    differences = np.array([0.1, 0.0, 0.3])
+    assert (gain.mean, gain.won, gain.seeds) == (pytest.approx(differences.mean()), 2, 3)
+    assert gain.error == pytest.approx(differences.std(ddof=1) / np.sqrt(3))
+    assert str(gain) == "+13.3 ± 8.8 (2/3)"
     lines = demo.table(runs).splitlines()
-    assert [line.split("  ")[0] for line in lines[2:]] == list(demo.METHODS)
-    assert "70.0 ± 14.1" in lines[3] and "80.0 ± 14.1" in lines[4] and "50.0 ± 0.0" in lines[2]
+    assert [line.split("  ")[0] for line in lines[2:6]] == list(demo.METHODS)
+    assert "73.3 ± 15.3" in lines[5] and lines[-1].startswith("DGS-Net with expert − LoRA  +13.3 ± 8.8 (2/3)")
 
 
 @pytest.mark.parametrize(
-    ("surgery", "says"),
-    [([0.8, 0.9], "better than LoRA"), ([0.5, 0.6], "did not help"), ([0.5, 0.9], "does not tell")],
+    ("expert", "says"),
+    [
+        ([0.70, 0.81, 0.75], "+15.3 ± 0.3 (3/3): more"),
+        ([0.50, 0.61, 0.55], "−4.7 ± 0.3 (0/3): less"),
+        ([0.50, 0.81, 0.60], "+3.7 ± 6.3 (1/3): not told apart"),
+    ],
 )
-def test_the_verdict_follows_the_numbers(surgery, says):
-    sentences = report.verdict(made_up({demo.PROBE: [0.5] * 2, demo.LORA: [0.7, 0.8], demo.DGSNET: surgery}))
-    assert says in sentences[2]
-    best = demo.DGSNET if np.mean(surgery) > 0.75 else demo.LORA
-    assert sentences[0].startswith(f"By AUC, averaged over test decoders: {best}")
+def test_the_verdict_follows_the_numbers(expert, says):
+    runs = made_up(auc={"lora": [0.55, 0.65, 0.60], "expert": expert})
+    sentences = report.verdict([*made_up(demo.BALANCED, auc={"lora": [0.9] * 3}), *runs])
+    assert len(sentences) == 5
+    published, ours = sentences[2:4]
+    assert f"DGS-Net with expert against plain LoRA: AUC {says}, AUC on conflicting images" in ours
+    assert "DGS-Net against plain LoRA: AUC −10.0 ± 2.9 (0/3): not told apart, AUC on" in published
 
 
 def test_the_verdict_admits_guessing():
-    near = report.verdict(made_up({demo.PROBE: [0.5] * 2, demo.LORA: [0.4, 0.5], demo.DGSNET: [0.5, 0.5]}))
-    far = report.verdict(made_up({demo.PROBE: [0.5] * 2, demo.LORA: [0.7, 0.8], demo.DGSNET: [0.8, 0.9]}))
-    assert "far from guessing" in near[2] and "far from guessing" not in far[2]
+    near, far = (
+        [*made_up(demo.BALANCED, auc={"lora": [v] * 2}), *made_up(auc={"lora": [v] * 2})] for v in (0.5, 0.6)
+    )
+    assert "far from guessing" in report.verdict(near)[2]
+    assert not any("guessing" in sentence for sentence in report.verdict(far))
 
 
 def test_only_a_former_demo_is_overwritten(tmp_path):
