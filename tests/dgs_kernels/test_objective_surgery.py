@@ -409,7 +409,6 @@ class Remembers:
         ({"seed": "x"}, "seed must be an integer, got str"),
         ({"seed": None}, "seed must be an integer, got NoneType"),
     ],
-    ids=str,
 )
 def test_options_that_do_not_exist(options, message):
     model = small_model()
