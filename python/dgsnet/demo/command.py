@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from dgsnet.data.samples import Sample
 
 # Enough points to see clusters, few enough for t-SNE in seconds.
-MAP_IMAGES = 500
+MAP_IMAGES = 300
 TABLE_NOTE = (
     "Percent. Methods: mean ± standard deviation over seeds. Differences to LoRA: paired by seed, mean ±\n"
     "standard error (seeds in which it is higher). Tests are balanced, on photographs and decoders that no\n"
