@@ -28,12 +28,13 @@ def run(*command: str | Path, **environment: str) -> str:
 
 @pytest.fixture(scope="module")
 def build(tmp_path_factory) -> Path:
-    """The folder of a build that knows no Python."""
+    """The folder of a build that knows no Python. It compiles in half the time: other tests are of -O3."""
     for tool in ("cmake", "ninja"):
         if shutil.which(tool) is None:
             pytest.skip(f"needs {tool}")
     build = tmp_path_factory.mktemp("cmake")
-    run("cmake", "-G", "Ninja", "-S", HERE.parents[1], "-B", build)
+    flags = ("-DCMAKE_BUILD_TYPE=None", "-DCMAKE_CXX_FLAGS=-O1")
+    run("cmake", "-G", "Ninja", "-S", HERE.parents[1], "-B", build, *flags)
     return build
 
 

@@ -26,6 +26,7 @@ import yaml
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
+CMAKE_FLAGS = ("-DCMAKE_BUILD_TYPE=None", "-DCMAKE_CXX_FLAGS=-O1")
 LIMIT = 300  # seconds: a fault that lets tests hang is noticed, too
 PACKAGES = "torch triton numpy pytest hypothesis accelerate open_clip peft safetensors.torch sklearn.metrics"
 PACKAGES += " torchvision transformers matplotlib.pyplot jsonargparse"
@@ -77,7 +78,7 @@ def passes(selection: str, root: Path) -> bool:
         steps = [[sys.executable, "-m", "tests.csrc.host_library", *arguments]]
     else:
         target, folder = f"{arguments[0]}_dgs_cpu_baseline", str(root / "build/cmake")
-        native(root, "cmake", "-G", "Ninja", "-S", ".", "-B", folder, "-DCMAKE_CXX_FLAGS_RELEASE=-O1")
+        native(root, "cmake", "-G", "Ninja", "-S", ".", "-B", folder, *CMAKE_FLAGS)
         built = native(root, "cmake", "--build", folder, "--target", target)
         steps = [[f"{folder}/{target}"]]
     if built:
