@@ -37,7 +37,8 @@ def assert_accurate(out, lists, groups) -> None:
     plain = reference.gramian(lists, groups)
     assert out.dtype == plain.dtype and out.shape == want.shape
     sizes = want.diagonal(dim1=1, dim2=2).sqrt()
-    units = 16 if out.dtype == torch.float64 else 2  # float64 is held against itself
+    # Plain PyTorch's error depends on where the tensors lie, and may be none; float64 is held against itself.
+    units = 16 if out.dtype == torch.float64 else 4
     rounding = torch.finfo(out.dtype).eps * sizes[:, :, None] * sizes[:, None]
     allowed = 2 * (plain - want).abs() + units * rounding
     assert ((out - want).abs() <= allowed).all()
