@@ -13,10 +13,11 @@ LAST := tests/dgs_kernels/ops/test_triton_compiles.py tests/dgs_kernels/test_spe
 demo: install
 	$(BIN)/python -m dgsnet demo --out runs/demo
 
+# TESTS= takes further arguments of pytest.
 # Two processes with two threads each: on two cores, a thread that waits must not spin where another could run.
 test: lint docs
-	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(addprefix --ignore ,$(LAST))
-	$(BIN)/python -m pytest $(LAST)
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(addprefix --ignore ,$(LAST)) $(TESTS)
+	$(BIN)/python -m pytest $(LAST) $(TESTS)
 
 # Plants faults in a copy, one at a time, and writes down which of them the tests notice; not part of `make test`.
 mutants: install
