@@ -1,0 +1,237 @@
+"""Decoders that arrive one after the other: what `dgsnet update` learns and forgets under each of its rules.
+
+The built-in tiny CLIP is trained as the demo's DGS-Net on three decoders (docs/builtin.md). Then others arrive in
+turn, each an update of the detector before, with the images of all earlier decoders to replay. After each it is
+measured on every decoder, on photographs that no training has seen: accuracy at 0.5 and AUC. With one seed all
+rules start from the same detector and see the same new images in the same order.
+
+Settings are chosen first, on validation photographs, with seeds that are not reported and the first arrival
+alone: one is changed at a time from START, and the best mean AUC taken, over rules, half of the old decoders and
+half of the new one. What the result file holds already is not measured again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import math
+import os
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from statistics import mean, stdev
+from typing import get_args
+
+import torch
+from dgsnet import builtin
+from dgsnet.config import Config
+from dgsnet.data.images import read_image
+from dgsnet.data.preprocess import Preprocessor
+from dgsnet.evaluation.metrics import metrics
+from dgsnet.model.checkpoint import load_model
+from dgsnet.training.train import train
+from dgsnet.training.update import Rule, update
+from torch import Tensor
+
+NAME, CHOICE = "update", "update_settings"
+RULES, MEASURES, GROUPS = get_args(Rule), ("auc", "accuracy"), ("old", "new", "all")
+SEEDS = range(8)
+# Those of the test's five decoders that training on nothing else teaches most, on validation photographs.
+BASE, ARRIVALS = builtin.FAMILIES["train"], ("bilinear", "codebook", "resizeconv")
+COMPRESSED = 0.5  # share of JPEG files, in both classes
+TEST_IMAGES, TEST_SEED = 60, 10**6  # of each class and decoder; no training's seed
+
+CHOICE_SEEDS, CHOICE_ARRIVALS = (100, 101, 102), ARRIVALS[:1]
+START = {"lr": 2e-3, "steps": 30, "replay_share": 0.5}
+# More steps, or more replayed images, would take more time than the study may.
+CHOICES = {"lr": (1e-3, 2e-3, 4e-3), "steps": (15, 30), "replay_share": (0.25, 0.5)}
+
+
+def write_images(folder: Path, family: str, seed: int) -> str:
+    """Training images of one decoder, as a dataset folder of its name."""
+    for label, name in enumerate(builtin.CLASSES):
+        place = folder / family / name
+        place.mkdir(parents=True, exist_ok=True)
+        count = builtin.COUNTS["train"]
+        files = builtin.make_files("train", family, label, count, seed=seed, compressed=COMPRESSED)
+        for number, (data, _) in enumerate(files):
+            ending = "jpg" if data.startswith(builtin.JPEG_MAGIC) else "png"
+            (place / f"{number:04d}.{ending}").write_bytes(data)
+    return str(folder / family)
+
+
+@cache
+def exam(split: str, settings: str) -> dict[str, tuple[Tensor, Tensor]]:
+    """Inputs and labels of the images that every detector is measured on, by decoder."""
+    preprocess = Preprocessor(Config.from_dict(json.loads(settings)).preprocess)
+    found = {}
+    for family in (*BASE, *ARRIVALS):
+        files = [
+            (data, label)
+            for label in (0, 1)
+            for data, _ in builtin.make_files(
+                split, family, label, TEST_IMAGES, seed=TEST_SEED, compressed=COMPRESSED
+            )
+        ]
+        pixels = torch.stack([preprocess(read_image(data)) for data, _ in files])
+        found[family] = pixels, torch.tensor([label for _, label in files])
+    return found
+
+
+@torch.inference_mode()
+def measured(run: Path, split: str) -> dict[str, dict[str, float]]:
+    """Accuracy and AUC of a run's detector on every decoder."""
+    model, config = load_model(run)
+    plain = Config(preprocess=config.preprocess).to_json()
+    found: dict[str, dict[str, float]] = {"accuracy": {}, "auc": {}}
+    for family, (pixels, labels) in exam(split, plain).items():
+        values = metrics(labels.numpy(), torch.sigmoid(model.logits(pixels).double()).numpy())
+        for key in found:
+            found[key][family] = values[key]
+    return found
+
+
+def start(folder: Path, seed: int) -> Path:
+    """The detector of the first three decoders, and the images of all."""
+    run = folder / f"start-{seed}"
+    if not run.exists():
+        data = folder / f"data-{seed}"
+        builtin.write_dataset(data, seed=seed, splits=("train",), compressed=(COMPRESSED, COMPRESSED))
+        for family in ARRIVALS:
+            write_images(data, family, seed)
+        train(replace(builtin.demo_config(data), seed=seed), run)
+    return run
+
+
+def chain(folder: Path, seed: int, rule: Rule, chosen: dict, split: str, arrivals: tuple) -> Iterator[dict]:
+    """A row for the detector before anything arrives, and after each arrival."""
+    run, data = start(folder, seed), folder / f"data-{seed}"
+    yield {"seed": seed, "rule": rule, "arrived": ""} | measured(run, split)
+    old = [str(data / "train" / family) for family in BASE]
+    for number, family in enumerate(arrivals, 1):
+        before = time.perf_counter()
+        following = folder / f"{seed}-{rule}-{number}-{'-'.join(map(str, chosen.values()))}"
+        run = update(run, [str(data / family)], old, following, rule=rule, test=[], **chosen)
+        seconds = round(time.perf_counter() - before, 2)
+        row = {"seed": seed, "rule": rule, "arrived": family, "seconds": seconds}
+        yield row | measured(run, split)
+        old.append(str(data / family))
+
+
+def summary(row: dict, key: str) -> dict[str, float]:
+    """A measure after an arrival, by GROUPS: mean over decoders known before, the new one, mean over all."""
+    known = (*BASE, *ARRIVALS[: ARRIVALS.index(row["arrived"])])
+    values = [row[key][family] for family in known], row[key][row["arrived"]]
+    return dict(zip(GROUPS, (mean(values[0]), values[1], mean([*values[0], values[1]]))))
+
+
+def choose(folder: Path, kept: list[dict]) -> Iterator[dict]:
+    """A row for every value of every setting: AUC after the last arrival, mean over seeds, by rule."""
+    done = {(row["setting"], row["value"]): row for row in kept if row["benchmark"] == CHOICE}
+    found: dict[str, dict] = {}  # START is among the values of each setting
+    for name, values in CHOICES.items():
+        for value in values:
+            chosen = START | {name: value}
+            row = done.get((name, value)) or found.get(str(chosen)) or {"auc": ends(folder, chosen)}
+            found[str(chosen)] = row
+            yield row | {"benchmark": CHOICE, "device": "cpu", "setting": name, "value": value}
+
+
+def ends(folder: Path, chosen: dict) -> dict[str, float]:
+    """By rule the mean AUC after the last arrival of the choice, half of old and half of new decoders."""
+    auc = {}
+    for rule in RULES:
+        chains = [list(chain(folder, seed, rule, chosen, "val", CHOICE_ARRIVALS)) for seed in CHOICE_SEEDS]
+        last = [summary(rows[-1], "auc") for rows in chains]
+        auc[rule] = mean((of["old"] + of["new"]) / 2 for of in last)
+    return auc
+
+
+def study(folder: Path, kept: list[dict], chosen: dict) -> Iterator[dict]:
+    """The rows of every chain, with the settings chosen."""
+    for seed in SEEDS:
+        for rule in RULES:
+            key = (NAME, seed, rule)
+            rows = [row for row in kept if (row["benchmark"], row.get("seed"), row.get("rule")) == key]
+            whole = len(rows) == 1 + len(ARRIVALS)
+            for row in rows if whole else chain(folder, seed, rule, chosen, "test", ARRIVALS):
+                yield {"benchmark": NAME, "device": "cpu"} | row
+
+
+def results(arguments: argparse.Namespace) -> Iterator[dict]:
+    """The rows of the choice, then those of the study, as they are made; what is in the file is kept."""
+    torch.set_num_threads(1)
+    kept = json.loads(arguments.out.read_text())["results"] if arguments.out.is_file() else []
+    found = []
+    with tempfile.TemporaryDirectory() as name:
+        for row in quietly(choose(Path(name), kept)):
+            yield row
+            found.append(row)
+            print(told(row), flush=True)
+        chosen = best(found)
+        print(f"chosen: {chosen}", flush=True)
+        for row in quietly(study(Path(name), kept, chosen)):
+            yield row
+            found.append(row)
+            print(told(row), flush=True)
+    print(f"\n{table(found)}")
+
+
+def best(rows: list[dict]) -> dict[str, float]:
+    """The value of each setting with the highest AUC over rules."""
+    rows = [row for row in rows if row["benchmark"] == CHOICE]
+    return {row["setting"]: row["value"] for row in sorted(rows, key=lambda row: mean(row["auc"].values()))}
+
+
+def told(row: dict) -> str:
+    if row["benchmark"] == CHOICE:
+        values = ", ".join(f"{rule} {value:.4f}" for rule, value in row["auc"].items())
+        return f"{row['setting']} {row['value']:g}: {values}"
+    place = f"seed {row['seed']}, {row['rule']}, {row['arrived'] or 'start'}"
+    if not row["arrived"]:
+        return place
+    return f"{place}: " + ", ".join(f"{name} {value:.4f}" for name, value in summary(row, "auc").items())
+
+
+def table(rows: list[dict]) -> str:
+    """Markdown: of every arrival and rule the means over seeds with standard errors, in percent; then, of the
+    last arrival, differences to the rule "none" with the same seed."""
+    rows = [row for row in rows if row["benchmark"] == NAME and row["arrived"]]
+    head = ["arrived", "rule", *(f"{key}, {group}" for key in MEASURES for group in GROUPS)]
+    lines = [head, ["---"] * len(head)]
+    by_place = {(row["seed"], row["rule"], row["arrived"]): row for row in rows}
+    seeds, arrivals = ([*dict.fromkeys(row[key] for row in rows)] for key in ("seed", "arrived"))
+    for arrival in arrivals:
+        for rule in RULES:
+            lines.append([arrival, rule, *_cells(by_place, seeds, rule, arrival, "")])
+    for rule in RULES[:-1]:
+        lines.append([arrivals[-1], f"{rule} − none", *_cells(by_place, seeds, rule, arrivals[-1], "none")])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _cells(by_place: dict, seeds: list[int], rule: str, arrival: str, base: str) -> Iterator[str]:
+    for key in MEASURES:
+        for group in GROUPS:
+            values = [summary(by_place[seed, rule, arrival], key)[group] for seed in seeds]
+            if base:
+                values = [
+                    value - summary(by_place[seed, base, arrival], key)[group]
+                    for value, seed in zip(values, seeds)
+                ]
+            error = stdev(values) / len(values) ** 0.5 if len(values) > 1 else math.nan
+            yield f"{100 * mean(values):{'+' if base else ''}.1f} ± {100 * error:.1f}"
+
+
+def quietly(rows: Iterator[dict]) -> Iterator[dict]:
+    """The rows, without what is printed while they are made."""
+    with open(os.devnull, "w") as nowhere:
+        while True:
+            with contextlib.redirect_stdout(nowhere), contextlib.redirect_stderr(nowhere):
+                row = next(rows, None)
+            if row is None:
+                return
+            yield row
