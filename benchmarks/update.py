@@ -1,13 +1,13 @@
 """Decoders that arrive one after the other: what `dgsnet update` learns and forgets under each of its rules.
 
-The built-in tiny CLIP is trained as the demo's DGS-Net on three decoders (docs/builtin.md). Then others arrive in
-turn, each an update of the detector before, with the images of all earlier decoders to replay. After each it is
-measured on every decoder, on photographs that no training has seen: accuracy at 0.5 and AUC. With one seed all
-rules start from the same detector and see the same new images in the same order.
+The built-in tiny CLIP is trained as the demo's DGS-Net on three decoders (docs/builtin.md). Then others arrive
+in turn, each an update of the detector before, with the images of all earlier decoders to replay. After each it
+is measured on every decoder, on photographs that no training has seen: accuracy at 0.5 and AUC. With one seed
+all rules start from the same detector and see the same new images in the same order.
 
 Settings are chosen first, on validation photographs, with seeds that are not reported and the first arrival
-alone: one is changed at a time from START, and the best mean AUC taken, over rules, half of the old decoders and
-half of the new one. What the result file holds already is not measured again.
+alone: one is changed at a time from START, and the best mean AUC taken, over rules, half of the old decoders
+and half of the new one. What the result file holds already is not measured again.
 """
 
 from __future__ import annotations
