@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import signal
+from copy import deepcopy
 from pathlib import Path
 
 import numpy as np
@@ -158,7 +159,7 @@ def naive(rule, g, others):
 def test_a_step_has_the_rules_gradient(rule, options, tmp_path, monkeypatch):
     """Adam's first moment after one step is a tenth of its gradient; the formulas are redone in float64."""
     states = []
-    monkeypatch.setattr(training_run, "save_state", lambda path, content: states.append(content))
+    monkeypatch.setattr(training_run, "save_state", lambda path, content: states.append(deepcopy(content)))
     out = update(out=tmp_path / "run", rule=rule, test=[], **options | {"steps": 2})
     found = states[0]["optimizer"]
     moments = [entry["exp_avg"] for entry in found["state"].values()]
@@ -167,6 +168,8 @@ def test_a_step_has_the_rules_gradient(rule, options, tmp_path, monkeypatch):
     new, old = (find_samples(root, "train") for root in (options["data"][0], options["replay"][0]))
     network = checkpoint.load_model(options["model"])[0].double()
     images = ImageDataset([*new, *old], Preprocessor(config.preprocess), train=True, seed=config.seed)
+    epoch = config.optim.head_epochs  # stage 2 counts from there
+    images.set_epoch(epoch)
     for name, parameter in network.named_parameters():
         parameter.requires_grad_("lora_" in name or "image_head" in name)
     names, trained = zip(*named_parameters(network))
@@ -179,7 +182,7 @@ def test_a_step_has_the_rules_gradient(rule, options, tmp_path, monkeypatch):
         grads = torch.autograd.grad(F.binary_cross_entropy_with_logits(logits, labels), trained)
         return torch.cat([grad.flatten() for grad in grads])
 
-    order = np.random.default_rng((config.seed, 0)).permutation(len(new))[:BATCH]
+    order = np.random.default_rng((config.seed, epoch)).permutation(len(new))[:BATCH]
     drawn = Update({}, np.empty(0), old, rule, 1.0, config.seed, {}).draw(0, BATCH)
     g = gradient(order)
     others = [gradient([len(new) + i for i in places]) for places in drawn.values()]
@@ -189,7 +192,7 @@ def test_a_step_has_the_rules_gradient(rule, options, tmp_path, monkeypatch):
         others = []
     expected = naive(rule, g, others)
     actual = torch.cat([moment.flatten() for moment in moments]).double() / (1 - config.optim.betas[0])
-    assert (actual - expected).norm() < 1e-4 * expected.norm()
+    assert (actual - expected).norm() < 5e-5 * g.norm()
     if rule != "none":
         assert (expected - g).norm() > 1e-2 * g.norm()
 
