@@ -5,9 +5,9 @@ arrive in turn, each an update of the detector before, with the images of all ea
 After each it is measured on every decoder, on photographs that no training has seen: accuracy at 0.5 and AUC.
 With one seed all rules start from the same detector and see the same new images in the same order.
 
-Settings, which all rules share, are chosen first, for plain replay, on validation photographs, with seeds that
-are not reported and the first arrival alone: one is changed at a time from START, and the best AUC taken, half
-of the old decoders and half of the new one. What the result file holds already is not measured again.
+Settings, which all rules share, are chosen first, for plain replay, on validation photographs, with seeds
+that are not reported and the first arrival alone: one is changed at a time from START, and the best AUC taken,
+half of the old decoders and half of the new one. What the result file holds already is not measured again.
 """
 
 from __future__ import annotations
@@ -131,14 +131,14 @@ def summary(row: dict, key: str) -> dict[str, float]:
 
 def choose(folder: Path, kept: list[dict]) -> Iterator[dict]:
     """A row for every value of every setting: AUC after the arrival, of old decoders and the new, by seed."""
-    done = {(row["setting"], row["value"]): row for row in kept if row["benchmark"] == CHOICE}
-    found: dict[str, dict] = {}  # START is among the values of each setting
+    done = {str(row["settings"]): {"auc": row["auc"]} for row in kept if row["benchmark"] == CHOICE}
     for name, values in CHOICES.items():
         for value in values:
             chosen = START | {name: value}
-            row = done.get((name, value)) or found.get(str(chosen)) or {"auc": ends(folder, chosen)}
-            found[str(chosen)] = row
-            yield row | {"benchmark": CHOICE, "device": "cpu", "setting": name, "value": value}
+            row = done.get(str(chosen)) or {"auc": ends(folder, chosen)}
+            done[str(chosen)] = row
+            told = {"benchmark": CHOICE, "device": "cpu", "setting": name, "value": value, "settings": chosen}
+            yield told | row
 
 
 def ends(folder: Path, chosen: dict) -> list[float]:
@@ -153,13 +153,14 @@ def ends(folder: Path, chosen: dict) -> list[float]:
 
 def study(folder: Path, kept: list[dict], chosen: dict) -> Iterator[dict]:
     """The rows of every chain, with the settings chosen."""
+    told = {"benchmark": NAME, "device": "cpu", "settings": chosen}
     for seed in SEEDS:
         for rule in RULES:
-            key = (NAME, seed, rule)
-            rows = [row for row in kept if (row["benchmark"], row.get("seed"), row.get("rule")) == key]
+            wanted = told | {"seed": seed, "rule": rule}
+            rows = [row for row in kept if wanted.items() <= row.items()]
             whole = len(rows) == 1 + len(ARRIVALS)
             for row in rows if whole else chain(folder, seed, rule, chosen, "test", ARRIVALS):
-                yield {"benchmark": NAME, "device": "cpu"} | row
+                yield told | row
 
 
 def results(arguments: argparse.Namespace) -> Iterator[dict]:
