@@ -6,8 +6,8 @@ After each it is measured on every decoder, on photographs that no training has 
 With one seed all rules start from the same detector and see the same new images in the same order.
 
 Settings, which all rules share, are chosen first, for plain replay, on validation photographs, with seeds
-that are not reported and the first arrival alone: one is changed at a time from START, and the best AUC taken,
-half of the old decoders and half of the new one. What the result file holds already is not measured again.
+that are not reported and the first arrival alone: one is changed at a time from START, and the best AUC
+taken, half of the old decoders and half of the new one. What the result file holds is not measured again.
 """
 
 from __future__ import annotations

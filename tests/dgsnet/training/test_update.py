@@ -299,7 +299,7 @@ def test_killed_and_resumed_it_ends_as_if_it_had_not_been(finished, options, tmp
     """In a checkpoint, in the next, in the last model and in the report."""
     run = tmp_path / "run"
     words = [*command(options, run), "--resume"]
-    for fatal_call in (12, 20, 8, 18, 0):
+    for fatal_call in (31, 33, 24, 0):
         child = FORKSERVER.Process(target=_update_until, args=(words, fatal_call))
         child.start()
         child.join()
