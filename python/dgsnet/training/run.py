@@ -259,8 +259,12 @@ class _Run:
 
     def _optimiser_step(self, batches: Iterator[dict[str, Any]], micro_batches: list[MicroBatch]) -> None:
         # Dropout depends on this seed alone, so that no generator's state need outlive a kill.
-        set_seed(dropout_seed(self.config.seed, self.position.step, self.accelerator.process_index))
         device = self.accelerator.device
+        seed = dropout_seed(self.config.seed, self.position.step, self.accelerator.process_index)
+        if device.type == "cpu":
+            torch.default_generator.manual_seed(seed)
+        else:  # without a GPU it would note each seed for one that may come
+            set_seed(seed)
         texts = self.text if self.position.stage == BRANCHES else None
         for number, micro in enumerate(micro_batches, 1):
             batch = self.watch.next(batches)
