@@ -60,13 +60,13 @@ def data(tmp_path_factory):
     write(root / "old" / "board", 10, 0, lambda label: BOARD * label)
     write(root / "old" / "stripes", 10, 1, lambda label: STRIPES * label)
     write(root / "new", 10, 2, lambda label: BOARD * (1 - label))
-    write(root / "test" / "board", 20, 3, lambda label: BOARD * label)
-    write(root / "test" / "stripes", 20, 4, lambda label: STRIPES * label)
+    write(root / "test" / "board", 15, 3, lambda label: BOARD * label)
+    write(root / "test" / "stripes", 15, 4, lambda label: STRIPES * label)
     return root
 
 
 @pytest.fixture(scope="module")
-def model(data, tmp_path_factory):
+def trained(data, tmp_path_factory):
     """A detector that knows the old generators."""
     config = Config(
         model=ModelConfig(name="dgsnet-tiny", pretrained="", lora_rank=2, lora_dropout=0.0),
@@ -74,10 +74,18 @@ def model(data, tmp_path_factory):
         data=DataConfig(train=str(data / "old"), workers=0),
         optim=OptimConfig(lr=4e-3, batch_size=BATCH, epochs=10),
         surgery=SurgeryConfig(mode="none"),
-        checkpoint_every=1,
         log_every=3,
     )
-    return train(config, tmp_path_factory.mktemp("runs") / "model")
+    return train(config, tmp_path_factory.mktemp("runs") / "trained")
+
+
+@pytest.fixture(scope="module")
+def model(trained, tmp_path_factory):
+    """The same, whose updates are checkpointed after every step."""
+    copy = shutil.copytree(trained, tmp_path_factory.mktemp("runs") / "model")
+    config = dataclasses.replace(Config.load(copy / "best" / "config.json"), checkpoint_every=1)
+    (copy / "best" / "config.json").write_text(config.to_json())
+    return copy
 
 
 @pytest.fixture
@@ -179,13 +187,15 @@ def test_a_step_has_the_rules_gradient(rule, options, tmp_path, monkeypatch):
         items = [images[i] for i in places]
         labels = torch.tensor([item["label"] for item in items], dtype=torch.float64)
         logits = network.logits(torch.stack([item["pixels"] for item in items]).double())
-        grads = torch.autograd.grad(F.binary_cross_entropy_with_logits(logits, labels), trained)
-        return torch.cat([grad.flatten() for grad in grads])
+        loss = F.binary_cross_entropy_with_logits(logits, labels)
+        return torch.cat([grad.flatten() for grad in torch.autograd.grad(loss, trained)]), loss.item()
 
     order = np.random.default_rng((config.seed, epoch)).permutation(len(new))[:BATCH]
     drawn = Update({}, np.empty(0), old, rule, 1.0, config.seed, {}).draw(0, BATCH)
-    g = gradient(order)
-    others = [gradient([len(new) + i for i in places]) for places in drawn.values()]
+    g, loss = gradient(order)
+    others = [gradient([len(new) + i for i in places])[0] for places in drawn.values()]
+    logged = states[0]["sums"]
+    assert (logged[0].item(), logged[-1].item()) == (pytest.approx(loss, rel=1e-5), 1)  # of new images alone
     assert len(others) == (2 if rule == "gem" else 1)
     assert min(g @ o for o in others) < 0  # else nothing is tested
     if rule == "none":
@@ -203,13 +213,12 @@ def test_only_adapters_and_the_students_head_are_trained(finished, model):
     assert changed == {name for name in before if "lora_" in name or "image_head" in name}
 
 
-def test_gem_holds_where_new_images_alone_forget(options, data, tmp_path):
+def test_gem_holds_where_new_images_alone_forget(options, trained, data, tmp_path):
     """The new real images look like an old generator's, so that learning them is forgetting it."""
     lost = {}
+    longer = options | {"model": trained, "steps": 20, "lr": 4e-3}
     for rule in ("none", "gem"):
-        out = update(
-            out=tmp_path / rule, rule=rule, test=[str(data / "test")], **options | {"steps": 20, "lr": 4e-3}
-        )
+        out = update(out=tmp_path / rule, rule=rule, test=[str(data / "test")], **longer)
         found = json.loads((out / "changes.json").read_text())
         (lost[rule],) = (group for group in found["groups"] if group["generator"] == "all")
         assert lost[rule]["accuracy_before"] > 0.9
