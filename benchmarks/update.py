@@ -15,17 +15,17 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import math
 import os
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from typing import get_args
 
+import numpy as np
 import torch
 from dgsnet import builtin
 from dgsnet.config import Config
@@ -198,32 +198,31 @@ def told(row: dict) -> str:
 
 
 def table(rows: list[dict]) -> str:
-    """Markdown: of every arrival and rule the means over seeds with standard errors, in percent; then, of the
-    last arrival, differences to the rule "none" with the same seed."""
-    rows = [row for row in rows if row["benchmark"] == NAME and row["arrived"]]
+    """Markdown, in percent, means over seeds with standard errors: after every arrival by rule, then paired
+    differences between rules, of the mean over arrivals."""
+    found: dict[tuple, list[list[float]]] = {}  # of each seed the values of a line
+    for row in (row for row in rows if row["benchmark"] == NAME and row["arrived"]):
+        values = [summary(row, key)[group] for key in MEASURES for group in GROUPS]
+        found.setdefault((row["arrived"], row["rule"]), []).append(values)
+    arrivals = list(dict.fromkeys(arrival for arrival, _ in found))
     head = ["arrived", "rule", *(f"{key}, {group}" for key in MEASURES for group in GROUPS)]
     lines = [head, ["---"] * len(head)]
-    by_place = {(row["seed"], row["rule"], row["arrived"]): row for row in rows}
-    seeds, arrivals = ([*dict.fromkeys(row[key] for row in rows)] for key in ("seed", "arrived"))
-    for arrival in arrivals:
-        for rule in RULES:
-            lines.append([arrival, rule, *_cells(by_place, seeds, rule, arrival, "")])
-    for rule in RULES[:-1]:
-        lines.append([arrivals[-1], f"{rule} − none", *_cells(by_place, seeds, rule, arrivals[-1], "none")])
+    places = [(arrival, rule) for arrival in arrivals for rule in RULES]
+    lines += [[*place, *cells(found[place], "")] for place in places]
+    means = {rule: np.mean([found[arrival, rule] for arrival in arrivals], axis=0) for rule in RULES}
+    for base in [rule for rule in ("none", "replay") if rule in RULES]:
+        for rule in RULES[: RULES.index(base)]:
+            lines.append(["mean", f"{rule} \N{MINUS SIGN} {base}", *cells(means[rule] - means[base], "+")])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def _cells(by_place: dict, seeds: list[int], rule: str, arrival: str, base: str) -> Iterator[str]:
-    for key in MEASURES:
-        for group in GROUPS:
-            values = [summary(by_place[seed, rule, arrival], key)[group] for seed in seeds]
-            if base:
-                values = [
-                    value - summary(by_place[seed, base, arrival], key)[group]
-                    for value, seed in zip(values, seeds)
-                ]
-            error = stdev(values) / len(values) ** 0.5 if len(values) > 1 else math.nan
-            yield f"{100 * mean(values):{'+' if base else ''}.1f} ± {100 * error:.1f}"
+def cells(values: Sequence, sign: str) -> list[str]:
+    """Mean and standard error of the columns of [seeds, columns]."""
+    percents = 100 * np.asarray(values)
+    count = len(percents)
+    errors = percents.std(axis=0, ddof=1) / count**0.5 if count > 1 else np.full(len(percents[0]), np.nan)
+    pairs = zip(percents.mean(axis=0), errors)
+    return [f"{value:{sign}.1f} ± {error:.1f}".replace("-", "\N{MINUS SIGN}") for value, error in pairs]
 
 
 def quietly(rows: Iterator[dict]) -> Iterator[dict]:

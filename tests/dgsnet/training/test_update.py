@@ -104,7 +104,7 @@ def options(data, model):
 def finished(data, model, tmp_path_factory):
     """An uninterrupted update, with its report on images kept out of it."""
     out = tmp_path_factory.mktemp("runs") / "finished"
-    return update(model, [str(data / "new")], [str(data / "old")], out, steps=3, lr=2e-3)
+    return update(model, [str(data / "new")], [str(data / "old")], out, rule="gem", steps=3, lr=2e-3)
 
 
 def command(options, out, **more):
@@ -277,11 +277,11 @@ def test_a_fifth_is_held_out_of_every_generator_and_class(data):
 
 
 def test_the_same_update_twice_has_the_same_weights(finished, options, tmp_path):
-    again = update(out=tmp_path / "again", **options)
+    again = update(out=tmp_path / "again", rule="gem", **options)
     assert equal(state(again), state(finished))
     assert (again / "metrics.csv").read_bytes() == (finished / "metrics.csv").read_bytes()
     assert (again / "changes.json").read_text() == (finished / "changes.json").read_text()
-    other = update(out=tmp_path / "other", seed=1, **options)
+    other = update(out=tmp_path / "other", rule="gem", seed=1, **options)
     assert not equal(state(other), state(finished))
 
 
@@ -307,7 +307,7 @@ def _update_until(words, fatal_call):
 def test_killed_and_resumed_it_ends_as_if_it_had_not_been(finished, options, tmp_path):
     """In a checkpoint, in the next, in the last model and in the report."""
     run = tmp_path / "run"
-    words = [*command(options, run), "--resume"]
+    words = [*command(options, run, rule="gem"), "--resume"]
     for fatal_call in (31, 33, 24, 0):
         child = FORKSERVER.Process(target=_update_until, args=(words, fatal_call))
         child.start()
@@ -441,6 +441,7 @@ def test_new_images_of_one_class_are_learned_beside_replayed_ones(options, data,
 
 def test_only_the_same_update_is_resumed(finished, options, tmp_path, capsys):
     run = shutil.copytree(finished, tmp_path / "run")
+    options["rule"] = "gem"
     for more, expected in (
         ({"rule": "replay"}, "cannot resume"),
         ({"replay_share": 0.4}, "with replay_share=0.4, it was started with 0.5"),

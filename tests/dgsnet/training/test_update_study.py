@@ -53,7 +53,7 @@ def test_a_stopped_study_goes_on(small, tmp_path, monkeypatch, capsys):
         ("none", "bilinear"),
     ]
     assert rows[0]["auc"] == rows[2]["auc"] and rows[1]["auc"] != rows[3]["auc"]
-    assert "| bilinear | gem − none | " in capsys.readouterr().out
+    assert "| mean | gem \N{MINUS SIGN} none | " in capsys.readouterr().out
 
     arguments.out.write_text(json.dumps({"results": whole[:6]}))
     made = []
