@@ -52,7 +52,7 @@ def test_a_stopped_study_goes_on(small, tmp_path, monkeypatch, capsys):
         ("none", ""),
         ("none", "bilinear"),
     ]
-    assert rows[0]["auc"] == rows[2]["auc"] and rows[1]["auc"] != rows[3]["auc"]
+    assert rows[0]["auc"] == rows[2]["auc"]
     assert "| mean | gem \N{MINUS SIGN} none | " in capsys.readouterr().out
 
     arguments.out.write_text(json.dumps({"results": whole[:6]}))
