@@ -408,7 +408,13 @@ def test_a_calibrated_model_is_measured_at_its_threshold_too(model, data, tmp_pa
     assert {k: v for k, v in document["mean"].items() if k in plain["mean"] and k != "intervals"} == {
         k: v for k, v in plain["mean"].items() if k != "intervals"
     }
-    assert "calibrated" in capsys.readouterr().out.splitlines()[0]
+    found = document["false_positives"]
+    wrong = sum(r["label"] == "0" and float(r["probability"]) > threshold for r in beta)
+    assert (found["threshold"], found["promised"]) == (threshold, 0.1)
+    assert found["sources"]["beta"]["wrong"] == wrong and found["sources"]["beta"]["exceeds"]
+    printed = capsys.readouterr().out
+    assert "calibrated" in printed.splitlines()[0] and "\nreal images of" in printed
+    assert "\nwarning: The calibrated rate of 10.0% false positives does not hold" in printed
     # Calibrating does not score anew.
     assert (tmp_path / "o/scores.jsonl").read_bytes() == journal
 
