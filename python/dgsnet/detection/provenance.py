@@ -30,7 +30,9 @@ MAX_WORDS = 200  # characters of a name that somebody else has chosen
 
 # By Pillow's names; the others have no place for credentials, or none that the library knows.
 FORMATS = ("AVIF", "GIF", "HEIF", "JPEG", "MPO", "PNG", "TIFF", "WEBP")
-LABEL = b"c2pa"  # of what holds credentials in a file of any format
+# What holds credentials bears the first in a file of any format, and XMP names those elsewhere by the second:
+# without either of them the library, which reads the whole file, need not be asked.
+TRACES = (b"c2pa", b"dcterms:provenance")
 STATES = {"Trusted": "verified", "Valid": "unverified"}
 # Nothing is ever fetched: an image must not be able to call home, nor to change its answer afterwards.
 SETTINGS = {
@@ -189,13 +191,12 @@ def _of_item(item: Item, context: Context) -> Provenance:
         return Provenance("", provenance_note=str(error))
     if kind not in FORMATS:
         return Provenance("absent", provenance_note=f"none is looked for in {kind} files")
+    if not any(trace in data for trace in TRACES):
+        return Provenance("absent")
     try:
         return _of_bytes(data, context)
     except Exception as error:  # as various as the damage
-        why = _plain(error) or type(error).__name__
-        if LABEL in data:
-            return Provenance("invalid", provenance_note=why)
-        return Provenance("absent", provenance_note=f"the file cannot be searched: {why}")
+        return Provenance("invalid", provenance_note=_plain(error) or type(error).__name__)
 
 
 def _of_bytes(data: bytes, context: Context) -> Provenance:
@@ -215,7 +216,7 @@ def _of_bytes(data: bytes, context: Context) -> Provenance:
     state = STATES.get(store["validation_state"], "invalid")
     if state == "invalid":
         return Provenance(state, provenance_note=", ".join(_failures(store)))
-    signature = manifest["signature_info"]
+    signature = manifest.get("signature_info") or {}
     signer = _plain(signature.get("issuer") or signature.get("common_name") or "")
     if state == "verified":
         return Provenance(state, signer, _source_type(manifest))
@@ -237,7 +238,7 @@ def _source_type(manifest: dict[str, Any]) -> str:
         _plain(action.get("digitalSourceType") or "").rpartition("/")[2]
         for assertion in manifest.get("assertions", ())
         if assertion["label"].startswith("c2pa.actions")
-        for action in assertion["data"]["actions"]
+        for action in (assertion.get("data") or {}).get("actions", ())
     ]
     return ", ".join(dict.fromkeys(filter(None, found)))
 

@@ -144,7 +144,7 @@ def predict_command(
         engine: local scores on this machine's device, ray on all of a Ray cluster's.
         heatmaps: folder for a picture and a .json per image of what made its score; 50 times the work.
         consistency: score re-encoded and resized copies too, in a further column how far apart they are, and
-            decide "unsure" where they are decided otherwise; 5 times the work.
+            decide "unsure" where they are decided otherwise; 5 times the work and more.
         provenance: in further columns, the file's Content Credentials: verified, unverified, invalid, absent.
         trust: PEM file of the certificates that signers are trusted by; none are if not given.
     """

@@ -258,7 +258,7 @@ def serve_command(
         max_megabytes: largest image file.
         per_minute: requests that one client may make.
         consistency: score re-encoded and resized copies too, and decide "unsure" where they are decided
-            otherwise; 5 times the work.
+            otherwise; 5 times the work and more.
         provenance: show the file's Content Credentials: verified, unverified, invalid, absent.
         trust: PEM file of the certificates that signers are trusted by; none are if not given.
     """

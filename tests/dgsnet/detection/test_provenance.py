@@ -54,7 +54,7 @@ def flipped(data, at):
     return data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :]
 
 
-@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF", "GIF", "AVIF"])
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF", "GIF", "AVIF", "HEIF"])
 def test_who_signed_and_whether_we_trust_them(read, kind):
     data = picture(kind)
     assert read(data) == Provenance("absent")
@@ -125,12 +125,11 @@ def test_no_change_of_the_pixels_goes_unnoticed(read, kind):
 
 
 def test_a_file_that_the_library_cannot_search_is_absent(read):
-    """It is an image to everybody else, and nothing in it speaks of credentials."""
+    """It is an image to everybody else, and nothing in it looks like credentials."""
     data = picture("PNG")
     cut = data[: data.index(b"IEND") - 4]
     assert read_image(cut).shape == (40, 48, 3)
-    found = read(cut)
-    assert found.provenance == "absent" and found.provenance_note.startswith("the file cannot be searched: ")
+    assert read(cut) == Provenance("absent")
 
 
 def test_credentials_of_another_image_are_invalid(read, photograph):
