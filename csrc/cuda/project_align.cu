@@ -177,12 +177,6 @@ const char* run(const ProjectAlign& args, const Allocate& allocate, void* stream
   if constexpr (Aligned) {
     if (packs <= kMaxThreads && args.rows * lanes_for(packs) <= kAtOnce)
       return run_in_registers<T, true, 1>(args, stream);
-    if constexpr (sizeof(T) == 4) {
-      constexpr int kLess =
-          6;  // fits rows of three quarters of a power of two, such as 768; others store them narrowly
-      if (shares <= kMaxThreads && lanes_for(ceil_div(packs, kLess)) == lanes_for(shares))
-        return run_in_registers<T, true, kLess>(args, stream);
-    }
   }
   return run_in_registers<T, Aligned, kFull>(args, stream);
 }
