@@ -13,7 +13,7 @@ from dgsnet.detection.decisions import DECIMALS
 from dgsnet.detection.detector import Detector
 from dgsnet.detection.overlap import warn_of_training_images
 from dgsnet.errors import UserError
-from dgsnet.evaluation import robustness, shortcut_tables
+from dgsnet.evaluation import false_positives, robustness, shortcut_tables
 from dgsnet.evaluation.journal import Journal
 from dgsnet.evaluation.metrics import THRESHOLD
 from dgsnet.evaluation.report import published_methods, write_page, write_tables
@@ -21,8 +21,8 @@ from dgsnet.evaluation.results import Evaluation, Score, text_table
 
 if TYPE_CHECKING:
     from dgsnet.audit.shortcuts import FileModel
+    from dgsnet.data.distortions import Distortion
     from dgsnet.data.samples import Sample
-    from dgsnet.evaluation.robustness import Distortion
 
 # Scores as they are made, one line each: what a killed evaluation goes on from.
 JOURNAL = "scores.jsonl"
@@ -86,9 +86,9 @@ def evaluate(
     if kept:
         kept.close()
     calibration = detector.calibration
-    calibrated_threshold = calibration.threshold if calibration else None
+    calibrated_threshold, promised = (calibration.threshold, calibration.fpr) if calibration else (None, None)
     nuisances, _ = read_nuisances([sample for _, sample in listed], progress=progress)
-    return Evaluation(scores, threshold, calibrated_threshold, nuisances, file_model)
+    return Evaluation(scores, threshold, calibrated_threshold, nuisances, file_model, promised)
 
 
 def _distorting(detector: Detector, distortion: Distortion) -> Detector:
@@ -154,6 +154,10 @@ def evaluate_command(
     write_tables(out, result)
     write_page(Path(out) / "report.html", result, model=model, views=detector.views)
     print(result.table())
+    if rates := false_positives.rows(result):
+        print(f"\n{false_positives.caption(result)}\n{text_table(rates)}")
+    for sentence in false_positives.sentences(result):
+        print(f"warning: {sentence}")
     if shortcuts := shortcut_tables.text(result):
         print(f"\nbeside what the files alone say:\n{shortcuts}")
     for suite, comparison in result.comparisons().items():
