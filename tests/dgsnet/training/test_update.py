@@ -24,6 +24,7 @@ from dgsnet.detection.decisions import calibrate, load_calibration, save_calibra
 from dgsnet.detection.detector import Detector
 from dgsnet.errors import UserError
 from dgsnet.evaluation.metrics import metrics
+from dgsnet.exchange.model_card import _training
 from dgsnet.model import checkpoint
 from dgsnet.training import run as training_run
 from dgsnet.training.replay import WEIGHTINGS, Update
@@ -373,6 +374,7 @@ def test_what_it_writes_is_a_run(finished, options, tmp_path):
     extra = checkpoint.read_extra(finished)
     assert extra["step"] == 3 and extra["update"]["rule"] == "gem"
     assert extra["update"]["model"] == str(options["model"])
+    assert "an update, rule gem, of the detector `model`" in _training(config, extra)  # of a model card
     again = update(out=tmp_path / "again", rule="replay", test=[], **options | {"model": finished})
     assert not equal(state(again), state(finished))
     assert not (again / "changes.json").exists()
