@@ -76,7 +76,7 @@ def time_of(config: Config, threads: int, answer: multiprocessing.connection.Con
             contextlib.redirect_stdout(silence),
             contextlib.redirect_stderr(silence),
         ):
-            whole = run._Run(config, Path(folder), accelerator, samples, [])
+            whole = run._Run(config, Path(folder), accelerator, samples, [], None)
             start, cpu = time.perf_counter(), time.process_time()
             whole.train()
             seconds = {"s": time.perf_counter() - start, "cpu_s": time.process_time() - cpu}
@@ -85,7 +85,7 @@ def time_of(config: Config, threads: int, answer: multiprocessing.connection.Con
 
 def results(arguments: argparse.Namespace) -> list[dict]:
     cuda = arguments.device == "cuda"
-    model, images, batch = ("ViT-L-14-quickgelu", 4096, 32) if cuda else ("ViT-B-32", 256, 16)
+    model, images, batch = ("ViT-L-14-quickgelu", 4096, 32) if cuda else ("ViT-B-32", 128, 16)
     context = multiprocessing.get_context("spawn")
     found = []
     for threads in arguments.threads:

@@ -130,7 +130,7 @@ def test_wide_accesses(architecture):
 PART_REGISTERS, PARTS, MOST_THREADS, MOST_BLOCKS = 16384, 4, 2048, 32
 TYPES = {"f": "fp32", "d": "fp64", "13__nv_bfloat16": "bf16", "6__half": "fp16"}
 # What a kernel that is compiled for several numbers has a number of.
-NUMBERS = {"rows_in_registers": "pack(s) a thread", "chunk_products": "objectives"}
+NUMBERS = {"rows_in_registers": "packs a thread", "chunk_products": "objectives"}
 TABLE = ROOT / "docs" / "kernels.md"
 HEADING = "| kernel | fp32 | fp64 | bf16 | fp16 |"
 
