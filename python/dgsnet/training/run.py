@@ -181,7 +181,7 @@ class _Run:
             step = self.sharded
             step.enter(stage)
         if self.config.optim.parallel == "fsdp" and self.sharded is None and self.world > 1:
-            parallel.shard(step, list(self.model.visual.transformer.resblocks), self.accelerator.device)
+            parallel.shard(step, list(self.model.backbone.blocks), self.accelerator.device)
             self.sharded = step
         layerwise = stage == BRANCHES and surgery is not None and surgery.mode == "layer"
         # Without weight decay AdamW is Adam. The fused one would operate on gradients still scaled for fp16.
