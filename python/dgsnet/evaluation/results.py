@@ -73,6 +73,7 @@ class Evaluation:
         nuisances: float32 [images, len(NUISANCES)] of the images as they are, in the order of their scores, a
             row of NaN where there are none; None where files were not looked at.
         file_model: what files are taken to say of the label; None: what these images' own files say.
+        frozen: the same images as they are, scored by the frozen backbone; None where that was not asked for.
     """
 
     scores: list[Score]
@@ -80,6 +81,7 @@ class Evaluation:
     calibrated_threshold: float | None = None
     nuisances: np.ndarray | None = field(default=None, repr=False, compare=False)
     file_model: FileModel | None = None
+    frozen: Evaluation | None = field(default=None, repr=False, compare=False)
 
     @property
     def measures(self) -> dict[str, str]:
