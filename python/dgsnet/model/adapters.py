@@ -28,7 +28,7 @@ class Adapter(LoraLinear):
 
     def adapted(self, x: Tensor) -> Tensor:
         """peft widens x to the adapter's fp32 and adds in three passes. Here the adapter is brought to the
-        type of x, its fp32 weights being the ones that are trained, and added by the product that computes it.
+        type of x, its fp32 weights being those that are trained, and added by the product that computes it.
         """
         a, b = (weights.get_parameter("default.weight") for weights in (self.lora_A, self.lora_B))
         rows = x.flatten(0, -2)
