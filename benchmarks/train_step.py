@@ -28,14 +28,17 @@ import numpy as np
 import open_clip
 import torch
 import torch.nn.functional as F
+from accelerate import Accelerator
 from dgsnet.builtin.crops import sample_crop
 from dgsnet.builtin.photographs import PHOTOGRAPHS
 from dgsnet.config import ModelConfig, OptimConfig, PreprocessConfig, SurgeryConfig
-from dgsnet.data.images import read_image
+from dgsnet.data.images import file_hash, read_image
+from dgsnet.data.loading import ImageDataset
 from dgsnet.data.preprocess import NORMALIZATIONS, Preprocessor
+from dgsnet.data.samples import Sample
 from dgsnet.model import adapters, pretrained
 from dgsnet.model.dgsnet import DGSNet
-from dgsnet.training.frozen import CaptionFeatures
+from dgsnet.training.frozen import CaptionFeatures, ImageFeatures
 from dgsnet.training.plan import BRANCHES
 from dgsnet.training.step import Step, layer_surgery, named_parameters, speed_up
 from PIL import Image
@@ -47,11 +50,12 @@ from benchmarks import harness
 from dgs_kernels import reference
 
 PARTS = ("data", "text", "teacher", "student", "surgery", "backward", "optimiser")
-PUBLISHED, PUBLISHED_BF16, PLAIN, OURS = (
+PUBLISHED, PUBLISHED_BF16, PLAIN, OURS, STORED = (
     "official as published",
     "official, bf16 autocast",
     "ours, no surgery",
     "ours",
+    "ours, data.views",
 )
 WORDS = ("a", "photo", "of", "the", "red", "old", "dog", "cat", "car", "tree", "house", "on", "street", "sky")
 TOKENS = 12
@@ -253,6 +257,7 @@ class Ours:
         text_in_step: bool = False,
         fused: bool = True,
         autocast: bool = False,
+        stored: bool = False,
         **optim: Any,
     ) -> None:
         self.settings, device = settings, settings.device
@@ -274,6 +279,23 @@ class Ours:
         size = self.model.image_size
         self.preprocess = Preprocessor(PreprocessConfig(image_size=size, num_patches=(size // 32) ** 2))
         self.rng = np.random.default_rng(0)
+        self.frozen = self.stored_features() if stored else None
+
+    def stored_features(self) -> Callable[[list[str]], Tensor]:
+        """Looks up the frozen tower's features of image files, which are computed now."""
+        paths = sorted(Path(self.settings.folder).glob("*.png"))
+        samples = [Sample(str(path), 0, "") for path in paths]
+        images = ImageDataset(samples, self.preprocess, train=True, views=1)
+        accelerator = Accelerator(cpu=self.settings.device == "cpu")
+        features = ImageFeatures(self.model, images, accelerator, 0, self.settings.folder)
+        places = {sample.path: i for i, sample in enumerate(samples)}
+        hashes = torch.tensor([file_hash(path.read_bytes()) for path in paths])
+
+        def look_up(paths: list[str]) -> Tensor:
+            index = torch.tensor([places[path] for path in paths])
+            return features(index, 0, hashes[index])
+
+        return look_up
 
     def load(self, paths: list[str]) -> Tensor:
         return torch.stack([self.preprocess(read_image(p), rng=self.rng) for p in paths])
@@ -285,7 +307,8 @@ class Ours:
         pixels = self.load(paths).to(device, non_blocking=True)
         with self.autocast():
             text = self.text(captions).to(device, non_blocking=True).float() if self.surgery else None
-            loss, _, harmful, _ = self.module(pixels, labels, text)
+            frozen = self.frozen(paths).to(device, non_blocking=True) if self.frozen else None
+            loss, _, harmful, _ = self.module(pixels, labels, text, frozen=frozen)
         loss.backward(retain_graph=harmful is not None)
         if harmful is not None:
             with self.layerwise.harmful():
@@ -303,7 +326,10 @@ class Ours:
                 with clock("text"):
                     text = self.text(captions).to(device).float()
                 with clock("teacher"):
-                    teacher = self.model.teacher_features(pixels)
+                    if self.frozen:
+                        teacher = self.frozen(paths).to(device)
+                    else:
+                        teacher = self.model.teacher_features(pixels)
             with clock("student"):
                 features = self.model.student_features(pixels)
         with clock("surgery"):
@@ -362,6 +388,7 @@ VARIANTS = {
     PUBLISHED_BF16: Variant("Official", {"bf16": True}),
     PLAIN: Variant("Ours", {"surgery": "none"}),
     OURS: Variant("Ours"),
+    STORED: Variant("Ours", {"stored": True}),
 }
 CHOICES = {
     OURS: Variant("Ours"),

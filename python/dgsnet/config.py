@@ -103,10 +103,10 @@ class DataConfig:
         selection: where patches are selected from decoded images: in the "workers", or on the "device" for
             the whole batch.
         views: draws of crop, shuffle and mirroring for each training image, used in turn by the epochs; what
-            the frozen tower sees is then finite, and its features are computed once and kept in memory
+            the frozen tower sees is then finite, and its features are computed once and kept on disk
             (4 bytes per number). 0: a fresh draw in every epoch, as published.
-        cache: folder where text features are kept, computed once per caption and text encoder; empty:
-            $XDG_CACHE_HOME/dgsnet, or ~/.cache/dgsnet.
+        cache: folder where features of frozen towers are kept, of captions and, with `views`, of images;
+            empty: $XDG_CACHE_HOME/dgsnet, or ~/.cache/dgsnet.
     """
 
     train: list[str] | str = field(default_factory=list)

@@ -76,10 +76,12 @@ class ImageDataset(Dataset):
         Where the device selects, `patches`, `seed` and `flip` of `Preprocessor.cut` in place of `pixels`.
         With nuisances, float32 [len(NUISANCES)] as `nuisances`.
         """
+        return self.item(index, self.view_of(int(self._epoch)))
+
+    def item(self, index: int, view: int) -> dict[str, Any]:
+        """An item as an epoch has it that sees this augmentation."""
         sample = self.samples[index]
-        rng = None
-        if self.train:
-            rng = np.random.default_rng((self.seed, self.view_of(int(self._epoch)), index))
+        rng = np.random.default_rng((self.seed, view, index)) if self.train else None
         try:
             image, item = self._read(index)
             if self.cut_only:

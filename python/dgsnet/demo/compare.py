@@ -203,6 +203,7 @@ def _train_one(
 
     torch.set_num_threads(1)
     started = time.monotonic()
+    config = replace(config, data=replace(config.data, cache=str(folder / "cache")))  # shared by the methods
     name = f"{task}-{method.lower().replace(' ', '-')}-{seed}"
     print(f"== {name}", flush=True)
     run = train(config, folder / name)

@@ -86,7 +86,7 @@ def prepare(data: Path, split: str, config: Config) -> Exam:
 @torch.inference_mode()
 def measure(model: DGSNet, exam: Exam) -> Measures:
     """Measure a detector, on the CPU, in evaluation mode."""
-    features = _features(model, exam.pixels)
+    features = _features(model, exam.pixels) if model.config.lora_rank else exam.frozen
     probabilities = torch.sigmoid(model.head.image_head(features).squeeze(1).double()).tolist()
     scores = [
         Score(sample.path, sample.generator, sample.label, probability)

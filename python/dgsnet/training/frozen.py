@@ -1,27 +1,31 @@
 """What frozen towers say, computed once, so that they need not run in a training step.
 
-Text features of captions are kept on disk: a folder per text encoder holds immutable `.npy` files of (key,
-feature) rows, which are memory-mapped. New captions go to a new file that appears complete, so several
-processes may share a folder. Features of images are kept in memory.
+The features are kept on disk, in immutable `.npy` files of rows, which are memory-mapped. New ones go to a
+new file that appears complete, so several processes may share a folder, and a kill costs at most one file.
+Captions have a folder per text encoder; images one per set of images, views, preprocessing and encoder.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import sys
+import zlib
 from collections.abc import Iterable, Set
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from dgsnet.data.loading import ImageDataset, loader_options, pixels_on
 from dgsnet.errors import UserError
+from dgsnet.files import sync
 from dgsnet.model.dgsnet import DGSNet
 
 if TYPE_CHECKING:
@@ -29,6 +33,7 @@ if TYPE_CHECKING:
 
 BATCH = 256  # captions, or images, encoded at once
 KEY_BYTES = 16
+CHUNK = 1024  # images of a file
 
 
 def default_folder() -> Path:
@@ -100,7 +105,7 @@ def _encode(model: DGSNet, captions: list[str], keys: list[bytes], folder: Path,
     """Write a file with the features of these captions; they come sorted by length, to be cut alike."""
     dim = model.dim
     path = folder / f"{hashlib.sha256(b''.join(keys)).hexdigest()[:32]}.npy"
-    new = path.with_name(f".{path.name}.{os.getpid()}.new")
+    new = _unfinished(path)
     dtype = [("key", f"V{KEY_BYTES}"), ("feature", "<f4", (dim,))]
     rows = np.lib.format.open_memmap(new, mode="w+", dtype=dtype, shape=(len(captions),))
     for start in tqdm(range(0, len(captions), BATCH), desc="encoding captions", disable=not progress):
@@ -111,6 +116,10 @@ def _encode(model: DGSNet, captions: list[str], keys: list[bytes], folder: Path,
     del rows
     os.replace(new, path)
     return path
+
+
+def _unfinished(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{os.getpid()}.new")
 
 
 def encoder_identity(text: nn.Module) -> str:
@@ -126,36 +135,198 @@ def _key(caption: str) -> bytes:
     return hashlib.sha256(caption.encode(errors="surrogateescape")).digest()[:KEY_BYTES]
 
 
-class FrozenFeatures:
-    """Features of every view of every training image from the tower without adapters, kept in memory.
+class ImageFeatures:
+    """Features of every view of every training image from the tower without adapters, read from disk.
 
-    The processes share the work, and every one of them then holds all of the result. Batches are the same in
-    every run on as many processes, so a resumed run has the same features to the last bit.
+    A row of a file holds the feature of a view, the hash of its image's file, and a checksum that no row of
+    another store or place has. A file's batches are the same in every run, and so are the features, as far as
+    the devices round alike.
 
     Args:
-        model: gives the features; in its device's precision, kept as float32.
+        model: gives the features, in its precision; kept as float32.
         dataset: training images with `views` of 1 or more.
-        accelerator: of the processes.
+        accelerator: of the processes, which share the work.
         workers: decoding processes.
+        folder: the cache's folder; "" is `default_folder()`.
+        encoder: tells the model's weights and precision from others.
+
+    Raises:
+        UserError: the store is damaged or foreign or cannot be written.
     """
 
-    def __init__(self, model: DGSNet, dataset: ImageDataset, accelerator: Accelerator, workers: int) -> None:
+    def __init__(
+        self,
+        model: DGSNet,
+        dataset: ImageDataset,
+        accelerator: Accelerator,
+        workers: int,
+        folder: str | Path = "",
+        encoder: str = "",
+    ) -> None:
         self.dataset = dataset
-        self.rows = torch.zeros(dataset.views, len(dataset), model.dim)
-        own = range(accelerator.process_index, len(dataset), accelerator.num_processes)
-        loader = DataLoader(dataset, BATCH, sampler=own, **loader_options(workers, told=True))
-        shown = accelerator.is_main_process and sys.stderr.isatty()
-        for view in tqdm(range(dataset.views), desc="frozen features, view", disable=not shown):
-            dataset.set_epoch(view)
-            for batch in loader:
-                if not len(batch["labels"]):  # all were damaged, of which training tells
-                    continue
-                pixels = pixels_on(accelerator.device, batch, dataset.preprocess)
-                with accelerator.autocast():
-                    features = model.teacher_features(pixels)
-                self.rows[view, batch["index"]] = features.float().cpu()
-            self.rows[view] = accelerator.reduce(self.rows[view].to(accelerator.device), "sum").cpu()
+        self._identity = _views_identity(dataset, encoder)
+        self._dtype = np.dtype([("check", "<u4"), ("hash", "<i8"), ("feature", "<f4", (model.dim,))])
+        self._files: dict[int, np.ndarray] = {}
+        self._folder = Path(folder or default_folder()).expanduser() / "images" / self._identity
+        # All processes share the work; where they have no common disk, those of a machine do what is left.
+        local, here = accelerator.local_process_index, int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        shares = ((accelerator.process_index, accelerator.num_processes), (local % here, here))
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            for first, step in shares:
+                mine = self._missing()[first::step]
+                accelerator.wait_for_everyone()  # all have seen the same files
+                if mine:
+                    self._compute(mine, model, accelerator, workers)
+                accelerator.wait_for_everyone()
+        except OSError as error:
+            raise UserError(
+                f"image features cannot be kept in {self._folder} ({error.strerror or error}): set "
+                "data.cache to another folder"
+            ) from None
 
-    def __call__(self, index: Tensor, epoch: int) -> Tensor:
-        """Features [n, D], float32, on the CPU, of the images as an epoch sees them."""
-        return self.rows[self.dataset.view_of(epoch), index]
+    def __call__(self, index: Tensor, epoch: int, hashes: Tensor) -> Tensor:
+        """Features [n, D], float32, on the CPU, of images as an epoch sees them.
+
+        Args:
+            index: [n], places in the dataset.
+            epoch: decides the view.
+            hashes: [n], of the images' files as they were read.
+
+        Raises:
+            UserError: the store is damaged, or a file has changed since its feature was computed.
+        """
+        rows = [self._row(int(i), epoch) for i in index]
+        for i, row, file_hash in zip(index.tolist(), rows, hashes.tolist()):
+            if row["hash"] != file_hash:
+                raise UserError(
+                    f"{self.dataset.samples[i].path} has changed since its features were kept: remove "
+                    f"{self._folder}, they will be computed again"
+                )
+        features = np.array([row["feature"] for row in rows], np.float32)
+        return torch.from_numpy(features.reshape(-1, *self._dtype["feature"].shape))
+
+    def images(self) -> Dataset:
+        """The training images without pixels, for stages that need none: items as of the dataset's."""
+        return _WithoutPixels(self)
+
+    def _row(self, index: int, epoch: int) -> np.void:
+        row = self.dataset.view_of(epoch) * len(self.dataset) + index
+        file, place = divmod(row, CHUNK)
+        if file not in self._files:
+            self._files[file] = self._open(file)
+        found = self._files[file][place]
+        if found["check"] != self._check(row, found):
+            path = self._path(file)
+            raise UserError(f"{path} is damaged or of another store: remove it, it will be computed again")
+        return found
+
+    def _check(self, row: int, content: np.void) -> int:
+        checked = content["hash"].tobytes() + content["feature"].tobytes()
+        return zlib.crc32(checked, zlib.crc32(f"{self._identity} {row}".encode()))
+
+    def _path(self, file: int) -> Path:
+        return self._folder / f"{file:06d}.npy"
+
+    def _places(self, file: int) -> range:
+        """The rows of a file."""
+        return range(file * CHUNK, min((file + 1) * CHUNK, len(self.dataset) * self.dataset.views))
+
+    def _open(self, file: int) -> np.ndarray:
+        path = self._path(file)
+        try:
+            rows = np.load(path, mmap_mode="r")
+        except (ValueError, EOFError) as error:
+            raise UserError(f"{path} is damaged ({error}): remove it, it will be computed again") from None
+        if rows.dtype != self._dtype or rows.shape != (len(self._places(file)),):
+            raise UserError(f"{path} is of another store: remove it, it will be computed again")
+        return rows
+
+    def _missing(self) -> list[int]:
+        """Numbers of the files that are not there; those that are there are opened."""
+        missing = []
+        for file in range(-(-len(self.dataset) * self.dataset.views // CHUNK)):
+            if self._path(file).is_file():
+                self._open(file)
+            else:
+                missing.append(file)
+        return missing
+
+    @torch.no_grad()
+    def _compute(self, files: list[int], model: DGSNet, accelerator: Accelerator, workers: int) -> None:
+        batches = [
+            list(rows[start : start + BATCH])
+            for rows in map(self._places, files)
+            for start in range(0, len(rows), BATCH)
+        ]
+        loaded = iter(
+            DataLoader(_Views(self.dataset), batch_sampler=batches, **loader_options(workers, told=True))
+        )
+        shown = accelerator.is_main_process and sys.stderr.isatty()
+        for file in tqdm(files, desc="frozen features", unit_scale=CHUNK, unit=" images", disable=not shown):
+            rows = self._places(file)
+            content = np.zeros(len(rows), self._dtype)
+            content["feature"] = np.nan  # of what cannot be read, of which training tells
+            for _ in range(0, len(rows), BATCH):
+                batch = next(loaded)
+                if len(batch["labels"]):
+                    with accelerator.autocast():
+                        pixels = pixels_on(accelerator.device, batch, self.dataset.preprocess)
+                        features = model.teacher_features(pixels)
+                    places = batch["index"] - rows.start
+                    content["feature"][places] = features.float().cpu()
+                    content["hash"][places] = batch["hashes"]
+            content["check"] = [self._check(row, one) for row, one in zip(rows, content)]
+            path = self._path(file)
+            with open(_unfinished(path), "wb") as out:
+                np.save(out, content)
+                sync(out)
+            os.replace(_unfinished(path), path)
+
+
+class _Views(Dataset):
+    """All views of a dataset, one view after the other; an item's index is its place here."""
+
+    def __init__(self, dataset: ImageDataset) -> None:
+        self.dataset = dataset
+
+    def __len__(self) -> int:
+        return self.dataset.views * len(self.dataset)
+
+    def __getitem__(self, row: int) -> dict[str, Any]:
+        view, index = divmod(row, len(self.dataset))
+        return self.dataset.item(index, view) | {"index": row}
+
+
+class _WithoutPixels(Dataset):
+    def __init__(self, features: ImageFeatures) -> None:
+        self.features, self.dataset = features, features.dataset
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        row = self.features._row(index, epoch=0)
+        if np.isnan(row["feature"]).all():
+            return self.dataset[index]  # which tells why it cannot be read
+        sample = self.dataset.samples[index]
+        item = {"label": sample.label, "caption": sample.caption or "", "index": index}
+        return item | {"pixels": torch.empty(0), "hash": int(row["hash"])}
+
+
+def _views_identity(dataset: ImageDataset, encoder: str) -> str:
+    """A hash of all that decides the features; for the content of a file its size and time stand."""
+    digest = hashlib.sha256()
+    settings = (encoder, asdict(dataset.preprocess.config), dataset.seed, dataset.views)
+    digest.update(json.dumps(settings).encode())
+    for sample in dataset.samples:
+        item = sample.item
+        try:
+            found = os.stat(item.path)
+            state = f"{found.st_size} {found.st_mtime_ns}"
+        except OSError:
+            state = "cannot be read"
+        digest.update(
+            f"{sample.path}\0{item.offset}\0{item.size}\0{state}\n".encode(errors="surrogateescape")
+        )
+    return digest.hexdigest()[:32]

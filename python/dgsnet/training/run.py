@@ -56,7 +56,7 @@ from dgsnet.processes import default_workers
 from dgsnet.training import drift, parallel
 from dgsnet.training.checks import uses_nuisances, uses_surgery, uses_text
 from dgsnet.training.experts import FileExpert
-from dgsnet.training.frozen import CaptionFeatures, FrozenFeatures
+from dgsnet.training.frozen import CaptionFeatures, ImageFeatures
 from dgsnet.training.log import VAL_COLUMNS, Log, Progress
 from dgsnet.training.plan import BRANCHES, HEAD, MicroBatch, Position, StepPlan, dropout_seed
 from dgsnet.training.setup import accelerator_for, with_batch_size
@@ -132,7 +132,7 @@ class _Run:
             self.model.text = None
         speed_up(self.model, optim)
         self.expert = FileExpert().to(accelerator.device) if uses_nuisances(config) else None
-        self.frozen: FrozenFeatures | None = None
+        self.frozen: ImageFeatures | None = None
         self.position = Position(HEAD if uses_surgery(config) else BRANCHES)
         self.best: list[float] | None = None
         self.trained_on: set[int] = set()  # hashes of the files that this process has trained on
@@ -150,8 +150,13 @@ class _Run:
             shown = sys.stderr.isatty() and self.accelerator.is_main_process
             self.expert.standardise(self.order.dataset.samples, progress=shown)
         if self.config.data.views and (uses_surgery(self.config) or not self.config.model.lora_rank):
-            self.frozen = FrozenFeatures(
-                self.model, self.order.dataset, self.accelerator, self.loader.num_workers
+            self.frozen = ImageFeatures(
+                self.model,
+                self.order.dataset,
+                self.accelerator,
+                self.loader.num_workers,
+                self.config.data.cache,
+                f"{self.backbone} {self.config.optim.precision}",
             )
         self.accelerator.wait_for_everyone()  # every process has looked at the folder before one writes
         if self.accelerator.is_main_process:
@@ -211,6 +216,13 @@ class _Run:
         self.optimizer = None
         self._checkpoint()
 
+    def _loader(self) -> DataLoader:
+        """Gives the stage's batches; those of a head on frozen features that are known have no pixels."""
+        head_alone = not self.config.model.lora_rank and not uses_surgery(self.config)
+        if self.frozen is not None and (self.position.stage == HEAD or head_alone):
+            return DataLoader(self.frozen.images(), batch_sampler=self.plan, collate_fn=collate)
+        return self.loader
+
     def _at_max_steps(self) -> bool:
         limit = self.config.optim.max_steps
         return bool(limit) and self.position.stage == BRANCHES and self.position.stage_step >= limit
@@ -222,7 +234,7 @@ class _Run:
         limited = optim.max_steps and position.stage == BRANCHES
         self.plan.set(list(self.order), optim.max_steps - position.stage_step if limited else None)
         self.model.train()
-        batches = iter(self.loader) if self.plan.steps else iter(())
+        batches = iter(self._loader()) if self.plan.steps else iter(())
         self.watch.start()
         done = math.ceil(position.seen / self.plan.images)
         total = done + len(self.plan.steps)
@@ -247,8 +259,12 @@ class _Run:
 
     def _optimiser_step(self, batches: Iterator[dict[str, Any]], micro_batches: list[MicroBatch]) -> None:
         # Dropout depends on this seed alone, so that no generator's state need outlive a kill.
-        set_seed(dropout_seed(self.config.seed, self.position.step, self.accelerator.process_index))
         device = self.accelerator.device
+        seed = dropout_seed(self.config.seed, self.position.step, self.accelerator.process_index)
+        if device.type == "cpu":
+            torch.default_generator.manual_seed(seed)
+        else:  # without a GPU it would note each seed for one that may come
+            set_seed(seed)
         texts = self.text if self.position.stage == BRANCHES else None
         for number, micro in enumerate(micro_batches, 1):
             batch = self.watch.next(batches)
@@ -260,7 +276,9 @@ class _Run:
             unsynced = parallel.no_sync if self.sharded else self.accelerator.no_sync
             with contextlib.nullcontext() if last else unsynced(self.step_module):
                 text = texts(batch["captions"]) if texts and batch["captions"] else None
-                frozen = self.frozen(batch["index"], self.order.epoch) if self.frozen else None
+                frozen = None
+                if self.frozen is not None:
+                    frozen = self.frozen(batch["index"], self.order.epoch, batch["hashes"])
                 inputs = (pixels, labels, text, batch.get("nuisances"), frozen)
                 loss, values, harmful, moments = self.step_module(
                     *(x if x is None else x.to(device, non_blocking=True) for x in inputs)

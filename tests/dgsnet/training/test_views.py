@@ -1,7 +1,12 @@
 """Views: a finite set of augmentations, whose frozen features are computed once and are the tower's own."""
 
 import contextlib
+import copy
 import json
+import os
+import shutil
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -13,9 +18,11 @@ from dgsnet.data import loading
 from dgsnet.data.loading import ImageDataset
 from dgsnet.data.preprocess import Preprocessor
 from dgsnet.data.samples import find_samples
+from dgsnet.errors import UserError
 from dgsnet.model.dgsnet import DGSNet
+from dgsnet.training import frozen
 from dgsnet.training import run as training_run
-from dgsnet.training.frozen import FrozenFeatures
+from dgsnet.training.frozen import ImageFeatures
 from dgsnet.training.train import train
 from PIL import Image
 from safetensors.torch import load_file
@@ -94,44 +101,211 @@ def test_an_image_is_decoded_once_while_there_is_room(root, monkeypatch, limit, 
     )
 
 
-def test_features_are_the_towers(root):
-    model, images = DGSNet(settings(root).model), dataset(root)
-    alone = SimpleNamespace(
-        process_index=0,
-        num_processes=1,
+@pytest.fixture(scope="module")
+def model(root):
+    torch.manual_seed(0)
+    return DGSNet(settings(root).model, with_text=False)
+
+
+@pytest.fixture
+def encoded(monkeypatch):
+    """The numbers of images that the frozen tower has been given since, batch by batch."""
+    calls, original = [], DGSNet.teacher_features
+    monkeypatch.setattr(DGSNet, "teacher_features", lambda *a: (calls.append(len(a[1])), original(*a))[1])
+    return calls
+
+
+@pytest.fixture
+def small_files(monkeypatch):
+    """Twenty rows are five files."""
+    monkeypatch.setattr(frozen, "CHUNK", 4)
+
+
+def process(rank=0, world=1, local=0):
+    """What an Accelerator says of a process."""
+    return SimpleNamespace(
+        process_index=rank,
+        num_processes=world,
+        local_process_index=local,
         device=torch.device("cpu"),
-        is_main_process=True,
+        is_main_process=rank == 0,
         autocast=contextlib.nullcontext,
-        reduce=lambda rows, how: {"sum": rows}[how],
+        wait_for_everyone=lambda: None,
     )
-    found = FrozenFeatures(model, images, alone, 0)
-    for epoch in (1, 2):
-        images.set_epoch(epoch)
-        expected = model.teacher_features(torch.stack([images[i]["pixels"] for i in (5, 0)]))
-        torch.testing.assert_close(found(torch.tensor([5, 0]), epoch), expected)
-    # Two processes, whose rows are summed.
-    halves = []
-    for rank in range(2):
-        alone.process_index, alone.num_processes = rank, 2
-        halves.append(FrozenFeatures(model, images, alone, 0).rows)
-    assert not (halves[0] * halves[1]).any()
-    torch.testing.assert_close(halves[0] + halves[1], found.rows)
+
+
+def store(model, images, folder, one=None):
+    return ImageFeatures(model, images, one or process(), 0, folder, "encoder")
+
+
+def look_up(features, epoch, index):
+    """Features of readable images in an epoch, and those images' pixels."""
+    features.dataset.set_epoch(epoch)
+    items = [features.dataset[i] for i in index]
+    found = features(torch.tensor(index), epoch, torch.tensor([item["hash"] for item in items]))
+    return found, torch.stack([item["pixels"] for item in items])
+
+
+@pytest.mark.usefixtures("small_files")
+def test_features_are_the_towers(root, model, encoded, tmp_path):
+    features = store(model, dataset(root), tmp_path)
+    assert encoded == [4, 3, 4, 4, 3]
+    for epoch in range(2 * VIEWS):
+        found, pixels = look_up(features, epoch, [5, 0, 9])
+        torch.testing.assert_close(found, model.teacher_features(pixels))
+    none = torch.empty(0, dtype=torch.int64)
+    assert features(none, 0, none).shape == (0, model.dim)
+
+
+@pytest.mark.usefixtures("small_files")
+def test_another_run_computes_nothing(root, model, encoded, tmp_path):
+    first, _ = look_up(store(model, dataset(root), tmp_path), 1, [5, 0])
+    encoded.clear()
+    again, _ = look_up(store(model, dataset(root), tmp_path), 1, [5, 0])
+    assert not encoded and torch.equal(first, again)
+    assert isinstance(np.load(files(tmp_path)[0], mmap_mode="r"), np.memmap)
+
+
+def files(folder):
+    return sorted(folder.rglob("*.npy"))
+
+
+@pytest.mark.usefixtures("small_files")
+def test_processes_share_the_work(root, model, encoded, tmp_path, monkeypatch):
+    """On one disk each file is computed once; on disks of their own both have all of them in the end."""
+    alone = tmp_path / "alone"
+    store(model, dataset(root), alone)
+    expected = [path.read_bytes() for path in files(alone)]
+    encoded.clear()
+    for local_world, folders in ((2, ("shared", "shared")), (1, ("node0", "node1"))):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(local_world))
+        together = threading.Barrier(2)
+
+        def start(rank, folder, together=together, local_world=local_world):
+            one = process(rank, 2, local=rank % local_world)
+            one.wait_for_everyone = together.wait
+            store(copy.deepcopy(model), dataset(root), tmp_path / folder, one)
+
+        with ThreadPoolExecutor(2) as pool:
+            list(pool.map(start, range(2), folders))
+        assert len(encoded) == {2: 5, 1: 15}[local_world]
+    for folder in ("shared", "node0", "node1"):
+        assert [path.read_bytes() for path in files(tmp_path / folder)] == expected
+
+
+@pytest.mark.usefixtures("small_files")
+def test_a_kill_costs_one_file(root, model, encoded, tmp_path, monkeypatch):
+    store(model, dataset(root), tmp_path / "whole")
+
+    def killed(*args):
+        if len(files(tmp_path / "killed")) == 2:
+            next((tmp_path / "killed").rglob("*.npy")).with_name(".000002.npy.1.new").write_bytes(b"half")
+            raise KeyboardInterrupt
+        return original(*args)
+
+    original = DGSNet.teacher_features
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(DGSNet, "teacher_features", killed)
+        store(model, dataset(root), tmp_path / "killed")
+    encoded.clear()
+    store(model, dataset(root), tmp_path / "killed")
+    assert encoded == [4, 4, 3]
+    whole, resumed = files(tmp_path / "whole"), files(tmp_path / "killed")
+    assert [path.read_bytes() for path in whole] == [path.read_bytes() for path in resumed]
+
+
+def flip(data):
+    """A bit of the last feature is another."""
+    return data[:-2] + bytes([data[-2] ^ 1]) + data[-1:]
+
+
+@pytest.mark.usefixtures("small_files")
+@pytest.mark.parametrize("damage", [lambda _: b"", lambda _: b"junk", lambda data: data[:-8], flip])
+def test_a_damaged_store_is_refused(root, model, tmp_path, damage):
+    store(model, dataset(root), tmp_path)
+    path = files(tmp_path)[0]
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(UserError, match=rf"{path.name} is damaged .*: remove it") as caught:
+        look_up(store(model, dataset(root), tmp_path), 0, [3])
+    assert "\n" not in str(caught.value)
+    path.unlink()
+    look_up(store(model, dataset(root), tmp_path), 0, [3])
+
+
+@pytest.mark.usefixtures("small_files")
+def test_a_foreign_store_is_refused(root, model, tmp_path):
+    """A file from another place, another set of views or a wider model in the place of the right one."""
+    store(model, dataset(root), tmp_path / "own")
+    first, second, *_ = files(tmp_path / "own")
+    right = first.read_bytes()
+    store(model, dataset(root, views=1), tmp_path / "other")
+    wide = np.zeros(4, [("check", "<u4"), ("hash", "<i8"), ("feature", "<f4", (model.dim + 1,))])
+    np.save(tmp_path / "wide.npy", wide)
+    for foreign in (second, files(tmp_path / "other")[0], tmp_path / "wide.npy"):
+        first.write_bytes(foreign.read_bytes())
+        with pytest.raises(UserError, match=rf"{first.name} is .*of another store: remove it"):
+            look_up(store(model, dataset(root), tmp_path / "own"), 0, [3])
+    first.write_bytes(right)
+    look_up(store(model, dataset(root), tmp_path / "own"), 0, [3])
+
+
+def test_what_decides_the_features_has_a_store_of_its_own(root, model, encoded, tmp_path):
+    def count(**changes):
+        images = dataset(root, changes.pop("views", VIEWS))
+        images.seed = changes.pop("seed", images.seed)
+        images.preprocess = changes.pop("preprocess", images.preprocess)
+        ImageFeatures(model, images, process(), 0, tmp_path, changes.pop("encoder", "encoder"))
+        return len(files(tmp_path))
+
+    assert count() == count() == 1
+    other = Preprocessor(PreprocessConfig(mode="crop", image_size=32, flip=False))
+    changes = ({"views": 1}, {"seed": 2}, {"preprocess": other}, {"encoder": "another"})
+    assert [count(**change) for change in changes] == [2, 3, 4, 5]
+
+
+def test_a_changed_image_is_computed_again_or_refused(root, model, encoded, tmp_path):
+    images = tmp_path / "images"
+    shutil.copytree(root, images)
+    path = images / "0_real/3.png"
+    before = path.stat()
+    old, _ = look_up(store(model, dataset(images), tmp_path), 0, [3])
+    pixels = np.asarray(Image.open(path)).copy()
+    pixels[:] = 255 - pixels
+    Image.fromarray(pixels).save(path)
+    os.utime(path, ns=(0, 0))
+    features = store(model, dataset(images), tmp_path)
+    found, pixels = look_up(features, 0, [3])
+    torch.testing.assert_close(found, model.teacher_features(pixels))
+    assert not torch.equal(found, old)
+    # Another file of the same size and time.
+    shutil.copy(root / "0_real/3.png", path)
+    assert path.stat().st_size == before.st_size
+    with pytest.raises(UserError, match=r"0_real/3.png has changed since .*: remove .*images"):
+        features.dataset = dataset(images)  # which has not read the file before
+        look_up(features, 0, [3])
+
+
+def test_a_folder_that_cannot_be_written_is_named(root, model, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"cannot be kept in .*file.* set data\.cache"):
+        store(model, dataset(root), tmp_path / "file")
 
 
 @pytest.mark.parametrize("surgery", [SurgeryConfig(), SurgeryConfig(mode="layer"), None])
-def test_training_is_as_with_the_tower_in_every_step(root, tmp_path, monkeypatch, surgery, finished):
-    config = settings(root)
+def test_training_is_as_with_the_tower_in_every_step(root, tmp_path, monkeypatch, encoded, surgery, finished):
+    config = settings(root, cache=str(tmp_path / "cache"))
     if surgery is None:
         config = replace(config, model=replace(config.model, lora_rank=0))
     else:
         config = replace(config, surgery=surgery)
-    calls = []
-    frozen = DGSNet.teacher_features
-    monkeypatch.setattr(DGSNet, "teacher_features", lambda *a: (calls.append(len(a[1])), frozen(*a))[1])
+    read, original = [], ImageDataset.item
+    monkeypatch.setattr(ImageDataset, "item", lambda *a: (read.append(a[1]), original(*a))[1])
     with pytest.warns(UserWarning, match="left out"):
         stored = weights(train(config, tmp_path / "stored"))
-    assert calls == [IMAGES - 1] * VIEWS
-    monkeypatch.setattr(training_run, "FrozenFeatures", lambda *_: None)
+    assert encoded == [VIEWS * (IMAGES - 1)]
+    # Every view once; then what trains adapters reads the images, all else only what ails the damaged one.
+    assert len(read) == VIEWS * IMAGES + (3 * IMAGES + 2 if surgery else 3)
+    monkeypatch.setattr(training_run, "ImageFeatures", lambda *_: None)
     with pytest.warns(UserWarning, match="left out"):
         plain = weights(train(config, tmp_path / "plain"))
     for name, tensor in plain.items():
@@ -141,7 +315,7 @@ def test_training_is_as_with_the_tower_in_every_step(root, tmp_path, monkeypatch
 
 
 def test_plain_lora_needs_no_frozen_features(root, tmp_path, monkeypatch):
-    monkeypatch.setattr(training_run, "FrozenFeatures", None)
+    monkeypatch.setattr(training_run, "ImageFeatures", None)
     with pytest.warns(UserWarning, match="left out"):
         train(replace(settings(root), surgery=SurgeryConfig(mode="none")), tmp_path / "run")
 
