@@ -156,7 +156,7 @@ class _Run:
                 self.accelerator,
                 self.loader.num_workers,
                 self.config.data.cache,
-                f"{self.backbone} {self.config.optim.precision}",
+                f"{self.config.model.name} {self.backbone} {self.config.optim.precision}",
             )
         self.accelerator.wait_for_everyone()  # every process has looked at the folder before one writes
         if self.accelerator.is_main_process:

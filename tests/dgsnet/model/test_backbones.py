@@ -3,6 +3,7 @@
 import copy
 import functools
 import math
+from functools import partial
 
 import open_clip
 import pytest
@@ -12,10 +13,12 @@ from dgsnet.data.preprocess import NORMALIZATIONS
 from dgsnet.errors import UserError
 from dgsnet.model import checkpoint, pretrained
 from dgsnet.model.adapters import Adapter, merge_adapters
-from dgsnet.model.backbones import backbone_of
+from dgsnet.model.backbones import Timm, backbone_of
 from dgsnet.model.catalogue import TIMM, has_text, own_settings
 from dgsnet.model.dgsnet import DGSNet
 from safetensors.torch import save_file
+from timm.layers import Attention, AttentionRope, LayerNorm
+from timm.models.eva import EvaAttention
 
 from tests.support import official, towers
 
@@ -80,6 +83,41 @@ def test_features_are_the_librarys_own(name, options):
         with torch.no_grad():
             assert difference(model.student_features(pixels), expected) < 1e-5
         assert difference(model.teacher_features(pixels), expected) < 1e-5
+
+
+def test_dinov3_is_its_class_token():
+    model = build(towers.DINOV3)
+    pixels = pixels_for(model)
+    expected = untouched(towers.DINOV3).visual.forward_features(pixels)[:, 0]
+    assert difference(model.teacher_features(pixels), expected) < 1e-5
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        partial(Attention, 32, 4, qkv_bias=False),
+        partial(Attention, 32, 4, qkv_bias=True, qk_norm=True, norm_layer=LayerNorm, gated=True),
+        partial(AttentionRope, 32, 4, qkv_bias=True, num_prefix_tokens=0),
+        partial(AttentionRope, 32, 4, qkv_bias=False, num_prefix_tokens=0),
+        partial(EvaAttention, 32, 4, qkv_bias=True, num_prefix_tokens=0, scale_norm=False),
+        partial(EvaAttention, 32, 4, qkv_bias=False, num_prefix_tokens=0, norm_layer=LayerNorm),
+    ],
+)
+def test_timms_attention_is_split_and_fused_without_a_change(make):
+    fused, x, kwargs = make(), torch.randn(2, 5, 32), {}
+    if make.func is not Attention:
+        kwargs["rope"] = torch.randn(5, 2 * 8)
+    for parameter in fused.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    expected, state = fused(x, **kwargs), {f"0.{key}": t.clone() for key, t in fused.state_dict().items()}
+    split = Timm.split(None, fused)
+    assert difference(split(x, **kwargs), expected) < 1e-5 and split.qkv is None
+    found = {f"0.{key}": t for key, t in split.state_dict().items()}
+    for kind in ("weight", "bias"):
+        names = [f"0.{letter}_proj.{kind}" for letter in "qkv"]
+        if parts := [found.pop(name) for name in names if name in found]:
+            found |= Timm.fuse(None, "0.", kind, parts)
+    assert found.keys() == state.keys() and all(torch.equal(found[key], state[key]) for key in state)
 
 
 @pytest.mark.parametrize("name", towers.NAMES)
@@ -184,6 +222,7 @@ def test_half_precision_and_checkpointing(name):
     expected = model.student_features(pixels).detach()
     model.set_base_dtype(torch.bfloat16)
     assert {p.dtype for n, p in model.visual.named_parameters() if "lora_" not in n} == {torch.bfloat16}
+    assert {buffer.dtype for buffer in model.visual.buffers()} <= {torch.float32}  # angles of the rotation
     assert difference(model.student_features(pixels).detach().float(), expected) < 0.05
 
 
