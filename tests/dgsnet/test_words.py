@@ -65,7 +65,13 @@ def complete(words: list[str]) -> list[str]:
         "serve": ["--model", "m"],
     }.get(words[0], [])
     words = [re.sub(r"\|.*", "", word) for word in words if word != "..."]  # of a choice the first
-    if words[-1].startswith("--") and words[-1] not in ("--help", "--print_config", "--replace", "--resume"):
+    if words[-1].startswith("--") and words[-1] not in (
+        "--help",
+        "--print_config",
+        "--replace",
+        "--resume",
+        "--frozen",
+    ):
         words.append("x")
     for option, value in zip(required[::2], required[1::2]):
         if option not in words and not any(word.startswith(f"{option}=") for word in words):
