@@ -1,6 +1,6 @@
 """The image towers that DGS-Net adapts, taken apart as training needs them: one class per family of towers.
 
-A new family is a subclass of `Backbone` with what is said to be its own there, and a line in `FAMILIES`.
+A new family is a subclass of `Backbone` that says what is abstract there, and a line in `FAMILIES`.
 """
 
 from __future__ import annotations
