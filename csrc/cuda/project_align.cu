@@ -2,7 +2,9 @@
 // long.
 //
 // A row belongs to 1 to 512 threads, or to a cluster of up to 8 blocks of 512 that add up their sums through
-// distributed shared memory; either way it stays in registers between the inner products and the update.
+// distributed shared memory; either way it stays in registers between the inner products and the update. A thread has
+// much of a row where there are rows enough, which saves adding up, and a single pack where there are few, which saves
+// time.
 // Rows that are longer still, and long rows where there are no clusters, are cut into parts, one block's each: a first
 // launch leaves the parts' sums, and a second, every block of which adds up those of its row, reads the row again.
 #include "share.cuh"
@@ -12,6 +14,9 @@ namespace {
 
 constexpr int kThreads = 128;      // where a row needs at most a warp
 constexpr int kPartThreads = 256;  // on a part of a long row
+// Threads that are at work at once, about, on 132 multiprocessors. The device is not asked: results depend on sizes
+// alone.
+constexpr int64_t kAtOnce = 132 << 10;
 // Enough for every multiprocessor to have several, and few enough for each block to add up all sums of its row.
 constexpr int64_t kMostParts = 512;
 constexpr int kSums = 3;  // of a row: <x, h>, <h, h>, <x, x>
@@ -50,20 +55,20 @@ struct Row {
         out(static_cast<T*>(a.out) + row * a.out_stride + begin) {}
 };
 
-template <typename T, bool Aligned>
+template <typename T, bool Aligned, int Packs>
 __global__ __launch_bounds__(kMaxThreads) void rows_in_registers(const __grid_constant__ Rows p) {
   using A = Compute<T>;
   A* scratch = shared_memory<A>();
   int lane = threadIdx.x % p.lanes;
   int rows_per_block = blockDim.x / p.lanes;
   int64_t row = int64_t(blockIdx.x / p.cluster) * rows_per_block + threadIdx.x / p.lanes;
-  int64_t begin = int64_t(blockIdx.x % p.cluster) * p.lanes * kShare<T, Aligned>;
+  int64_t begin = int64_t(blockIdx.x % p.cluster) * p.lanes * Packs * kPack<T>;
   // A thread without a row takes part in the sums all the same.
   int64_t count = row < p.args.rows ? p.args.dim - begin : 0;
   Row<T> at(p.args, row < p.args.rows ? row : 0, begin);
   SurgeryOptions<A> options = options_of<A>(p.args);
 
-  Share<T, Aligned> share;
+  Share<T, Aligned, Packs> share;
   A sums[kSums] = {};
   share.read(at.grad, at.harmful, at.beneficial, count, lane, p.lanes, options, sums);
   sum_over(p.lanes, sums, scratch);
@@ -146,18 +151,34 @@ const char* run_in_parts(const ProjectAlign& args, const Allocate& allocate, voi
   return launch(project_row_parts<T, Aligned>, args.rows * parts, kPartThreads, scratch, stream, rows);
 }
 
+// Threads for a row of so many shares: a power of two that divides a warp, or whole warps.
+int64_t lanes_for(int64_t shares) {
+  return shares <= kWarp ? power_of_two(shares, kWarp) : ceil_div(shares, kWarp) * kWarp;
+}
+
+template <typename T, bool Aligned, int Packs>
+const char* run_in_registers(const ProjectAlign& args, void* stream) {
+  const int64_t shares = ceil_div(args.dim, Packs * kPack<T>);
+  const int cluster = power_of_two(ceil_div(shares, kMaxThreads), kMaxCluster);
+  const int lanes = cluster > 1 ? kMaxThreads : static_cast<int>(lanes_for(shares));
+  const int threads = lanes > kWarp ? lanes : kThreads;
+  const int64_t blocks = ceil_div(args.rows, threads / lanes) * cluster;
+  const int scratch = scratch_bytes<Compute<T>>(kSums, kMaxThreads);
+  return launch(rows_in_registers<T, Aligned, Packs>, blocks, threads, scratch, stream, Rows{args, lanes, cluster},
+                cluster);
+}
+
 template <typename T, bool Aligned>
 const char* run(const ProjectAlign& args, const Allocate& allocate, void* stream) {
-  int64_t shares = ceil_div(args.dim, kShare<T, Aligned>);
-  int lanes = power_of_two(shares, kMaxThreads);
-  int cluster = power_of_two(ceil_div(shares, kMaxThreads), kMaxCluster);
-  bool fits = shares <= int64_t(lanes) * cluster && (cluster == 1 || has_clusters());
-  if (!fits) return run_in_parts<T, Aligned>(args, allocate, stream);
-  int scratch = scratch_bytes<Compute<T>>(kSums, kMaxThreads);
-  Rows rows{args, lanes, cluster};
-  int threads = lanes > kWarp ? lanes : kThreads;
-  int64_t blocks = ceil_div(args.rows, threads / lanes) * cluster;
-  return launch(rows_in_registers<T, Aligned>, blocks, threads, scratch, stream, rows, cluster);
+  constexpr int kFull = kShare<T, Aligned> / kPack<T>;
+  const int64_t packs = ceil_div(args.dim, kPack<T>), shares = ceil_div(packs, kFull);
+  if (shares > int64_t(kMaxThreads) * kMaxCluster || (shares > kMaxThreads && !has_clusters()))
+    return run_in_parts<T, Aligned>(args, allocate, stream);
+  if constexpr (Aligned) {
+    if (packs <= kMaxThreads && args.rows * lanes_for(packs) <= kAtOnce)
+      return run_in_registers<T, true, 1>(args, stream);
+  }
+  return run_in_registers<T, Aligned, kFull>(args, stream);
 }
 
 }  // namespace

@@ -37,11 +37,11 @@ __device__ __forceinline__ void add_products(A g, A h, A b, A, Order, A (&sums)[
   sums[5] += g * b;
 }
 
-template <typename T, bool Aligned>
+template <typename T, bool Aligned, int Packs = kShare<T, Aligned> / kPack<T>>
 struct Share {
   using A = Compute<T>;
-  static constexpr int kPacks = kShare<T, Aligned> / kPack<T>;
-  A moved[kShare<T, Aligned>];  // grad + alignment * min(beneficial, 0)
+  static constexpr int kPacks = Packs;
+  A moved[kPacks * kPack<T>];  // grad + alignment * min(beneficial, 0)
   Pack<T> harmful[kPacks];
 
   // `count` elements from each pointer on, dealt out to `lanes` threads.

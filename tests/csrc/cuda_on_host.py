@@ -153,6 +153,20 @@ def test_project_align_shapes(dtype, shape):
     project_align_case(dtype, *shape, order="align_first", rule="positive", aligned=True)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "rows", "dim"),
+    [
+        (torch.float32, 16931, 20),
+        (torch.float32, 707, 764),
+        (torch.float32, 265, 2044),
+        (torch.bfloat16, 1411, 760),
+    ],
+)
+def test_project_align_of_many_rows(dtype, rows, dim):
+    """So many that a thread has more than a pack."""
+    project_align_case(dtype, rows, dim, order="project_first", rule="positive", aligned=True)
+
+
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("aligned", [True, False])
@@ -215,7 +229,7 @@ def test_project_align_longest_row_of_a_cluster(dim):
 @pytest.mark.slow
 def test_project_align_row_of_millions():
     """Its parts are several steps long each, and their sums as accurate as plain PyTorch's."""
-    project_align_case(torch.float32, 1, 5_000_003, order="align_first", rule="full", aligned=True)
+    project_align_case(torch.float32, 1, 2_000_003, order="align_first", rule="full", aligned=True)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

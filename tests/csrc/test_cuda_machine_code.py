@@ -122,13 +122,15 @@ def test_wide_accesses(architecture):
         assert narrow_loads <= loads, f"{name} loads narrowly: {instructions}"
         assert not counts["LDGSTS", False], f"{name} copies narrowly: {instructions}"
         assert counts["STG", False] <= stores, f"{name} stores narrowly: {instructions}"
-        assert counts["LDG", True] + counts["LD", True] >= 4, f"{name} has no wide loads: {instructions}"
+        assert counts["LDG", True] + counts["LD", True] >= 3, f"{name} has no wide loads: {instructions}"
     assert all(seen[name] >= 2 for name in SCALARS), seen  # one for each storage type
 
 
 # What a multiprocessor of sm_90 has: registers in each of four parts, threads, blocks.
 PART_REGISTERS, PARTS, MOST_THREADS, MOST_BLOCKS = 16384, 4, 2048, 32
 TYPES = {"f": "fp32", "d": "fp64", "13__nv_bfloat16": "bf16", "6__half": "fp16"}
+# What a kernel that is compiled for several numbers has a number of.
+NUMBERS = {"rows_in_registers": "pack(s) a thread", "chunk_products": "objectives"}
 TABLE = ROOT / "docs" / "kernels.md"
 HEADING = "| kernel | fp32 | fp64 | bf16 | fp16 |"
 
@@ -185,17 +187,19 @@ def resources():
         fitting = PARTS * (PART_REGISTERS // (used * 32)) // (threads[mangled] // 32)
         blocks = min(fitting, MOST_THREADS // threads[mangled], MOST_BLOCKS)
         kib = in_flight * 16 * threads[mangled] * blocks // 1024
-        found[name, dtype] = registers[mangled][0], blocks, kib
+        number = re.search(r"Lb1ELi(\d+)E", mangled)
+        variant = f"`{name}`" + (f", {number[1]} {NUMBERS[name]}" if number else "")
+        found[variant, dtype] = registers[mangled][0], blocks, kib
     return found
 
 
 def table():
     found = resources()
     lines = [HEADING, "|---" * 5 + "|"]
-    for name in sorted({name for name, _ in found}):
+    for name in sorted({name for name, _ in found}, key=lambda n: [n.split(",")[0], len(n), n]):
         cells = [found.get((name, dtype)) for dtype in TYPES.values()]
         texts = ["{} · {} · {}".format(*cell) if cell else "" for cell in cells]
-        lines.append(f"| `{name}` | {' | '.join(texts)} |")
+        lines.append(f"| {name} | {' | '.join(texts)} |")
     return "\n".join(lines)
 
 

@@ -22,6 +22,8 @@ FOREIGN = {
     *("install", "local_dir", "logdir", "multi_gpu", "no_build_isolation", "nproc_per_node", "num_processes"),
     *("prefix", "print_config", "results", "rows", "steps", "strict", "target", "test_dir", "threads"),
 }
+# Without a value.
+FLAGS = ("--consistency", "--frozen", "--help", "--print_config", "--provenance", "--replace", "--resume")
 OPTION = re.compile(r"(?<![\w-])--([a-z][a-z_.-]*[a-z])")
 
 
@@ -65,13 +67,7 @@ def complete(words: list[str]) -> list[str]:
         "serve": ["--model", "m"],
     }.get(words[0], [])
     words = [re.sub(r"\|.*", "", word) for word in words if word != "..."]  # of a choice the first
-    if words[-1].startswith("--") and words[-1] not in (
-        "--help",
-        "--print_config",
-        "--replace",
-        "--resume",
-        "--frozen",
-    ):
+    if words[-1].startswith("--") and words[-1] not in FLAGS:
         words.append("x")
     for option, value in zip(required[::2], required[1::2]):
         if option not in words and not any(word.startswith(f"{option}=") for word in words):

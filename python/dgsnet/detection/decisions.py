@@ -298,18 +298,23 @@ def decide(probabilities: Any, calibration: Calibration | None = None) -> list[s
     """Names "generated", "real" or "unsure" for each probability; "" for NaN.
 
     Args:
-        probabilities: [N] floats, or one; rounded to DECIMALS before they are compared.
+        probabilities: [N] floats, or one; rounded to DECIMALS before they are compared. [N, C]: of an image
+            and its copies; where they do not all have the same name, it is "unsure".
         calibration: the rule; None is "generated" above 0.5, else "real".
 
     >>> decide([0.2, 0.7, float("nan")])
     ['real', 'generated', '']
+    >>> decide([[0.7, 0.9], [0.7, 0.4]])
+    ['generated', 'unsure']
     """
     low, high = (calibration.low, calibration.high) if calibration else (THRESHOLD, THRESHOLD)
     rounded = np.round(np.atleast_1d(np.asarray(probabilities, dtype=np.float64)), DECIMALS)
-    return [
-        "" if math.isnan(p) else "generated" if p > high else "real" if p <= low else "unsure"
-        for p in rounded
-    ]
+    names = np.select(
+        [np.isnan(rounded), rounded > high, rounded <= low], ["", "generated", "real"], "unsure"
+    )
+    if names.ndim == 1:
+        return names.tolist()
+    return [row[0] if len({*row}) == 1 or not row[0] else "unsure" for row in names.tolist()]
 
 
 def save_calibration(folder: str | Path, calibration: Calibration) -> Path:

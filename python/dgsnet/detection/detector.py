@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Iterable, Iterator, Sequence, Sized
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from dgsnet.config import Config
+    from dgsnet.data.distortions import Distortion
     from dgsnet.data.preprocess import Preprocessor
     from dgsnet.model.dgsnet import DGSNet
 
@@ -120,7 +121,7 @@ class Detector:
         calibration = load_calibration(run) if calibrated else None
         return cls(*load_model(Path(run), device=device), calibration, views)
 
-    def predict(self, images: Any, *, workers: int | None = None) -> np.ndarray:
+    def predict(self, images: Any, *, workers: int | None = None, consistency: bool = False) -> np.ndarray:
         """Probability that each image was generated, float32 [N]; calibrated where the model is.
 
         Args:
@@ -128,17 +129,24 @@ class Detector:
                 uint8 array [H, W], [H, W, 3] or [H, W, 4]; several are a sequence or one uint8 array
                 [N, H, W, 3] or [N, H, W, 4].
             workers: processes that read and prepare images; None chooses, 0 works in this process.
+            consistency: score copies too, `dgsnet.data.distortions.COPIES`: [N, 1 + copies], the images
+                themselves first. `decide` then says "unsure" where the decision on a copy is another.
 
-        An image that cannot be read gives NaN, and `errors` tells why under its index.
+        An image that cannot be read gives NaN, and `errors` tells why under its index. With `consistency` so
+        does one of which a copy cannot be made.
 
         Raises:
             TypeError: something that is no image, told before any is scored.
             ValueError: an array of another shape or type.
         """
+        from dgsnet.data.distortions import COPIES
+
         images = _listed(images)
-        probabilities = np.full(len(images), np.nan, dtype=np.float32)
+        stream: Any = self.stream_copies if consistency else self.stream
+        shape = (len(images), 1 + len(COPIES)) if consistency else len(images)
+        probabilities = np.full(shape, np.nan, dtype=np.float32)
         self.errors = {}
-        for index, (probability, error) in enumerate(self.stream(images, workers=workers)):
+        for index, (probability, error) in enumerate(stream(images, workers=workers)):
             probabilities[index] = probability
             if error:
                 self.errors[index] = error
@@ -151,15 +159,30 @@ class Detector:
 
         `images` may be any iterable, of any length: it is read as the scores are taken.
         """
-        import torch
+        for logits, error in self._stream(images, (), workers):
+            yield self.probabilities(logits).item(), error
 
-        for logit, error in self.stream_logits(images, workers=workers):
-            yield logit if error else self.probabilities(torch.tensor(logit)).item(), error
+    def stream_copies(
+        self, images: Iterable[str | Path | Image | np.ndarray | Item], *, workers: int | None = None
+    ) -> Iterator[tuple[list[float], str]]:
+        """As `stream`, with a list of probabilities: of the image, then of each of COPIES."""
+        from dgsnet.data.distortions import COPIES
+
+        for logits, error in self._stream(images, COPIES, workers):
+            yield self.probabilities(logits).tolist(), error
 
     def stream_logits(
         self, images: Iterable[str | Path | Image | np.ndarray | Item], *, workers: int | None = None
     ) -> Iterator[tuple[float, str]]:
         """As `stream`, with the logit averaged over the views, before any temperature; NaN with an error."""
+        for logits, error in self._stream(images, (), workers):
+            yield logits.item(), error
+
+    def _stream(
+        self, images: Iterable[Any], copies: Sequence[Distortion], workers: int | None
+    ) -> Iterator[tuple[Tensor, str]]:
+        """Logits [1 + copies] of one image after another, NaN with an error."""
+        import torch
         from torch.utils.data import DataLoader
 
         from dgsnet.processes import default_workers, start_worker
@@ -172,11 +195,22 @@ class Detector:
         # batch_size=None hands the prepared images over one by one. The images themselves are the indices
         # sent to the workers: no more of them are taken from `images` than are being prepared.
         images = images if isinstance(images, list) else map(_image, images)
-        prepared: Any = Prepared(self.preprocess, self.views)
+        prepared: Any = Prepared(self.preprocess, self.views, copies)
+        unread = torch.full((1 + len(copies),), float("nan"))
         for pixels, error in DataLoader(
             prepared, sampler=images, batch_size=None, num_workers=workers, worker_init_fn=start_worker
         ):
-            yield float("nan") if error else self.logits(pixels).mean().item(), error
+            yield unread if error else self.mean_logits(pixels), error
+
+    def mean_logits(self, pixels: Tensor) -> Tensor:
+        """Logits of what `Prepared` makes of an image, averaged over the views: [1 + copies], on the CPU.
+
+        Args:
+            pixels: [(1 + copies) * views, 3, S, S], the views of one after those of the other.
+        """
+        import torch
+
+        return torch.stack([part.mean() for part in self.logits(pixels).split(self.views)]).cpu()
 
     def logits(self, pixels: Tensor) -> Tensor:
         """Logits, float32 [N] on the model's device; generated is positive.
@@ -207,7 +241,8 @@ class Detector:
     def decide(self, probabilities: Any) -> list[str]:
         """Names "generated", "real" or "unsure" for N probabilities as `predict` gives them; "" for NaN.
 
-        Without a calibration, "generated" above 0.5 and else "real".
+        Without a calibration, "generated" above 0.5 and else "real". Of copies, [N, 1 + copies], the names
+        must agree, else it is "unsure".
         """
         return decide(probabilities, self.calibration)
 
@@ -248,21 +283,36 @@ def _is_tensor(value: Any) -> bool:
 
 
 class Prepared:
-    """Map-style dataset from an image to (views [k, 3, S, S], "") or (None, error message)."""
+    """Map-style dataset from an image to (views [k, 3, S, S], "") or (None, error message).
 
-    def __init__(self, preprocess: Preprocessor, views: int):
-        self.preprocess, self.views = preprocess, views
+    The views of copies follow those of the image: [(1 + copies) * k, 3, S, S].
+    """
+
+    def __init__(self, preprocess: Preprocessor, views: int, copies: Sequence[Distortion] = ()):
+        self.preprocess, self.views, self.copies = preprocess, views, copies
 
     def __getitem__(self, image: Any) -> tuple[Tensor | None, str]:
+        import torch
+
         from dgsnet.data.images import ImageError, read_image
 
         try:
             pixels = image.read() if isinstance(image, Item) else read_image(image)
-            return prepare_views(self.preprocess, pixels, self.views), ""
+            views = [prepare_views(self.preprocess, pixels, self.views)]
+            views += [self._copy(pixels, copy) for copy in self.copies]
+            return torch.cat(views), ""
         except ImageError as error:
             # What the preprocessing refuses does not know its file.
             name = str(image) if isinstance(image, (str, os.PathLike, Item)) else ""
             return None, str(error) if name in str(error) else f"{name}: {error}"
+
+    def _copy(self, image: np.ndarray, copy: Distortion) -> Tensor:
+        from dgsnet.data.images import ImageError
+
+        try:
+            return prepare_views(self.preprocess, copy(image), self.views)
+        except ImageError as error:
+            raise ImageError(f"its copy {copy.name} cannot be scored: {error}") from None
 
 
 def prepare_views(preprocess: Preprocessor, image: np.ndarray, views: int) -> Tensor:

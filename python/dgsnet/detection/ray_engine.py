@@ -26,7 +26,12 @@ BATCH = 32
 
 
 def score_on_ray(
-    detector: Detector, load: Callable[[], Detector], todo: Todo, *, workers: int | None = None
+    detector: Detector,
+    load: Callable[[], Detector],
+    todo: Todo,
+    *,
+    workers: int | None = None,
+    consistency: bool = False,
 ) -> Iterator[Score]:
     """`scoring.score` on a Ray cluster: the same rows in the same order.
 
@@ -39,6 +44,7 @@ def score_on_ray(
         todo: what to score. Its paths and its table are looked up on the machine of this process; the files
             must be on all machines under the same path.
         workers: processes that score, at most; None takes one per GPU, on CPUs as many as threads fill.
+        consistency: as in `scoring.score`.
 
     Raises:
         UserError: Ray is not installed, there is no such cluster, a list comes from standard input, or
@@ -54,7 +60,7 @@ def score_on_ray(
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of what later versions of Ray will do
-                rows = _dataset(ray, detector, load, todo, workers)
+                rows = _dataset(ray, detector, load, todo, workers, consistency)
             for table in rows.iter_batches(batch_size=None, batch_format="pyarrow"):
                 yield from (pickle.loads(row.as_py()) for row in table["row"])
         except ray.exceptions.RayError as error:
@@ -83,9 +89,16 @@ def _cluster(ray: Any) -> Iterator[None]:
 
 
 def _dataset(
-    ray: Any, detector: Detector, load: Callable[[], Detector], todo: Todo, workers: int | None
+    ray: Any,
+    detector: Detector,
+    load: Callable[[], Detector],
+    todo: Todo,
+    workers: int | None,
+    consistency: bool,
 ) -> Any:
     import torch
+
+    from dgsnet.data.distortions import COPIES
 
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
@@ -94,7 +107,7 @@ def _dataset(
 
     on_gpu = next(detector.model.parameters()).is_cuda
     threads, folder = torch.get_num_threads(), os.getcwd()
-    prepare = Prepared(detector.preprocess, detector.views)
+    prepare = Prepared(detector.preprocess, detector.views, COPIES if consistency else ())
     if workers is None:
         resources = ray.cluster_resources()
         workers = int(resources.get("GPU", 0) if on_gpu else resources.get("CPU", 0) // threads) or 1
@@ -170,12 +183,12 @@ class _Scorer:
         rows = []
         for packed, pixels in zip(table["item"], table["pixels"]):
             item, error = pickle.loads(packed.as_py())
-            probability = float("nan")
+            answer: Any = float("nan")
             if not error:
                 views = np.frombuffer(pixels.as_py(), np.float32).reshape(-1, 3, size, size).copy()
-                logit = self.detector.logits(torch.from_numpy(views)).mean().item()
-                probability = self.detector.probabilities(torch.tensor(logit)).item()
-            rows.append(pickle.dumps(Score.of(self.detector, item, probability, error)))
+                logits = self.detector.mean_logits(torch.from_numpy(views))
+                answer = self.detector.probabilities(logits).tolist()
+            rows.append(pickle.dumps(Score.of(self.detector, item, answer, error)))
         return _table(row=rows)
 
 

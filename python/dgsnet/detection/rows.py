@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 from dgsnet.data.sources import Item, find_items
 from dgsnet.data.tables import read_rows
+from dgsnet.detection.decisions import DECIMALS
 from dgsnet.detection.detector import Detector
+from dgsnet.detection.provenance import Provenance
 
 
 class Score(NamedTuple):
@@ -21,21 +23,38 @@ class Score(NamedTuple):
         probability: that it was generated, rounded to six decimals; None if it could not be read.
         decision: "generated", "real" or "unsure"; "" if it could not be read.
         error: why it could not be read, else "".
+        spread: between the lowest and the highest probability of it and its copies; None without copies.
+        provenance, issuer, source_type, provenance_note: `Provenance` of its file; "" where not asked for.
     """
 
     path: str
     probability: float | None
     decision: str
     error: str
+    spread: float | None = None
+    provenance: str = ""
+    issuer: str = ""
+    source_type: str = ""
+    provenance_note: str = ""
 
     @classmethod
-    def of(cls, detector: Detector, item: Item, probability: float, error: str) -> Score:
-        """The row of one of the detector's answers."""
+    def of(cls, detector: Detector, item: Item, answer: float | Sequence[float], error: str) -> Score:
+        """The row of one of the detector's answers: a probability, or those of the image and its copies."""
         if error:
             return cls(item.name, None, "", error)
         # Rounded before the decision, so that the row agrees with itself.
-        probability = round(probability, 6)
-        return cls(item.name, probability, detector.decide([probability])[0], "")
+        rounded = [round(p, DECIMALS) for p in ([answer] if isinstance(answer, float) else answer)]
+        spread = round(max(rounded) - min(rounded), DECIMALS) if len(rounded) > 1 else None
+        return cls(item.name, rounded[0], detector.decide([rounded])[0], "", spread)
+
+
+def columns(*, consistency: bool = False, provenance: bool = False) -> tuple[str, ...]:
+    """The columns of a table, which are fields of `Score`."""
+    return (
+        *("path", "probability", "decision", "error"),
+        *(("spread",) if consistency else ()),
+        *(Provenance._fields if provenance else ()),
+    )
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import hashlib
 import itertools
@@ -20,9 +21,11 @@ from typing import Any, Literal
 
 from dgsnet.data.sources import Item, find_items, import_pyarrow
 from dgsnet.data.tables import Partial, read_rows, replacing
+from dgsnet.detection.decisions import DECIMALS
 from dgsnet.detection.detector import MIN_IMAGES_FOR_WORKERS, Detector
+from dgsnet.detection.provenance import ProvenanceReader
 from dgsnet.detection.ray_engine import score_on_ray
-from dgsnet.detection.rows import Score, Todo
+from dgsnet.detection.rows import Score, Todo, columns
 from dgsnet.errors import UserError
 
 # Rows of a Parquet table that are in memory at a time and become one row group.
@@ -34,6 +37,8 @@ def score(
     items: Iterable[Item],
     *,
     workers: int | None = None,
+    consistency: bool = False,
+    provenance: ProvenanceReader | None = None,
     on_score: Callable[[Item, Score], None] | None = None,
 ) -> Iterator[Score]:
     """Score images one after the other, whatever becomes of the processes that read them.
@@ -42,6 +47,8 @@ def score(
         detector: the model.
         items: what to score, of any length; not read much further than it is scored.
         workers: processes that read and prepare images; None chooses, 0 works in this process.
+        consistency: score re-encoded and resized copies too, and be unsure where they are decided otherwise.
+        provenance: reads each file's Content Credentials.
         on_score: called with every image that could be scored, and its row.
 
     Yields:
@@ -59,22 +66,25 @@ def score(
         workers = 0 if len(first) < MIN_IMAGES_FOR_WORKERS else None
         items = itertools.chain(first, items)
     waiting: deque[Item] = deque()
+    stream: Any = detector.stream_copies if consistency else detector.stream
 
-    def answers() -> Iterator[tuple[Item, float, str]]:
+    def answers() -> Iterator[tuple[Item, Any, str]]:
         while True:
             try:
-                for answer in detector.stream(_noted(items, waiting), workers=workers):
+                for answer in stream(_noted(items, waiting), workers=workers):
                     yield waiting.popleft(), *answer
                 return
             except (RuntimeError, OSError, EOFError) as error:
                 if not _is_death(error):
                     raise
             while waiting:
-                yield waiting[0], *_alone(detector, waiting[0])
+                yield waiting[0], *_alone(stream, waiting[0])
                 waiting.popleft()
 
-    for item, probability, error in answers():
-        row = Score.of(detector, item, probability, error)
+    for item, answer, error in answers():
+        row = Score.of(detector, item, answer, error)
+        if provenance and not error:
+            row = row._replace(**provenance(item)._asdict())
         if on_score and not error:
             on_score(item, row)
         yield row
@@ -90,9 +100,9 @@ def _noted(items: Iterator[Item], waiting: deque[Item]) -> Iterator[Item]:
         yield item
 
 
-def _alone(detector: Detector, item: Item) -> tuple[float, str]:
+def _alone(stream: Any, item: Item) -> tuple[Any, str]:
     try:
-        return next(iter(detector.stream([item], workers=1)))
+        return next(iter(stream([item], workers=1)))
     except (RuntimeError, OSError, EOFError) as error:
         if not _is_death(error):
             raise
@@ -116,6 +126,9 @@ def predict_command(
     resume: bool = False,
     engine: Literal["local", "ray"] = "local",
     heatmaps: str | None = None,
+    consistency: bool = False,
+    provenance: bool = False,
+    trust: str | None = None,
 ) -> None:
     """Score images into a table with columns path, probability, decision, error.
 
@@ -130,9 +143,16 @@ def predict_command(
         resume: go on where a run with the same words was stopped or killed.
         engine: local scores on this machine's device, ray on all of a Ray cluster's.
         heatmaps: folder for a picture and a .json per image of what made its score; 50 times the work.
+        consistency: score re-encoded and resized copies too, in a further column how far apart they are, and
+            decide "unsure" where they are decided otherwise; 5 times the work and more.
+        provenance: in further columns, the file's Content Credentials: verified, unverified, invalid, absent.
+        trust: PEM file of the certificates that signers are trusted by; none are if not given.
     """
-    if heatmaps and engine != "local":
-        raise UserError(f"--heatmaps goes with --engine local, not {engine}")
+    for option, given in {"heatmaps": heatmaps, "provenance": provenance}.items():
+        if given and engine != "local":
+            raise UserError(f"--{option} goes with --engine local, not {engine}")
+    if trust and not provenance:
+        raise UserError("--trust goes with --provenance")
     target = Path(out)
     write = WRITERS.get(target.suffix)
     if not write:
@@ -140,20 +160,24 @@ def predict_command(
     if write is _write_parquet:
         import_pyarrow()
     _check_found(paths)
-    detector = Detector.load(model, device, views=views)
-    table = Partial(target, settings(detector, paths), resume=resume)
-    todo = Todo(paths, table.path, table.end)
-    if engine == "ray":
-        load = partial(Detector.load, model, device, views=views)
-        rows = score_on_ray(detector, load, todo, workers=workers)
-    else:
-        on_score = partial(_save_heatmap, detector, heatmaps) if heatmaps else None
-        rows = score(detector, todo, workers=workers, on_score=on_score)
-    with table:
-        rate = _fill(table, rows)
-        counts: Counter[str] = Counter()
-        write(target, _counted((Score(**row) for row in read_rows(table.path, Score._fields)), counts))
-        table.remove()
+    with ProvenanceReader(trust) if provenance else contextlib.nullcontext() as reader:
+        detector = Detector.load(model, device, views=views)
+        begun = settings(detector, paths, consistency=consistency, provenance=reader)
+        table = Partial(target, begun, resume=resume)
+        todo = Todo(paths, table.path, table.end)
+        if engine == "ray":
+            load = partial(Detector.load, model, device, views=views)
+            rows = score_on_ray(detector, load, todo, workers=workers, consistency=consistency)
+        else:
+            on_score = partial(_save_heatmap, detector, heatmaps) if heatmaps else None
+            options: Any = {"consistency": consistency, "provenance": reader, "on_score": on_score}
+            rows = score(detector, todo, workers=workers, **options)
+        with table:
+            rate = _fill(table, rows)
+            counts: Counter[str] = Counter()
+            scores = _counted((Score(**row) for row in read_rows(table.path, Score._fields)), counts)
+            write(target, scores, columns(consistency=consistency, provenance=provenance))
+            table.remove()
     read = ", ".join(
         f"{counts[d]} {d}" for d in ("generated", "real", "unsure") if counts[d] or d != "unsure"
     )
@@ -181,7 +205,13 @@ def _check_found(paths: Sequence[str]) -> None:
     raise UserError(f"{item.name}: {item.error}; give image files, folders, lists, shards or quoted patterns")
 
 
-def settings(detector: Detector, paths: Sequence[str]) -> dict[str, Any]:
+def settings(
+    detector: Detector,
+    paths: Sequence[str],
+    *,
+    consistency: bool = False,
+    provenance: ProvenanceReader | None = None,
+) -> dict[str, Any]:
     """What the rows depend on, each as a word to compare."""
     from dgsnet.model.checkpoint import fingerprint, trained_state
 
@@ -193,6 +223,8 @@ def settings(detector: Detector, paths: Sequence[str]) -> dict[str, Any]:
         "calibration": repr(detector.calibration),
         "views": detector.views,
         "paths": list(paths),
+        "consistency": consistency,
+        "provenance": hashlib.sha256(provenance.anchors.encode()).hexdigest()[:16] if provenance else "",
     }
 
 
@@ -217,38 +249,39 @@ def _counted(rows: Iterator[Score], counts: Counter[str]) -> Iterator[Score]:
         yield row
 
 
-def _write_csv(target: Path, rows: Iterator[Score]) -> None:
+def _write_csv(target: Path, rows: Iterator[Score], columns: Sequence[str]) -> None:
     # surrogateescape writes file names that are not UTF-8 as the bytes they are.
     with replacing(target, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
         writer = csv.writer(file)
-        writer.writerow(Score._fields)
+        writer.writerow(columns)
         for row in rows:
-            shown = "" if row.probability is None else f"{row.probability:.6f}"
-            writer.writerow((row.path, shown, row.decision, row.error))
+            values = (getattr(row, column) for column in columns)
+            writer.writerow([f"{v:.{DECIMALS}f}" if isinstance(v, float) else v for v in values])
 
 
-def _write_jsonl(target: Path, rows: Iterator[Score]) -> None:
+def _write_jsonl(target: Path, rows: Iterator[Score], columns: Sequence[str]) -> None:
     with replacing(target, "w", encoding="ascii") as file:
         for row in rows:
-            file.write(json.dumps(_with_nulls(row)) + "\n")
+            file.write(json.dumps(_with_nulls(row, columns)) + "\n")
 
 
-def _write_parquet(target: Path, rows: Iterator[Score]) -> None:
+def _write_parquet(target: Path, rows: Iterator[Score], columns: Sequence[str]) -> None:
     pa = import_pyarrow()
     words = pa.dictionary(pa.int8(), pa.string())
-    schema = pa.schema(
-        [("path", pa.string()), ("probability", pa.float64()), ("decision", words), ("error", pa.string())]
-    )
+    kinds = {"probability": pa.float64(), "spread": pa.float64(), "decision": words, "provenance": words}
+    schema = pa.schema([(column, kinds.get(column, pa.string())) for column in columns])
     with (
         replacing(target, "wb") as file,
         pa.parquet.ParquetWriter(file, schema) as writer,
     ):
         while group := list(itertools.islice(rows, ROW_GROUP)):
-            writer.write_table(pa.Table.from_pylist([_utf8(_with_nulls(row)) for row in group], schema))
+            rows_of_group = [_utf8(_with_nulls(row, columns)) for row in group]
+            writer.write_table(pa.Table.from_pylist(rows_of_group, schema))
 
 
-def _with_nulls(row: Score) -> dict[str, Any]:
-    return row._asdict() | {"decision": row.decision or None, "error": row.error or None}
+def _with_nulls(row: Score, columns: Sequence[str]) -> dict[str, Any]:
+    values = {column: getattr(row, column) for column in columns}
+    return {column: None if value == "" else value for column, value in values.items()}
 
 
 def _utf8(row: dict[str, Any]) -> dict[str, Any]:

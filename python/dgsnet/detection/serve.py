@@ -15,13 +15,12 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-import numpy as np
-
 from dgsnet.data.images import ImageError, read_image
 from dgsnet.data.sources import Item
 from dgsnet.detection.decisions import THRESHOLD
 from dgsnet.detection.detector import Detector
 from dgsnet.detection.heatmaps import draw, heatmap
+from dgsnet.detection.provenance import ProvenanceReader
 from dgsnet.detection.rows import Score
 from dgsnet.errors import UserError
 from dgsnet.pages import page
@@ -74,6 +73,8 @@ def create_app(
     hosts: tuple[str, ...] = LOOPBACK,
     max_bytes: int = 2**25,
     per_minute: int = 120,
+    consistency: bool = False,
+    provenance: ProvenanceReader | None = None,
 ) -> FastAPI:
     """The page and its API as an ASGI application, for any server.
 
@@ -84,6 +85,8 @@ def create_app(
         hosts: names under which the page may be asked for, against DNS rebinding; ("*",) allows all.
         max_bytes: of one image file.
         per_minute: requests that one client may make, a score and a heatmap being one each.
+        consistency: score re-encoded and resized copies too, and be unsure where they are decided otherwise.
+        provenance: reads each file's Content Credentials.
 
     Example:
         >>> app = create_app(Detector.load("runs/demo/model"))  # doctest: +SKIP
@@ -93,7 +96,8 @@ def create_app(
     app = FastAPI(title="dgsnet", docs_url=None, redoc_url=None)
     limit = RateLimit(per_minute)
     model = anyio.CapacityLimiter(1)
-    facts = _facts(detector) | {"max_bytes": max_bytes}
+    facts = _facts(detector) | {"max_bytes": max_bytes, "consistency": consistency}
+    facts["provenance"] = provenance is not None
 
     @app.middleware("http")
     async def guard(request: Request, call_next: Callable) -> Response:
@@ -127,29 +131,32 @@ def create_app(
                 raise too_large
         return bytes(data)
 
-    async def answer(function: Callable[[np.ndarray, str], Any], request: Request, name: str) -> Any:
+    async def answer(function: Callable[[bytes, str], Any], request: Request, name: str) -> Any:
         data = await body(request)
         if request.headers.get("content-type", "").startswith("multipart/form-data"):
             name, data = _uploaded(request.headers["content-type"], data, name)
 
-        def work() -> Any:
-            return function(read_image(data, name=name or "image"), name or "image")
-
         try:
-            return await anyio.to_thread.run_sync(work, limiter=model)
+            return await anyio.to_thread.run_sync(function, data, name or "image", limiter=model)
         except ImageError as error:
             raise HTTPException(422, str(error)) from None
 
-    def score_image(image: np.ndarray, name: str) -> dict[str, Any]:
-        ((probability, error),) = detector.stream([image], workers=0)
+    def score_image(data: bytes, name: str) -> dict[str, Any]:
+        image = read_image(data, name=name)
+        stream: Any = detector.stream_copies if consistency else detector.stream
+        ((answer, error),) = stream([image], workers=0)
         if error:
             raise ImageError(f"{name}: {error}")
-        score = Score.of(detector, Item(name), probability, "")
-        size = {"width": image.shape[1], "height": image.shape[0]}
-        return {"name": name, "probability": score.probability, "decision": score.decision} | size
+        score = Score.of(detector, Item(name), answer, "")
+        row = {"name": name, "probability": score.probability, "decision": score.decision}
+        if consistency:
+            row["spread"] = score.spread
+        if provenance:
+            row |= provenance(Item(name, data=data))._asdict()
+        return row | {"width": image.shape[1], "height": image.shape[0]}
 
-    def heatmap_image(image: np.ndarray, name: str) -> bytes:
-        file = io.BytesIO()
+    def heatmap_image(data: bytes, name: str) -> bytes:
+        image, file = read_image(data, name=name), io.BytesIO()
         draw(heatmap(detector, image), image).savefig(file, format="png")
         return file.getvalue()
 
@@ -235,6 +242,9 @@ def serve_command(
     views: int | None = None,
     max_megabytes: int = 32,
     per_minute: int = 120,
+    consistency: bool = False,
+    provenance: bool = False,
+    trust: str | None = None,
 ) -> None:
     """Show a page that scores the images dropped on it, with the JSON API behind it.
 
@@ -247,12 +257,19 @@ def serve_command(
         views: mosaics averaged per image; if not given, what the model was calibrated with, else 1.
         max_megabytes: largest image file.
         per_minute: requests that one client may make.
+        consistency: score re-encoded and resized copies too, and decide "unsure" where they are decided
+            otherwise; 5 times the work and more.
+        provenance: show the file's Content Credentials: verified, unverified, invalid, absent.
+        trust: PEM file of the certificates that signers are trusted by; none are if not given.
     """
+    if trust and not provenance:
+        raise UserError("--trust goes with --provenance")
     for name, value in {"max-megabytes": max_megabytes, "per-minute": per_minute}.items():
         if value < 1:
             raise UserError(f"--{name} is {value}; it must be 1 or more")
     if host not in LOOPBACK:
         print(f"dgsnet: warning: anybody who can reach {host} can use the page", file=sys.stderr)
+    reader = ProvenanceReader(trust) if provenance else None
     detector = Detector.load(model, device, views=views)
     try:
         listening = socket.create_server(
@@ -265,6 +282,8 @@ def serve_command(
         hosts=LOOPBACK if host in LOOPBACK else ("*",),
         max_bytes=max_megabytes * 2**20,
         per_minute=per_minute,
+        consistency=consistency,
+        provenance=reader,
     )
     shown = f"[{host}]" if ":" in host else host
     print(f"http://{shown}:{listening.getsockname()[1]} (Ctrl-C stops it)", flush=True)

@@ -14,7 +14,7 @@ from dgsnet.detection.decisions import DECIMALS
 from dgsnet.detection.detector import Detector
 from dgsnet.detection.overlap import warn_of_training_images
 from dgsnet.errors import UserError
-from dgsnet.evaluation import robustness, shortcut_tables
+from dgsnet.evaluation import false_positives, robustness, shortcut_tables
 from dgsnet.evaluation.frozen import FROZEN, frozen_detector
 from dgsnet.evaluation.frozen import rows as frozen_rows
 from dgsnet.evaluation.journal import Journal
@@ -24,8 +24,8 @@ from dgsnet.evaluation.results import Evaluation, Score, text_table
 
 if TYPE_CHECKING:
     from dgsnet.audit.shortcuts import FileModel
+    from dgsnet.data.distortions import Distortion
     from dgsnet.data.samples import Sample
-    from dgsnet.evaluation.robustness import Distortion
 
 # Scores as they are made, one line each: what a killed evaluation goes on from.
 JOURNAL = "scores.jsonl"
@@ -93,7 +93,7 @@ def evaluate(
     if kept:
         kept.close()
     calibration = detector.calibration
-    calibrated_threshold = calibration.threshold if calibration else None
+    calibrated_threshold, promised = (calibration.threshold, calibration.fpr) if calibration else (None, None)
     nuisances, _ = read_nuisances([sample for _, sample in listed], progress=progress)
     beside = [replace(score, distortion="") for score in scores if score.distortion == FROZEN]
     return Evaluation(
@@ -102,6 +102,7 @@ def evaluate(
         calibrated_threshold,
         nuisances,
         file_model,
+        promised,
         Evaluation(beside, threshold) if frozen else None,
     )
 
@@ -172,6 +173,10 @@ def evaluate_command(
     write_tables(out, result)
     write_page(Path(out) / "report.html", result, model=model, views=detector.views)
     print(result.table())
+    if rates := false_positives.rows(result):
+        print(f"\n{false_positives.caption(result)}\n{text_table(rates)}")
+    for sentence in false_positives.sentences(result):
+        print(f"warning: {sentence}")
     if shortcuts := shortcut_tables.text(result):
         print(f"\nbeside what the files alone say:\n{shortcuts}")
     if beside := frozen_rows(result):

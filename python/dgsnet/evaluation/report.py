@@ -18,7 +18,7 @@ from PIL import Image
 
 from dgsnet.data.images import ImageError, read_image
 from dgsnet.detection.decisions import DECIMALS
-from dgsnet.evaluation import frozen, shortcut_tables
+from dgsnet.evaluation import false_positives, frozen, shortcut_tables
 from dgsnet.evaluation.metrics import CONFIDENCE, RESAMPLES, reliability, roc
 from dgsnet.evaluation.published import AUTHORS_LOG, OFFICIAL, Comparison
 from dgsnet.evaluation.results import COUNTS, Evaluation, Result, Score, between, bounded, images, percent
@@ -75,6 +75,7 @@ def document(evaluation: Evaluation) -> dict[str, Any]:
             "mean": with_intervals(evaluation.mean_of(distortion)),
             "suites": {suite: with_intervals(evaluation.mean_of(distortion, suite)) for suite in suites},
             "generators": {evaluation.title(r): with_intervals(r) for r in evaluation.of(distortion)},
+            "false_positives": false_positives.document(evaluation, distortion),
         }
 
     return {
@@ -116,6 +117,9 @@ def markdown(evaluation: Evaluation) -> str:
     if len(evaluation.suites) > 1:
         rows = [["mean", *cells(evaluation.mean_of())]]
         lines += ["", "## All suites", "", *_markdown_table([["generator", *columns], *rows])]
+    if rates := false_positives.rows(evaluation):
+        lines += ["", "## False positives by source", "", false_positives.caption(evaluation), ""]
+        lines += _markdown_table(rates)
     if beside := frozen.rows(evaluation):
         lines += ["", "## Beside the frozen backbone", "", FROZEN_CAPTION, "", *_markdown_table(beside)]
     if evaluation.distortions:
@@ -185,6 +189,8 @@ def write_page(path: str | Path, evaluation: Evaluation, *, model: str, views: i
         frozen=frozen.rows(evaluation),
         frozen_caption=FROZEN_CAPTION,
         robustness=_robustness(evaluation),
+        false_positives=false_positives.rows(evaluation),
+        false_positives_caption=false_positives.caption(evaluation),
         shortcuts=shortcut_tables.rows(evaluation),
         shortcut_caption=shortcut_tables.caption(evaluation),
         mistakes=_mistakes(evaluation),
@@ -230,6 +236,7 @@ def verdict(evaluation: Evaluation) -> list[str]:
         worst = max(drops, key=drops.__getitem__)
         change = f"{-100 * drops[worst]:+.1f}".replace("-", "\N{MINUS SIGN}")
         sentences.append(f"Of the distortions {worst} costs most: {change} points of AUC.")
+    sentences += false_positives.sentences(evaluation)
     sentences += shortcut_tables.sentences(evaluation)
     if evaluation.damaged:
         lost = len(evaluation.damaged)

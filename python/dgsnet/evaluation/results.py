@@ -73,6 +73,7 @@ class Evaluation:
         nuisances: float32 [images, len(NUISANCES)] of the images as they are, in the order of their scores, a
             row of NaN where there are none; None where files were not looked at.
         file_model: what files are taken to say of the label; None: what these images' own files say.
+        promised_fpr: how many of all real images the calibration allows to be called generated.
         frozen: the same images as they are, scored by the frozen backbone; None where that was not asked for.
     """
 
@@ -81,6 +82,7 @@ class Evaluation:
     calibrated_threshold: float | None = None
     nuisances: np.ndarray | None = field(default=None, repr=False, compare=False)
     file_model: FileModel | None = None
+    promised_fpr: float | None = None
     frozen: Evaluation | None = field(default=None, repr=False, compare=False)
 
     @property

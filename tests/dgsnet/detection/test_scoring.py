@@ -574,16 +574,19 @@ def test_ray_gives_the_same_table(run, images, table, tmp_path, monkeypatch, cap
     (tmp_path / "broken.png").write_bytes(b"no image")
     monkeypatch.chdir(tmp_path)
     paths = [os.path.relpath(images, tmp_path), "t.parquet", "broken.png", "nowhere.png"]
-    predict_command(paths, run, "local.csv", device="cpu")
+    predict_command(paths, run, "local.csv", device="cpu", consistency=True)
     expected = rows("local.csv")
+    assert {"real", "unsure", ""} <= {row["decision"] for row in expected}
 
-    with Partial(tmp_path / "ray.csv", settings(Detector.load(run), paths), resume=False) as part:
+    begun = settings(Detector.load(run), paths, consistency=True)
+    with Partial(tmp_path / "ray.csv", begun, resume=False) as part:
         for row in expected[10:20]:
-            score = float(row["probability"])
-            part.add(Score(row["path"], score, row["decision"], row["error"])._asdict())
+            score, spread = float(row["probability"]), float(row["spread"])
+            part.add(Score(row["path"], score, row["decision"], row["error"], spread)._asdict())
     monkeypatch.setenv("RAY_DEFAULT_OBJECT_STORE_MEMORY_PROPORTION", "0.01")
     capfd.readouterr()
-    predict_command(paths, run, "ray.csv", device="cpu", engine="ray", workers=1, resume=True)
+    options = {"workers": 1, "consistency": True, "resume": True}
+    predict_command(paths, run, "ray.csv", device="cpu", engine="ray", **options)
     assert not ray.is_initialized()
     found = rows("ray.csv")
     assert found == expected[10:20] + expected[:10] + expected[20:]

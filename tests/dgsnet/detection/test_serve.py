@@ -15,10 +15,12 @@ from dgsnet.data.images import read_image
 from dgsnet.detection.decisions import save_calibration
 from dgsnet.detection.detector import Detector
 from dgsnet.detection.heatmaps import draw, heatmap
+from dgsnet.detection.provenance import Provenance, ProvenanceReader
 from dgsnet.detection.serve import RateLimit, create_app
 from fastapi.testclient import TestClient
 from PIL import Image
 
+from tests.support.credentials import Authority, signed
 from tests.support.tiny import save_tiny
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -37,6 +39,8 @@ def images(tmp_path_factory):
     for i in range(3):
         Image.fromarray(rng.integers(0, 256, (40, 50 + i, 3), dtype=np.uint8)).save(folder / f"{i}.png")
     (folder / "broken.jpg").write_bytes(b"\xff\xd8 no image")
+    maker = Authority().signer("<b>Maker</b>")
+    (folder / "2.png").write_bytes(signed((folder / "2.png").read_bytes(), maker))
     return folder
 
 
@@ -56,6 +60,7 @@ def client(detector):
 def url(run):
     """The command itself, on a free port."""
     command = [sys.executable, "-m", "dgsnet", "serve", "--model", run, "--port", "0", "--device", "cpu"]
+    command.append("--provenance")
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         try:
             yield process.stdout.readline().split()[0]
@@ -102,6 +107,21 @@ def test_a_calibrated_model_decides_by_its_calibration(run, images, tmp_path):
     assert facts["calibrated"] and facts["threshold"] == calibration.threshold and facts["n_reals"] == 500
     page = client.get("/").text
     assert "not calibrated" not in page and "500" in page
+
+
+def test_copies_and_credentials_where_they_are_asked_for(detector, images, client):
+    data = (images / "2.png").read_bytes()
+    plain = client.post("/api/score?name=2.png", content=data).json()
+    assert plain.keys() == {"name", "probability", "decision", "width", "height"}
+    with ProvenanceReader() as read:
+        app = create_app(detector, consistency=True, provenance=read)
+        row = TestClient(app, base_url="http://localhost").post("/api/score?name=2.png", content=data).json()
+        facts = TestClient(app, base_url="http://localhost").get("/api/model").json()
+        assert {key: row.pop(key) for key in Provenance._fields} == read(data)._asdict()
+    assert facts["consistency"] and facts["provenance"]
+    probabilities = detector.predict(images / "2.png", consistency=True)
+    assert row.pop("spread") == pytest.approx(np.ptp(probabilities), abs=2e-6)
+    assert row == plain | {"decision": detector.decide(probabilities)[0]}
 
 
 @pytest.mark.parametrize("path", ["/api/score", "/api/heatmap"])
@@ -252,6 +272,11 @@ def test_the_page_in_a_browser(url, images, detector):
             page.wait_for_function(
                 "image => image.complete && image.naturalWidth > 300", arg=heat.element_handle()
             )
+        # A stranger's words, shown as they are.
+        unsigned, stranger = (items.nth(i).locator(".provenance").inner_text() for i in (0, 2))
+        assert unsigned == "Content Credentials: absent"
+        assert stranger.startswith("Content Credentials: unverified; said to be trainedAlgorithmicMedia; ")
+        assert "<b>Maker</b>" in stranger
         assert "broken.jpg: " in items.nth(1).locator(".result").inner_text()
         assert items.nth(1).locator("img.heat").count() == 0
 
@@ -272,7 +297,7 @@ def test_a_form_is_read_as_the_body_is(client, url, images):
     done = subprocess.run(
         ["curl", "-sS", "-F", f"file=@{images / '0.png'}", f"{url}/api/score"], capture_output=True, text=True
     )
-    assert json.loads(done.stdout) == expected
+    assert json.loads(done.stdout) == expected | Provenance("absent")._asdict()
 
 
 def test_a_form_that_is_none_is_refused_in_one_line(client, images):

@@ -18,6 +18,7 @@ import pytest
 import torch
 from dgsnet import cli
 from dgsnet.config import Config, ModelConfig, PreprocessConfig
+from dgsnet.data import distortions
 from dgsnet.data.images import read_image
 from dgsnet.detection.decisions import Calibration, save_calibration
 from dgsnet.detection.detector import Detector
@@ -353,7 +354,7 @@ def test_robustness_is_reported_per_distortion(model, data, tmp_path, capsys):
 def test_an_image_that_cannot_be_distorted_is_listed(model, tmp_path, monkeypatch):
     for i in range(4):
         picture(tmp_path / f"d/{i % 2}_{'real' if i % 2 == 0 else 'fake'}/{i}.png")
-    monkeypatch.setattr(robustness, "MAX_PIXELS", 3000)
+    monkeypatch.setattr(distortions, "MAX_PIXELS", 3000)
     document = run(model, tmp_path / "d", tmp_path / "o", robustness=["resize:2"])
     assert [d["distortion"] for d in document["damaged"]] == ["resize:2"] * 4
     assert all("0.png: resize:2 makes it" in d["error"] for d in document["damaged"][:1])
@@ -407,7 +408,13 @@ def test_a_calibrated_model_is_measured_at_its_threshold_too(model, data, tmp_pa
     assert {k: v for k, v in document["mean"].items() if k in plain["mean"] and k != "intervals"} == {
         k: v for k, v in plain["mean"].items() if k != "intervals"
     }
-    assert "calibrated" in capsys.readouterr().out.splitlines()[0]
+    found = document["false_positives"]
+    wrong = sum(r["label"] == "0" and float(r["probability"]) > threshold for r in beta)
+    assert (found["threshold"], found["promised"]) == (threshold, 0.1)
+    assert found["sources"]["beta"]["wrong"] == wrong and found["sources"]["beta"]["exceeds"]
+    printed = capsys.readouterr().out
+    assert "calibrated" in printed.splitlines()[0] and "\nreal images of" in printed
+    assert "\nwarning: The calibrated rate of 10.0% false positives does not hold" in printed
     # Calibrating does not score anew.
     assert (tmp_path / "o/scores.jsonl").read_bytes() == journal
 

@@ -4,10 +4,12 @@ import io
 
 import numpy as np
 import pytest
+from dgsnet.data import distortions
+from dgsnet.data.distortions import Distortion
 from dgsnet.data.images import ImageError, read_image
 from dgsnet.errors import UserError
 from dgsnet.evaluation import robustness
-from dgsnet.evaluation.robustness import Distorted, Distortion, parse
+from dgsnet.evaluation.robustness import Distorted, parse
 from PIL import Image
 
 RNG = np.random.default_rng(0)
@@ -124,7 +126,7 @@ def test_wrong_words_are_refused_in_one_line(word, complaint):
 def test_what_cannot_be_made_is_an_image_error(monkeypatch):
     with pytest.raises(ImageError, match="cannot be written as WEBP"):
         distort("webp:80", np.zeros((1, 16384, 3), np.uint8))
-    monkeypatch.setattr(robustness, "MAX_PIXELS", 3000)
+    monkeypatch.setattr(distortions, "MAX_PIXELS", 3000)
     with pytest.raises(ImageError, match="resize:2 makes it 90 x 74, more than 3,000"):
         distort("resize:2")
 
