@@ -213,13 +213,15 @@ def test_model_folders_load_to_the_same_scores(tmp_path, name):
 def test_half_precision_and_checkpointing(name):
     model = randomised(build(name, lora_targets="all"))
     pixels, labels = pixels_for(model), torch.tensor([0.0, 1.0, 0.0])
-    gradients = []
+    gradients, calls = [], []
+    model.backbone.blocks[0].register_forward_hook(lambda *_: calls.append("block"))
     for enable in (False, True):
         model.zero_grad()
         model.set_grad_checkpointing(enable)
         model(pixels, labels=labels).image_loss.backward()
         gradients.append([p.grad for p in model.visual.parameters() if p.requires_grad])
     assert gradients[0] and all(torch.equal(a, b) for a, b in zip(*gradients))
+    assert len(calls) == 2 + 3  # teacher and student; the student's once more in backward
     expected = model.student_features(pixels).detach()
     model.set_base_dtype(torch.bfloat16)
     assert {p.dtype for n, p in model.visual.named_parameters() if "lora_" not in n} == {torch.bfloat16}
