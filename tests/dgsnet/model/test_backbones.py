@@ -214,7 +214,7 @@ def test_half_precision_and_checkpointing(name):
     model = randomised(build(name, lora_targets="all"))
     pixels, labels = pixels_for(model), torch.tensor([0.0, 1.0, 0.0])
     gradients, calls = [], []
-    model.backbone.blocks[0].register_forward_hook(lambda *_: calls.append("block"))
+    model.backbone.blocks[0].register_forward_pre_hook(lambda *_: calls.append("block"))
     for enable in (False, True):
         model.zero_grad()
         model.set_grad_checkpointing(enable)
