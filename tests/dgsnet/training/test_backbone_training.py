@@ -8,6 +8,7 @@ import pytest
 import torch
 from dgsnet import cli
 from dgsnet.config import Config
+from dgsnet.detection.decisions import calibrate
 from dgsnet.detection.detector import Detector
 from dgsnet.evaluation.evaluate import JOURNAL, evaluate, find_suites
 from dgsnet.model import checkpoint
@@ -102,8 +103,12 @@ def test_the_frozen_backbone_stands_beside_it(dinov3, data, tmp_path, capsys, mo
     assert "## Beside the frozen backbone" in (out / "metrics.md").read_text()
 
     monkeypatch.setattr(Detector, "logits", None)  # nothing is scored twice
+    rng = np.random.default_rng(0)  # a calibration is the model's own, and not that of the frozen backbone
+    detector.calibration = calibrate(rng.normal(-3, 5, 300), rng.normal(3, 5, 300), fpr=0.05)
+    assert detector.calibration.temperature > 1.2
     again = evaluate(detector, find_suites([str(data)]), frozen=True, journal=out / JOURNAL, workers=0)
     assert [s.probability for s in again.frozen.scores] == [float(row["frozen"]) for row in rows]
+    assert [s.probability for s in again.scores] != [float(row["probability"]) for row in rows]
     with_none = evaluate(detector, find_suites([str(data)]), journal=out / JOURNAL, workers=0)
     assert with_none.frozen is None and with_none.scores == again.scores
 
