@@ -47,8 +47,9 @@ def main() -> None:
     for operation in a.operations or OPERATIONS:
         module = importlib.import_module(f"benchmarks.{operation}")
         if hasattr(module, "results"):  # no operation on rows: it has cases of its own
-            results += module.results(a)
-            write(a, results)
+            for result in module.results(a):  # all at once, or as they are made
+                results.append(result)
+                write(a, results)
             continue
         for threads, dtype, rows, dim in itertools.product(a.threads, a.dtype, a.rows, a.dim):
             gc.collect()  # optimizers and their gigabytes are cycles

@@ -2,8 +2,8 @@
 
 One shows the share of `torch.clone`'s bandwidth at equal bytes that every variant reached, another that
 share and the time against the number of rows, for operations measured at three sizes or more. What `prior`
-measures is plotted against steps. Other results that are not of operations on tensors (a training step, the
-data path) have tables of their own and are left out.
+measures is plotted against steps, what `update` measures against arrivals. Other results that are not of
+operations on tensors (a training step, the data path) have tables of their own and are left out.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import argparse
 import itertools
 import json
 import re
+import statistics
 from pathlib import Path
 
 import matplotlib
@@ -19,6 +20,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+from benchmarks import update
 from benchmarks.harness import CLONE, COPY
 
 # Okabe and Ito's colours, distinct also to colour-blind eyes; ours come first.
@@ -153,6 +155,33 @@ def plot_prior(results: list[dict], title: str, path: Path) -> None:
     plt.close(figure)
 
 
+def plot_update(results: list[dict], title: str, path: Path) -> None:
+    """Old, new and all decoders after every arrival, by rule: means over seeds with standard errors."""
+    rules = list(dict.fromkeys(r["rule"] for r in results))
+    arrivals = list(dict.fromkeys(r["arrived"] for r in results if r["arrived"]))
+    measures = {"auc": "AUC", "accuracy": "accuracy at 0.5"}
+    figure, grid = plt.subplots(2, 3, figsize=(12, 7), layout="constrained", sharey="row")
+    for (measure, words), row in zip(measures.items(), grid):
+        row[0].set_ylabel(words)
+        for group, axes in zip(update.GROUPS, row):
+            axes.set_title(group, fontsize=9, loc="left")
+            for number, (rule, colour) in enumerate(zip(rules, COLOURS)):
+                found = [
+                    [update.summary(r, measure)[group] for r in results if (r["rule"], r["arrived"]) == key]
+                    for key in ((rule, arrival) for arrival in arrivals)
+                ]
+                means = [statistics.mean(values) for values in found]
+                errors = [statistics.stdev(values) / len(values) ** 0.5 for values in found]
+                places = [place + (number - 1.5) / 12 for place in range(len(arrivals))]
+                axes.errorbar(places, means, errors, color=colour, marker="o", markersize=3, label=rule)
+            axes.set_xticks(range(len(arrivals)), arrivals, fontsize=8)
+            axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=len(rules))
+    figure.suptitle(title, fontsize=10)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.plots", description=__doc__)
     parser.add_argument("folder", type=Path, help="where the plots go")
@@ -171,6 +200,9 @@ def main() -> None:
         prior = [result for result in content.get("results", []) if result.get("benchmark") == "prior"]
         if prior:
             plot_prior(prior, device, arguments.folder / f"{prior[0]['device']}_prior.png")
+        updates = [r for r in content.get("results", []) if r.get("benchmark") == "update"]
+        if updates:
+            plot_update(updates, device, arguments.folder / f"{updates[0]['device']}_update.png")
     for device, results in by_device.items():
         if not results:
             continue

@@ -58,6 +58,7 @@ def complete(words: list[str]) -> list[str]:
     required = {
         "audit": ["--data", "d", "--out", "o"],
         "train": ["--out", "o"],
+        "update": ["--model", "m", "--data", "d", "--replay", "r", "--out", "o"],
         "evaluate": ["--data", "d", "--model", "m", "--out", "o"],
         "predict": ["--model", "m"],
         "calibrate": ["--model", "m", "--reals", "r"],

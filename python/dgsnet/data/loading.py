@@ -180,10 +180,16 @@ def epoch_order(samples: list[Sample], rng: np.random.Generator) -> np.ndarray:
 
 
 class EpochSampler(Sampler[int]):
-    """An order that is a function of (seed, epoch), and can start in the middle without decoding the rest."""
+    """An order that is a function of (seed, epoch), and can start in the middle without decoding the rest.
 
-    def __init__(self, dataset: ImageDataset, *, shuffle: bool, seed: int = 0) -> None:
+    It is one of the dataset's first `count` samples; None: of all.
+    """
+
+    def __init__(
+        self, dataset: ImageDataset, *, shuffle: bool, seed: int = 0, count: int | None = None
+    ) -> None:
         self.dataset = dataset
+        self.samples = dataset.samples[:count]
         self.shuffle = shuffle
         self.seed = seed
         self.epoch = 0
@@ -201,12 +207,12 @@ class EpochSampler(Sampler[int]):
         self.dataset.set_epoch(epoch)
 
     def __len__(self) -> int:
-        return max(len(self.dataset) - self.skip, 0)
+        return max(len(self.samples) - self.skip, 0)
 
     def __iter__(self) -> Iterator[int]:
-        order = np.arange(len(self.dataset))
+        order = np.arange(len(self.samples))
         if self.shuffle:
-            order = epoch_order(self.dataset.samples, np.random.default_rng((self.seed, self.epoch)))
+            order = epoch_order(self.samples, np.random.default_rng((self.seed, self.epoch)))
         return iter(order[self.skip :].tolist())
 
 

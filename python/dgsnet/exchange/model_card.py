@@ -86,6 +86,11 @@ def _training(config: Config, extra: dict[str, Any]) -> str:
         surgery += f", experts on {' and '.join(used)}"
     if config.surgery.distillation:
         surgery += f", distillation {config.surgery.distillation:g}"
+    if update := extra.get("update"):
+        surgery = (
+            f"an update, rule {update['rule']}, of the detector `{Path(update['model']).name}`, whose own "
+            "training is not told here"
+        )
     return (
         f"Data: {sources}. Method: {surgery}; epochs: {config.optim.epochs}"
         + (f", at most {config.optim.max_steps} steps" if config.optim.max_steps else "")

@@ -22,6 +22,8 @@ FREE_SETTINGS = (
     "log_every",
 )
 
+# In the folder of an update: what of its options is in no configuration.
+UPDATE_FILE = "update.json"
 
 # What a look for shortcuts before training may cost.
 SHORTCUT_IMAGES = 2**10

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -37,10 +37,14 @@ def dropout_seed(seed: int, step: int, process: int) -> int:
 
 @dataclass
 class MicroBatch:
-    """Images of one process and one backward pass, and their weight in the mean over the optimiser step."""
+    """Images of one process and one backward pass, and their weight in the mean over the optimiser step.
+
+    `objective` names those whose gradient is kept apart, such as replayed ones; "" are the step's own.
+    """
 
     indices: list[int]
     weight: float
+    objective: str = ""
 
 
 class StepPlan:
@@ -62,16 +66,30 @@ class StepPlan:
             tuple[int, list[MicroBatch]]
         ] = []  # images over all processes, micro-batches of this one
 
-    def set(self, order: list[int], limit: int | None = None) -> None:
-        """Plan at most `limit` steps over `order`; a process may get empty batches of the last one."""
+    def set(
+        self,
+        order: list[int],
+        limit: int | None = None,
+        replayed: Callable[[int], dict[str, list[int]]] | None = None,
+    ) -> None:
+        """Plan at most `limit` steps over `order`; a process may get empty batches of the last one.
+
+        `replayed(n)`: the images beside those of the n-th of these steps, by objective; each objective has a
+        mean of its own.
+        """
         self.steps = []
-        for start in range(0, len(order), self.images)[:limit]:
-            images = np.asarray(order[start : start + self.images])
-            micro_steps = math.ceil(len(images) / (self.batch_size * self.world))
-            parts = np.array_split(images, micro_steps * self.world)[self.rank :: self.world]
-            # Data parallelism averages over processes, hence the factor.
-            micro = [MicroBatch(part.tolist(), self.world * len(part) / len(images)) for part in parts]
+        for number, start in enumerate(range(0, len(order), self.images)[:limit]):
+            images = order[start : start + self.images]
+            micro = self._split(images)
+            for objective, others in (replayed(number) if replayed else {}).items():
+                micro += self._split(others, objective)
             self.steps.append((len(images), micro))
+
+    def _split(self, images: Sequence[int], objective: str = "") -> list[MicroBatch]:
+        micro_steps = math.ceil(len(images) / (self.batch_size * self.world))
+        parts = np.array_split(np.asarray(images), micro_steps * self.world)[self.rank :: self.world]
+        # Data parallelism averages over processes, hence the factor.
+        return [MicroBatch(part.tolist(), self.world * len(part) / len(images), objective) for part in parts]
 
     def __iter__(self) -> Iterator[list[int]]:
         return (micro.indices for _, batches in self.steps for micro in batches)

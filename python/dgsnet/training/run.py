@@ -25,6 +25,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object, set_seed
 from torch.utils.data import DataLoader
 
+from dgs_kernels import OptimizerSurgery
 from dgsnet.config import CONFIG_FILE, Config
 from dgsnet.data.loading import (
     DamageReport,
@@ -59,18 +60,25 @@ from dgsnet.training.experts import FileExpert
 from dgsnet.training.frozen import CaptionFeatures, ImageFeatures
 from dgsnet.training.log import VAL_COLUMNS, Log, Progress
 from dgsnet.training.plan import BRANCHES, HEAD, MicroBatch, Position, StepPlan, dropout_seed
+from dgsnet.training.replay import Update
 from dgsnet.training.setup import accelerator_for, with_batch_size
 from dgsnet.training.step import TRAIN_COLUMNS, Step, layer_surgery, parameter_groups, speed_up
 
 STATE_FILE = Path("state") / "resume.pt"
 
 
-def run(config: Config, out: Path, samples: list[Sample], val_samples: list[Sample]) -> None:
-    """Train from where `out`, which is this run's alone, stands to the end; see train.train."""
+def run(
+    config: Config,
+    out: Path,
+    samples: list[Sample],
+    val_samples: list[Sample],
+    update: Update | None = None,
+) -> None:
+    """Train from where `out`, which is this run's alone, stands to the end; see train.train and update."""
     with accelerator_for(config, out) as accelerator:
         try:
             config = with_batch_size(config, out, accelerator)
-            _Run(config, out, accelerator, samples, val_samples).train()
+            _Run(config, out, accelerator, samples, val_samples, update).train()
         except torch.OutOfMemoryError:
             raise UserError(
                 f"out of GPU memory with optim.batch_size={config.optim.batch_size}: halve it and double "
@@ -82,10 +90,17 @@ class _Run:
     """A training run: the state that lives through it, and its loops."""
 
     def __init__(
-        self, config: Config, out: Path, accelerator: Accelerator, samples: list[Sample], val: list[Sample]
+        self,
+        config: Config,
+        out: Path,
+        accelerator: Accelerator,
+        samples: list[Sample],
+        val: list[Sample],
+        update: Update | None,
     ) -> None:
-        self.config, self.out, self.accelerator = config, out, accelerator
+        self.config, self.out, self.accelerator, self.update = config, out, accelerator, update
         rank, self.world = accelerator.process_index, accelerator.num_processes
+        own, samples = len(samples), [*samples, *(update.replayed if update else [])]
         self.data_hash = _hash(samples)
         self.preprocess = Preprocessor(config.preprocess)
         optim, data = config.optim, config.data
@@ -99,7 +114,7 @@ class _Run:
             nuisances=uses_nuisances(config),
             views=data.views,
         )
-        self.order = EpochSampler(dataset, shuffle=True, seed=config.seed)
+        self.order = EpochSampler(dataset, shuffle=True, seed=config.seed, count=own)
         images = optim.batch_size * optim.accumulation * self.world
         self.plan = StepPlan(images, optim.batch_size, rank, self.world)
         workers = default_workers() if data.workers is None else data.workers
@@ -122,6 +137,8 @@ class _Run:
         self.model = build_model(config, with_text=uses_text(config))
         check_image_size(config.model.name, self.model.image_size, config.preprocess.image_size)
         self.backbone = fingerprint(self.model)
+        if update:
+            load_trained_state(self.model, update.start)
         self.model.to(accelerator.device)
         self.text = None
         if self.model.text is not None:
@@ -135,7 +152,8 @@ class _Run:
         self.frozen: ImageFeatures | None = None
         self.position = Position(HEAD if uses_surgery(config) else BRANCHES)
         self.best: list[float] | None = None
-        self.trained_on: set[int] = set()  # hashes of the files that this process has trained on
+        # Hashes of the files that this process has trained on, or that the updated detector was trained on.
+        self.trained_on = set(update.trained_on.tolist()) if update else set[int]()
         self.sharded: Step | None = None  # sharded once, for both stages
         # Sums of the logged values, weighted, and of the weights, since the last logged step.
         self.sums = torch.zeros(len(TRAIN_COLUMNS) + 1, device=accelerator.device)
@@ -195,9 +213,10 @@ class _Run:
             lr=optim.lr,
             betas=optim.betas,
             weight_decay=optim.weight_decay,
-            fused=not (layerwise and optim.precision == "fp16"),
+            fused=not ((layerwise or self.update) and optim.precision == "fp16"),
         )
-        self.surgery = None
+        self.surgery: OptimizerSurgery | None = None
+        self.objectives = self.update.surgery(optimizer, self.accelerator.scaler) if self.update else None
         if layerwise and surgery is not None:
             group = dist.group.WORLD if self.world > 1 and self.sharded is None else None
             self.surgery = layer_surgery(optimizer, surgery, self.accelerator.scaler, group)
@@ -232,7 +251,8 @@ class _Run:
         earlier = optim.head_epochs if position.stage == BRANCHES else 0
         self.order.set_epoch(earlier + position.epoch, skip=position.seen)
         limited = optim.max_steps and position.stage == BRANCHES
-        self.plan.set(list(self.order), optim.max_steps - position.stage_step if limited else None)
+        left = optim.max_steps - position.stage_step if limited else None
+        self.plan.set(list(self.order), left, self._replayed if self.objectives else None)
         self.model.train()
         batches = iter(self._loader()) if self.plan.steps else iter(())
         self.watch.start()
@@ -257,6 +277,12 @@ class _Run:
             raise UserError(f"none of the training images could be read; {self.damage.summary(shown=1)}")
         self._end_epoch(epochs)
 
+    def _replayed(self, number: int) -> dict[str, list[int]]:
+        """Old images in the n-th step from here, by objective; they follow the new ones in the dataset."""
+        assert self.update
+        drawn = self.update.draw(self.position.step + number, self.plan.images)
+        return {name: [len(self.order.samples) + i for i in places] for name, places in drawn.items()}
+
     def _optimiser_step(self, batches: Iterator[dict[str, Any]], micro_batches: list[MicroBatch]) -> None:
         # Dropout depends on this seed alone, so that no generator's state need outlive a kill.
         device = self.accelerator.device
@@ -265,6 +291,16 @@ class _Run:
             torch.default_generator.manual_seed(seed)
         else:  # without a GPU it would note each seed for one that may come
             set_seed(seed)
+        for name, group in itertools.groupby(micro_batches, key=lambda micro: micro.objective):
+            # The step's own gradient stays in .grad, which makes it the first objective.
+            with self.objectives.objective(name) if name and self.objectives else contextlib.nullcontext():
+                self._backward(batches, list(group))
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def _backward(self, batches: Iterator[dict[str, Any]], micro_batches: list[MicroBatch]) -> None:
+        """Add up the gradient of one objective."""
+        device = self.accelerator.device
         texts = self.text if self.position.stage == BRANCHES else None
         for number, micro in enumerate(micro_batches, 1):
             batch = self.watch.next(batches)
@@ -288,12 +324,10 @@ class _Run:
                 if harmful is not None and self.surgery is not None:
                     with self.surgery.harmful():
                         self.accelerator.backward(harmful * micro.weight)
-            weight = micro.weight * (len(batch["labels"]) > 0)
+            weight = micro.weight * (len(batch["labels"]) > 0 and not micro.objective)
             self.sums += weight * torch.cat([values, values.new_ones(1)])
             if moments is not None:
                 self.moments += weight * moments
-        self.optimizer.step()
-        self.optimizer.zero_grad()
 
     def _log_training(self, speed: float) -> float:
         """Write the means since the last call; returns the loss."""
@@ -313,8 +347,9 @@ class _Run:
                 f"training diverged: the loss is {row['loss']} at step {self.position.step}; lower optim.lr"
                 + (", or use optim.precision bf16" if self.config.optim.precision == "fp16" else "")
             )
-        if self.surgery and (operated := self.surgery.metrics()):
-            tracked |= operated.scalars()
+        for surgery in (self.surgery, self.objectives):
+            if surgery and (operated := surgery.metrics()):
+                tracked |= operated.scalars()
         self.log.write(self.position, row, images_per_second=speed, **tracked)
         return row["loss"]
 
@@ -364,7 +399,9 @@ class _Run:
         trained = trained_state(self.model)  # of a sharded model from all processes
         hashes = self._all_trained_on()
         if self.accelerator.is_main_process:
-            finite: dict[str, Any] = {key: value for key, value in result.items() if math.isfinite(value)}
+            extra: dict[str, Any] = {key: value for key, value in result.items() if math.isfinite(value)}
+            if self.update:
+                extra["update"] = self.update.told
             write_model(
                 self.out / name,
                 trained,
@@ -372,7 +409,7 @@ class _Run:
                 self.config,
                 trained_on=hashes,
                 step=self.position.step,
-                **finite,
+                **extra,
             )
 
     def _all_trained_on(self) -> np.ndarray:

@@ -6,10 +6,17 @@ import contextlib
 from pathlib import Path
 
 from dgsnet.config import Config
+from dgsnet.errors import UserError
 from dgsnet.files import locked
 from dgsnet.model.catalogue import check_model
 from dgsnet.processes import announced_rank, announced_size
-from dgsnet.training.checks import check_experts, check_folder, training_samples, warn_of_shortcuts
+from dgsnet.training.checks import (
+    UPDATE_FILE,
+    check_experts,
+    check_folder,
+    training_samples,
+    warn_of_shortcuts,
+)
 
 
 def train(config: Config, out: str | Path, *, resume: bool = False) -> Path:
@@ -40,6 +47,8 @@ def train(config: Config, out: str | Path, *, resume: bool = False) -> Path:
     # The first of a run's processes holds the folder for all of them.
     with contextlib.nullcontext() if announced_rank() else locked(out):
         check_folder(config, out, resume)
+        if (out / UPDATE_FILE).is_file():
+            raise UserError(f"{out} is an update: go on with its own command, dgsnet update, and --resume")
         check_experts(config)
         check_model(config.model, config.preprocess.image_size)
         samples = training_samples(config, config.data.train, "train")

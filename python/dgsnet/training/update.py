@@ -1,0 +1,296 @@
+"""`dgsnet update`: a trained detector learns new generators, held by gradients on images of the old ones."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import replace as changed
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+
+from dgsnet.config import CONFIG_FILE, Config, read_config
+from dgsnet.data.samples import Sample, find_samples
+from dgsnet.detection.decisions import THRESHOLD
+from dgsnet.detection.overlap import warn_of_training_images
+from dgsnet.errors import UserError
+from dgsnet.evaluation.changes import compare, per_image, table
+from dgsnet.evaluation.evaluate import evaluate, find_suites
+from dgsnet.files import locked, one_line, write_file
+from dgsnet.model.catalogue import check_model
+from dgsnet.model.folders import WEIGHTS_FILE, model_folder
+from dgsnet.processes import announced_size
+from dgsnet.training.checks import UPDATE_FILE, check_folder, training_samples
+
+Rule = Literal["gem", "conflict", "replay", "none"]
+REPLAY_SHARE = 0.5
+# Of every this many images of a generator and class one is kept out of the update, to report on.
+HELD_OUT = 5
+NEW, OLD = "new", "old"  # names of what is reported on, unless it is given
+CHANGES_FILE, IMAGES_FILE = "changes.json", "changes.csv"
+
+
+def update_command(
+    model: str,
+    data: list[str],
+    replay: list[str],
+    out: str,
+    rule: Rule = "conflict",
+    test: list[str] | None = None,
+    lr: float | None = None,
+    steps: int | None = None,
+    replay_share: float = REPLAY_SHARE,
+    seed: int | None = None,
+    resume: bool = False,
+) -> None:
+    """Teach a trained detector new generators, without losing the old ones.
+
+    Writes a run as `dgsnet train` does, and what the update gained and lost.
+
+    Args:
+        model: a model folder, or the folder of a training run; it is left as it is.
+        data: labelled images of the new generators.
+        replay: labelled images of the old ones, real and generated.
+        out: the new run's folder; must be new or empty unless --resume is given.
+        rule: what the replayed images do to a step. gem - no old generator's loss may rise; conflict - new
+            and old gradients lose what conflicts; replay - the mean of both losses; none - nothing.
+        test: labelled images to report gains and losses on, none of them trained on; NAME=PATH names a suite.
+            A fifth of --data and --replay is kept out for it if not given.
+        lr: learning rate; that of the model's training if not given.
+        steps: optimiser steps; one pass over the new images if not given.
+        replay_share: share of a step's images that are replayed.
+        seed: decides order, augmentation, dropout and what is replayed; that of the model's training if not
+            given.
+        resume: go on where an update was stopped or killed, with the same options. Starts it if there is none
+            in --out.
+    """
+    update(
+        model,
+        data,
+        replay,
+        out,
+        rule=rule,
+        test=test,
+        lr=lr,
+        steps=steps,
+        replay_share=replay_share,
+        seed=seed,
+        resume=resume,
+    )
+
+
+def update(
+    model: str | Path,
+    data: Sequence[str],
+    replay: Sequence[str],
+    out: str | Path,
+    *,
+    rule: Rule = "conflict",
+    test: Sequence[str] | None = None,
+    lr: float | None = None,
+    steps: int | None = None,
+    replay_share: float = REPLAY_SHARE,
+    seed: int | None = None,
+    resume: bool = False,
+) -> Path:
+    """Train a detector further on new images, and report what changed; docs/updating.md has the rules.
+
+    Adapters and the student's head are trained on its own loss, the binary cross-entropy of the image branch,
+    with a new optimiser and otherwise the settings of the model's training. Every step takes a batch of new
+    images and, beside it, replayed ones.
+
+    Args:
+        model, data, replay, out, rule, lr, steps, replay_share, seed, resume: as `dgsnet update` has them.
+        test: test suites; None keeps a part of `data` and `replay` out; none at all: nothing is reported.
+
+    Returns:
+        `out`, a run like those of `dgsnet.training.train.train`, without a calibration.
+
+    Raises:
+        UserError: model, data or settings cannot be used, `out` is taken or in use; one line with the remedy.
+    """
+    out = Path(out)
+    if announced_size() > 1:
+        raise UserError("dgsnet update runs in a single process: start it without torchrun or accelerate")
+    if rule not in get_args(Rule):
+        raise UserError(f"rule {rule!r} is unknown; choose one of {', '.join(get_args(Rule))}")
+    if not 0 < replay_share < 1:
+        raise UserError(f"replay_share is {replay_share:g}; it must lie between 0 and 1")
+    folder = model_folder(model)
+    if {Path(model).resolve(), folder.resolve()} & {out.resolve(), *out.resolve().parents}:
+        raise UserError(f"--out {out} lies in the model's own folder: give a new folder")
+    with locked(out):
+        config = _configuration(folder, data, replay, rule=rule, lr=lr, seed=seed)
+        new, old = _samples(config, data, replay, rule)
+        suites = None if test is None else find_suites(test) if test else {}
+        if suites is None:
+            (new, new_out), (old, old_out) = (hold_out(samples, config.seed) for samples in (new, old))
+            suites = {name: kept for name, kept in ((NEW, new_out), (OLD, old_out)) if kept}
+        if steps is not None:
+            config = _limited(config, steps, len(new))
+        told = {
+            "model": str(model),
+            "weights": hashlib.sha256((folder / WEIGHTS_FILE).read_bytes()).hexdigest()[:16],
+            "rule": rule,
+            "replay_share": f"{replay_share:g}",
+        }
+        _check_folder(config, out, told, resume)
+        check_model(config.model, config.preprocess.image_size)
+
+        from dgsnet.model.checkpoint import load_model, trained_on, trained_state
+        from dgsnet.training.replay import Update
+        from dgsnet.training.run import run
+
+        started = Update(
+            trained_state(load_model(folder)[0]),
+            trained_on(folder),
+            old,
+            rule,
+            ratio=replay_share / (1 - replay_share),
+            seed=config.seed,
+            told=told,
+        )
+        write_file(out / UPDATE_FILE, (json.dumps(told, indent=2) + "\n").encode())
+        run(config, out, new, [], started)
+        if suites:
+            report(model, out, suites)
+    return out
+
+
+def _configuration(
+    folder: Path,
+    data: Sequence[str],
+    replay: Sequence[str],
+    *,
+    rule: Rule,
+    lr: float | None,
+    seed: int | None,
+) -> Config:
+    """The settings of the model's training, for the student's loss alone and one pass over the new images."""
+    config = read_config(folder / CONFIG_FILE)
+    own = folder / config.model.pretrained  # the backbone that a converted model brings
+    pretrained = str(own.resolve()) if own.is_file() else config.model.pretrained
+    try:
+        return changed(
+            config,
+            model=changed(config.model, pretrained=pretrained),
+            seed=config.seed if seed is None else seed,
+            data=changed(
+                config.data,
+                train=[*data, *(replay if rule != "none" else ())],
+                val=[],
+                captions="none",
+                nuisances="none",
+            ),
+            optim=changed(config.optim, lr=config.optim.lr if lr is None else lr, epochs=1, max_steps=0),
+            surgery=changed(config.surgery, mode="none", text="project", distillation=0.0),
+        )
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
+def _limited(config: Config, steps: int, images: int) -> Config:
+    """As many passes as the steps need."""
+    if steps < 1:
+        raise UserError(f"steps is {steps}; it must be 1 or more")
+    optim = config.optim
+    assert optim.batch_size != "auto"  # a run is saved with what was found
+    epochs = math.ceil(steps / math.ceil(images / (optim.batch_size * optim.accumulation)))
+    return changed(config, optim=changed(optim, epochs=epochs, max_steps=steps))
+
+
+def _samples(
+    config: Config, data: Sequence[str], replay: Sequence[str], rule: Rule
+) -> tuple[list[Sample], list[Sample]]:
+    """New and old images. Nothing but old ones can hold back a detector that sees a single class."""
+    old = training_samples(config, list(replay), "train")
+    if rule == "none":
+        new = training_samples(config, list(data), "train")
+    else:
+        new = [sample for root in data for sample in find_samples(root, "train")]
+    known = {_place(sample) for sample in old}
+    if both := [sample for sample in new if _place(sample) in known]:
+        raise UserError(
+            f"{len(both)} images are in --data and in --replay, such as {both[0].path}: leave the new ones "
+            "out of --replay"
+        )
+    return new, old
+
+
+def _place(sample: Sample) -> tuple[str, int]:
+    item = sample.item
+    return os.path.realpath(item.path), item.offset
+
+
+def hold_out(samples: list[Sample], seed: int) -> tuple[list[Sample], list[Sample]]:
+    """Those to train on, and of every HELD_OUT of a generator and class one to report on, by the seed."""
+    cells: dict[tuple[str, int], list[int]] = {}
+    for place, sample in enumerate(samples):
+        cells.setdefault((sample.generator, sample.label), []).append(place)
+    out: set[int] = set()
+    for (generator, label), places in cells.items():
+        rng = np.random.default_rng([seed, label, *generator.encode(errors="surrogateescape")])
+        out.update(rng.permutation(places)[: len(places) // HELD_OUT].tolist())
+    kept = [sample for place, sample in enumerate(samples) if place not in out]
+    return kept, [samples[place] for place in sorted(out)]
+
+
+def _check_folder(config: Config, out: Path, told: dict[str, str], resume: bool) -> None:
+    """As check_folder, and that what is there is this update."""
+    path = out / UPDATE_FILE
+    if resume and path.is_file():
+        try:
+            before = json.loads(path.read_text())
+            other = [name for name in told if name != "model" and before[name] != told[name]]
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path} is damaged ({one_line(error)}): start in a new folder") from None
+        if other:
+            name = other[0]
+            raise UserError(
+                f"cannot resume {out} with {name}={told[name]}, it was started with {before[name]}: give the "
+                "same options, or start in a new folder"
+            )
+    elif resume and (out / CONFIG_FILE).is_file():
+        raise UserError(f"--out {out} holds a run that is no update: give another folder")
+    check_folder(config, out, resume)
+
+
+def report(model: str | Path, out: Path, suites: dict[str, list[Sample]]) -> None:
+    """Measure both models on the same images; print what changed, and write it into `out`.
+
+    Both decide at the threshold of the first one's calibration, which the second does not have.
+    """
+    from dgsnet.detection.detector import Detector
+    from dgsnet.model.checkpoint import load_model
+
+    before = Detector.load(model)
+    device = next(before.model.parameters()).device
+    after = Detector(*load_model(out, device=device), before.calibration, before.views)
+    warn_of_training_images(out, [sample.item for samples in suites.values() for sample in samples])
+    workers = after.config.data.workers
+    old, new = (
+        evaluate(detector, suites, journal=out / "state" / f"{name}.jsonl", workers=workers).scores
+        for name, detector in (("before", before), ("after", after))
+    )
+    threshold = before.calibration.threshold if before.calibration else THRESHOLD
+    groups = compare(old, new, threshold)
+    if not groups:
+        raise UserError("none of the images to report on could be read")
+    content: dict[str, Any] = {
+        "model": str(model),
+        "threshold": threshold,
+        "calibrated": before.calibration is not None,
+        "groups": [group.to_dict() for group in groups],
+    }
+    write_file(out / IMAGES_FILE, per_image(old, new, threshold).encode(errors="surrogateescape"))
+    write_file(out / CHANGES_FILE, (json.dumps(content, indent=2) + "\n").encode())
+    print(table(groups))
+    whose = f"the threshold of {model}" if before.calibration else f"since {model} is not calibrated"
+    print(
+        f"both decide at {threshold:g}, {whose}. {out} has no calibration: its scores are others, so set its "
+        f"own threshold with dgsnet calibrate --model {out} --reals ..."
+    )
