@@ -36,7 +36,7 @@ from dgsnet.data.images import file_hash, read_image
 from dgsnet.data.loading import ImageDataset
 from dgsnet.data.preprocess import NORMALIZATIONS, Preprocessor
 from dgsnet.data.samples import Sample
-from dgsnet.model import adapters, backbones
+from dgsnet.model import adapters, pretrained
 from dgsnet.model.dgsnet import DGSNet
 from dgsnet.training.frozen import CaptionFeatures, ImageFeatures
 from dgsnet.training.plan import BRANCHES
@@ -159,7 +159,7 @@ class Official:
 
     def __init__(self, settings: Settings, bf16: bool = False, dropout: float = DROPOUT) -> None:
         self.settings, device = settings, settings.device
-        backbones._model_config(settings.model)  # registers the built-in one
+        pretrained._model_config(settings.model)  # registers the built-in one
         self.tokenizer = open_clip.get_tokenizer(settings.model)
         self.clip = open_clip.create_model(settings.model).requires_grad_(False)
         self.frozen = copy.deepcopy(self.clip).to(device).train()
@@ -352,7 +352,7 @@ class Ceiling:
     """The matrix product of [N x L, width] with [width, 4 width] alone, in fp32 and in bf16."""
 
     def __init__(self, settings: Settings) -> None:
-        vision = backbones._model_config(settings.model)["vision_cfg"]
+        vision = pretrained._model_config(settings.model)["vision_cfg"]
         tokens = (vision["image_size"] // vision["patch_size"]) ** 2 + 1
         width, rows = vision["width"], settings.batch * tokens
         self.settings, self.flop = settings, 2 * rows * width * 4 * width
@@ -377,7 +377,7 @@ class Ceiling:
 
 # Choices of ours, each undone alone: name to what replaces it.
 ABLATIONS: dict[str, Callable[[], None]] = {
-    "own LoRA forward": lambda: setattr(adapters, "_adapted", lambda linear, x: linear(x)),
+    "own LoRA forward": lambda: setattr(adapters.Adapter, "adapted", adapters.LoraLinear.forward),
     "dropout from 16 random bits": lambda: setattr(adapters, "_dropout", lambda x, dropout: dropout(x)),
     "attention by its formula": lambda: setattr(
         adapters, "_attention", lambda q, k, v, m: F.scaled_dot_product_attention(q, k, v, attn_mask=m)

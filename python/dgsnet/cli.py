@@ -17,7 +17,7 @@ from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
 from dgsnet.config import CONFIG_FILE, Config, read_config
 from dgsnet.errors import UserError
-from dgsnet.model.catalogue import BUILTIN_NAME, BUILTIN_SETTINGS
+from dgsnet.model.catalogue import own_settings
 
 
 @dataclass
@@ -180,8 +180,8 @@ def _train(parser: ArgumentParser, train_parser: ArgumentParser, argv: list[str]
     # What goes with a run or a model becomes the defaults: only what is said otherwise differs from it.
     if ahead.resume and saved.is_file():
         train_parser.set_defaults(read_config(saved).flat())
-    elif ahead.model.name == BUILTIN_NAME:
-        train_parser.set_defaults(BUILTIN_SETTINGS)
+    else:
+        train_parser.set_defaults(own_settings(ahead.model.name))
     arguments = parser.parse_args(argv).train
     train_command(_to_config(arguments), Path(arguments.out), arguments.resume)
 

@@ -15,6 +15,12 @@ from dgsnet.errors import UserError
 from dgsnet.files import one_line
 
 CONFIG_FILE = "config.json"
+# Channel mean and standard deviation of pixels in 0..1, by the name that PreprocessConfig has for them.
+NORMALIZATIONS = {
+    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "clip": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
+    "inception": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),
+}
 
 
 @dataclass
@@ -22,12 +28,15 @@ class ModelConfig:
     """The CLIP backbone and its adapters.
 
     Args:
-        name: open_clip model name, or "dgsnet-tiny" for the small CLIP that ships with the package.
-        pretrained: open_clip pretrained tag, local weights file, "builtin" for the weights that ship
-            with the package ("dgsnet-tiny" only), or "" for random weights.
-        lora_rank: rank r of the adapters on q, k and v of every vision block; 0 trains the head alone.
+        name: open_clip model name, "timm/" and the name of an image tower of timm, or "dgsnet-tiny" for the
+            small CLIP that ships with the package.
+        pretrained: pretrained tag of open_clip or timm, local weights file, "builtin" for the weights that
+            ship with the package ("dgsnet-tiny" only), or "" for random weights.
+        lora_rank: rank r of the adapters of every vision block; 0 trains the head alone.
         lora_alpha: adapter scaling numerator; the scaling is alpha / sqrt(r).
         lora_dropout: dropout probability on the adapters' input.
+        lora_targets: linears of a vision block that have an adapter: "qkv" of the attention (official),
+            "qkvo" with the one after it, "mlp" or "all".
     """
 
     name: str = "ViT-L-14-quickgelu"
@@ -35,6 +44,7 @@ class ModelConfig:
     lora_rank: int = 6
     lora_alpha: float = 6.0
     lora_dropout: float = 0.8
+    lora_targets: Literal["qkv", "qkvo", "mlp", "all"] = "qkv"
 
     def __post_init__(self) -> None:
         _at_least(0, lora_rank=self.lora_rank)
@@ -52,7 +62,7 @@ class PreprocessConfig:
             patch_size * sqrt(num_patches).
         patch_size: side of a patch in pixels.
         num_patches: patches kept, a square number.
-        normalization: channel mean and standard deviation, "imagenet" (official) or "clip".
+        normalization: channel mean and standard deviation, "imagenet" (official), "clip" or "inception".
         flip: mirror half of the training images.
     """
 
@@ -60,7 +70,7 @@ class PreprocessConfig:
     image_size: int = 224
     patch_size: int = 32
     num_patches: int = 49
-    normalization: Literal["imagenet", "clip"] = "imagenet"
+    normalization: Literal["imagenet", "clip", "inception"] = "imagenet"
     flip: bool = True
 
     def __post_init__(self) -> None:

@@ -16,7 +16,7 @@ def step(
     scaling: float,
     heads: dict[str, nn.Linear],
     pixels: Tensor,
-    tokens: Tensor,
+    tokens: Tensor | None,
     labels: Tensor,
     *,
     order: str,
@@ -26,42 +26,56 @@ def step(
     """Run one step; gradients are left in `lora` and in the "image" and "text" heads.
 
     Args:
-        student, frozen: two open_clip CLIPs of equal weights.
-        lora: A [r, width] and B [width, r] of each adapted linear by peft's names.
+        student, frozen: two CLIPs of equal weights, as their library builds them.
+        lora: A [r, in] and B [out, r] of each adapted linear by peft's names.
         heads: "image", "teacher" and "text", each `nn.Linear(D, 1)`.
-        tokens: captions [N, context length].
+        tokens: captions [N, context length]; None: no text branch, and nothing is projected.
         labels: [N], floating.
     """
-    features = torch.func.functional_call(student.visual, _dense_weights(student, lora, scaling), (pixels,))
+    features = torch.func.functional_call(
+        student.visual, _dense_weights(student.visual, lora, scaling), (pixels,)
+    )
     with torch.no_grad():
-        teacher = frozen.encode_image(pixels)
-        text = student.encode_text(tokens)
+        teacher = frozen.visual(pixels)
     teacher.requires_grad_()
-    text.requires_grad_()
-
-    text_loss = F.binary_cross_entropy_with_logits(heads["text"](text).squeeze(1), labels)
     teacher_loss = F.binary_cross_entropy_with_logits(heads["teacher"](teacher).squeeze(1), labels)
-    (text_gradient,) = torch.autograd.grad(text_loss, text, retain_graph=True)
     (teacher_gradient,) = torch.autograd.grad(teacher_loss, teacher)
-
-    harmful = text_gradient.clamp(min=0)
-    direction = harmful / (harmful.norm(dim=1, keepdim=True) + eps)
     beneficial = teacher_gradient.clamp(max=0)
     alignment_loss = (features * beneficial).sum(dim=1).mean()
 
     # The hook sees the gradient of all that is computed from the tensor it hangs on.
     task_features = features if order == "align_first" else features.clone()
-    task_features.register_hook(lambda g: g - (g * direction).sum(dim=1, keepdim=True) * direction)
+    text_loss = features.new_zeros(())
+    if tokens is not None:
+        with torch.no_grad():
+            text = student.encode_text(tokens)
+        text.requires_grad_()
+        text_loss = F.binary_cross_entropy_with_logits(heads["text"](text).squeeze(1), labels)
+        (text_gradient,) = torch.autograd.grad(text_loss, text, retain_graph=True)
+        harmful = text_gradient.clamp(min=0)
+        direction = harmful / (harmful.norm(dim=1, keepdim=True) + eps)
+        task_features.register_hook(lambda g: g - (g * direction).sum(dim=1, keepdim=True) * direction)
     image_loss = F.binary_cross_entropy_with_logits(heads["image"](task_features).squeeze(1), labels)
     (image_loss + text_loss + alignment * alignment_loss).backward()
     return {"image": image_loss, "text": text_loss, "alignment": alignment_loss}
 
 
-def _dense_weights(clip: nn.Module, lora: dict[str, Tensor], scaling: float) -> dict[str, Tensor]:
-    weights = {}
-    for i, block in enumerate(clip.visual.transformer.resblocks):
-        attention = f"transformer.resblocks.{i}.attn"
-        names = [f"{attention}.{letter}_proj" for letter in "qkv"]
-        update = torch.cat([lora[f"{n}.lora_B.weight"] @ lora[f"{n}.lora_A.weight"] for n in names])
-        weights[f"{attention}.in_proj_weight"] = block.attn.in_proj_weight + scaling * update
+def _dense_weights(visual: nn.Module, lora: dict[str, Tensor], scaling: float) -> dict[str, Tensor]:
+    """The adapted weights of an untouched tower: q, k and v are rows of one where the tower has them so."""
+    own, weights = dict(visual.named_parameters()), {}
+    for name in (key.removesuffix(".lora_A.weight") for key in lora if key.endswith(".lora_A.weight")):
+        update = scaling * lora[f"{name}.lora_B.weight"] @ lora[f"{name}.lora_A.weight"]
+        parent, _, leaf = name.rpartition(".")
+        found = [
+            key
+            for key in (f"{name}.weight", f"{parent}.in_proj_weight", f"{parent}.qkv.weight")
+            if key in own
+        ]
+        weight = weights.get(found[0], own[found[0]])
+        if found[0] != f"{name}.weight":
+            parts = list(weight.chunk(3))
+            parts["qkv".index(leaf[0])] = parts["qkv".index(leaf[0])] + update
+            weights[found[0]] = torch.cat(parts)
+        else:
+            weights[found[0]] = weight + update
     return weights

@@ -17,14 +17,8 @@ from dgs_kernels.ops.select_patches import (
     select_patches,
     selected_boxes,
 )
-from dgsnet.config import PreprocessConfig
+from dgsnet.config import NORMALIZATIONS, PreprocessConfig
 from dgsnet.data.images import MAX_PIXELS, ImageError
-
-# Channel mean and standard deviation of pixels in 0..1.
-NORMALIZATIONS = {
-    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
-    "clip": ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)),
-}
 
 
 class Preprocessor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,8 @@ from dgsnet.detection.detector import Detector
 from dgsnet.detection.overlap import warn_of_training_images
 from dgsnet.errors import UserError
 from dgsnet.evaluation import false_positives, robustness, shortcut_tables
+from dgsnet.evaluation.frozen import FROZEN, frozen_detector
+from dgsnet.evaluation.frozen import rows as frozen_rows
 from dgsnet.evaluation.journal import Journal
 from dgsnet.evaluation.metrics import THRESHOLD
 from dgsnet.evaluation.report import published_methods, write_page, write_tables
@@ -35,6 +38,7 @@ def evaluate(
     threshold: float = THRESHOLD,
     distortions: Sequence[Distortion] = (),
     file_model: FileModel | None = None,
+    frozen: bool = False,
     journal: str | Path | None = None,
     workers: int | None = None,
     progress: bool = True,
@@ -48,12 +52,13 @@ def evaluate(
         distortions: each is measured on all images, besides the images as they are.
         file_model: what the files of other data say of the label, such as the training's, in place of what
             these images' own say.
+        frozen: measure the frozen backbone with the linear head of stage 1 too, on the images as they are.
         journal: file that keeps the logits as they are made. Scores already in it are not made again.
         workers: as in `Detector.predict`.
         progress: show a progress bar on stderr, where that is a terminal.
 
     Raises:
-        UserError: the journal is of another model or of other images.
+        UserError: the journal is of another model or of other images, or there is no frozen head.
     """
     from tqdm import tqdm
 
@@ -65,6 +70,8 @@ def evaluate(
     kept = Journal(journal, detector, listed) if journal else None
     scores = []
     variants = [("", detector), *((d.name, _distorting(detector, d)) for d in distortions)]
+    if frozen:
+        variants.append((FROZEN, frozen_detector(detector)))
     with tqdm(total=len(variants) * len(listed), unit="image", disable=None if progress else True) as bar:
         for name, scorer in variants:
             done = dict(kept.rows.get(name, {})) if kept else {}
@@ -78,7 +85,7 @@ def evaluate(
                 if kept:
                     kept.add(name, index, logit, error)
                 bar.update()
-            probabilities = _probabilities(detector, [done[i][0] for i in range(len(listed))])
+            probabilities = _probabilities(scorer, [done[i][0] for i in range(len(listed))])
             scores += [
                 Score(sample.path, sample.generator, int(sample.label), probability, done[i][1], suite, name)
                 for i, ((suite, sample), probability) in enumerate(zip(listed, probabilities))
@@ -88,7 +95,16 @@ def evaluate(
     calibration = detector.calibration
     calibrated_threshold, promised = (calibration.threshold, calibration.fpr) if calibration else (None, None)
     nuisances, _ = read_nuisances([sample for _, sample in listed], progress=progress)
-    return Evaluation(scores, threshold, calibrated_threshold, nuisances, file_model, promised)
+    beside = [replace(score, distortion="") for score in scores if score.distortion == FROZEN]
+    return Evaluation(
+        [score for score in scores if score.distortion != FROZEN],
+        threshold,
+        calibrated_threshold,
+        nuisances,
+        file_model,
+        promised,
+        Evaluation(beside, threshold) if frozen else None,
+    )
 
 
 def _distorting(detector: Detector, distortion: Distortion) -> Detector:
@@ -114,6 +130,7 @@ def evaluate_command(
     threshold: float = THRESHOLD,
     robustness: list[str] | None = None,
     audit: str | None = None,
+    frozen: bool = False,
     views: int | None = None,
     device: str | None = None,
     workers: int | None = None,
@@ -133,6 +150,7 @@ def evaluate_command(
             crop:0.8 and chains such as jpeg:90+resize:0.5+jpeg:70.
         audit: audit.json of the training data: which images conflict with what *its* files say of the label,
             rather than with what the measured images' own say.
+        frozen: measure the frozen backbone with the linear head of training's stage 1 beside the model.
         views: views averaged per image; what the calibration was made with, else 1, if not given.
         device: torch device; the GPU where there is one if not given.
         workers: processes that read and prepare images; chosen if not given.
@@ -148,6 +166,7 @@ def evaluate_command(
         threshold=threshold,
         distortions=distortions,
         file_model=file_model,
+        frozen=frozen,
         journal=Path(out) / JOURNAL,
         workers=workers,
     )
@@ -160,6 +179,8 @@ def evaluate_command(
         print(f"warning: {sentence}")
     if shortcuts := shortcut_tables.text(result):
         print(f"\nbeside what the files alone say:\n{shortcuts}")
+    if beside := frozen_rows(result):
+        print(f"\nbeside the frozen backbone with a linear head:\n{text_table(beside)}")
     for suite, comparison in result.comparisons().items():
         print(f"\n{suite}:\n{text_table(published_methods(comparison))}")
     for score in result.damaged:

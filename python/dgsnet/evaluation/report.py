@@ -18,7 +18,7 @@ from PIL import Image
 
 from dgsnet.data.images import ImageError, read_image
 from dgsnet.detection.decisions import DECIMALS
-from dgsnet.evaluation import false_positives, shortcut_tables
+from dgsnet.evaluation import false_positives, frozen, shortcut_tables
 from dgsnet.evaluation.metrics import CONFIDENCE, RESAMPLES, reliability, roc
 from dgsnet.evaluation.published import AUTHORS_LOG, OFFICIAL, Comparison
 from dgsnet.evaluation.results import COUNTS, Evaluation, Result, Score, between, bounded, images, percent
@@ -29,6 +29,10 @@ from dgsnet.pages import page, plots
 POOR_AUC, GOOD_AUC = 0.75, 0.95
 # Accuracy that a good ranking falls short of where the threshold is wrong.
 LOW_ACCURACY = 0.9
+FROZEN_CAPTION = (
+    "The image tower without adapters and the linear head that stage 1 of training fitted to it, on the same "
+    "images, uncalibrated: what fine-tuning added, or took."
+)
 MISTAKES = 8
 THUMBNAIL = 112
 
@@ -41,10 +45,14 @@ def write_tables(out: str | Path, evaluation: Evaluation) -> None:
     write_file(out / "metrics.csv", _csv([_row(evaluation, result) for result in evaluation.results]))
     write_file(out / "metrics.md", markdown(evaluation).encode(errors="surrogateescape"))
     said = shortcut_tables.file_probabilities(evaluation)
+    beside = (
+        {id(s): f for s, f in zip(_plain(evaluation), evaluation.frozen.scores)} if evaluation.frozen else {}
+    )
     rows = (
         vars(s)
-        | {"probability": "" if s.error else f"{s.probability:.{DECIMALS}f}"}
+        | {"probability": _probability(s)}
         | {"files": f"{said[id(s)]:.{DECIMALS}f}" if id(s) in said else ""}
+        | ({"frozen": _probability(beside.get(id(s)))} if beside else {})
         for s in evaluation.scores
     )
     write_file(out / "scores.csv", _csv(list(rows)))
@@ -76,6 +84,7 @@ def document(evaluation: Evaluation) -> dict[str, Any]:
         "confidence": CONFIDENCE,
         "resamples": RESAMPLES,
         **part(""),
+        **({"frozen": document(evaluation.frozen)} if evaluation.frozen else {}),
         "robustness": {distortion: part(distortion) for distortion in evaluation.distortions},
         "published": {
             suite: {
@@ -111,6 +120,8 @@ def markdown(evaluation: Evaluation) -> str:
     if rates := false_positives.rows(evaluation):
         lines += ["", "## False positives by source", "", false_positives.caption(evaluation), ""]
         lines += _markdown_table(rates)
+    if beside := frozen.rows(evaluation):
+        lines += ["", "## Beside the frozen backbone", "", FROZEN_CAPTION, "", *_markdown_table(beside)]
     if evaluation.distortions:
         rows = [[name or "none", *cells(evaluation.mean_of(name))] for name in ("", *evaluation.distortions)]
         lines += ["", "## Robustness", "", "Means over all generators.", ""]
@@ -175,6 +186,8 @@ def write_page(path: str | Path, evaluation: Evaluation, *, model: str, views: i
         suites=suites,
         caption=_caption(evaluation),
         pooled=_pooled_figures(evaluation),
+        frozen=frozen.rows(evaluation),
+        frozen_caption=FROZEN_CAPTION,
         robustness=_robustness(evaluation),
         false_positives=false_positives.rows(evaluation),
         false_positives_caption=false_positives.caption(evaluation),
@@ -211,6 +224,12 @@ def verdict(evaluation: Evaluation) -> list[str]:
     if misplaced := names(lambda v: v["auc"] >= GOOD_AUC and v["accuracy"] < LOW_ACCURACY):
         sentences.append(
             f"The ranking is right and the threshold {evaluation.threshold:g} is wrong: {misplaced}."
+        )
+    if evaluation.frozen:
+        beside = evaluation.frozen.mean_of()
+        sentences.append(
+            f"The frozen backbone with a linear head: accuracy {_with_interval(beside, 'accuracy')}, AUC "
+            f"{_with_interval(beside, 'auc')}."
         )
     if evaluation.distortions and not math.isnan(mean.values["auc"]):
         drops = {name: mean.values["auc"] - evaluation.mean(name)["auc"] for name in evaluation.distortions}
@@ -293,9 +312,19 @@ def _arrays(evaluation: Evaluation, suite: str, generator: str) -> tuple[list[in
     return [s.label for s in scores], [s.probability for s in scores]
 
 
+def _plain(evaluation: Evaluation) -> list[Score]:
+    """The images as they are."""
+    return [s for s in evaluation.scores if not s.distortion]
+
+
 def _read(evaluation: Evaluation) -> list[Score]:
     """The images as they are that could be read."""
-    return [s for s in evaluation.scores if not s.error and not s.distortion]
+    return [s for s in _plain(evaluation) if not s.error]
+
+
+def _probability(score: Score | None) -> str:
+    """As scores.csv has it; "" where there is none."""
+    return "" if score is None or score.error else f"{score.probability:.{DECIMALS}f}"
 
 
 def _pooled_figures(evaluation: Evaluation) -> Markup | None:

@@ -74,6 +74,7 @@ class Evaluation:
             row of NaN where there are none; None where files were not looked at.
         file_model: what files are taken to say of the label; None: what these images' own files say.
         promised_fpr: how many of all real images the calibration allows to be called generated.
+        frozen: the same images as they are, scored by the frozen backbone; None where that was not asked for.
     """
 
     scores: list[Score]
@@ -82,6 +83,7 @@ class Evaluation:
     nuisances: np.ndarray | None = field(default=None, repr=False, compare=False)
     file_model: FileModel | None = None
     promised_fpr: float | None = None
+    frozen: Evaluation | None = field(default=None, repr=False, compare=False)
 
     @property
     def measures(self) -> dict[str, str]:

@@ -22,6 +22,7 @@ from torch import Tensor
 from dgsnet.config import Config, ModelConfig, PreprocessConfig, SurgeryConfig
 from dgsnet.errors import UserError
 from dgsnet.files import one_line
+from dgsnet.model.catalogue import has_text
 from dgsnet.model.checkpoint import BACKBONE_FILE, build_model, load_trained_state, save_model
 from dgsnet.model.dgsnet import DGSNet
 
@@ -131,6 +132,10 @@ def convert(
 
 def read(checkpoint: Path, *, name: str, alpha: float) -> Official:
     """Read a published checkpoint; nothing is written. Arguments and errors are those of `convert`."""
+    if not has_text(name):
+        raise UserError(
+            f"the published checkpoints are of a CLIP, and {name} has no text tower: give --name one"
+        )
     state = _load(checkpoint)
     try:
         found = _stage2(state, name, alpha) if _holds(state, STUDENT) else _stage1(state, name)

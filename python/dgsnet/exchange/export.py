@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from dgsnet.errors import UserError
+from dgsnet.exchange.huggingface import form_of, frozen_encoder
 from dgsnet.exchange.model_card import model_card
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from transformers import CLIPVisionModelWithProjection
 
     from dgsnet.detection.detector import Detector
 
@@ -135,7 +135,8 @@ def contract(detector: Detector) -> dict[str, Any]:
 def _module(detector: Detector) -> Any:
     """Pixels to logits and probabilities, with the adapters merged into the weights."""
     import torch
-    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    from dgsnet.model.adapters import merge_adapters
 
     class Exported(torch.nn.Module):
         def __init__(self) -> None:
@@ -148,11 +149,7 @@ def _module(detector: Detector) -> Any:
             logits = self.head(self.visual(pixels)).squeeze(-1)
             return logits, torch.sigmoid(logits / self.temperature)
 
-    for block in detector.model.visual.transformer.resblocks:
-        for name, layer in list(block.attn.named_children()):
-            if isinstance(layer, BaseTunerLayer):
-                layer.merge(safe_merge=True)
-                setattr(block.attn, name, layer.get_base_layer())
+    merge_adapters(detector.model.visual)
     return Exported().eval().requires_grad_(False)
 
 
@@ -192,26 +189,17 @@ def _write_torchscript(detector: Detector, path: Path) -> Callable[[Tensor], Any
 
 
 def _write_safetensors(detector: Detector, path: Path) -> Callable[[Tensor], Any]:
-    import open_clip
-    import torch
     from safetensors.torch import load_file, save_file
+
+    from dgsnet.model.pretrained import untouched_tower
 
     module = _module(detector)
     state = {f"head.{key}": tensor for key, tensor in module.head.state_dict().items()}
-    for key, tensor in module.visual.state_dict().items():
-        if ".attn.q_proj." in key:
-            tensor = torch.cat(
-                [module.visual.state_dict()[key.replace("q_proj", f"{x}_proj")] for x in "qkv"]
-            )
-            key = key.replace("q_proj.", "in_proj_")
-        if ".attn.k_proj." not in key and ".attn.v_proj." not in key:
-            state[f"visual.{key}"] = tensor.contiguous()
+    for key, tensor in detector.model.backbone.state().items():
+        state[f"visual.{key}"] = tensor.contiguous()
     save_file(state, path, {"format": "pt", CONTRACT: json.dumps(contract(detector))})
 
-    config = open_clip.get_model_config(detector.config.model.name.replace("/", "-"))
-    config.pop("custom_text", None)
-    with torch.device("meta"):
-        visual = open_clip.CLIP(**config).visual.eval()
+    visual = untouched_tower(detector.config.model.name).eval()
     written = load_file(path)
     tower = {key.removeprefix("visual."): t for key, t in written.items() if key.startswith("visual.")}
     visual.load_state_dict(tower, assign=True)
@@ -219,24 +207,31 @@ def _write_safetensors(detector: Detector, path: Path) -> Callable[[Tensor], Any
 
 
 def _write_hf(detector: Detector, folder: Path) -> Callable[[Tensor], Any]:
+    import transformers
     from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
     from safetensors.torch import load_file, save_file
-    from transformers import CLIPVisionModelWithProjection
 
-    encoder = _hf_encoder(detector)
-    encoder.save_pretrained(folder / "base")
     config = detector.config.model
+    form = form_of(detector.model)
+    if form is None:
+        raise UserError(
+            f"transformers has no model for the backbone {config.name}: export it as onnx, torchscript or "
+            "safetensors"
+        )
+    encoder: Any = frozen_encoder(detector.model, form, config.name)
+    encoder.save_pretrained(folder / "base")
     if config.lora_rank:
+        adapters = detector.model.adapter_state()
         lora = LoraConfig(
             r=config.lora_rank,
             lora_alpha=config.lora_alpha,
             lora_dropout=config.lora_dropout,
             use_rslora=True,
-            target_modules=["q_proj", "k_proj", "v_proj"],
+            target_modules=form.targets(adapters),
             base_model_name_or_path="../base",
         )
         adapted = get_peft_model(encoder, lora)
-        names = {f"base_model.model.{_hf_name(k)}": t for k, t in detector.model.adapter_state().items()}
+        names = {f"base_model.model.{form.name(key)}": tensor for key, tensor in adapters.items()}
         set_peft_model_state_dict(adapted, names)
         adapted.save_pretrained(str(folder / "adapter"))
         (folder / "adapter" / "README.md").unlink(missing_ok=True)  # peft's blank form; ours lies above
@@ -244,67 +239,17 @@ def _write_hf(detector: Detector, folder: Path) -> Callable[[Tensor], Any]:
     save_file(head, folder / "head.safetensors", {"format": "pt"})
     (folder / CONTRACT_FILE).write_text(json.dumps(contract(detector), indent=2) + "\n")
 
-    loaded: Any = CLIPVisionModelWithProjection.from_pretrained(folder / "base")
+    loaded: Any = getattr(transformers, form.model).from_pretrained(folder / "base")
     if config.lora_rank:
         loaded = PeftModel.from_pretrained(loaded, folder / "adapter")
     loaded.eval()
     head = load_file(folder / "head.safetensors")
 
-    return lambda pixels: _linear(loaded(pixel_values=pixels).image_embeds, head["weight"], head["bias"])
+    def run(pixels: Tensor) -> Tensor:
+        features = getattr(loaded(pixel_values=pixels), form.output)
+        return _linear(features, head["weight"], head["bias"])
 
-
-def _hf_encoder(detector: Detector) -> CLIPVisionModelWithProjection:
-    """The frozen image encoder as transformers' CLIP."""
-    from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
-
-    visual = detector.model.visual
-    block = visual.transformer.resblocks[0]
-    activation = {"QuickGELU": "quick_gelu", "GELU": "gelu"}[type(block.mlp.gelu).__name__]
-    encoder = CLIPVisionModelWithProjection(
-        CLIPVisionConfig(
-            hidden_size=visual.conv1.out_channels,
-            intermediate_size=block.mlp.c_fc.out_features,
-            num_hidden_layers=len(visual.transformer.resblocks),
-            num_attention_heads=block.attn.num_heads,
-            image_size=detector.model.image_size,
-            patch_size=visual.conv1.kernel_size[0],
-            projection_dim=detector.model.dim,
-            hidden_act=activation,
-            layer_norm_eps=visual.ln_post.eps,
-        )
-    )
-    state = {}
-    for key, tensor in visual.state_dict().items():
-        if "lora_" not in key:
-            state[_hf_name(key.replace(".base_layer.", "."))] = tensor.T if key == "proj" else tensor
-    wanted = {name for name, _ in encoder.named_parameters()}
-    if wanted != state.keys():
-        name = min(wanted ^ state.keys())
-        raise UserError(
-            f"the backbone {detector.config.model.name} is no CLIP that transformers can hold ({name} is in "
-            "one only): export it as onnx, torchscript or safetensors"
-        )
-    encoder.load_state_dict({key: tensor.contiguous() for key, tensor in state.items()}, strict=False)
-    return encoder.eval()
-
-
-def _hf_name(key: str) -> str:
-    """transformers' name of a tensor of our vision tower, adapters included."""
-    for ours, theirs in {
-        "transformer.resblocks.": "encoder.layers.",
-        ".attn.": ".self_attn.",
-        ".ln_1.": ".layer_norm1.",
-        ".ln_2.": ".layer_norm2.",
-        ".mlp.c_fc.": ".mlp.fc1.",
-        ".mlp.c_proj.": ".mlp.fc2.",
-        "conv1.": "embeddings.patch_embedding.",
-        "class_embedding": "embeddings.class_embedding",
-        "positional_embedding": "embeddings.position_embedding.weight",
-        "ln_pre.": "pre_layrnorm.",
-        "ln_post.": "post_layernorm.",
-    }.items():
-        key = key.replace(ours, theirs)
-    return "visual_projection.weight" if key == "proj" else f"vision_model.{key}"
+    return run
 
 
 @contextlib.contextmanager

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dgsnet.detection.decisions import summary
+from dgsnet.exchange.huggingface import form_of
+from dgsnet.model.catalogue import has_text, timm_arguments
 
 if TYPE_CHECKING:
     from dgsnet.config import Config
@@ -30,8 +32,8 @@ def model_card(
 
     config = detector.config
     adapter = (
-        f"LoRA of rank {config.model.lora_rank} on q, k and v, scaling {config.model.lora_alpha:g} / "
-        f"sqrt(rank), {'kept apart' if format == 'hf' else 'merged'}"
+        f"LoRA of rank {config.model.lora_rank} on {_TARGETS[config.model.lora_targets]}, scaling "
+        f"{config.model.lora_alpha:g} / sqrt(rank), {'kept apart' if format == 'hf' else 'merged'}"
         if config.model.lora_rank
         else "none: a linear head on the frozen encoder"
     )
@@ -41,19 +43,22 @@ def model_card(
         else "Not calibrated. The published rule, generated above 0.5, keeps no particular error rate: set a "
         "threshold with `dgsnet calibrate` on real images like those to be decided on, and export again."
     )
-    code = _CODE[format]
+    code, library = _CODE[format], _library(config.model.name)
+    form = form_of(detector.model)
+    encoder = {"encoder": form.model, "output": form.output} if form else {}
     if not config.model.lora_rank:  # no adapter to load
         code = "\n".join(line for line in code.splitlines() if "Peft" not in line)
     return _CARD.format(
         name=out.stem,
         backbone=config.model.name,
+        library=library["library"],
         fingerprint=fingerprint(detector.model),
         adapter=adapter,
         training=_training(config, extra),
         results=_results(extra),
         calibration=calibration,
         contract=json.dumps(contract, indent=2),
-        code=code.format(out=out.name, name=config.model.name),
+        code=code.format(out=out.name, **library, **encoder),
         versions=f"dgs-kernels {version('dgs-kernels')}, torch {version('torch')}",
     )
 
@@ -102,6 +107,21 @@ def _results(extra: dict[str, Any]) -> str:
     return f"On the run's validation images:\n\n| measure | value |\n|---|---|\n{rows}"
 
 
+def _library(name: str) -> dict[str, str]:
+    """The library that a backbone comes from, and the call that makes its image tower."""
+    if has_text(name):
+        return {"library": "open_clip", "tower": f'open_clip.create_model("{name}").visual'}
+    arguments = ", ".join(f"{key}={value!r}" for key, value in timm_arguments(name).items())
+    return {"library": "timm", "tower": f"timm.create_model({arguments})".replace("'", '"')}
+
+
+_TARGETS = {
+    "qkv": "q, k and v",
+    "qkvo": "all linears of the attention",
+    "mlp": "the linears of the MLP",
+    "all": "all linears of the blocks",
+}
+
 _CARD = """# {name}
 
 A detector of AI-generated images: DGS-Net (arXiv 2511.13108), CLIP fine-tuned with gradient surgery. It takes
@@ -109,7 +129,7 @@ prepared pixels and gives one score per image.
 
 | | |
 |---|---|
-| backbone | {backbone} (open_clip), weights with fingerprint `{fingerprint}` |
+| backbone | {backbone} ({library}), weights with fingerprint `{fingerprint}` |
 | adapters | {adapter} |
 | made with | {versions} |
 
@@ -162,12 +182,12 @@ logits, probabilities = session.run(None, {{"pixels": pixels.numpy()}})  # pixel
 
 model = torch.jit.load("{out}")
 logits, probabilities = model(pixels)  # pixels: float32 [N, 3, S, S]""",
-    "safetensors": """import open_clip
+    "safetensors": """import {library}
 import torch
 from safetensors.torch import load_file
 
 state = load_file("{out}")
-visual = open_clip.create_model("{name}").visual.eval()
+visual = {tower}.eval()
 visual.load_state_dict({{k.removeprefix("visual."): t for k, t in state.items() if k.startswith("visual.")}})
 with torch.no_grad():
     features = visual(pixels)  # pixels: float32 [N, 3, S, S]
@@ -175,12 +195,12 @@ logits = torch.nn.functional.linear(features, state["head.weight"], state["head.
     "hf": """import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import CLIPVisionModelWithProjection
+from transformers import {encoder}
 
-encoder = CLIPVisionModelWithProjection.from_pretrained("{out}/base").eval()
+encoder = {encoder}.from_pretrained("{out}/base").eval()
 encoder = PeftModel.from_pretrained(encoder, "{out}/adapter").eval()
 head = load_file("{out}/head.safetensors")
 with torch.no_grad():
-    features = encoder(pixel_values=pixels).image_embeds  # pixels: float32 [N, 3, S, S]
+    features = encoder(pixel_values=pixels).{output}  # pixels: float32 [N, 3, S, S]
 logits = torch.nn.functional.linear(features, head["weight"], head["bias"]).squeeze(-1)""",
 }

@@ -1,139 +1,260 @@
-"""open_clip's models: which can be adapted, where their weights come from, and how they are built."""
+"""The image towers that DGS-Net adapts, taken apart as training needs them: one class per family of towers.
+
+A new family is a subclass of `Backbone` that says what is abstract there, and a line in `FAMILIES`.
+"""
 
 from __future__ import annotations
 
-import functools
-import zipfile
-from pathlib import Path
+import itertools
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import open_clip
 import torch
-from accelerate import init_empty_weights
+from open_clip.timm_model import TimmModel
+from open_clip.transformer import VisionTransformer as OpenClipTransformer
+from timm.layers import Attention, AttentionRope, PatchEmbed
+from timm.models.eva import Eva, EvaAttention, EvaBlock, EvaBlockPostNorm
+from timm.models.vision_transformer import Block
+from timm.models.vision_transformer import VisionTransformer as TimmTransformer
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from dgsnet.errors import UserError
-from dgsnet.model.catalogue import (
-    BUILTIN_FOLDER,
-    BUILTIN_NAME,
-    BUILTIN_WEIGHTS,
-    canonical,
-    check_known,
-    check_tower,
-    check_weights,
-)
+from dgsnet.model.adapters import SplitAttention, frozen_linear
+
+QKV = r"attn\.[qkv]_proj"
 
 
-def encode_text(text: nn.Module, tokens: Tensor) -> Tensor:
-    """Text features [N, D] of tokens [N, context], without the columns that cannot change them.
+class Backbone(ABC):
+    """An image tower in three parts: what comes before the blocks, the blocks, what comes after them.
 
-    Under a causal mask nothing after the token that is pooled reaches it, so columns after the batch's last
-    such token are cut, with the mask. Towers that pool or attend otherwise get all columns.
+    Making one splits the tower's attention in place, so that q, k and v are linears of their own.
+
+    Attributes:
+        visual: the tower; its own forward gives the same features, with adapters too.
+        checkpointing: keep one activation per block and recompute the rest in backward.
     """
-    mask = getattr(text, "attn_mask", None)
-    if mask is None or text.cls_emb is not None or text.pool_type not in ("argmax", "eos"):
-        return text(tokens)
-    end = tokens if text.pool_type == "argmax" else (tokens == text.eos_id).int()
-    length = int(end.argmax(dim=-1).max()) + 1
-    return torch.func.functional_call(text, {"attn_mask": mask[:length, :length]}, (tokens[:, :length],))
+
+    # Of a family: the path of its blocks in the tower, and in a block the linear after attention and those of
+    # the MLP, all as regular expressions.
+    path: str
+    output: str
+    mlp: str
+
+    def __init__(self, visual: nn.Module) -> None:
+        self.visual = visual
+        self.checkpointing = False
+        for block in self.blocks:
+            block.attn = self.split(block.attn)
+
+    @property
+    @abstractmethod
+    def blocks(self) -> Sequence[Any]:
+        """The transformer's blocks, each from tokens [N, L, W] to the same."""
+
+    @property
+    @abstractmethod
+    def dim(self) -> int:
+        """Width D of the features."""
+
+    @property
+    @abstractmethod
+    def image_size(self) -> tuple[int, int]:
+        """Height and width of the input, in pixels."""
+
+    @abstractmethod
+    def split(self, attention: Any) -> nn.Module:
+        """Attention with linears q_proj, k_proj and v_proj, in place of a block's; UserError if unknown."""
+
+    @abstractmethod
+    def fuse(self, attention: str, kind: str, parts: list[Tensor]) -> dict[str, Tensor]:
+        """The inverse of split for one entry of a state: attention's path to its dot, "weight" or "bias"."""
+
+    @abstractmethod
+    def embed(self, pixels: Tensor) -> tuple[Tensor, Iterable[dict[str, Any]]]:
+        """Tokens [N, L, W] of normalised images [N, 3, H, W]; for every block what else it is called with."""
+
+    @abstractmethod
+    def pool(self, tokens: Tensor) -> Tensor:
+        """Features [N, D] of the last block's tokens."""
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        """Features [N, D] of normalised images [N, 3, H, W]."""
+        with torch.no_grad():  # nothing before the first block is trained
+            tokens, contexts = self.embed(pixels)
+        for block, context in zip(self.blocks, contexts):
+            if self.checkpointing:
+                tokens = checkpoint(block, tokens, use_reentrant=False, **context)
+            else:
+                tokens = block(tokens, **context)
+        return self.pool(tokens)
+
+    def targets(self, which: str) -> str:
+        """A regular expression for the paths of the linears that `model.lora_targets` names."""
+        linears = {
+            "qkv": [QKV],
+            "qkvo": [QKV, self.output],
+            "mlp": [self.mlp],
+            "all": [QKV, self.output, self.mlp],
+        }[which]
+        return rf"{self.path}\.\d+\.({'|'.join(linears)})"
+
+    def state(self) -> dict[str, Tensor]:
+        """The tower's weights by the names of the library it comes from; adapters must be merged."""
+        state = self.visual.state_dict()
+        for name in [name for name in state if ".attn.q_proj." in name]:
+            attention, kind = name.split("q_proj.")
+            names = [f"{attention}{letter}_proj.{kind}" for letter in "qkv"]
+            state |= self.fuse(attention, kind, [state.pop(n) for n in names if n in state])
+        return state
 
 
-def build_clip(name: str, pretrained: str, with_text: bool) -> open_clip.CustomTextCLIP:
-    """open_clip's model with its towers as `.visual` and `.text`, on the CPU in fp32.
+class OpenClip(Backbone):
+    """open_clip's own vision transformers."""
 
-    The weights are the file's own tensors, taken over one by one: nothing is initialised only to be
-    overwritten, and there is never a second CLIP in memory.
-    """
-    config = _model_config(name)
-    quick_gelu = bool(config.get("quick_gelu"))
-    config.pop("custom_text", None)  # the text tower is always made a module of its own
-    config["vision_cfg"]["patch_dropout"] = 0.0  # a device for pretraining, and noise to the teacher
-    config["text_cfg"]["hf_model_pretrained"] = False
-    weights = _find_weights(name, pretrained, quick_gelu)
-    if weights is None:
-        return open_clip.CustomTextCLIP(**config)
+    path = r"transformer\.resblocks"
+    output = r"attn\.out_proj"
+    mlp = r"mlp\.c_(fc|proj)"
+    visual: OpenClipTransformer
 
-    with init_empty_weights(include_buffers=False):
-        clip = open_clip.CustomTextCLIP(**config)
-    clip.load_state_dict = functools.partial(clip.load_state_dict, assign=True)
-    try:
-        # Old TorchScript archives hold no pickled objects but need the full loader to be recognised.
-        open_clip.load_checkpoint(clip, str(weights), weights_only=not _is_torchscript(weights))
-    except Exception as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        raise UserError(
-            f"cannot load {weights} as weights of {name} ({reason}): check that the file is complete and was "
-            "made for this model"
-        ) from error
-    del clip.load_state_dict
-    if not with_text:
-        clip.text = None
-    for parameter in clip.parameters():  # a copy, as the tensors may be windows into the file
-        parameter.data = parameter.data.to(torch.float32, copy=True)
-    return clip
+    @property
+    def blocks(self) -> Sequence[Any]:
+        return self.visual.transformer.resblocks
 
+    @property
+    def dim(self) -> int:
+        return self.visual.output_dim
 
-def _model_config(name: str) -> dict:
-    """open_clip's configuration of a model whose vision tower DGS-Net can adapt."""
-    if name == BUILTIN_NAME and name not in open_clip.list_models():
-        open_clip.add_model_config(BUILTIN_FOLDER / f"{BUILTIN_NAME}.json")
-    check_known(name, open_clip.list_models())
-    config = open_clip.get_model_config(canonical(name))
-    check_tower(name, config)
-    return config
+    @property
+    def image_size(self) -> tuple[int, int]:
+        return self.visual.image_size
+
+    def split(self, attention: Any) -> nn.Module:
+        if not (isinstance(attention, nn.MultiheadAttention) and attention.batch_first):
+            raise UserError(
+                f"open_clip {open_clip.__version__} builds attention as {type(attention).__name__}, which "
+                "dgsnet does not know: install open_clip 3 (pip install 'open_clip_torch>=3,<4')"
+            )
+        return SplitAttention(attention)
+
+    def fuse(self, attention: str, kind: str, parts: list[Tensor]) -> dict[str, Tensor]:
+        return {f"{attention}in_proj_{kind}": torch.cat(parts)}
+
+    def embed(self, pixels: Tensor) -> tuple[Tensor, Iterable[dict[str, Any]]]:
+        tokens = self.visual._embeds(pixels.to(self.visual.conv1.weight.dtype))
+        return tokens, itertools.repeat({})
+
+    def pool(self, tokens: Tensor) -> Tensor:
+        pooled, _ = self.visual._pool(tokens)
+        return pooled if self.visual.proj is None else pooled @ self.visual.proj
 
 
-def _find_weights(name: str, pretrained: str, quick_gelu: bool) -> Path | None:
-    """The weights file for a tag, a path or "builtin"; None for "" (random weights)."""
-    if not pretrained:
-        return None
-    check_weights(name, pretrained)
-    if pretrained == BUILTIN_WEIGHTS:
-        return BUILTIN_FOLDER / f"{BUILTIN_NAME}.safetensors"
+class Timm(Backbone):
+    """timm's vision transformers, plain (SigLIP) or rotary (PE-Core, EVA, DINOv3), alone or in open_clip."""
 
-    tag = open_clip.get_pretrained_cfg(canonical(name), pretrained)
-    path = Path(pretrained).expanduser()
-    if tag:
-        _check_activation(name, f"the {pretrained!r} weights", bool(tag.get("quick_gelu")), quick_gelu)
-        return _download(name, pretrained, tag)
-    if path.is_file():
-        if _is_torchscript(path):  # the only TorchScript CLIPs are OpenAI's originals
-            _check_activation(name, str(path), True, quick_gelu)
-        return path
-    tags = [
-        known
-        for known in open_clip.list_pretrained_tags_by_model(canonical(name))
-        if bool(open_clip.get_pretrained_cfg(canonical(name), known).get("quick_gelu")) == quick_gelu
-    ]
-    raise UserError(
-        f"{name} has no pretrained weights {pretrained!r}: give a weights file"
-        + (f" or one of {', '.join(tags)}" if tags else "")
+    path = r"(trunk\.)?blocks"
+    output = r"attn\.proj"
+    mlp = r"mlp\.fc\d(_[gx])?"
+
+    def __init__(self, visual: nn.Module) -> None:
+        self.trunk: Any = getattr(visual, "trunk", visual)
+        self.projection: Any = visual.head if isinstance(visual, TimmModel) else nn.Identity()
+        self.fused = any(block.attn.qkv is not None for block in self.blocks)  # EVA-02 has them apart
+        super().__init__(visual)
+
+    @property
+    def blocks(self) -> Sequence[Any]:
+        return self.trunk.blocks
+
+    @property
+    def dim(self) -> int:
+        last = [m for m in (self.trunk.head, *self.projection.modules()) if isinstance(m, nn.Linear)]
+        return last[-1].out_features if last else self.trunk.num_features
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        return self.trunk.patch_embed.img_size
+
+    def split(self, attention: Any) -> nn.Module:
+        if type(attention) is Attention:
+            attention = _without_rotation(attention)
+        if type(attention) not in (AttentionRope, EvaAttention):
+            raise UserError(f"dgsnet cannot split timm's {type(attention).__name__}: choose another model")
+        if attention.qkv is None:
+            return attention
+        biases: Sequence[Tensor | None] = (None,) * 3
+        if attention.qkv.bias is not None:
+            biases = attention.qkv.bias.chunk(3)
+        elif getattr(attention, "q_bias", None) is not None:  # then that of k is zero
+            biases = attention.q_bias, None, attention.v_bias
+            attention.q_bias = attention.k_bias = attention.v_bias = None
+        linears = map(frozen_linear, attention.qkv.weight.chunk(3), biases)
+        attention.q_proj, attention.k_proj, attention.v_proj = linears
+        attention.qkv = None
+        return attention
+
+    def fuse(self, attention: str, kind: str, parts: list[Tensor]) -> dict[str, Tensor]:
+        if len(parts) == 2:
+            return {f"{attention}q_bias": parts[0], f"{attention}v_bias": parts[1]}
+        return {f"{attention}qkv.{kind}": torch.cat(parts)}
+
+    def state(self) -> dict[str, Tensor]:
+        return super().state() if self.fused else self.visual.state_dict()
+
+    def embed(self, pixels: Tensor) -> tuple[Tensor, Iterable[dict[str, Any]]]:
+        trunk = self.trunk
+        tokens = trunk._pos_embed(trunk.patch_embed(pixels.to(trunk.patch_embed.proj.weight.dtype)))
+        if isinstance(trunk, TimmTransformer):
+            return trunk.norm_pre(tokens), itertools.repeat({})
+        tokens, rope = tokens
+        each = rope if trunk.rope_mixed else itertools.repeat(rope)
+        return trunk.norm_pre(tokens), ({"rope": one} for one in each)
+
+    def pool(self, tokens: Tensor) -> Tensor:
+        return self.projection(self.trunk.forward_head(self.trunk.norm(tokens)))
+
+
+def _without_rotation(fused: Attention) -> AttentionRope:
+    """timm's plain attention as its rotary one, which without a rotation is the same and can be split."""
+    attention = AttentionRope(
+        fused.qkv.in_features, fused.num_heads, attn_head_dim=fused.head_dim, device="meta"
     )
+    for name in ("qkv", "q_norm", "k_norm", "attn_drop", "norm", "gate", "proj", "proj_drop", "fused_attn"):
+        setattr(attention, name, getattr(fused, name))
+    return attention
 
 
-def _check_activation(name: str, weights: str, trained: bool, built: bool) -> None:
-    # The wrong activation loads without complaint and only costs accuracy.
-    if trained != built:
-        fitting = canonical(name).removesuffix("-quickgelu") + "-quickgelu" * trained
-        remedy = f"use name={fitting}" if fitting in open_clip.list_models() else "use other weights"
-        raise UserError(
-            f"{weights} were trained {'with' if trained else 'without'} QuickGELU but model {name} is built "
-            f"{'with' if built else 'without'} it: {remedy}"
-        )
+def _is_open_clip(visual: nn.Module) -> bool:
+    return isinstance(visual, OpenClipTransformer) and visual.attn_pool is None
 
 
-def _download(name: str, pretrained: str, tag: dict) -> Path:
-    try:
-        return Path(open_clip.download_pretrained(tag))
-    except Exception as error:  # whatever the hub, the proxy or the socket raised
-        source = str(tag.get("hf_hub") or tag.get("url"))
-        raise UserError(
-            f"cannot download the {pretrained!r} weights of {name} from {source.rstrip('/')}: check the "
-            "network, or fetch the file elsewhere and give its path as pretrained"
-        ) from error
+def _is_timm(visual: nn.Module) -> bool:
+    trunk: Any = visual.trunk if isinstance(visual, TimmModel) else visual
+    # Other ways to cut patches hold batch norms, whose statistics a frozen tower would go on moving.
+    known = type(trunk) in (TimmTransformer, Eva) and type(trunk.patch_embed) is PatchEmbed
+    return known and all(type(block) in (Block, EvaBlock, EvaBlockPostNorm) for block in trunk.blocks)
 
 
-def _is_torchscript(path: Path) -> bool:
-    if not zipfile.is_zipfile(path):
-        return False
-    with zipfile.ZipFile(path) as archive:
-        return any(Path(member).name == "constants.pkl" for member in archive.namelist())
+FAMILIES = {OpenClip: _is_open_clip, Timm: _is_timm}
+
+
+def backbone_of(visual: nn.Module, name: str) -> Backbone:
+    """The tower as its family takes it apart; splits its attention in place.
+
+    Args:
+        visual: an image tower of open_clip or timm.
+        name: of the model, for the error.
+
+    Raises:
+        UserError: a tower of no known family.
+    """
+    for family, holds in FAMILIES.items():
+        if holds(visual):
+            return family(visual)
+    kind = type(getattr(visual, "trunk", visual)).__name__
+    raise UserError(
+        f"model {name} has a {kind} for an image tower; dgsnet adapts the vision transformers of open_clip "
+        "and timm, e.g. ViT-L-14-quickgelu or ViT-B-16-SigLIP2"
+    )

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import importlib.util
 import json
+import re
 import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from dgsnet.config import ModelConfig
+from dgsnet.config import NORMALIZATIONS, ModelConfig
 from dgsnet.errors import UserError
 
 BUILTIN_NAME = "dgsnet-tiny"
@@ -24,10 +26,100 @@ BUILTIN_SETTINGS = {
     "preprocess.normalization": "clip",
 }
 WEIGHTS_SUFFIXES = (".bin", ".pt", ".pth", ".safetensors")
+# Before the names of image towers that come from timm, without a text tower.
+TIMM = "timm/"
+# Names of timm's plain and rotary vision transformers; `backbones.FAMILIES` looks at the tower itself.
+TIMM_TRANSFORMERS = re.compile(r"(vit|eva|eva02)_(?!relpos)")
+# The mosaic's patches, where they tile the model's images.
+PATCH_SIZE = 32
 
 
 def canonical(name: str) -> str:
     return name.replace("/", "-")
+
+
+def has_text(name: str) -> bool:
+    """Whether a model of this name has a text tower."""
+    return not name.startswith(TIMM)
+
+
+def own_settings(name: str) -> dict[str, Any]:
+    """Settings that go with a model where nothing else is said: its images' size and normalisation.
+
+    The normalisation of open_clip's own towers stays the published one.
+    """
+    if name == BUILTIN_NAME:
+        return BUILTIN_SETTINGS
+    settings: dict[str, Any] = {}
+    if has_text(name):
+        vision = read_config_file(name).get("vision_cfg", {})
+        size, trunk = vision.get("image_size", 224), vision.get("timm_model_name")
+    else:
+        settings["data.captions"] = "none"
+        size, trunk = None, name.removeprefix(TIMM)
+    if trunk:
+        import timm
+
+        found = timm.get_pretrained_cfg(trunk)
+        if found is None:
+            return settings
+        size = size or found.input_size[-1]
+        statistics = (tuple(found.mean), tuple(found.std))
+        for normalization, values in NORMALIZATIONS.items():
+            if values == statistics:
+                settings["preprocess.normalization"] = normalization
+    if isinstance(size, int):
+        patch = min((p for p in range(1, size + 1) if size % p == 0), key=lambda p: abs(p - PATCH_SIZE))
+        settings |= {
+            "preprocess.image_size": size,
+            "preprocess.patch_size": patch,
+            "preprocess.num_patches": (size // patch) ** 2,
+        }
+    return settings
+
+
+def timm_arguments(name: str) -> dict[str, Any]:
+    """What `timm.create_model` takes for a model of this name, without a classifier."""
+    model = name.removeprefix(TIMM)
+    # timm pools DINOv3's patches unless told to take the class token, as its authors do.
+    return {"model_name": model, "num_classes": 0} | ({"global_pool": "token"} if "dinov3" in model else {})
+
+
+def timm_config(name: str) -> Any:
+    """timm's `PretrainedCfg` of a model of this name; UserError where there is none, or no transformer."""
+    import timm
+
+    model = name.removeprefix(TIMM)
+    if not timm.is_model(model):
+        close = difflib.get_close_matches(model, timm.list_models(), n=3) or ["vit_base_patch16_dinov3"]
+        raise UserError(f"timm has no model {model!r}: did you mean {TIMM}{f' or {TIMM}'.join(close)}?")
+    check_trunk(name, model)
+    return timm.get_pretrained_cfg(model)
+
+
+def check_trunk(name: str, trunk: str) -> None:
+    """Refuse a tower of timm whose name is not that of a plain or rotary vision transformer."""
+    if not TIMM_TRANSFORMERS.match(trunk):
+        raise UserError(
+            f"model {name} has timm's {trunk} for an image tower; of timm's dgsnet adapts vision "
+            f"transformers, e.g. ViT-B-16-SigLIP2, PE-Core-B-16 or {TIMM}vit_base_patch16_dinov3"
+        )
+
+
+@functools.cache
+def config_files() -> dict[str, Path]:
+    """open_clip's configurations by model, found without importing it, and the built-in model's."""
+    spec = importlib.util.find_spec("open_clip")
+    if spec is None or spec.origin is None:
+        raise UserError("open_clip is not installed: pip install 'dgs-kernels[dgsnet]'")
+    files = {path.stem: path for path in (Path(spec.origin).parent / "model_configs").glob("*.json")}
+    return files | {BUILTIN_NAME: BUILTIN_FOLDER / f"{BUILTIN_NAME}.json"}
+
+
+def read_config_file(name: str) -> dict[str, Any]:
+    """open_clip's configuration of a model; empty for an unknown one."""
+    path = config_files().get(canonical(name))
+    return json.loads(path.read_text()) if path else {}
 
 
 def check_model(model: ModelConfig, image_size: int) -> None:
@@ -41,15 +133,13 @@ def check_model(model: ModelConfig, image_size: int) -> None:
     """
     if "open_clip" in sys.modules:  # then building the model is quick, and the caller may have added models
         return
-    spec = importlib.util.find_spec("open_clip")
-    if spec is None or spec.origin is None:
-        raise UserError("open_clip is not installed: pip install 'dgs-kernels[dgsnet]'")
-    files = {path.stem: path for path in (Path(spec.origin).parent / "model_configs").glob("*.json")}
-    files[BUILTIN_NAME] = BUILTIN_FOLDER / f"{BUILTIN_NAME}.json"
-    check_known(model.name, files)
-    config = json.loads(files[canonical(model.name)].read_text())
-    check_tower(model.name, config)
-    size = config["vision_cfg"].get("image_size", 224)
+    if has_text(model.name):
+        check_known(model.name, config_files())
+        config = read_config_file(model.name)
+        check_tower(model.name, config)
+        size = config["vision_cfg"].get("image_size", 224)
+    else:
+        size = timm_config(model.name).input_size[-1]
     if isinstance(size, int):
         check_image_size(model.name, size, image_size)
     check_weights(model.name, model.pretrained)
@@ -68,9 +158,12 @@ def check_known(name: str, known: Iterable[str]) -> None:
 def check_tower(name: str, config: dict[str, Any]) -> None:
     """Refuse an image tower that DGS-Net cannot adapt, given open_clip's configuration of the model."""
     vision = config["vision_cfg"]
+    trunk = vision.get("timm_model_name")
+    if trunk and not name.startswith("MobileCLIP"):
+        return check_trunk(name, trunk)
     found = (
-        "a timm tower"
-        if "timm_model_name" in vision
+        "a MobileCLIP, which takes pixels that are not normalised"
+        if trunk
         else "a ResNet"
         if isinstance(vision.get("layers"), (list, tuple))
         else "CoCa, with attentional pooling"
@@ -81,7 +174,8 @@ def check_tower(name: str, config: dict[str, Any]) -> None:
     )
     if found:
         raise UserError(
-            f"model {name} is {found}; dgsnet adapts plain CLIP vision transformers, e.g. ViT-L-14-quickgelu"
+            f"model {name} is {found}; dgsnet adapts plain vision transformers, and timm's, e.g. "
+            "ViT-L-14-quickgelu or ViT-B-16-SigLIP2"
         )
 
 

@@ -1,24 +1,21 @@
-"""DGS-Net's model: an open_clip CLIP with LoRA on its vision tower, the same tower without LoRA as its own
-teacher, the frozen text tower, and three linear heads.
+"""DGS-Net's model: a CLIP with LoRA on its vision tower, the same tower without LoRA as its own teacher, the
+frozen text tower, and three linear heads.
 """
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from typing import Any
 
-import open_clip
 import torch
-from open_clip.transformer import TextTransformer, VisionTransformer
 from peft import get_peft_model_state_dict
 from torch import Tensor, nn
 
 from dgs_kernels import SurgeryHead, SurgeryHeadOutput
 from dgsnet.config import ModelConfig
 from dgsnet.errors import UserError
-from dgsnet.model.adapters import inject_lora, split_attention
-from dgsnet.model.backbones import build_clip, canonical, encode_text
+from dgsnet.model.adapters import adapters_skipped, inject_lora
+from dgsnet.model.backbones import backbone_of
+from dgsnet.model.pretrained import build_towers, encode_text, tokenizer_of
 
 
 class DGSNet(nn.Module):
@@ -29,11 +26,12 @@ class DGSNet(nn.Module):
     `torch.manual_seed` decides it.
 
     Args:
-        config: open_clip model name, weights and adapters; `lora_rank=0` makes no adapters (linear probe).
-        with_text: False leaves the text tower out, as scoring needs none.
+        config: model name, weights and adapters; `lora_rank=0` makes no adapters (linear probe).
+        with_text: False leaves the text tower out, as scoring needs none; towers from timm have none.
 
     Attributes:
-        visual: open_clip's vision tower with split attention and LoRA.
+        visual: the vision tower of open_clip or timm with split attention and LoRA.
+        backbone: the same tower in its parts, `dgsnet.model.backbones.Backbone`.
         text: open_clip's frozen text tower, or None.
         head: `dgs_kernels.SurgeryHead` with image_head, teacher_head and text_head.
         dim: width D of the features.
@@ -41,7 +39,7 @@ class DGSNet(nn.Module):
 
     Raises:
         UserError: an unknown name or tag, weights that cannot be found, downloaded, read or fitted, a vision
-            tower that is not open_clip's plain vision transformer, or adapter settings out of range.
+            tower of no known family, no text tower where one is asked for, or adapter settings out of range.
 
     Example:
         >>> model = DGSNet(ModelConfig(name="dgsnet-tiny", pretrained=""), with_text=False)
@@ -53,23 +51,22 @@ class DGSNet(nn.Module):
     def __init__(self, config: ModelConfig, *, with_text: bool = True) -> None:
         super().__init__()
         self.config = config
-        clip = build_clip(config.name, config.pretrained, with_text)
-        self.visual: VisionTransformer = clip.visual
-        self.text: TextTransformer | None = clip.text if with_text else None
-        del clip
+        visual, text = build_towers(config.name, config.pretrained, with_text)
+        self.visual = visual
+        self.text: Any = text  # open_clip's TextTransformer or, around a model of transformers, HFTextEncoder
         self.requires_grad_(False)
-        self._tokenizer = open_clip.get_tokenizer(canonical(config.name)) if with_text else None
+        self._tokenizer = tokenizer_of(config.name) if with_text else None
 
-        split_attention(self.visual)
+        self.backbone = backbone_of(visual, config.name)
         if config.lora_rank:
-            inject_lora(self.visual, config)
-        self.dim: int = self.visual.output_dim
-        height, width = self.visual.image_size
+            inject_lora(visual, config, self.backbone.targets(config.lora_targets))
+        self.dim = self.backbone.dim
+        height, width = self.backbone.image_size
         if height != width:
             raise UserError(
                 f"model {config.name} takes {height}x{width} images; only square inputs are supported"
             )
-        self.image_size: int = height
+        self.image_size = height
         self.head = SurgeryHead(self.dim)
         self.train()
 
@@ -99,19 +96,13 @@ class DGSNet(nn.Module):
 
     def student_features(self, pixels: Tensor) -> Tensor:
         """Features [N, D] of normalised images [N, 3, S, S], with adapters."""
-        return self._encode(pixels)
+        return self.backbone.encode(pixels)
 
     @torch.no_grad()
     def teacher_features(self, pixels: Tensor) -> Tensor:
         """Features [N, D] of normalised images [N, 3, S, S] from the tower without adapters; no gradient."""
-        with self._adapters_skipped():
-            return self._encode(pixels)
-
-    def _encode(self, pixels: Tensor) -> Tensor:
-        with torch.no_grad():  # nothing before the first block is trained
-            tokens = self.visual._embeds(pixels.to(self.visual.conv1.weight.dtype))
-        pooled, _ = self.visual._pool(self.visual.transformer(tokens))
-        return pooled if self.visual.proj is None else pooled @ self.visual.proj
+        with adapters_skipped(self.visual):
+            return self.backbone.encode(pixels)
 
     @torch.no_grad()
     def text_features(self, captions: list[str]) -> Tensor:
@@ -121,7 +112,7 @@ class DGSNet(nn.Module):
         """
         if self.text is None or self._tokenizer is None:
             raise ValueError("this DGSNet was built with with_text=False and has no text tower")
-        tokens = self._tokenizer(captions).to(self.text.token_embedding.weight.device)
+        tokens = self._tokenizer(captions).to(next(self.text.parameters()).device)
         return encode_text(self.text, tokens)
 
     def logits(self, pixels: Tensor) -> Tensor:
@@ -159,20 +150,21 @@ class DGSNet(nn.Module):
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Keep one activation per vision block and recompute the rest in backward: less memory, more time."""
-        self.visual.set_grad_checkpointing(enable)
+        self.backbone.checkpointing = enable
 
     def compile_blocks(self, mode: str | None = None) -> None:
         """Have torch.compile fuse every vision block, whole; they share their compiled code."""
-        for block in self.visual.transformer.resblocks:
+        for block in self.backbone.blocks:
             block.compile(fullgraph=True, mode=mode)
 
     def set_base_dtype(self, dtype: torch.dtype) -> DGSNet:
-        """Store the frozen CLIP weights in `dtype`; adapters and heads keep their precision."""
-        with torch.no_grad():
-            for tower in filter(None, (self.visual, self.text)):
-                for name, tensor in [*tower.named_parameters(), *tower.named_buffers()]:
-                    if "lora_" not in name:
-                        tensor.data = tensor.data.to(dtype)
+        """Store the frozen towers' weights in `dtype`; adapters, heads and rotary angles keep theirs."""
+        frozen = [*self.visual.named_parameters()]
+        if self.text is not None:
+            frozen += [*self.text.named_parameters(), *self.text.named_buffers()]
+        for name, tensor in frozen:
+            if "lora_" not in name:
+                tensor.data = tensor.data.to(dtype)
         return self
 
     def train(self, mode: bool = True) -> DGSNet:
@@ -181,18 +173,6 @@ class DGSNet(nn.Module):
         if self.text is not None:
             self.text.eval()
         return self
-
-    @contextlib.contextmanager
-    def _adapters_skipped(self) -> Iterator[None]:
-        # peft's own switch also flips requires_grad of every adapter, which would undo a caller's freezing.
-        attentions = [block.attn for block in self.visual.transformer.resblocks]
-        for attention in attentions:
-            attention.adapted = False
-        try:
-            yield
-        finally:
-            for attention in attentions:
-                attention.adapted = True
 
 
 def _logits(head: nn.Linear, features: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from dgsnet.data.captions import attach_captions
 from dgsnet.data.samples import Sample, find_samples
 from dgsnet.errors import UserError
 from dgsnet.files import LOCK_FILE
+from dgsnet.model.catalogue import has_text
 
 # Settings that a resumed run may change, because they do not decide its weights.
 FREE_SETTINGS = (
@@ -50,7 +51,7 @@ def check_folder(config: Config, out: Path, resume: bool) -> None:
 
 
 def check_experts(config: Config) -> None:
-    """Refuse experts, or a pull to the teacher, that nothing would use or make."""
+    """Refuse captions that no tower reads, and experts or a pull to the teacher that nothing would use."""
     given = {
         f"surgery.text={config.surgery.text}": config.surgery.text != "project",
         f"surgery.distillation={config.surgery.distillation:g}": config.surgery.distillation > 0,
@@ -62,10 +63,17 @@ def check_experts(config: Config) -> None:
             f"{used} needs the three branches: leave it out, or set surgery.mode to feature or layer and "
             "model.lora_rank above 0"
         )
-    if config.surgery.text != "project" and not (uses_text(config) or uses_nuisances(config)):
+    name = config.model.name
+    if uses_text(config) and not has_text(name):
         raise UserError(
-            f"surgery.text={config.surgery.text} has no expert with data.captions=none: give captions, or "
-            "set data.nuisances=files"
+            f"{name} has no text tower to read data.captions={config.data.captions}: set data.captions=none, "
+            "or choose a model of open_clip"
+        )
+    if config.surgery.text != "project" and not (uses_text(config) or uses_nuisances(config)):
+        captions = "give captions" if has_text(name) else "choose a model with a text tower and give captions"
+        raise UserError(
+            f"surgery.text={config.surgery.text} has no expert with data.captions=none: {captions}, or set "
+            "data.nuisances=files"
         )
 
 

@@ -174,7 +174,7 @@ class _Run:
                 self.accelerator,
                 self.loader.num_workers,
                 self.config.data.cache,
-                f"{self.backbone} {self.config.optim.precision}",
+                f"{self.config.model.name} {self.backbone} {self.config.optim.precision}",
             )
         self.accelerator.wait_for_everyone()  # every process has looked at the folder before one writes
         if self.accelerator.is_main_process:
@@ -204,7 +204,7 @@ class _Run:
             step = self.sharded
             step.enter(stage)
         if self.config.optim.parallel == "fsdp" and self.sharded is None and self.world > 1:
-            parallel.shard(step, list(self.model.visual.transformer.resblocks), self.accelerator.device)
+            parallel.shard(step, list(self.model.backbone.blocks), self.accelerator.device)
             self.sharded = step
         layerwise = stage == BRANCHES and surgery is not None and surgery.mode == "layer"
         # Without weight decay AdamW is Adam. The fused one would operate on gradients still scaled for fp16.

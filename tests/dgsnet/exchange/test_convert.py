@@ -12,7 +12,7 @@ from dgsnet.cli import main
 from dgsnet.detection.detector import Detector
 from dgsnet.errors import UserError
 from dgsnet.exchange.convert import PUBLISHED, convert, read
-from dgsnet.model.backbones import BUILTIN_FOLDER
+from dgsnet.model.catalogue import BUILTIN_FOLDER
 from dgsnet.model.checkpoint import load_model, read_extra
 from safetensors.torch import load_file
 

@@ -1,0 +1,71 @@
+"""The frozen backbone with the linear head that stage 1 trained on it, beside the fine-tuned model."""
+
+from __future__ import annotations
+
+import copy
+from typing import TYPE_CHECKING
+
+from dgsnet.errors import UserError
+from dgsnet.evaluation.results import Evaluation, bounded
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from dgsnet.detection.detector import Detector
+
+# Its name among an evaluation's variants, in the journal.
+FROZEN = "frozen backbone"
+MEASURES = {"accuracy": "accuracy", "auc": "AUC", "tpr_at_1": "TPR@1%", "tpr_at_5": "TPR@5%"}
+
+
+def frozen_detector(detector: Detector) -> Detector:
+    """The same detector without adapters, with the head of stage 1 and without a calibration.
+
+    Raises:
+        UserError: the model was trained without stage 1.
+    """
+    import torch
+
+    config = detector.config
+    for name, lacking in (
+        ("model.lora_rank=0", not config.model.lora_rank),
+        ("surgery.mode=none", config.surgery.mode == "none"),
+        ("optim.head_epochs=0", not config.optim.head_epochs),
+    ):
+        if lacking:
+            raise UserError(
+                "--frozen needs the linear head that stage 1 trains on the frozen backbone, and this model "
+                f"was trained with {name}: train one with model.lora_rank=0, and evaluate it by itself"
+            )
+
+    class Frozen(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = detector.model
+            self.image_size = detector.model.image_size
+
+        def logits(self, pixels: Tensor) -> Tensor:
+            return self.model.teacher_logits(pixels)
+
+    result = copy.copy(detector)
+    result.model = Frozen()  # type: ignore[assignment] # as much of a DGSNet as a detector asks for
+    result.calibration = None
+    return result
+
+
+def rows(evaluation: Evaluation) -> list[list[str]]:
+    """Rows of generator and either's measures with intervals, the mean last, under a head; [] for none."""
+    if evaluation.frozen is None:
+        return []
+    head = [f"{title}{which}" for title in MEASURES.values() for which in ("", ", frozen")]
+    pairs = [
+        *zip(evaluation.of(), evaluation.frozen.of()),
+        (evaluation.mean_of(), evaluation.frozen.mean_of()),
+    ]
+    return [["generator", *head]] + [
+        [
+            evaluation.title(tuned),
+            *(bounded(r.values[key], r.interval(key)) for key in MEASURES for r in (tuned, frozen)),
+        ]
+        for tuned, frozen in pairs
+    ]

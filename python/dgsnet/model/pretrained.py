@@ -1,0 +1,233 @@
+"""open_clip's and timm's models: how they are built, and where their weights come from."""
+
+from __future__ import annotations
+
+import functools
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import timm
+import torch
+from accelerate import init_empty_weights
+from torch import Tensor, nn
+
+from dgsnet.errors import UserError
+from dgsnet.files import one_line
+from dgsnet.model.backbones import backbone_of
+from dgsnet.model.catalogue import (
+    BUILTIN_FOLDER,
+    BUILTIN_NAME,
+    BUILTIN_WEIGHTS,
+    canonical,
+    check_known,
+    check_tower,
+    check_weights,
+    has_text,
+    timm_arguments,
+    timm_config,
+)
+
+Tokenizer = Callable[[list[str]], Tensor]
+
+
+def build_towers(name: str, pretrained: str, with_text: bool) -> tuple[nn.Module, nn.Module | None]:
+    """The image tower of a model, and its text tower if asked for, on the CPU in fp32.
+
+    Raises:
+        UserError: an unknown name or tag, a model that cannot be adapted or has no text tower, or weights
+            that cannot be found, downloaded, read or fitted.
+    """
+    if not has_text(name):
+        if with_text:
+            raise UserError(f"{name} has no text tower: train without captions (data.captions none)")
+        return build_timm(name, pretrained), None
+    clip = build_clip(name, pretrained, with_text)
+    return clip.visual, clip.text if with_text else None
+
+
+def build_timm(name: str, pretrained: str) -> nn.Module:
+    """timm's model of the name after "timm/", without a classifier, on the CPU in fp32."""
+    arguments = timm_arguments(name)
+    timm_config(name)  # refuses an unknown one
+    if not pretrained:
+        return timm.create_model(**arguments)
+    check_weights(name, pretrained)
+    with init_empty_weights(include_buffers=False):
+        backbone_of(timm.create_model(**arguments), name)  # before anything is downloaded
+    path, tags = Path(pretrained).expanduser(), timm_tags(name)
+    if path.is_file():
+        # As many classes as are built, for otherwise timm would not mind what the file lacks.
+        source: dict[str, Any] = {"pretrained_cfg_overlay": {"file": str(path), "num_classes": 0}}
+    elif pretrained in tags:
+        source = {"pretrained_cfg": pretrained}
+    else:
+        raise UserError(
+            f"{name} has no pretrained weights {pretrained!r}: give a weights file"
+            + (f" or one of {', '.join(tags)}" if tags else "")
+        )
+    try:
+        return timm.create_model(**arguments, **source, pretrained=True)
+    except Exception as error:  # timm's, torch's, safetensors' or the hub's
+        reason = one_line(error)[:200]
+        if path.is_file():
+            raise _unfit(name, path, reason) from error
+        raise UserError(
+            f"cannot download the {pretrained!r} weights of {name} ({reason}): check the network, or fetch "
+            "the file elsewhere and give its path as pretrained"
+        ) from error
+
+
+def timm_tags(name: str) -> list[str]:
+    """Tags of the pretrained weights that timm knows for a model."""
+    model = timm_arguments(name)["model_name"]
+    return [entry.partition(".")[2] for entry in timm.list_pretrained(f"{model}.*")]
+
+
+def tokenizer_of(name: str) -> Tokenizer:
+    """open_clip's tokenizer of a model: captions to tokens [N, context]."""
+    try:
+        return open_clip.get_tokenizer(canonical(name))
+    except Exception as error:  # those from the hub need a download
+        raise UserError(
+            f"cannot load the tokenizer of {name} ({one_line(error)[:200]}): check the network, or train "
+            "without captions (data.captions none)"
+        ) from error
+
+
+def untouched_tower(name: str) -> nn.Module:
+    """The image tower as its library builds it, without memory for its weights."""
+    with init_empty_weights(include_buffers=False):
+        if not has_text(name):
+            return timm.create_model(**timm_arguments(name))
+        config = _clip_arguments(name)
+        quick_gelu = config.get("quick_gelu", False)
+        return open_clip.model._build_vision_tower(config["embed_dim"], config["vision_cfg"], quick_gelu)
+
+
+def encode_text(text: nn.Module, tokens: Tensor) -> Tensor:
+    """Text features [N, D] of tokens [N, context], without the columns that cannot change them.
+
+    Under a causal mask nothing after the token that is pooled reaches it, so columns after the batch's last
+    such token are cut, with the mask. Towers that pool or attend otherwise get all columns.
+    """
+    mask = getattr(text, "attn_mask", None)
+    if mask is None or text.cls_emb is not None or text.pool_type not in ("argmax", "eos"):
+        return text(tokens)
+    end = tokens if text.pool_type == "argmax" else (tokens == text.eos_id).int()
+    length = int(end.argmax(dim=-1).max()) + 1
+    return torch.func.functional_call(text, {"attn_mask": mask[:length, :length]}, (tokens[:, :length],))
+
+
+def build_clip(name: str, pretrained: str, with_text: bool) -> open_clip.CustomTextCLIP:
+    """open_clip's model with its towers as `.visual` and `.text`, on the CPU in fp32.
+
+    The weights are the file's own tensors, taken over one by one: nothing is initialised only to be
+    overwritten, and there is never a second CLIP in memory.
+    """
+    arguments = _clip_arguments(name)
+    if not pretrained:
+        return open_clip.CustomTextCLIP(**arguments)
+
+    weights = _find_weights(name, pretrained, bool(arguments.get("quick_gelu")))
+    with init_empty_weights(include_buffers=False):
+        clip = open_clip.CustomTextCLIP(**arguments)
+    clip.load_state_dict = functools.partial(clip.load_state_dict, assign=True)
+    try:
+        # Old TorchScript archives hold no pickled objects but need the full loader to be recognised.
+        open_clip.load_checkpoint(clip, str(weights), weights_only=not _is_torchscript(weights))
+    except Exception as error:
+        raise _unfit(name, weights, f"{type(error).__name__}: {error}") from error
+    del clip.load_state_dict
+    if not with_text:
+        clip.text = None
+    for parameter in clip.parameters():  # a copy, as the tensors may be windows into the file
+        parameter.data = parameter.data.to(torch.float32, copy=True)
+    return clip
+
+
+def _unfit(name: str, weights: Path, reason: str) -> UserError:
+    reason = " ".join(reason.split())[:200]
+    return UserError(
+        f"cannot load {weights} as weights of {name} ({reason}): check that the file is complete and was "
+        "made for this model"
+    )
+
+
+def _clip_arguments(name: str) -> dict[str, Any]:
+    """What open_clip's CLIP is made of: the model's configuration, without what is only for pretraining."""
+    config = _model_config(name)
+    config.pop("custom_text", None)  # the text tower is always made a module of its own
+    vision = config["vision_cfg"]
+    vision["patch_dropout"] = 0.0  # noise to the teacher, as are the others
+    if "timm_model_name" in vision:
+        vision |= {"timm_model_pretrained": False, "timm_drop": 0.0, "timm_drop_path": None}
+    config["text_cfg"]["hf_model_pretrained"] = False
+    return config
+
+
+def _model_config(name: str) -> dict[str, Any]:
+    """open_clip's configuration of a model whose vision tower DGS-Net can adapt."""
+    if name == BUILTIN_NAME and name not in open_clip.list_models():
+        open_clip.add_model_config(BUILTIN_FOLDER / f"{BUILTIN_NAME}.json")
+    check_known(name, open_clip.list_models())
+    config = open_clip.get_model_config(canonical(name))
+    check_tower(name, config)
+    return config
+
+
+def _find_weights(name: str, pretrained: str, quick_gelu: bool) -> Path:
+    """The weights file for a tag, a path or "builtin"."""
+    check_weights(name, pretrained)
+    if pretrained == BUILTIN_WEIGHTS:
+        return BUILTIN_FOLDER / f"{BUILTIN_NAME}.safetensors"
+
+    tag = open_clip.get_pretrained_cfg(canonical(name), pretrained)
+    path = Path(pretrained).expanduser()
+    if tag:
+        _check_activation(name, f"the {pretrained!r} weights", bool(tag.get("quick_gelu")), quick_gelu)
+        return _download(name, pretrained, tag)
+    if path.is_file():
+        if _is_torchscript(path):  # the only TorchScript CLIPs are OpenAI's originals
+            _check_activation(name, str(path), True, quick_gelu)
+        return path
+    tags = [
+        known
+        for known in open_clip.list_pretrained_tags_by_model(canonical(name))
+        if bool(open_clip.get_pretrained_cfg(canonical(name), known).get("quick_gelu")) == quick_gelu
+    ]
+    raise UserError(
+        f"{name} has no pretrained weights {pretrained!r}: give a weights file"
+        + (f" or one of {', '.join(tags)}" if tags else "")
+    )
+
+
+def _check_activation(name: str, weights: str, trained: bool, built: bool) -> None:
+    # The wrong activation loads without complaint and only costs accuracy.
+    if trained != built:
+        fitting = canonical(name).removesuffix("-quickgelu") + "-quickgelu" * trained
+        remedy = f"use name={fitting}" if fitting in open_clip.list_models() else "use other weights"
+        raise UserError(
+            f"{weights} were trained {'with' if trained else 'without'} QuickGELU but model {name} is built "
+            f"{'with' if built else 'without'} it: {remedy}"
+        )
+
+
+def _download(name: str, pretrained: str, tag: dict) -> Path:
+    try:
+        return Path(open_clip.download_pretrained(tag))
+    except Exception as error:  # whatever the hub, the proxy or the socket raised
+        source = str(tag.get("hf_hub") or tag.get("url"))
+        raise UserError(
+            f"cannot download the {pretrained!r} weights of {name} from {source.rstrip('/')}: check the "
+            "network, or fetch the file elsewhere and give its path as pretrained"
+        ) from error
+
+
+def _is_torchscript(path: Path) -> bool:
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return any(Path(member).name == "constants.pkl" for member in archive.namelist())
