@@ -67,20 +67,21 @@ if [ -n "$capability" ]; then
   tests=$(importable $(grep -rlE 'mark\.gpu|on_backends' tests --include 'test_*.py') 2>$work/left_out.log)
   [ -s $work/left_out.log ] && tell "$(cat $work/left_out.log)"
   processes=$("$python" -c 'import os, xdist; print("-n", min(8, os.cpu_count()))' 2>/dev/null)
-  stage tests 100 "$python" -m pytest -m gpu -p no:cacheprovider -o addopts=-q --tb=short $processes $tests
+  stage tests 80 "$python" -m pytest -m gpu -p no:cacheprovider -o addopts=-q --tb=short $processes $tests
   # A whole training step needs the detector's packages too.
   if "$python" -c 'import benchmarks.train_step' 2>$work/train_step.log; then
     for batch in 32 256; do
       stage "train_step_$batch" 35 "$python" -m benchmarks train_step --model ViT-L-14-quickgelu --batch $batch \
         --seconds 8 --out "$work/train_step_$batch.json"
     done
+    bench whole_run 40 training_run
   else
     tell "left out: benchmarks/train_step.py: $(tail -n 1 $work/train_step.log)"
   fi
   # The sanitizer sees an allocation's end only where torch does not pool its memory.
   if command -v compute-sanitizer >/dev/null; then
     for tool in memcheck racecheck; do
-      stage $tool 30 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $tool --error-exitcode 9 \
+      stage $tool 20 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool $tool --error-exitcode 9 \
         "$python" -m pytest -p no:cacheprovider -o addopts=-q $tests \
         -k "cuda-cuda and (layouts or deterministic or twice_alike)"
     done
@@ -91,7 +92,7 @@ if [ -n "$capability" ]; then
   deadline=535
   stage plots 10 "$python" -m benchmarks.plots "$out" --results \
     $(grep -l '"results"' $work/*.json)
-  cat $work/train_step*.log $work/plots.log
+  cat $work/train_step*.log $work/bench_whole_run.log $work/plots.log
 else
   tell "no CUDA device: benchmarks, tests, training step and sanitizers skipped"
 fi

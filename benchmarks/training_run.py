@@ -33,7 +33,6 @@ from dgsnet.training.setup import accelerator_for
 from PIL import Image
 
 IN_STEPS, ONCE, PLAIN = "tower in every step", "features computed once", "plain LoRA, stage 2 alone"
-ROUNDS = 3
 SIDE = 256  # of an image file, in pixels
 
 
@@ -48,11 +47,11 @@ def write_images(root: Path, images: int) -> None:
     (root / "captions.json").write_text(json.dumps(captions))
 
 
-def configurations(root: Path, model: str, batch: int) -> dict[str, Config]:
+def configurations(root: Path, model: str, batch: int, workers: int | None) -> dict[str, Config]:
     config = Config(
         model=ModelConfig(name=model, pretrained=""),
         preprocess=PreprocessConfig(),
-        data=DataConfig(train=[str(root)], workers=0),
+        data=DataConfig(train=[str(root)], workers=workers),
         optim=OptimConfig(batch_size=batch, head_epochs=3, epochs=1, precision="bf16"),
         checkpoint_every=10**6,
     )
@@ -85,16 +84,16 @@ def time_of(config: Config, threads: int, answer: multiprocessing.connection.Con
 
 def results(arguments: argparse.Namespace) -> list[dict]:
     cuda = arguments.device == "cuda"
-    model, images, batch = ("ViT-L-14-quickgelu", 4096, 32) if cuda else ("ViT-B-32", 128, 16)
+    model, images, batch, rounds = ("ViT-L-14-quickgelu", 2048, 32, 1) if cuda else ("ViT-B-32", 128, 16, 3)
     context = multiprocessing.get_context("spawn")
     found = []
     for threads in arguments.threads:
         print(f"\ntraining_run {model} images={images} batch={batch} threads={threads}", flush=True)
         with tempfile.TemporaryDirectory() as root:
             write_images(Path(root), images)
-            variants = configurations(Path(root), model, batch)
+            variants = configurations(Path(root), model, batch, None if cuda else 0)
             samples: dict[str, list[dict[str, float]]] = {name: [] for name in variants}
-            for _, (name, config) in itertools.product(range(ROUNDS), variants.items()):
+            for _, (name, config) in itertools.product(range(rounds), variants.items()):
                 ours, theirs = context.Pipe()
                 process = context.Process(target=time_of, args=(config, threads, theirs))
                 process.start()
