@@ -5,6 +5,8 @@ import json
 import math
 import subprocess
 import sys
+from dataclasses import replace
+from multiprocessing import Pipe
 
 import numpy as np
 import open_clip
@@ -15,7 +17,7 @@ from dgsnet.data.images import read_image
 from dgsnet.data.preprocess import Preprocessor
 from PIL import Image
 
-from benchmarks import train_step
+from benchmarks import train_step, training_run
 from tests.support import official
 
 
@@ -78,7 +80,7 @@ def test_it_counts_the_work_of_a_step(settings):
 
 @pytest.mark.slow
 def test_the_command_times_variants_in_turns(tmp_path):
-    out, names = tmp_path / "result.json", [train_step.PUBLISHED, train_step.OURS]
+    out, names = tmp_path / "result.json", [train_step.PUBLISHED, train_step.STORED]
     command = [sys.executable, "-m", "benchmarks", "train_step", "--model", "dgsnet-tiny", "--batch", "2"]
     more = ["--image", "64", "--seconds", "0", "--threads", "1", "--device", "cpu", "--out", str(out)]
     run = subprocess.run([*command, *more, "--variants", *names], capture_output=True, text=True, check=True)
@@ -88,3 +90,14 @@ def test_the_command_times_variants_in_turns(tmp_path):
         assert variant["rounds"] >= train_step.MIN_ROUNDS and variant["images_per_second"] > 0
         assert variant["parts_s"]["student"] > 0 and variant["peak_bytes"] > 2**20
     assert train_step.table(result) in run.stdout
+
+
+@pytest.mark.parametrize("name", [training_run.IN_STEPS, training_run.ONCE, training_run.PLAIN])
+def test_a_whole_run_is_timed(tmp_path, name):
+    training_run.write_images(tmp_path, 4)
+    config = training_run.configurations(tmp_path, "dgsnet-tiny", 2, 0)[name]
+    config = replace(config, preprocess=PreprocessConfig(mode="crop", image_size=32))
+    ours, theirs = Pipe()
+    training_run.time_of(config, torch.get_num_threads(), theirs)
+    taken = ours.recv()
+    assert taken["s"] > 0 and taken["cpu_s"] > 0
