@@ -584,6 +584,7 @@ def test_ray_gives_the_same_table(run, images, table, tmp_path, monkeypatch, cap
             score, spread = float(row["probability"]), float(row["spread"])
             part.add(Score(row["path"], score, row["decision"], row["error"], spread)._asdict())
     monkeypatch.setenv("RAY_DEFAULT_OBJECT_STORE_MEMORY_PROPORTION", "0.01")
+    monkeypatch.setenv("RAY_worker_niceness", "0")  # or other tests would leave its processes next to nothing
     capfd.readouterr()
     options = {"workers": 1, "consistency": True, "resume": True}
     predict_command(paths, run, "ray.csv", device="cpu", engine="ray", **options)
