@@ -3,25 +3,36 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import open_clip
 import torch
 from dgsnet.config import Config, ModelConfig, PreprocessConfig
 from dgsnet.model.checkpoint import build_model, save_model
+from PIL import Image
 
 CROP = PreprocessConfig(mode="crop", image_size=32)
 PATCHES = PreprocessConfig(mode="patches", image_size=32, patch_size=8, num_patches=16)
 
 
-def save_tiny(folder: Path, preprocess: PreprocessConfig = PATCHES) -> Path:
+def save_tiny(folder: Path, preprocess: PreprocessConfig = PATCHES, seed: int = 0) -> Path:
     """Make a run's folder with a model of random weights in it."""
     torch.set_num_threads(1)
     config = Config(model=ModelConfig(name="dgsnet-tiny", pretrained="", lora_rank=2), preprocess=preprocess)
     model = build_model(config, with_text=False)
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.trainable_parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=generator) / 4)
     return save_model(folder / "best", model, config).parent
+
+
+def save_noise(folder: Path, images: int, sides: tuple[int, int] = (33, 90)) -> Path:
+    """Fill a folder with PNG files of noise, each side's length drawn from this range."""
+    rng = np.random.default_rng(0)
+    for i in range(images):
+        size = rng.integers(*sides, 2)
+        Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8)).save(folder / f"{i:02}.png")
+    return folder
 
 
 def add_quick_gelu(folder: Path, name: str) -> None:

@@ -13,7 +13,7 @@ from dgsnet.detection.detector import Detector
 from dgsnet.errors import UserError
 from PIL import Image
 
-from tests.support.tiny import CROP, save_tiny
+from tests.support.tiny import CROP, save_noise, save_tiny
 
 N = 24
 
@@ -30,12 +30,7 @@ def detector(run):
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("images")
-    rng = np.random.default_rng(0)
-    for i in range(N):
-        size = rng.integers(45, 80, 2)
-        Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8)).save(folder / f"{i:02}.png")
-    return sorted(folder.glob("*.png"))
+    return sorted(save_noise(tmp_path_factory.mktemp("images"), N, (45, 80)).glob("*.png"))
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from dgsnet.errors import UserError
 from dgsnet.model.checkpoint import load_model
 from PIL import Image
 
-from tests.support.tiny import CROP, PATCHES, save_tiny
+from tests.support.tiny import CROP, PATCHES, save_noise, save_tiny
 
 
 @pytest.fixture(scope="module", params=[CROP, PATCHES], ids=["crop", "patches"])
@@ -25,12 +25,7 @@ def run(request, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("images")
-    rng = np.random.default_rng(0)
-    for i in range(40):
-        size = rng.integers(33, 90, 2)
-        Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8)).save(folder / f"{i:02}.png")
-    return folder
+    return save_noise(tmp_path_factory.mktemp("images"), 40)
 
 
 def test_scores_differ_between_images_and_agree_with_the_plain_model(run, images):

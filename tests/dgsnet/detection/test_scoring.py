@@ -9,14 +9,11 @@ import tarfile
 import time
 from dataclasses import dataclass, fields
 
-import numpy as np
 import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import torch
 import webdataset
-from dgsnet.config import Config, ModelConfig, PreprocessConfig
 from dgsnet.data.sources import Item, find_items
 from dgsnet.data.tables import Partial
 from dgsnet.detection.decisions import Calibration
@@ -24,11 +21,11 @@ from dgsnet.detection.detector import Detector
 from dgsnet.detection.rows import Score
 from dgsnet.detection.scoring import predict_command, score, settings
 from dgsnet.errors import UserError
-from dgsnet.model.checkpoint import build_model, save_model
 from PIL import Image
 
 from tests.support.fresh import FORKSERVER
 from tests.support.permissions import folder_of_others, unprivileged
+from tests.support.tiny import CROP, save_noise, save_tiny
 
 N = 80
 
@@ -36,31 +33,12 @@ N = 80
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """A model with random weights whose adapters and head are not at their initial zeros."""
-    torch.set_num_threads(1)
-    return make_model(tmp_path_factory.mktemp("run"), seed=0)
-
-
-def make_model(folder, seed):
-    config = Config(
-        model=ModelConfig(name="dgsnet-tiny", pretrained="", lora_rank=2),
-        preprocess=PreprocessConfig(mode="crop", image_size=32),
-    )
-    model = build_model(config, with_text=False)
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.trainable_parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) / 4)
-    return str(save_model(folder / "best", model, config).parent)
+    return str(save_tiny(tmp_path_factory.mktemp("run"), CROP))
 
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("images")
-    rng = np.random.default_rng(0)
-    for i in range(N):
-        size = rng.integers(33, 90, 2)
-        Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8)).save(folder / f"{i:02}.png")
-    return folder
+    return save_noise(tmp_path_factory.mktemp("images"), N)
 
 
 @pytest.fixture(scope="module")
@@ -503,7 +481,7 @@ def test_a_partial_table_that_does_not_fit_is_refused(run, images, tmp_path):
     begun()
     refused(r"begun with other settings \(paths\)", paths=[str(images / "00.png")])
     refused(r"begun with other settings \(views\)", views=2)
-    refused(r"begun with other settings \(model\)", model=make_model(tmp_path, seed=1))
+    refused(r"begun with other settings \(model\)", model=str(save_tiny(tmp_path, CROP, seed=1)))
     numbers = {field.name: 0.5 for field in fields(Calibration)}
     detector.calibration = Calibration(**numbers | {"views": 1})
     begun(settings(detector, [str(images)]))
