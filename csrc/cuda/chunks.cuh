@@ -21,12 +21,15 @@ struct ChunkedList {
   int64_t blocks() const { return cluster ? num_groups * cluster : tables.num_chunks; }
 };
 
-inline ChunkedList lay_out(const TensorList& list, const Tables& tables) {
-  int cluster = power_of_two(tables.max_group_chunks, kMaxCluster);
-  bool fits = list.part == Part::all && tables.num_chunks && tables.max_group_chunks <= cluster &&
-              (cluster == 1 || has_clusters());
-  return {tables,   list.num_groups, list.sums, list.scale,        list.alignment,
-          list.eps, list.order,      list.rule, fits ? cluster : 0};
+// For a kernel that works on the list, with so much shared memory.
+template <typename P>
+ChunkedList lay_out(const TensorList& list, const Tables& tables, void (*kernel)(P), int shared_bytes) {
+  const int64_t cluster = tables.max_group_chunks;
+  const bool fits = list.part == Part::all && tables.num_chunks &&
+                    grants_cluster(reinterpret_cast<const void*>(kernel), cluster, kListThreads, shared_bytes);
+  return {tables,     list.num_groups, list.sums,
+          list.scale, list.alignment,  list.eps,
+          list.order, list.rule,       fits ? static_cast<int>(cluster) : 0};
 }
 
 // The first two launches, where a cluster does not do it all in one: leaves the groups' sums.
@@ -64,6 +67,13 @@ __device__ __forceinline__ ChunkOf<T, Aligned> chunk_of_block(const ChunkedList&
   chunk.group = group;
   if (!mine) chunk.count = 0;
   return chunk;
+}
+
+// Asks for an array's part of a chunk to be brought to the L2 cache, 128 bytes at a time.
+template <typename T>
+__device__ __forceinline__ void prefetch(const T* array, int64_t count) {
+  constexpr int kLine = 128 / sizeof(T);
+  for (int64_t i = threadIdx.x * kLine; i < count; i += kListThreads * kLine) prefetch_line(array + i);
 }
 
 // Reads a chunk and returns the coefficient of its projection. All threads call it, and cluster_done() at the end.

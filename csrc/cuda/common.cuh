@@ -15,7 +15,8 @@ namespace dgs::cuda {
 constexpr int kWarp = 32;
 constexpr unsigned kAllLanes = 0xffffffff;
 constexpr int kMaxThreads = 512;
-constexpr int kMaxCluster = 8;  // the largest size that every device with clusters grants
+constexpr int kMaxCluster = 8;       // the largest size that every device with clusters grants
+constexpr int kLargestCluster = 16;  // that some grant, if asked
 
 template <typename T>
 struct Storage {
@@ -49,6 +50,20 @@ struct alignas(16) Pack {
   T at[kPack<T>];
 };
 
+// An element in the compute type. Halves of a word are told apart without registers of 16 bits.
+template <typename T>
+__device__ __forceinline__ Compute<T> element(const Pack<T>& pack, int j) {
+  return widen(pack.at[j]);
+}
+__device__ __forceinline__ float element(const Pack<__nv_bfloat16>& pack, int j) {
+  unsigned word;
+  memcpy(&word, &pack.at[j & ~1], 4);
+  word = j % 2 ? word & 0xffff0000u : word << 16;
+  float value;
+  memcpy(&value, &word, 4);
+  return value;
+}
+
 // Where a thread's j-th element of its v-th pack lies in a row shared by `lanes` threads. Off the aligned path
 // neighbouring threads take neighbouring elements, which is the best that narrow accesses can do.
 template <typename T, bool Aligned>
@@ -77,14 +92,34 @@ __device__ __forceinline__ Pack<T> load(const T* row, int v, int lane, int lanes
   return pack;
 }
 
+// The compiler cannot split this store into narrower ones, as it does at times with others.
+template <typename T>
+__device__ __forceinline__ void store_whole(T* to, const Pack<T>& pack) {
+#ifdef __CUDACC__
+  if constexpr (sizeof(T) == 8) {
+    asm volatile("st.global.v2.f64 [%0], {%1, %2};" ::"l"(to), "d"(pack.at[0]), "d"(pack.at[1]) : "memory");
+  } else if constexpr (sizeof(T) == 4) {
+    asm volatile("st.global.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(to), "f"(pack.at[0]), "f"(pack.at[1]),
+                 "f"(pack.at[2]), "f"(pack.at[3])
+                 : "memory");
+  } else {
+    uint4 bits;
+    memcpy(&bits, &pack, 16);
+    asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(bits.x), "r"(bits.y), "r"(bits.z),
+                 "r"(bits.w)
+                 : "memory");
+  }
+#else
+  memcpy(to, &pack, 16);
+#endif
+}
+
 template <typename T, bool Aligned>
 __device__ __forceinline__ void store(T* row, const Pack<T>& pack, int v, int lane, int lanes, int64_t count,
                                       bool wide = Aligned) {
   if (Aligned || wide) {
     int i = position<T, true>(v, 0, lane, lanes);
-    uint4 bits;
-    memcpy(&bits, &pack, 16);
-    if (i < count) *reinterpret_cast<uint4*>(row + i) = bits;
+    if (i < count) store_whole(row + i, pack);
   } else {
 #pragma unroll
     for (int j = 0; j < kPack<T>; ++j) {
@@ -92,6 +127,32 @@ __device__ __forceinline__ void store(T* row, const Pack<T>& pack, int v, int la
       if (i < count) row[i] = pack.at[j];
     }
   }
+}
+
+__device__ __forceinline__ void prefetch_line(const void* place) {
+#ifdef __CUDACC__
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(place));
+#endif
+}
+
+// x / y and the root of x to two units in the last place and to one, without the branches for quotients that underflow.
+__device__ __forceinline__ double quick_quotient(double x, double y) { return x / y; }
+__device__ __forceinline__ double quick_root(double x) { return sqrt(x); }
+__device__ __forceinline__ float quick_quotient(float x, float y) {
+#ifdef __CUDACC__
+  return __fdividef(x, y);
+#else
+  return x / y;
+#endif
+}
+__device__ __forceinline__ float quick_root(float x) {
+#ifdef __CUDACC__
+  float root;
+  asm("sqrt.approx.f32 %0, %1;" : "=f"(root) : "f"(x));
+  return root;
+#else
+  return sqrt(x);
+#endif
 }
 
 template <typename T>
@@ -151,8 +212,8 @@ __device__ __forceinline__ void read_of_block(unsigned rank, A* shared, A (&valu
 }
 
 // The same over the blocks of a cluster, through distributed shared memory; scratch holds N numbers. A block
-// must not end before the others have read: cluster_done() comes last. Never reached on a device without
-// clusters, because the launcher then chooses other kernels.
+// must not end before the others have read: they say so here, and cluster_done(), which comes last, waits for it.
+// Never reached on a device without clusters, because the launcher then chooses other kernels.
 template <int N, typename A>
 __device__ __forceinline__ void sum_over_cluster(int blocks, A (&values)[N], A* scratch) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
@@ -166,19 +227,22 @@ __device__ __forceinline__ void sum_over_cluster(int blocks, A (&values)[N], A* 
   read_of_block(lane % blocks, scratch, values);
 #pragma unroll
   for (int n = 0; n < N; ++n) values[n] = lane < blocks ? values[n] : A(0);
+  cluster.barrier_arrive();
   sum_over(kWarp, values, static_cast<A*>(nullptr));
 #endif
 }
 
 __device__ __forceinline__ void cluster_done(int blocks) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
-  if (blocks > 1) cooperative_groups::this_cluster().sync();
+  if (blocks > 1) cooperative_groups::this_cluster().barrier_wait();
 #endif
 }
 
 // Whether the current device grants clusters and the code that was loaded for it has their instructions: code for sm_80
 // that the driver compiles anew for a later device has none. All kernels of the library are compiled alike.
 bool has_clusters();
+// Whether clusters of so many blocks of a kernel, each of so many threads, run on the current device.
+bool grants_cluster(const void* kernel, int64_t blocks, int threads, int shared_bytes);
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 // The smallest power of two that is at least n, within [1, limit].
@@ -192,23 +256,31 @@ inline bool is_aligned(const void* pointer, int64_t stride_bytes = 0) {
   return (reinterpret_cast<uintptr_t>(pointer) | static_cast<uintptr_t>(stride_bytes)) % 16 == 0;
 }
 
-// Launches `blocks` blocks of `threads` threads in clusters of `cluster`; an empty grid is no work.
+// What the runtime is told of a launch of `blocks` blocks of `threads` threads in clusters of `cluster`.
+struct LaunchConfig : cudaLaunchConfig_t {
+  cudaLaunchAttribute cluster_size{};
+
+  LaunchConfig(int64_t blocks, int threads, int shared_bytes, void* on_stream, int cluster) : cudaLaunchConfig_t{} {
+    cluster_size.id = cudaLaunchAttributeClusterDimension;
+    cluster_size.val.clusterDim.x = cluster;
+    cluster_size.val.clusterDim.y = cluster_size.val.clusterDim.z = 1;
+    gridDim = dim3(static_cast<unsigned>(blocks));
+    blockDim = dim3(threads);
+    dynamicSmemBytes = shared_bytes;
+    stream = static_cast<cudaStream_t>(on_stream);
+    attrs = &cluster_size;
+    numAttrs = cluster > 1;
+  }
+  LaunchConfig(const LaunchConfig&) = delete;  // points into itself
+};
+
+// Launches it; an empty grid is no work.
 template <typename P>
 const char* launch(void (*kernel)(P), int64_t blocks, int threads, int shared_bytes, void* stream, const P& params,
                    int cluster = 1) {
   if (blocks == 0) return nullptr;
   if (blocks > INT32_MAX) return "more blocks than one grid can hold";
-  cudaLaunchAttribute attribute{};
-  attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim.x = cluster;
-  attribute.val.clusterDim.y = attribute.val.clusterDim.z = 1;
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(static_cast<unsigned>(blocks));
-  config.blockDim = dim3(threads);
-  config.dynamicSmemBytes = shared_bytes;
-  config.stream = static_cast<cudaStream_t>(stream);
-  config.attrs = &attribute;
-  config.numAttrs = cluster > 1;
+  const LaunchConfig config(blocks, threads, shared_bytes, stream, cluster);
   cudaError_t error = cudaSuccess;
   if (shared_bytes > 48 << 10)  // what is granted without asking
     error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);

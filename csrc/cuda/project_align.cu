@@ -75,7 +75,7 @@ __global__ __launch_bounds__(kMaxThreads) void rows_in_registers(const __grid_co
   sum_over_cluster(p.cluster, sums, scratch + kMaxThreads / kWarp * kSums);
   Shares<A> shares = shares_of(sums, options);
   share.scale(shares.kept);
-  share.write(at.out, shares.removed, count, lane, p.lanes, options.rule);
+  share.write(at.out, shares.removed, count, lane, p.lanes);
   cluster_done(p.cluster);
 }
 
@@ -133,7 +133,7 @@ __global__ __launch_bounds__(kPartThreads, 1) void project_row_parts(const __gri
   for (int64_t i = 0; i < part.count; i += part.kStep) {
     part.read(share, i, options, unused);
     share.scale(shares.kept);
-    share.write(part.at.out + i, shares.removed, part.count - i, threadIdx.x, kPartThreads, options.rule);
+    share.write(part.at.out + i, shares.removed, part.count - i, threadIdx.x, kPartThreads);
   }
 }
 
@@ -159,8 +159,8 @@ int64_t lanes_for(int64_t shares) {
 template <typename T, bool Aligned, int Packs>
 const char* run_in_registers(const ProjectAlign& args, void* stream) {
   const int64_t shares = ceil_div(args.dim, Packs * kPack<T>);
-  const int cluster = power_of_two(ceil_div(shares, kMaxThreads), kMaxCluster);
-  const int lanes = cluster > 1 ? kMaxThreads : static_cast<int>(lanes_for(shares));
+  const int cluster = static_cast<int>(ceil_div(shares, kMaxThreads));
+  const int lanes = static_cast<int>(lanes_for(ceil_div(shares, cluster)));
   const int threads = lanes > kWarp ? lanes : kThreads;
   const int64_t blocks = ceil_div(args.rows, threads / lanes) * cluster;
   const int scratch = scratch_bytes<Compute<T>>(kSums, kMaxThreads);
@@ -170,13 +170,20 @@ const char* run_in_registers(const ProjectAlign& args, void* stream) {
 
 template <typename T, bool Aligned>
 const char* run(const ProjectAlign& args, const Allocate& allocate, void* stream) {
-  constexpr int kFull = kShare<T, Aligned> / kPack<T>;
+  constexpr int kFull = Aligned && sizeof(T) == 8 ? 6 : kShare<T, Aligned> / kPack<T>;  // that need no more registers
   const int64_t packs = ceil_div(args.dim, kPack<T>), shares = ceil_div(packs, kFull);
   if (shares > int64_t(kMaxThreads) * kMaxCluster || (shares > kMaxThreads && !has_clusters()))
     return run_in_parts<T, Aligned>(args, allocate, stream);
   if constexpr (Aligned) {
     if (packs <= kMaxThreads && args.rows * lanes_for(packs) <= kAtOnce)
       return run_in_registers<T, true, 1>(args, stream);
+  }
+  // Rows that fit six packs a thread better than eight, as 768 numbers do, leave no thread with empty ones.
+  constexpr int kLess = kFull * 3 / 4;
+  if constexpr (Aligned && sizeof(T) != 8) {
+    const int64_t less = ceil_div(packs, kLess);
+    if (less <= kMaxThreads && lanes_for(less) * kLess < lanes_for(shares) * kFull)
+      return run_in_registers<T, true, kLess>(args, stream);
   }
   return run_in_registers<T, Aligned, kFull>(args, stream);
 }

@@ -1,7 +1,7 @@
 // project_align_ on a GPU: gradient surgery in place over many tensors, in one launch or three.
 //
 // The tensors are cut into chunks that one block keeps in registers. Where every group (layer) fits a cluster
-// of up to 8 blocks, one launch reads each element once: 3 reads and 1 write. Otherwise a first launch leaves
+// of up to 16 blocks, one launch reads each element once: 3 reads and 1 write. Otherwise a first launch leaves
 // partial sums per chunk, a second adds them up per group in a fixed order, and a third applies the result:
 // 6 reads and 1 write. Nothing depends on values on the host, so a CUDA graph may capture either.
 #include "chunks.cuh"
@@ -38,11 +38,11 @@ __global__ __launch_bounds__(kListThreads) void add_chunk_sums(const __grid_cons
 }
 
 template <typename T, bool Aligned>
-__global__ __launch_bounds__(kListThreads) void project_chunks(const __grid_constant__ ChunkedList p) {
+__global__ __launch_bounds__(kListThreads, kListBlocks<T>) void project_chunks(const __grid_constant__ ChunkedList p) {
   ChunkOf<T, Aligned> chunk = chunk_of_block<T, Aligned>(p);
   Share<T, Aligned> share;
   Compute<T> k = read_and_project(p, chunk, share);
-  share.write(chunk.grad(), k, chunk.count, threadIdx.x, kListThreads, p.rule, chunk.wide);
+  share.write(chunk.grad(), k, chunk.count, threadIdx.x, kListThreads, chunk.wide);
   cluster_done(p.cluster);
 }
 
@@ -63,13 +63,13 @@ const char* project_align_(const TensorList& given, const Allocate& allocate, vo
   const char* error = nullptr;
   const auto tables = tables_of({given, group_sums}, allocate, stream, error);
   if (error) return error;
-  const ChunkedList list = lay_out(given, tables->device);
-  if (!list.cluster && given.part != Part::apply) error = sum_groups(list, given.dtype, stream);
-  if (error || given.part == Part::sums) return error;
-  return dispatch(given.dtype, [&](auto zero) {
+  return dispatch(given.dtype, [&](auto zero) -> const char* {
     using T = decltype(zero);
-    auto project = list.tables.aligned ? project_chunks<T, true> : project_chunks<T, false>;
-    int scratch = scratch_bytes<Compute<T>>(group_sums, kListThreads);
+    auto project = tables->device.aligned ? project_chunks<T, true> : project_chunks<T, false>;
+    const int scratch = scratch_bytes<Compute<T>>(group_sums, kListThreads);
+    const ChunkedList list = lay_out(given, tables->device, project, scratch);
+    if (!list.cluster && given.part != Part::apply) error = sum_groups(list, given.dtype, stream);
+    if (error || given.part == Part::sums) return error;
     return launch(project, list.blocks(), kListThreads, scratch, stream, list, list.cluster);
   });
 }

@@ -2,6 +2,8 @@
 // and the update: it is what lets a row kernel read every element once.
 #pragma once
 
+#include <type_traits>
+
 #include "common.cuh"
 
 namespace dgs::cuda {
@@ -13,22 +15,16 @@ struct SurgeryOptions {
   Rule rule;
 };
 
+// What one element adds to the sums <x, h>, <h, h>, <x, x> of a row, with x the vector that is projected,
 template <typename A>
-__device__ __forceinline__ A direction(A harmful, Rule rule) {
-  return rule == Rule::positive ? dgs::direction<true>(harmful) : dgs::direction<false>(harmful);
-}
-
-// What one element adds to a row's sums <x, h>, <h, h>, <x, x>, with x the vector that is projected,
-template <typename A>
-__device__ __forceinline__ void add_products(A g, A h, A, A moved, Order order, A (&sums)[3]) {
-  const A x = order == Order::align_first ? moved : g;
+__device__ __forceinline__ void add_products(A x, A h, A, A (&sums)[3]) {
   sums[0] += x * h;
   sums[1] += h * h;
   sums[2] += x * x;
 }
 // and to a group's, from which metrics are made too: <g, h>, <h, h>, <g, g>, <b, h>, <b, b>, <g, b>.
 template <typename A>
-__device__ __forceinline__ void add_products(A g, A h, A b, A, Order, A (&sums)[group_sums]) {
+__device__ __forceinline__ void add_products(A g, A h, A b, A (&sums)[group_sums]) {
   sums[0] += g * h;
   sums[1] += h * h;
   sums[2] += g * g;
@@ -37,34 +33,52 @@ __device__ __forceinline__ void add_products(A g, A h, A b, A, Order, A (&sums)[
   sums[5] += g * b;
 }
 
+// Calls body with a condition as a type, so that loops in it have no branch.
+template <typename F>
+__device__ __forceinline__ void with(bool condition, F body) {
+  if (condition)
+    body(std::true_type());
+  else
+    body(std::false_type());
+}
+
 template <typename T, bool Aligned, int Packs = kShare<T, Aligned> / kPack<T>>
 struct Share {
   using A = Compute<T>;
   static constexpr int kPacks = Packs;
   A moved[kPacks * kPack<T>];  // grad + alignment * min(beneficial, 0)
-  Pack<T> harmful[kPacks];
+  Pack<T> directions[kPacks];  // what the rule makes of the harmful row
 
   // `count` elements from each pointer on, dealt out to `lanes` threads.
   template <int N>
-  __device__ __forceinline__ void read(const T* grad, const T* harmful_row, const T* beneficial, int64_t count,
-                                       int lane, int lanes, const SurgeryOptions<A>& options, A (&sums)[N],
-                                       bool wide = Aligned) {
+  __device__ __forceinline__ void read(const T* grad, const T* harmful, const T* beneficial, int64_t count, int lane,
+                                       int lanes, const SurgeryOptions<A>& options, A (&sums)[N], bool wide = Aligned) {
     Pack<T> g[kPacks], b[kPacks];
 #pragma unroll
     for (int v = 0; v < kPacks; ++v) {
       g[v] = load<T, Aligned>(grad, v, lane, lanes, count, wide);
-      harmful[v] = load<T, Aligned>(harmful_row, v, lane, lanes, count, wide);
+      directions[v] = load<T, Aligned>(harmful, v, lane, lanes, count, wide);
       b[v] = load<T, Aligned>(beneficial, v, lane, lanes, count, wide);
     }
+    const auto add = [&](auto positive, auto moved_first) {
 #pragma unroll
-    for (int v = 0; v < kPacks; ++v)
+      for (int v = 0; v < kPacks; ++v)
 #pragma unroll
-      for (int j = 0; j < kPack<T>; ++j) {
-        A x = widen(g[v].at[j]), pull = negative_part(widen(b[v].at[j]));
-        A& y = moved[v * kPack<T> + j];
-        y = x + options.alignment * pull;
-        add_products(x, direction(widen(harmful[v].at[j]), options.rule), pull, y, options.order, sums);
-      }
+        for (int j = 0; j < kPack<T>; ++j) {
+          const A x = element(g[v], j), pull = negative_part(element(b[v], j));
+          const A h = direction<positive.value>(element(directions[v], j));
+          if (positive.value) narrow(h, directions[v].at[j]);
+          A& y = moved[v * kPack<T> + j];
+          y = x + options.alignment * pull;
+          add_products(moved_first.value ? y : x, h, pull, sums);
+        }
+    };
+    with(options.rule == Rule::positive, [&](auto positive) {
+      if constexpr (N == group_sums)  // the sums of both orders are among a group's
+        add(positive, std::false_type());
+      else
+        with(options.order == Order::align_first, [&](auto moved_first) { add(positive, moved_first); });
+    });
   }
 
   __device__ __forceinline__ void scale(A factor) {
@@ -72,17 +86,16 @@ struct Share {
     for (A& x : moved) x *= factor;
   }
 
-  __device__ __forceinline__ A updated(int v, int j, A k, Rule rule) const {
-    return moved[v * kPack<T> + j] - k * direction(widen(harmful[v].at[j]), rule);
+  __device__ __forceinline__ A updated(int v, int j, A k) const {
+    return moved[v * kPack<T> + j] - k * element(directions[v], j);
   }
 
-  __device__ __forceinline__ void write(T* out, A k, int64_t count, int lane, int lanes, Rule rule,
-                                        bool wide = Aligned) const {
+  __device__ __forceinline__ void write(T* out, A k, int64_t count, int lane, int lanes, bool wide = Aligned) const {
 #pragma unroll
     for (int v = 0; v < kPacks; ++v) {
       Pack<T> pack;
 #pragma unroll
-      for (int j = 0; j < kPack<T>; ++j) narrow(updated(v, j, k, rule), pack.at[j]);
+      for (int j = 0; j < kPack<T>; ++j) narrow(updated(v, j, k), pack.at[j]);
       store<T, Aligned>(out, pack, v, lane, lanes, count, wide);
     }
   }

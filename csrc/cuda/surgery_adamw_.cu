@@ -15,18 +15,20 @@ struct Step {
 };
 
 template <typename T, bool Aligned>
-__global__ __launch_bounds__(kListThreads, 1) void adamw_chunks(const __grid_constant__ Step p) {
+__global__ __launch_bounds__(kListThreads, kListBlocks<T>) void adamw_chunks(const __grid_constant__ Step p) {
   using A = Compute<T>;
   ChunkOf<T, Aligned> chunk = chunk_of_block<T, Aligned>(p.list);
+  const ListTensor& tensor = *chunk.tensor;
+  T* param = chunk.at(static_cast<T*>(tensor.param));
+  T* exp_avg = chunk.at(static_cast<T*>(tensor.exp_avg));
+  T* exp_avg_sq = chunk.at(static_cast<T*>(tensor.exp_avg_sq));
+  if (p.list.cluster)  // they arrive while the sums are taken
+    for (const T* array : {param, exp_avg, exp_avg_sq}) prefetch(array, chunk.count);
   Share<T, Aligned> share;
   A k = read_and_project(p.list, chunk, share);
   A decay = A(p.decay), fresh1 = A(p.fresh1), beta2 = A(p.beta2), fresh2 = A(p.fresh2);
   Rates rates = p.rates_of ? p.rates_of[chunk.place] : p.rates;
   A step_size = A(rates.size), eps = A(rates.eps);
-  const ListTensor& tensor = *chunk.tensor;
-  T* param = chunk.at(static_cast<T*>(tensor.param));
-  T* exp_avg = chunk.at(static_cast<T*>(tensor.exp_avg));
-  T* exp_avg_sq = chunk.at(static_cast<T*>(tensor.exp_avg_sq));
 #pragma unroll
   for (int v = 0; v < Share<T, Aligned>::kPacks; ++v) {
     auto read = [&](const T* row) {
@@ -38,12 +40,12 @@ __global__ __launch_bounds__(kListThreads, 1) void adamw_chunks(const __grid_con
     Pack<T> params = read(param), first = read(exp_avg), second = read(exp_avg_sq);
 #pragma unroll
     for (int j = 0; j < kPack<T>; ++j) {
-      A g = share.updated(v, j, k, p.list.rule);
+      A g = share.updated(v, j, k);
       if (p.maximize) g = -g;
-      A m = widen(first.at[j]);
+      A m = element(first, j);
       m += fresh1 * (g - m);
-      A s = beta2 * widen(second.at[j]) + fresh2 * g * g;
-      A x = decay * widen(params.at[j]) - step_size * m / (sqrt(s) + eps);
+      A s = beta2 * element(second, j) + fresh2 * g * g;
+      A x = decay * element(params, j) - step_size * quick_quotient(m, quick_root(s) + eps);
       narrow(m, first.at[j]);
       narrow(s, second.at[j]);
       narrow(x, params.at[j]);
@@ -74,21 +76,21 @@ const char* surgery_adamw_(const TensorList& given, const AdamW& o, const Alloca
   if (error) return error;
   std::shared_ptr<void> rates;
   if (!o.all_alike) rates = send_rates(o, tables->order, allocate, stream, error);
-  const ChunkedList list = lay_out(given, tables->device);
-  if (!error && !list.cluster && given.part != Part::apply) error = sum_groups(list, given.dtype, stream);
-  if (error) return error;
-  const Step step{list,
-                  1 - o.lr * o.weight_decay,
-                  1 - o.beta1,
-                  o.beta2,
-                  1 - o.beta2,
-                  o.rates[0],
-                  static_cast<const Rates*>(rates.get()),
-                  o.maximize};
-  return dispatch(given.dtype, [&](auto zero) {
+  return dispatch(given.dtype, [&](auto zero) -> const char* {
     using T = decltype(zero);
-    auto update = list.tables.aligned ? adamw_chunks<T, true> : adamw_chunks<T, false>;
-    int scratch = scratch_bytes<Compute<T>>(group_sums, kListThreads);
+    auto update = tables->device.aligned ? adamw_chunks<T, true> : adamw_chunks<T, false>;
+    const int scratch = scratch_bytes<Compute<T>>(group_sums, kListThreads);
+    const ChunkedList list = lay_out(given, tables->device, update, scratch);
+    if (!error && !list.cluster && given.part != Part::apply) error = sum_groups(list, given.dtype, stream);
+    if (error) return error;
+    const Step step{list,
+                    1 - o.lr * o.weight_decay,
+                    1 - o.beta1,
+                    o.beta2,
+                    1 - o.beta2,
+                    o.rates[0],
+                    static_cast<const Rates*>(rates.get()),
+                    o.maximize};
     return launch(update, list.blocks(), kListThreads, scratch, stream, step, list.cluster);
   });
 }

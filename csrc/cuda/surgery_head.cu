@@ -198,8 +198,7 @@ __global__ __launch_bounds__(Staged ? kTeams * kWarp : kThreads,
       load_weights<T, Aligned>(a.text_weight, v, lane, p.lanes, a.dim, text_weight);
 #pragma unroll
       for (int j = 0; j < kPack<T>; ++j)
-        add_dots(widen(f.at[j]), widen(t.at[j]), widen(x.at[j]), image_weight[j], teacher_weight[j], text_weight[j],
-                 dots);
+        add_dots(element(f, j), element(t, j), element(x, j), image_weight[j], teacher_weight[j], text_weight[j], dots);
       if (a.differences) {
 #pragma unroll
         for (int j = 0; j < kPack<T>; ++j) t.at[j] = subtract(f.at[j], t.at[j], distance[0]);
@@ -214,8 +213,8 @@ __global__ __launch_bounds__(Staged ? kTeams * kWarp : kThreads,
       if constexpr (Staged) kept_f[v] = take(0, v), kept_x[v] = take(1, v);
 #pragma unroll
       for (int j = 0; j < kPack<T>; ++j) {
-        image_sum[v * kPack<T> + j] += image_residual * widen(kept_f[v].at[j]);
-        text_sum[v * kPack<T> + j] += text_residual * widen(kept_x[v].at[j]);
+        image_sum[v * kPack<T> + j] += image_residual * element(kept_f[v], j);
+        text_sum[v * kPack<T> + j] += text_residual * element(kept_x[v], j);
       }
     }
   }
@@ -461,7 +460,7 @@ __global__ __launch_bounds__(kThreads) void head_backward(const __grid_constant_
 #pragma unroll
       for (int j = 0; j < kPack<T>; ++j)
         narrow(c[kOfImage] * wi[j] + c[kOfFalling] * negative_part(wt[j]) + c[kOfRising] * negative_part(-wt[j]) -
-                   c[kOfUp] * positive_part(wx[j]) - c[kOfDown] * positive_part(-wx[j]) + distill * widen(pack.at[j]),
+                   c[kOfUp] * positive_part(wx[j]) - c[kOfDown] * positive_part(-wx[j]) + distill * element(pack, j),
                pack.at[j]);
       store<T, Aligned>(out, pack, 0, threadIdx.x, blockDim.x, a.dim - v);
     }

@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <cstring>
 #include <list>
+#include <map>
 #include <mutex>
 #include <numeric>
 #include <tuple>
@@ -50,19 +51,24 @@ struct RecordsAt {
 
 struct Cut {
   RecordsAt tensors;
-  const int64_t* begin;  // where a tensor's chunks begin among all of them
-  Chunk* chunks;
+  const int64_t* begin;   // where a tensor's chunks begin among all of them
+  unsigned char* chunks;  // records of a tensor, each with a chunk behind it
   int64_t chunk_size, pack;
 };
 
 // One block per tensor.
 __global__ void cut_tensors(const __grid_constant__ Cut p) {
+  const Size& tensor = p.tensors[blockIdx.x];
+  const int64_t* words = reinterpret_cast<const int64_t*>(&tensor);
+  const int64_t record_words = p.tensors.bytes_each / 8;
   bool aligned = p.tensors.divide_by_16(blockIdx.x);
-  int64_t numel = p.tensors[blockIdx.x].numel, begin = p.begin[blockIdx.x], end = p.begin[blockIdx.x + 1];
+  int64_t numel = tensor.numel, begin = p.begin[blockIdx.x], end = p.begin[blockIdx.x + 1];
   for (int64_t c = begin + threadIdx.x; c < end; c += blockDim.x) {
     int64_t offset = (c - begin) * p.chunk_size, count = numel - offset;
     bool whole = count >= p.chunk_size || count % p.pack == 0;
-    p.chunks[c] = {offset, static_cast<int32_t>(blockIdx.x), aligned && whole};
+    int64_t* record = reinterpret_cast<int64_t*>(p.chunks + c * (p.tensors.bytes_each + sizeof(Chunk)));
+    for (int64_t n = 0; n < record_words; ++n) record[n] = words[n];
+    *reinterpret_cast<Chunk*>(record + record_words) = {offset, static_cast<int32_t>(blockIdx.x), aligned && whole};
   }
 }
 
@@ -97,7 +103,7 @@ std::shared_ptr<const KeptTables> make(const Records& list, const Allocate& allo
   const int64_t num_chunks = begin.back();
   const int64_t begin_at = count * list.bytes_each, groups_at = begin_at + begin.size() * 8;
   const int64_t chunks_at = round_up(groups_at + group_begin.size() * 8);
-  const int64_t partials_at = chunks_at + num_chunks * sizeof(Chunk);
+  const int64_t partials_at = chunks_at + num_chunks * (list.bytes_each + sizeof(Chunk));
   std::vector<unsigned char> sent(chunks_at);
   for (int64_t i = 0; i < count; ++i)
     std::memcpy(&sent[i * list.bytes_each], &tensors[made->order[i]], list.bytes_each);
@@ -106,10 +112,9 @@ std::shared_ptr<const KeptTables> make(const Records& list, const Allocate& allo
 
   made->memory = allocate(partials_at + num_chunks * list.sums * (width == 8 ? 8 : 4), lifetime);
   unsigned char* memory = static_cast<unsigned char*>(made->memory.get());
-  Chunk* chunks = reinterpret_cast<Chunk*>(memory + chunks_at);
+  unsigned char* chunks = memory + chunks_at;
   made->device = {
-      memory,  chunks, reinterpret_cast<const int64_t*>(memory + groups_at), memory + partials_at, num_chunks,
-      longest, aligned};
+      chunks, reinterpret_cast<const int64_t*>(memory + groups_at), memory + partials_at, num_chunks, longest, aligned};
   const Cut cut{
       {memory, list.bytes_each}, reinterpret_cast<const int64_t*>(memory + begin_at), chunks, chunk_size, pack};
   error = write_bytes(memory, sent.data(), chunks_at, stream);
@@ -136,6 +141,27 @@ bool has_clusters() {
   return cudaGetDevice(&device) == cudaSuccess &&
          cudaDeviceGetAttribute(&value, cudaDevAttrClusterLaunch, device) == cudaSuccess && value &&
          cudaFuncGetAttributes(&loaded, cut_tensors) == cudaSuccess && loaded.ptxVersion >= 90;
+}
+
+bool grants_cluster(const void* kernel, int64_t blocks, int threads, int shared_bytes) {
+  if (blocks <= 1) return true;
+  if (blocks > kLargestCluster || !has_clusters()) return false;
+  if (blocks <= kMaxCluster) return true;
+
+  static std::mutex mutex;
+  static auto& known = *new std::map<std::tuple<int, const void*, int64_t>, bool>;
+  int device = 0;
+  if (cudaGetDevice(&device) != cudaSuccess) return false;
+  const std::lock_guard lock(mutex);
+  const auto [entry, fresh] = known.try_emplace({device, kernel, blocks}, false);
+  if (fresh) {
+    const LaunchConfig config(blocks, threads, shared_bytes, nullptr, static_cast<int>(blocks));
+    int at_once = 0;
+    entry->second = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1) == cudaSuccess &&
+                    cudaOccupancyMaxActiveClusters(&at_once, kernel, &config) == cudaSuccess && at_once > 0;
+    cudaGetLastError();  // not an error of the caller's
+  }
+  return entry->second;
 }
 
 const char* write_bytes(void* to, const void* from, int64_t bytes, void* stream) {

@@ -7,6 +7,9 @@
 namespace dgs::cuda {
 
 constexpr int kListThreads = 256;  // so that AdamW's seven arrays find registers
+// Blocks that a multiprocessor is to hold: two of them have 128 registers a thread, too few for fp64.
+template <typename T>
+constexpr int kListBlocks = sizeof(T) == 8 ? 1 : 2;
 
 // What one block works on: consecutive elements of one tensor.
 template <typename T, bool Aligned>
@@ -14,13 +17,19 @@ constexpr int64_t kChunk = int64_t(kListThreads) * kShare<T, Aligned>;
 
 struct Chunk {
   int64_t offset;
-  int32_t tensor;
-  int32_t wide;  // whether it can be accessed 16 bytes at a time
+  int32_t place;  // of the tensor in the order of the table
+  int32_t wide;   // whether it can be accessed 16 bytes at a time
+};
+
+// How it lies in the table: behind a copy of its tensor's record, so that one load and not two lead to the data.
+template <typename Tensor>
+struct ChunkRecord {
+  Tensor tensor;
+  Chunk chunk;
 };
 
 struct Tables {
-  const void* tensors;         // records, sorted by group, otherwise in the order of the list
-  const Chunk* chunks;         // [num_chunks]
+  const void* chunks;          // records [num_chunks], sorted by group, otherwise in the order of the list
   const int64_t* group_begin;  // [num_groups + 1]: a group's chunks are group_begin[g] to group_begin[g + 1]
   void* partials;              // room for `sums` numbers of the compute type for each chunk
   int64_t num_chunks, max_group_chunks;
@@ -64,13 +73,13 @@ struct ChunkAt {
   bool wide;      // whether this chunk can be accessed 16 bytes at a time
 
   __device__ __forceinline__ ChunkAt(const Tables& tables, int64_t index) {
-    Chunk chunk = tables.chunks[index];
-    place = chunk.tensor;
-    tensor = static_cast<const Tensor*>(tables.tensors) + place;
-    offset = chunk.offset;
+    const ChunkRecord<Tensor>& record = static_cast<const ChunkRecord<Tensor>*>(tables.chunks)[index];
+    tensor = &record.tensor;
+    offset = record.chunk.offset;
+    place = record.chunk.place;
     group = tensor->group;
     count = tensor->numel - offset < kChunk<T, Aligned> ? tensor->numel - offset : kChunk<T, Aligned>;
-    wide = Aligned || chunk.wide;
+    wide = Aligned || record.chunk.wide;
   }
   template <typename P>
   __device__ __forceinline__ P* at(P* array) const {

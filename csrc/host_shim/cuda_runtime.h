@@ -33,7 +33,10 @@ inline uint3 threadIdx, blockIdx;
 inline dim3 blockDim, gridDim;
 
 enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1 };
-enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
+enum cudaFuncAttribute {
+  cudaFuncAttributeMaxDynamicSharedMemorySize = 8,
+  cudaFuncAttributeNonPortableClusterSizeAllowed = 14
+};
 enum cudaDeviceAttr { cudaDevAttrClusterLaunch = 120 };
 enum cudaStreamCaptureStatus { cudaStreamCaptureStatusNone, cudaStreamCaptureStatusActive };
 enum cudaLaunchAttributeID { cudaLaunchAttributeClusterDimension = 4 };
@@ -65,20 +68,23 @@ struct Launch {
 extern bool (*on_launch)(const Launch*);  // if not null, is told of each and says whether to run it
 
 // Without a body it only counts the launch.
-cudaError_t run(const cudaLaunchConfig_t&, const std::function<void()>& thread_body);
-unsigned char* shared_memory();               // the running block's, exactly as large as asked for
-unsigned char* shared_memory(unsigned rank);  // of another block of the cluster
+cudaError_t run(const cudaLaunchConfig_t&, const void* kernel, const std::function<void()>& thread_body);
+void allow_large_clusters(const void* kernel);
+int most_clusters(const cudaLaunchConfig_t&);  // at once
+unsigned char* shared_memory();                // the running block's, exactly as large as asked for
+unsigned char* shared_memory(unsigned rank);   // of another block of the cluster
 unsigned cluster_rank();
 unsigned cluster_size();
 void block_barrier();
-void cluster_barrier();
+void arrive_at_cluster_barrier();
+void wait_at_cluster_barrier();
 uint64_t exchange(uint64_t value, unsigned source_lane);  // what source_lane passed, after a warp barrier
 unsigned ballot(bool predicate);
 void copy(void* to, const void* from, size_t bytes);  // lands at once or when it is waited for, as the order has it
 void commit_copies();
 void wait_for_copies(size_t prior);
-extern bool has_clusters;
-extern int compiled_for;  // the virtual architecture of the code that was loaded, as 90
+extern int largest_cluster;  // 1: there are none; more than 8 for kernels that allow it
+extern int compiled_for;     // the virtual architecture of the code that was loaded, as 90
 extern bool capturing;
 
 template <typename T>
@@ -102,18 +108,24 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
                             static_cast<unsigned>(config->dynamicSmemBytes),
                             &params,
                             sizeof(P)};
-  if (shim::on_launch && !shim::on_launch(&launch)) return shim::run(*config, nullptr);
-  return shim::run(*config, [=] { kernel(params); });
+  if (shim::on_launch && !shim::on_launch(&launch)) return shim::run(*config, launch.kernel, nullptr);
+  return shim::run(*config, launch.kernel, [=] { kernel(params); });
 }
 inline const char* cudaGetErrorString(cudaError_t) { return "invalid launch"; }
 inline cudaError_t cudaGetLastError() { return cudaErrorInvalidValue; }
 template <typename Kernel>
-cudaError_t cudaFuncSetAttribute(Kernel*, cudaFuncAttribute, int) {
+cudaError_t cudaFuncSetAttribute(Kernel* kernel, cudaFuncAttribute attribute, int) {
+  if (attribute == cudaFuncAttributeNonPortableClusterSizeAllowed)
+    shim::allow_large_clusters(reinterpret_cast<const void*>(kernel));
   return cudaSuccess;
 }
-inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
+inline cudaError_t cudaOccupancyMaxActiveClusters(int* count, const void*, const cudaLaunchConfig_t* config) {
+  return *count = shim::most_clusters(*config), cudaSuccess;
+}
+// Every kind of device has its own number, as what is known of one does not hold for another.
+inline cudaError_t cudaGetDevice(int* device) { return *device = shim::largest_cluster, cudaSuccess; }
 inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
-  return *value = shim::has_clusters, cudaSuccess;
+  return *value = shim::largest_cluster > 1, cudaSuccess;
 }
 struct cudaFuncAttributes {
   int ptxVersion;

@@ -14,11 +14,12 @@
 #include <memory>
 #include <numeric>
 #include <random>
+#include <set>
 #include <vector>
 
 namespace shim {
 
-bool has_clusters = true;
+int largest_cluster = 16;
 int compiled_for = 90;
 bool capturing = false;
 bool (*on_launch)(const Launch*) = nullptr;
@@ -28,6 +29,7 @@ namespace {
 constexpr size_t kStackBytes = 64 << 10;
 constexpr size_t kSharedMemoryLimit = 227 << 10;
 constexpr int kWarp = 32;
+constexpr unsigned kPortableCluster = 8;
 
 struct Barrier {
   unsigned expected = 0, arrived = 0, generation = 0;
@@ -59,8 +61,9 @@ struct Fiber {  // lives on from launch to launch, since making one takes system
   bool done;
   const unsigned* waits_for;  // waits while this generation is the one it arrived in
   unsigned generation;
-  std::vector<Copy> copies;  // on their way
-  size_t committed;          // groups of copies
+  unsigned cluster_generation;  // that it arrived in last
+  std::vector<Copy> copies;     // on their way
+  size_t committed;             // groups of copies
 };
 
 enum Order { kForward, kShuffled };
@@ -75,6 +78,7 @@ const std::function<void()>* body;
 std::vector<Block> blocks;  // of the running cluster
 Barrier cluster;
 std::vector<std::unique_ptr<Fiber>> fibers;
+std::set<const void*> large_clusters;  // kernels that allow them
 
 // swapcontext would do, but it asks the kernel for the signal mask every time.
 [[noreturn, gnu::noinline]] void jump(void** to) { __builtin_longjmp(to, 1); }
@@ -117,16 +121,23 @@ void enter(Fiber& fiber) {
   __sanitizer_finish_switch_fiber(own_stack, nullptr, nullptr);
 }
 
-void arrive_and_wait(Barrier& barrier) {
+unsigned arrive(Barrier& barrier) {
+  const unsigned generation = barrier.generation;
   if (++barrier.arrived == barrier.expected) {
     barrier.arrived = 0;
     ++barrier.generation;
-    return;
   }
+  return generation;
+}
+
+void wait(const Barrier& barrier, unsigned generation) {
+  if (barrier.generation != generation) return;
   self->waits_for = &barrier.generation;
-  self->generation = barrier.generation;
+  self->generation = generation;
   leave();
 }
+
+void arrive_and_wait(Barrier& barrier) { wait(barrier, arrive(barrier)); }
 
 void run_cluster(unsigned first_block, unsigned size, unsigned threads, size_t shared_bytes) {
   blocks.clear();
@@ -182,12 +193,13 @@ void run_cluster(unsigned first_block, unsigned size, unsigned threads, size_t s
 
 }  // namespace
 
-cudaError_t run(const cudaLaunchConfig_t& config, const std::function<void()>& thread_body) {
+cudaError_t run(const cudaLaunchConfig_t& config, const void* kernel, const std::function<void()>& thread_body) {
   unsigned size = config.numAttrs ? config.attrs[0].val.clusterDim.x : 1;
   unsigned grid = config.gridDim.x, threads = config.blockDim.x;
   bool one_dimensional = config.gridDim.y * config.gridDim.z * config.blockDim.y * config.blockDim.z == 1;
-  if (!one_dimensional || !grid || !threads || threads > 1024 || threads % kWarp || size > 8 || grid % size ||
-      (size > 1 && (!has_clusters || compiled_for < 90)) || config.dynamicSmemBytes > kSharedMemoryLimit)
+  if (!one_dimensional || !grid || !threads || threads > 1024 || threads % kWarp || grid % size ||
+      size > unsigned(largest_cluster) || (size > kPortableCluster && !large_clusters.count(kernel)) ||
+      (size > 1 && compiled_for < 90) || config.dynamicSmemBytes > kSharedMemoryLimit)
     return cudaErrorInvalidValue;
   if (until_failure && !--until_failure) return cudaErrorInvalidValue;
   ++launches;
@@ -207,7 +219,12 @@ unsigned char* shared_memory(unsigned rank) { return blocks.at(rank).shared.get(
 unsigned cluster_rank() { return self->block->rank; }
 unsigned cluster_size() { return blocks.size(); }
 void block_barrier() { arrive_and_wait(self->block->barrier); }
-void cluster_barrier() { arrive_and_wait(cluster); }
+void arrive_at_cluster_barrier() { self->cluster_generation = arrive(cluster); }
+void wait_at_cluster_barrier() { wait(cluster, self->cluster_generation); }
+void allow_large_clusters(const void* kernel) { large_clusters.insert(kernel); }
+int most_clusters(const cudaLaunchConfig_t& config) {
+  return config.attrs[0].val.clusterDim.x <= unsigned(largest_cluster);
+}
 
 uint64_t exchange(uint64_t value, unsigned source_lane) {
   Warp& warp = self->block->warps[self->thread / kWarp];
@@ -246,7 +263,7 @@ void wait_for_copies(size_t prior) {
 
 // For the tests, through ctypes.
 extern "C" void shim_set_order(int order) { shim::order = order; }
-extern "C" void shim_set_clusters(bool available) { shim::has_clusters = available; }
+extern "C" void shim_set_largest_cluster(int size) { shim::largest_cluster = size; }
 extern "C" void shim_set_compiled_for(int architecture) { shim::compiled_for = architecture; }
 extern "C" void shim_set_capturing(bool capturing) { shim::capturing = capturing; }
 extern "C" void shim_on_launch(bool (*call)(const shim::Launch*)) { shim::on_launch = call; }

@@ -61,7 +61,7 @@ def order_of_threads(request):
     if request.param == "forward" and (dtype != torch.float32 or request.node.get_closest_marker("slow")):
         pytest.skip("runs in one order")
     LIBRARY.shim_set_order(["forward", "shuffled"].index(request.param))
-    LIBRARY.shim_set_clusters(True)
+    LIBRARY.shim_set_largest_cluster(16)
     LIBRARY.shim_set_compiled_for(90)
     LIBRARY.shim_set_capturing(False)
     yield
@@ -196,7 +196,7 @@ def test_project_align_rows_that_lie_apart(dim):
 
 def clusters_serve(device, code):
     """Whether clusters are there: the device may grant them, and the loaded code have their instructions."""
-    LIBRARY.shim_set_clusters(device)
+    LIBRARY.shim_set_largest_cluster(8 if device else 1)
     LIBRARY.shim_set_compiled_for(code)
     return device and code >= 90
 
@@ -541,9 +541,13 @@ def test_project_align_list_in_three_launches(dtype, last, shift):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("chunks", "launched"), [(2, 1), (8, 1), (9, 3), (16, 3)])
-def test_project_align_list_of_so_many_chunks(chunks, launched):
-    """Of 8192 numbers each; a cluster has 8 blocks."""
+@pytest.mark.parametrize(
+    ("chunks", "largest", "launched"),
+    [(3, 8, 1), (8, 8, 1), (9, 8, 3), (9, 16, 1), (12, 16, 1), (16, 16, 1), (17, 16, 3)],
+)
+def test_project_align_list_of_so_many_chunks(chunks, largest, launched):
+    """Of 8192 numbers each, a block's. Not every device has clusters of more than 8 blocks."""
+    LIBRARY.shim_set_largest_cluster(largest)
     sizes = [8192 * (chunks - 1), 100, 8092]
     project_align_list_case(sizes, [0, 1, 0], torch.float32, launched=launched)
 
@@ -647,7 +651,7 @@ def test_tables_are_made_inside_a_captured_graph():
 @pytest.mark.parametrize("which", range(1, MAKE_TABLES + 3 + 1))
 def test_a_failed_launch_is_told_and_leaves_nothing_behind(which):
     """Nothing half made is kept: the next call is right."""
-    LIBRARY.shim_set_clusters(False)
+    LIBRARY.shim_set_largest_cluster(1)
     tensors, stream = List([20000, 5], [0, 0]), NEW_STREAM()
     LIBRARY.shim_fail_launch(which)
     with pytest.raises(AssertionError, match="invalid launch"):
@@ -657,7 +661,7 @@ def test_a_failed_launch_is_told_and_leaves_nothing_behind(which):
 
 @pytest.mark.parametrize("which", [1, 2])
 def test_a_failed_launch_of_a_long_row_is_told(which):
-    LIBRARY.shim_set_clusters(False)
+    LIBRARY.shim_set_largest_cluster(1)
     LIBRARY.shim_fail_launch(which)
     with pytest.raises(AssertionError, match="invalid launch"):
         project_align_case(torch.float32, 1, 20000, order="align_first", rule="full", aligned=True)
@@ -736,6 +740,11 @@ def test_adamw_with_sums_of_elsewhere():
     adamw_case([96, 5, 64, 7, 32], LAYERS, torch.float32, launched=1, foreign_sums=True)
 
 
+@pytest.mark.slow
+def test_adamw_of_a_layer_of_many_chunks():
+    adamw_case([8192 * 11, 100, 32], [0, 0, 1], torch.float32, launched=1)
+
+
 def test_adamw_maximizes():
     adamw_case([96, 5], [0, 0], torch.float32, launched=1, maximize=True)
 
@@ -746,7 +755,7 @@ def test_adamw_of_tensors_that_have_taken_different_steps():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_adamw_in_three_launches(dtype):
-    LIBRARY.shim_set_clusters(False)
+    LIBRARY.shim_set_largest_cluster(1)
     adamw_case([20000, 1, 4096], [0, 0, 1], dtype, launched=3)
 
 

@@ -96,7 +96,8 @@ class Problem:
 
 
 # Where the parameters of kernels on lists point to tables, and the widths of the fields of a table's entries.
-CHUNKED: dict[int, tuple[int, ...]] = {0: (8,), 8: (8, 4, 4), 16: (8,)}
+# A chunk's record is its tensor's, of 8 words in lists and 19 with objectives, and then its own.
+CHUNKED = {words: {0: (8,) * words + (8, 4, 4), 8: (8,)} for words in (8, 19)}
 CUT: dict[int, tuple[int, ...]] = {0: (8,), 16: (8,)}
 
 
@@ -112,7 +113,8 @@ class Parameters:
         self.tables: dict[int, tuple[int, ...]] = {}
         self.base = self.memory.get(self.word(0), (0,))[0]
         if self.base in held:
-            self.tables = CUT if "cut_tensors" in kernel.name else CHUNKED
+            objectives = re.search("chunk_products|combine_chunks", kernel.name)
+            self.tables = CUT if "cut_tensors" in kernel.name else CHUNKED[19 if objectives else 8]
             self.data += bytes.fromhex(held[self.base])
         words = range(0, len(self.data) - 7, 8)
         addresses = [at for at in words if self.word(at) in self.memory and at not in self.tables]
