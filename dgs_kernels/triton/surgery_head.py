@@ -1,8 +1,9 @@
 """The three branches in Triton: the portable GPU kernels behind `dgs::surgery_head`.
 
 A row's dot products need all of it, and its weighted sum into the head gradients needs it again: a row that
-fits in registers waits there, so that the three matrices are read once. Every program takes one chunk of rows
-and leaves partial sums, which a second launch adds up in a fixed order. Longer rows are read twice.
+fits in registers waits there, so that the three matrices are read once, the next rows while the present ones
+are summed. Every program takes one chunk of rows and leaves partial sums, which a second launch adds up in a
+fixed order. Longer rows are read twice.
 """
 
 from __future__ import annotations
@@ -45,6 +46,16 @@ def weight(pointer, column, dim, ACC: tl.constexpr):
 
 
 @triton.jit
+def _bias(pointer, ACC: tl.constexpr):
+    """A head's bias, or zero where there is no head."""
+    if pointer is None:
+        found = tl.full((), 0.0, ACC)
+    else:
+        found = tl.load(pointer)
+    return found
+
+
+@triton.jit
 def negative(x):
     # A comparison that is false for NaN keeps it, which tl.minimum would not.
     return tl.where(x > 0, 0.0, x)
@@ -75,9 +86,9 @@ def _subtract(f, t, differences_ptr, row, column, dim, mask):
 def _judge(
     labels_ptr,
     offsets_ptr,
-    image_bias_ptr,
-    teacher_bias_ptr,
-    text_bias_ptr,
+    image_bias,
+    teacher_bias,
+    text_bias,
     logits_ptr,
     residuals_ptr,
     row,
@@ -89,16 +100,17 @@ def _judge(
     rising,
     falling,
     EXPERT: tl.constexpr,
+    HAS_TEXT: tl.constexpr,
 ):
     """Logits, residuals and losses of samples from the dot products of their rows; stores the first two."""
     label = tl.load(labels_ptr + row, mask, 0.0)
     # No label, and nothing here can raise an error.
     label = tl.where((label >= 0) & (label <= 1), label, float("nan"))
-    image += tl.load(image_bias_ptr)
-    teacher += tl.load(teacher_bias_ptr)
+    image += image_bias
+    teacher += teacher_bias
     teacher_residual = tl.where(mask, 1.0 / (1.0 + tl.exp(-teacher)) - label, 0.0)
-    if text_bias_ptr is not None:
-        text += tl.load(text_bias_ptr)
+    if HAS_TEXT:
+        text += text_bias
         text_residual = tl.where(mask, 1.0 / (1.0 + tl.exp(-text)) - label, 0.0)
         text_loss = tl.where(mask, _cross_entropy(text, label), 0.0)
     else:
@@ -148,19 +160,22 @@ def _row_kernel(
     ACC: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """Everything of one chunk of rows; its sums go to partials [programs, 2 (dim + 1) + 4]."""
     column = tl.arange(0, BLOCK)[None, :]
     image_weight = weight(image_weight_ptr, column, dim, ACC)
     teacher_weight = weight(teacher_weight_ptr, column, dim, ACC)
     text_weight = weight(text_weight_ptr, column, dim, ACC)
+    image_bias, teacher_bias = _bias(image_bias_ptr, ACC), _bias(teacher_bias_ptr, ACC)
+    text_bias = _bias(text_bias_ptr, ACC)
     image_sum, text_sum = tl.zeros((BLOCK,), ACC), tl.zeros((BLOCK,), ACC)
     image_residuals, text_residuals = tl.zeros((ROWS, 1), ACC), tl.zeros((ROWS, 1), ACC)
     image_losses, text_losses = tl.zeros((ROWS, 1), ACC), tl.zeros((ROWS, 1), ACC)
     alignments, distances = tl.zeros((ROWS, 1), ACC), tl.zeros((ROWS, 1), ACC)
     begin = tl.program_id(0).to(tl.int64) * chunk_rows
     end = tl.minimum(begin + chunk_rows, batch)
-    for first in range(begin, end, ROWS):
+    for first in tl.range(begin, end, ROWS, num_stages=STAGES):
         row = first + tl.arange(0, ROWS)[:, None]
         mask = (row < end) & (column < dim)
         f = _load(features_ptr, row, column, features_stride, mask, ACC)
@@ -171,9 +186,9 @@ def _row_kernel(
         image_residual, text_residual, image_loss, text_loss, alignment = _judge(
             labels_ptr,
             offsets_ptr,
-            image_bias_ptr,
-            teacher_bias_ptr,
-            text_bias_ptr,
+            image_bias,
+            teacher_bias,
+            text_bias,
             logits_ptr,
             residuals_ptr,
             row,
@@ -185,6 +200,7 @@ def _row_kernel(
             tl.sum(f * negative(teacher_weight), 1, keep_dims=True),
             tl.sum(f * negative(-teacher_weight), 1, keep_dims=True),
             EXPERT,
+            text_bias_ptr is not None,
         )
         image_sum += tl.sum(image_residual * f, 0)
         text_sum += tl.sum(text_residual * x, 0)
@@ -234,6 +250,8 @@ def _long_row_kernel(
     BLOCK: tl.constexpr,
 ):
     """The scalars of one chunk of long rows: logits, residuals, and all sums but the weighted ones."""
+    image_bias, teacher_bias = _bias(image_bias_ptr, ACC), _bias(teacher_bias_ptr, ACC)
+    text_bias = _bias(text_bias_ptr, ACC)
     image_residuals, text_residuals = tl.zeros((1,), ACC), tl.zeros((1,), ACC)
     image_losses, text_losses, alignments = tl.zeros((1,), ACC), tl.zeros((1,), ACC), tl.zeros((1,), ACC)
     distances = tl.zeros((BLOCK,), ACC)
@@ -260,9 +278,9 @@ def _long_row_kernel(
         image_residual, text_residual, image_loss, text_loss, alignment = _judge(
             labels_ptr,
             offsets_ptr,
-            image_bias_ptr,
-            teacher_bias_ptr,
-            text_bias_ptr,
+            image_bias,
+            teacher_bias,
+            text_bias,
             logits_ptr,
             residuals_ptr,
             one,
@@ -274,6 +292,7 @@ def _long_row_kernel(
             tl.sum(rising, 0, keep_dims=True),
             tl.sum(falling, 0, keep_dims=True),
             EXPERT,
+            text_bias_ptr is not None,
         )
         image_residuals += image_residual
         text_residuals += text_residual
@@ -350,12 +369,16 @@ def _sum_kernel(
 
 
 def launch_shape(dim: int, dtype: torch.dtype) -> dict[str, int] | None:
-    """Constants of the forward's row kernel; None for rows too long for it."""
+    """Constants of the forward's row kernel; None for rows too long for it.
+
+    Of all but one of its stages the rows are on their way: as many bytes in every type.
+    """
     block, width = triton.next_power_of_2(dim), 2 if dtype == torch.float64 else 1
     if block * width > WIDEST_ROW:
         return None
     rows = max(1, min(64, TILE // width // block))
-    return {"ROWS": rows, "BLOCK": block, "num_warps": max(4, rows * block * width // 512)}
+    stages = 3 if dtype.itemsize == 2 else 2
+    return {"ROWS": rows, "BLOCK": block, "STAGES": stages, "num_warps": max(4, rows * block * width // 512)}
 
 
 def surgery_head(
