@@ -8,6 +8,7 @@ Environment: DGS_KERNELS_BUILD=auto|cpu|cuda|none (default auto: what the compil
 CXXFLAGS, CUDACXX, CUDA_HOME, TORCH_CUDA_ARCH_LIST (as in torch, e.g. "8.0;9.0+PTX").
 """
 
+import hashlib
 import importlib.util
 import os
 import re
@@ -35,7 +36,7 @@ CXX_FLAGS = [
 ]
 NVCC_FLAGS = ["-std=c++20", "-O3"]
 TORCH_FLAGS = ["-DTORCH_TARGET_VERSION=0x020a000000000000ULL"]  # 2.10
-CUDA_ARCHITECTURES = "8.0;9.0;10.0+PTX"
+CUDA_ARCHITECTURES = "8.0;9.0+PTX;10.0"
 PYTHON_HEADERS = Path(sysconfig.get_paths()["include"])
 
 
@@ -159,19 +160,31 @@ class BuildNative(build_ext):
                 *architecture_flags(NVCC),
                 "-Xcompiler=-fPIC,-fvisibility=hidden",
             ]
-        objects = {source: str(temporary / f"{source.parent.name}_{source.name}.o") for source in commands}
+        headers = b"".join(
+            path.read_bytes() for path in sorted(CSRC.rglob("*")) if path.suffix in (".h", ".cuh")
+        )
+
+        def compiled(source: Path) -> str:
+            """The object file: an earlier build's where nothing has changed that it was made from."""
+            made_from = [shlex.join(commands[source]).encode(), headers, source.read_bytes()]
+            name = f"{source.parent.name}_{source.name}"
+            made = temporary / f"{name}-{hashlib.sha256(b''.join(made_from)).hexdigest()[:16]}.o"
+            if self.force or not made.exists():
+                for earlier in temporary.glob(f"{name}-*"):
+                    earlier.unlink()
+                output([*commands[source], "-c", str(source), "-o", f"{made}.part"])
+                os.replace(f"{made}.part", made)
+            return str(made)
+
         with ThreadPoolExecutor(os.cpu_count()) as pool:
-            jobs = [
-                [*command, "-c", str(source), "-o", objects[source]] for source, command in commands.items()
-            ]
-            list(pool.map(output, jobs))
+            objects = list(pool.map(compiled, commands))
 
         # libtorch.so needs libtorch_cuda.so where there is one, and not otherwise: through it alone, a binary
         # finds the CUDA symbols of a CUDA torch and loads in a CPU-only torch all the same.
         libraries = [f"-L{torch}/lib", "-Wl,--no-as-needed", "-ltorch"]
         if cuda:
             libraries += [*cuda_library_flags(NVCC), "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
-        output([*CXX, "-shared", *objects.values(), *libraries, "-o", str(target)])
+        output([*CXX, "-shared", *objects, *libraries, "-o", str(target)])
 
 
 CXX, NVCC = plan()
