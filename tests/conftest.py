@@ -79,6 +79,13 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     return device
 
 
+def interpreted() -> bool:
+    """Whether Triton's interpreter serves the operations, with milliseconds for each program of a kernel."""
+    from dgs_kernels import backends
+
+    return os.environ.get(backends.VARIABLE) == "triton" and not torch.cuda.is_available()
+
+
 def on_backends(operation: str) -> pytest.MarkDecorator:
     """Run a test of one operation on every backend and device; GPU ones are marked so."""
     pairs = [("eager", "cpu"), ("cpu", "cpu"), ("triton", "cpu"), ("triton", "cuda"), ("cuda", "cuda")]

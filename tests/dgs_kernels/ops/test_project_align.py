@@ -19,7 +19,7 @@ from torch.autograd import gradcheck, gradgradcheck
 
 from dgs_kernels import project_align, reference
 from dgs_kernels.reference import ORDERS, RULES
-from tests.conftest import on_backends
+from tests.conftest import interpreted, on_backends
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 OPTIONS = list(product(ORDERS, RULES))
@@ -76,6 +76,8 @@ def draw(*shape, dtype=torch.float32, device="cpu", seed=0):
     "shape", [(1, 1), (64, 5), (3, 123), (8, 768), (5, 1023), (2, 1024), (1, 4096), (1, 65537)], ids=str
 )
 def test_accuracy(backend, dtype, shape, nan_filled):
+    if interpreted():
+        shape = (shape[0], min(shape[1], 20001))  # of parts too
     for seed, (order, rule) in enumerate(OPTIONS):
         grad, harmful, beneficial = draw(3, *shape, dtype=dtype, device=backend, seed=seed)
         options = {"alignment": 0.7, "order": order, "rule": rule}
