@@ -171,7 +171,7 @@ def test_inner_products_of_a_row_of_50_million_numbers():
 
 @pytest.mark.parametrize("chunks", [2, 5, 8, 9, 16, 40])
 def test_layers_of_so_many_chunks(chunks, nan_filled):
-    """Of 8192 numbers each: a cluster has 8."""
+    """Of 8192 numbers each: a cluster has up to 8, or 16 where the device grants it."""
     shapes, groups = ((8192 * (chunks - 1),), (100,), (8092,), (7,)), (0, 1, 0, 2)
     grads, harmful, beneficial = (draw(shapes, device="cuda", seed=seed) for seed in range(3))
     out = clones(grads)
