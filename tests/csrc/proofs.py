@@ -83,11 +83,13 @@ class Problem:
     def barriers(self) -> list[tuple[int, ...]]:
         """Lines of the body, by barrier: of a warp, a block, or a cluster where there is one."""
         found: list[tuple[int, ...]] = []
+        arrival = 0  # of a cluster, which may wait for it much later
         for number, line in enumerate(self.body):
-            if re.match(r"\s*(bar\.(warp\.)?sync|barrier\.cluster\.arrive)\b", line):
+            if barrier := re.match(r"\s*(bar\.(warp\.)?sync|barrier\.cluster\.arrive)\b", line):
+                arrival = len(found) if "cluster" in barrier[1] else arrival
                 found.append((number,))
             elif re.match(r"\s*barrier\.cluster\.wait\b", line):
-                found[-1] = (*found[-1], number)
+                found[arrival] = (*found[arrival], number)
         clusters = self.config["launch"]["cluster_dim"][0] > 1
         return [barrier for barrier in found if len(barrier) == 1 or clusters]
 
