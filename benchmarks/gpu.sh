@@ -54,7 +54,7 @@ bench() { stage "bench_$1" "$2" "$python" -m benchmarks "${@:3}" --device cuda -
 "$python" -c 'from benchmarks import harness; import json, torch
 print(json.dumps(harness.machine("cuda" if torch.cuda.is_available() else "cpu"), indent=1))' \
   >$work/machine.json 2>$work/machine.log
-stage build 75 env DGS_KERNELS_BUILD=cuda TORCH_CUDA_ARCH_LIST="${capability:-9.0}" \
+stage build 75 env DGS_KERNELS_BUILD=cuda TORCH_CUDA_ARCH_LIST="${capability:-9.0+PTX}" \
   "$python" setup.py build_ext --inplace || { tail -n 20 $work/build.log; exit 1; }
 stage smoke 30 "$python" -m benchmarks.smoke || grep -E 'wrong|failed|Error' $work/smoke.log | head -n 20
 
