@@ -32,6 +32,7 @@ from tests.dgs_kernels.training_loops import (
     task_loss,
     weights,
 )
+from tests.support.fresh import FORKSERVER
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "hooks.md"
 MAX_NORM = 0.05
@@ -341,7 +342,12 @@ def test_closures(kind):
 def two_ranks(tmp_path_factory):
     """What every scenario left on both of two processes: {(loop, kind): weights, or the error's text}."""
     folder = tmp_path_factory.mktemp("ranks")
-    torch.multiprocessing.spawn(on_two_ranks, args=(str(folder),), nprocs=2)
+    ranks = [FORKSERVER.Process(target=on_two_ranks, args=(rank, str(folder))) for rank in range(2)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join()
+    assert [process.exitcode for process in ranks] == [0, 0]
     first, second = (torch.load(folder / f"{rank}.pt") for rank in range(2))
     for key, outcome in first.items():
         if isinstance(outcome, str):

@@ -3,13 +3,9 @@
 import csv
 import json
 import math
-import os
 import pickle
 import re
 import shutil
-import signal
-import subprocess
-import sys
 import time
 from html.parser import HTMLParser
 
@@ -32,6 +28,8 @@ from dgsnet.evaluation.metrics import _Scores, interval, metrics, reliability, r
 from dgsnet.evaluation.results import Evaluation, Score
 from dgsnet.model.checkpoint import build_model, save_model
 from PIL import Image
+
+from tests.support.fresh import FORKSERVER
 
 RNG = np.random.default_rng(0)
 
@@ -495,18 +493,20 @@ def test_a_killed_evaluation_goes_on(model, data, tmp_path):
         "--workers",
         "0",
     ]
-    command = [sys.executable, "-m", "dgsnet", "evaluate", *words, "--out", str(tmp_path / "killed")]
     journal = tmp_path / "killed/scores.jsonl"
-    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    process = FORKSERVER.Process(
+        target=cli.main, args=(["evaluate", *words, "--out", str(tmp_path / "killed")],)
+    )
+    process.start()
     try:
         deadline = time.monotonic() + 120
         while not journal.exists() or journal.read_bytes().count(b"\n") < 30:
-            assert process.poll() is None, "ended before it could be killed"
+            assert process.is_alive(), "ended before it could be killed"
             assert time.monotonic() < deadline
             time.sleep(0.002)
     finally:
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        process.kill()
+        process.join()
     whole = journal.read_bytes()
     assert not (tmp_path / "killed/metrics.json").exists()
     torn = whole[: whole[:-1].rfind(b"\n") + 20]

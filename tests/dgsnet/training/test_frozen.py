@@ -1,7 +1,5 @@
 """Text features on disk: the encoder's own, computed once, shared, never silently wrong."""
 
-import multiprocessing
-
 import numpy as np
 import pytest
 import torch
@@ -9,6 +7,8 @@ from dgsnet.config import ModelConfig
 from dgsnet.errors import UserError
 from dgsnet.model.dgsnet import DGSNet
 from dgsnet.training.frozen import CaptionFeatures, default_folder, encoder_identity
+
+from tests.support.fresh import FORKSERVER
 
 CAPTIONS = ["a dog", "a very long caption of a cat that sits on a mat", "", "sea", "a dog"]
 
@@ -68,8 +68,7 @@ def _encode_all(folder, start):
 
 
 def test_processes_share_a_folder(model, encoded, tmp_path):
-    context = multiprocessing.get_context("spawn")
-    children = [context.Process(target=_encode_all, args=(tmp_path, start)) for start in (0, 20)]
+    children = [FORKSERVER.Process(target=_encode_all, args=(tmp_path, start)) for start in (0, 20)]
     for child in children:
         child.start()
     for child in children:
