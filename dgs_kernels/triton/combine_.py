@@ -10,7 +10,7 @@ from torch import Tensor
 from dgs_kernels.triton.project_align_ import BLOCK, _chunk, _pointer, _read, _write, lists_of
 
 
-@triton.jit(do_not_specialize=["tensors", "weights_stride"])
+@triton.jit(do_not_specialize=["weights_ptr", "tensors", "weights_stride"])
 def _kernel(
     table_ptr,
     weights_ptr,

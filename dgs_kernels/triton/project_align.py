@@ -31,6 +31,35 @@ POSITIVE = tl.constexpr(0)  # places in reference.RULES
 CONFLICT = tl.constexpr(2)
 MUTUAL = tl.constexpr(3)  # pcgrad's: conflict both ways, and the sum of both results
 SUMS = tl.constexpr(3)  # of a row: <x, h>, <h, h>, <x, x>
+# Triton would ask of each of these whether it divides by 16, and compile a kernel for every combination of
+# answers: ALIGNED is one answer for all.
+MATRICES = (
+    *("grad_ptr", "harmful_ptr", "beneficial_ptr"),
+    *("grad_stride", "harmful_stride", "beneficial_stride", "dim"),
+)
+
+
+def aligned(dim: int, *matrices: Tensor | None) -> bool:
+    """Whether addresses, strides and the length of rows all divide by 16."""
+    given = (m for m in matrices if m is not None)
+    return not any(n % 16 for n in (dim, *(n for m in given for n in (m.data_ptr(), m.stride(0)))))
+
+
+@triton.jit
+def multiple(number, ALIGNED: tl.constexpr):
+    """A number that divides by 16 if ALIGNED, in a form from which the compiler sees it.
+
+    It is no mere hint, so that in the interpreter too a result is wrong where ALIGNED is.
+    """
+    return number // 16 * 16 if ALIGNED else number
+
+
+@triton.jit
+def row_start(pointer, row, stride, ALIGNED: tl.constexpr):
+    """Where one row begins, or each of some."""
+    if ALIGNED:
+        pointer = tl.multiple_of(multiple(pointer.to(tl.int64), ALIGNED).to(pointer.dtype), 16)
+    return pointer + row * multiple(stride, ALIGNED)
 
 
 @triton.jit
@@ -57,7 +86,7 @@ def _coefficient(inner, square, eps, rule, ACC: tl.constexpr):
 
 # Options and counts are no constants: each would multiply the number of kernels that are compiled, and a
 # comparison in a register costs nothing beside a memory access.
-@triton.jit(do_not_specialize=["rows", "order", "rule"])
+@triton.jit(do_not_specialize=[*MATRICES, "rows", "order", "rule"])
 def _row_kernel(
     grad_ptr,
     harmful_ptr,
@@ -74,19 +103,21 @@ def _row_kernel(
     order,
     rule,
     ACC: tl.constexpr,
+    ALIGNED: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    dim = multiple(dim, ALIGNED)
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     column = tl.arange(0, BLOCK)[None, :]
     mask = (row < rows) & (column < dim)
 
-    x = tl.load(grad_ptr + row * grad_stride + column, mask, 0.0).to(ACC)
-    h = tl.load(harmful_ptr + row * harmful_stride + column, mask, 0.0).to(ACC)
+    x = tl.load(row_start(grad_ptr, row, grad_stride, ALIGNED) + column, mask, 0.0).to(ACC)
+    h = tl.load(row_start(harmful_ptr, row, harmful_stride, ALIGNED) + column, mask, 0.0).to(ACC)
     h = _direction(h, rule)
     moved = x
     if beneficial_ptr is not None:
-        b = tl.load(beneficial_ptr + row * beneficial_stride + column, mask, 0.0).to(ACC)
+        b = tl.load(row_start(beneficial_ptr, row, beneficial_stride, ALIGNED) + column, mask, 0.0).to(ACC)
         moved += _strength(alignment, scale_ptr, ACC) * tl.where(b > 0, 0.0, b)
         x = tl.where(order == PROJECT_FIRST, x, moved)
     inner, square = tl.sum(x * h, 1, keep_dims=True), tl.sum(h * h, 1, keep_dims=True)
@@ -98,7 +129,7 @@ def _row_kernel(
     tl.store(out_ptr + row * dim + column, moved, mask)
 
 
-@triton.jit(do_not_specialize=["parts", "order", "rule"])
+@triton.jit(do_not_specialize=[*MATRICES, "parts", "order", "rule"])
 def _part_sums_kernel(
     grad_ptr,
     harmful_ptr,
@@ -115,22 +146,27 @@ def _part_sums_kernel(
     order,
     rule,
     ACC: tl.constexpr,
+    ALIGNED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """The sums of a part of a row, to partials [rows, parts, SUMS]."""
+    dim = multiple(dim, ALIGNED)
     row, begin = tl.program_id(0).to(tl.int64) // parts, (tl.program_id(0) % parts).to(tl.int64) * part_size
+    grad_ptr = row_start(grad_ptr, row, grad_stride, ALIGNED)
+    harmful_ptr = row_start(harmful_ptr, row, harmful_stride, ALIGNED)
     if beneficial_ptr is not None:
+        beneficial_ptr = row_start(beneficial_ptr, row, beneficial_stride, ALIGNED)
         strength = _strength(alignment, scale_ptr, ACC)
     inner, square, own = tl.zeros((BLOCK,), ACC), tl.zeros((BLOCK,), ACC), tl.zeros((BLOCK,), ACC)
     for start in range(begin, tl.minimum(begin + part_size, dim), BLOCK):
         column = start + tl.arange(0, BLOCK)
         mask = column < dim
-        x = tl.load(grad_ptr + row * grad_stride + column, mask, 0.0).to(ACC)
-        h = _direction(tl.load(harmful_ptr + row * harmful_stride + column, mask, 0.0).to(ACC), rule)
+        x = tl.load(grad_ptr + column, mask, 0.0).to(ACC)
+        h = _direction(tl.load(harmful_ptr + column, mask, 0.0).to(ACC), rule)
         # The first is a constant, the second none: joined by "and", neither would be.
         if beneficial_ptr is not None:  # noqa: SIM102
             if order != PROJECT_FIRST:
-                b = tl.load(beneficial_ptr + row * beneficial_stride + column, mask, 0.0).to(ACC)
+                b = tl.load(beneficial_ptr + column, mask, 0.0).to(ACC)
                 x += strength * tl.where(b > 0, 0.0, b)
         inner += x * h
         square += h * h
@@ -141,7 +177,7 @@ def _part_sums_kernel(
     tl.store(partials_ptr + 2, tl.sum(own, 0))
 
 
-@triton.jit(do_not_specialize=["parts", "rule"])
+@triton.jit(do_not_specialize=[*MATRICES, "parts", "rule"])
 def _part_kernel(
     grad_ptr,
     harmful_ptr,
@@ -159,10 +195,15 @@ def _part_kernel(
     eps: tl.float64,
     rule,
     ACC: tl.constexpr,
+    ALIGNED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
+    dim = multiple(dim, ALIGNED)
     row, begin = tl.program_id(0).to(tl.int64) // parts, (tl.program_id(0) % parts).to(tl.int64) * part_size
+    grad_ptr = row_start(grad_ptr, row, grad_stride, ALIGNED)
+    harmful_ptr = row_start(harmful_ptr, row, harmful_stride, ALIGNED)
     if beneficial_ptr is not None:
+        beneficial_ptr = row_start(beneficial_ptr, row, beneficial_stride, ALIGNED)
         strength = _strength(alignment, scale_ptr, ACC)
     part = tl.arange(0, MOST_PARTS)
     partials_ptr += (row * parts + part) * SUMS
@@ -176,13 +217,13 @@ def _part_kernel(
     for start in range(begin, tl.minimum(begin + part_size, dim), BLOCK):
         column = start + tl.arange(0, BLOCK)
         mask = column < dim
-        x = tl.load(grad_ptr + row * grad_stride + column, mask, 0.0).to(ACC)
-        h = _direction(tl.load(harmful_ptr + row * harmful_stride + column, mask, 0.0).to(ACC), rule)
+        x = tl.load(grad_ptr + column, mask, 0.0).to(ACC)
+        h = _direction(tl.load(harmful_ptr + column, mask, 0.0).to(ACC), rule)
         if rule == MUTUAL:
             x = x - of_own * x + h
         x -= coefficient * h
         if beneficial_ptr is not None:
-            b = tl.load(beneficial_ptr + row * beneficial_stride + column, mask, 0.0).to(ACC)
+            b = tl.load(beneficial_ptr + column, mask, 0.0).to(ACC)
             x += strength * tl.where(b > 0, 0.0, b)
         tl.store(out_ptr + row * dim + column, x, mask)
 
@@ -220,17 +261,17 @@ def project_align(
     given = (grad, harmful, beneficial, None if beneficial is None else scale)
     strides = (grad.stride(0), harmful.stride(0), 0 if beneficial is None else beneficial.stride(0))
     acc, wide = (tl.float64, torch.float64) if grad.dtype == torch.float64 else (tl.float32, torch.float32)
+    constants = {"ACC": acc, "ALIGNED": aligned(dim, grad, harmful, beneficial, out)}
     with torch.cuda.device_of(grad):
         if shape := launch_shape(rows, dim, grad.dtype):
-            grid, constants = shape
-            _row_kernel[grid](
-                *given, out, rows, dim, *strides, alignment, eps, order, rule, ACC=acc, **constants
-            )
+            grid, block = shape
+            options = (alignment, eps, order, rule)
+            _row_kernel[grid](*given, out, rows, dim, *strides, *options, **constants, **block)
             return out
         part_size, parts = cut(dim)
         partials = torch.empty((rows, parts, SUMS.value), dtype=wide, device=grad.device)
         sizes = (dim, part_size, parts, *strides, alignment)
-        constants = {"ACC": acc, "BLOCK": CHUNK, "num_warps": 8}
+        constants |= {"BLOCK": CHUNK, "num_warps": 8}
         _part_sums_kernel[(rows * parts,)](*given, partials, *sizes, order, rule, **constants)
         _part_kernel[(rows * parts,)](*given, partials, out, *sizes, eps, rule, **constants)
     return out

@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dgs_kernels.reference import ENTROPY_EPS, LUMA
+from dgs_kernels.triton.project_align import multiple, row_start
 
 SIZE = tl.constexpr(32)
 # Neighbouring patches of one program: their rows of 128 pixels are whole cache lines.
@@ -31,7 +32,11 @@ def _term(share):
     return share * tl.log2(share + EPS)
 
 
-@triton.jit(do_not_specialize=["rows", "columns"])
+# Of the strides only a pixel's has a kernel of its own where it is 1; ALIGNED speaks for all others.
+@triton.jit(
+    do_not_specialize=["images_ptr", "rows", "columns", "batch_stride", "channel_stride", "row_stride"],
+    do_not_specialize_on_alignment=["pixel_stride"],
+)
 def _kernel(
     images_ptr,
     basis_ptr,
@@ -42,6 +47,7 @@ def _kernel(
     channel_stride,
     row_stride,
     pixel_stride,
+    ALIGNED: tl.constexpr,
     SCALE: tl.constexpr,
     PATCHES: tl.constexpr,
 ):
@@ -53,7 +59,9 @@ def _kernel(
     y = tl.arange(0, SIZE)[:, None]
     x = strip * (PATCHES * SIZE) + tl.arange(0, PATCHES * SIZE)[None, :]
     inside = x < columns * SIZE
-    at = images_ptr + image * batch_stride + (patch_row * SIZE + y) * row_stride + x * pixel_stride
+    at = row_start(images_ptr, image, batch_stride, ALIGNED)
+    at += (patch_row * SIZE + y) * multiple(row_stride, ALIGNED) + x * pixel_stride
+    channel_stride = multiple(channel_stride, ALIGNED)
     red = tl.load(at, inside, 0).to(tl.float32) * (RED * SCALE)
     green = tl.load(at + channel_stride, inside, 0).to(tl.float32) * (GREEN * SCALE)
     blue = tl.load(at + 2 * channel_stride, inside, 0).to(tl.float32) * (BLUE * SCALE)
@@ -122,6 +130,7 @@ def spectral_entropy(images: Tensor, patch_size: int) -> Tensor:
             rows,
             columns,
             *images.stride(),
+            ALIGNED=not any(n % 16 for n in (images.data_ptr(), *images.stride()[:3])),
             SCALE=1 / 255 if images.dtype == torch.uint8 else 1.0,
             PATCHES=PATCHES,
             num_warps=WARPS,

@@ -13,6 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dgs_kernels.triton.project_align import aligned, multiple, row_start
+
 # Numbers of a row that one program keeps in registers, for two matrices and their sums.
 WIDEST_ROW = 4096
 # Numbers of one matrix that a program works on at a time, 16 a thread, and how many programs share a batch:
@@ -22,16 +24,21 @@ PROGRAMS = 384
 CHUNK = 2048
 # Partial sums that are not head gradients: the four losses.
 LOSSES = tl.constexpr(4)
+# What ALIGNED says for all of them, as in project_align.
+MATRICES = (
+    *("features_ptr", "teacher_ptr", "text_ptr"),
+    *("features_stride", "teacher_stride", "text_stride", "dim"),
+)
 
 
 @triton.jit
-def _load(pointer, row, column, stride, mask, ACC: tl.constexpr):
+def _load(pointer, row, column, stride, mask, ACC: tl.constexpr, ALIGNED: tl.constexpr):
     """A tile of a matrix, or zeros where there is none."""
     # One return: Triton compiles what follows a return too, and None has no type.
     if pointer is None:
         found = tl.zeros(mask.shape, ACC)
     else:
-        found = tl.load(pointer + row * stride + column, mask, 0.0).to(ACC)
+        found = tl.load(row_start(pointer, row, stride, ALIGNED) + column, mask, 0.0).to(ACC)
     return found
 
 
@@ -133,7 +140,7 @@ def _judge(
     return image_residual, text_residual, image_loss, text_loss, alignment
 
 
-@triton.jit(do_not_specialize=["batch", "chunk_rows"])
+@triton.jit(do_not_specialize=[*MATRICES, "batch", "chunk_rows"])
 def _row_kernel(
     features_ptr,
     teacher_ptr,
@@ -158,11 +165,13 @@ def _row_kernel(
     chunk_rows,
     EXPERT: tl.constexpr,
     ACC: tl.constexpr,
+    ALIGNED: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     """Everything of one chunk of rows; its sums go to partials [programs, 2 (dim + 1) + 4]."""
+    dim = multiple(dim, ALIGNED)
     column = tl.arange(0, BLOCK)[None, :]
     image_weight = weight(image_weight_ptr, column, dim, ACC)
     teacher_weight = weight(teacher_weight_ptr, column, dim, ACC)
@@ -178,9 +187,9 @@ def _row_kernel(
     for first in tl.range(begin, end, ROWS, num_stages=STAGES):
         row = first + tl.arange(0, ROWS)[:, None]
         mask = (row < end) & (column < dim)
-        f = _load(features_ptr, row, column, features_stride, mask, ACC)
-        t = _load(teacher_ptr, row, column, teacher_stride, mask, ACC)
-        x = _load(text_ptr, row, column, text_stride, mask, ACC)
+        f = _load(features_ptr, row, column, features_stride, mask, ACC, ALIGNED)
+        t = _load(teacher_ptr, row, column, teacher_stride, mask, ACC, ALIGNED)
+        x = _load(text_ptr, row, column, text_stride, mask, ACC, ALIGNED)
         difference = _subtract(f, t, differences_ptr, row, column, dim, mask)
         distances += tl.sum(difference * difference, 1, keep_dims=True)
         image_residual, text_residual, image_loss, text_loss, alignment = _judge(
@@ -222,7 +231,7 @@ def _row_kernel(
     tl.store(partials_ptr + 2 * dim + 5, tl.sum(tl.sum(distances, 1), 0))
 
 
-@triton.jit(do_not_specialize=["batch", "chunk_rows"])
+@triton.jit(do_not_specialize=[*MATRICES, "batch", "chunk_rows"])
 def _long_row_kernel(
     features_ptr,
     teacher_ptr,
@@ -247,9 +256,11 @@ def _long_row_kernel(
     chunk_rows,
     EXPERT: tl.constexpr,
     ACC: tl.constexpr,
+    ALIGNED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """The scalars of one chunk of long rows: logits, residuals, and all sums but the weighted ones."""
+    dim = multiple(dim, ALIGNED)
     image_bias, teacher_bias = _bias(image_bias_ptr, ACC), _bias(teacher_bias_ptr, ACC)
     text_bias = _bias(text_bias_ptr, ACC)
     image_residuals, text_residuals = tl.zeros((1,), ACC), tl.zeros((1,), ACC)
@@ -263,16 +274,16 @@ def _long_row_kernel(
         for start in range(0, dim, BLOCK):
             column = start + tl.arange(0, BLOCK)
             mask = column < dim
-            f = _load(features_ptr, row, column, features_stride, mask, ACC)
+            f = _load(features_ptr, row, column, features_stride, mask, ACC, ALIGNED)
             teacher_weight = weight(teacher_weight_ptr, column, dim, ACC)
             image += f * weight(image_weight_ptr, column, dim, ACC)
             rising += f * negative(teacher_weight)
             falling += f * negative(-teacher_weight)
-            t = _load(teacher_ptr, row, column, teacher_stride, mask, ACC)
+            t = _load(teacher_ptr, row, column, teacher_stride, mask, ACC, ALIGNED)
             teacher += t * teacher_weight
             difference = _subtract(f, t, differences_ptr, row, column, dim, mask)
             distances += difference * difference
-            x = _load(text_ptr, row, column, text_stride, mask, ACC)
+            x = _load(text_ptr, row, column, text_stride, mask, ACC, ALIGNED)
             text += x * weight(text_weight_ptr, column, dim, ACC)
         one = row + tl.arange(0, 1)
         image_residual, text_residual, image_loss, text_loss, alignment = _judge(
@@ -308,7 +319,7 @@ def _long_row_kernel(
     tl.store(at + 2 * dim + 5, tl.sum(distances, 0, keep_dims=True))
 
 
-@triton.jit(do_not_specialize=["batch", "chunk_rows"])
+@triton.jit(do_not_specialize=[*MATRICES, "batch", "chunk_rows"])
 def _weighted_sums_kernel(
     features_ptr,
     text_ptr,
@@ -320,16 +331,18 @@ def _weighted_sums_kernel(
     dim,
     chunk_rows,
     ACC: tl.constexpr,
+    ALIGNED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """The weighted sums of one chunk of long rows, for one block of columns."""
+    dim = multiple(dim, ALIGNED)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = column < dim
     image_sum, text_sum = tl.zeros((BLOCK,), ACC), tl.zeros((BLOCK,), ACC)
     begin = tl.program_id(0).to(tl.int64) * chunk_rows
     for row in range(begin, tl.minimum(begin + chunk_rows, batch)):
-        f = _load(features_ptr, row, column, features_stride, mask, ACC)
-        x = _load(text_ptr, row, column, text_stride, mask, ACC)
+        f = _load(features_ptr, row, column, features_stride, mask, ACC, ALIGNED)
+        x = _load(text_ptr, row, column, text_stride, mask, ACC, ALIGNED)
         image_sum += tl.load(residuals_ptr + row) * f
         text_sum += tl.load(residuals_ptr + batch + row) * x
     partials_ptr += tl.program_id(0).to(tl.int64) * (2 * (dim + 1) + LOSSES)
@@ -337,7 +350,7 @@ def _weighted_sums_kernel(
     tl.store(partials_ptr + dim + 1 + column, text_sum, mask)
 
 
-@triton.jit(do_not_specialize=["programs"])
+@triton.jit(do_not_specialize=["programs", "dim"])
 def _sum_kernel(
     partials_ptr,
     head_grads_ptr,
@@ -417,13 +430,14 @@ def surgery_head(
     acc = tl.float64 if labels.dtype == torch.float64 else tl.float32
     sizes = (partials, batch, dim, chunk_rows)
     arguments = (*matrices, labels, offsets, *heads, *results, *sizes)
+    constants = {"ACC": acc, "ALIGNED": aligned(dim, features, teacher_features, text_features)}
     with torch.cuda.device_of(features):
         if shape is not None and batch:
-            _row_kernel[(programs,)](*arguments, EXPERT=expert, ACC=acc, **shape)
+            _row_kernel[(programs,)](*arguments, EXPERT=expert, **constants, **shape)
         elif batch:
-            _long_row_kernel[(programs,)](*arguments, EXPERT=expert, ACC=acc, BLOCK=CHUNK, num_warps=8)
+            _long_row_kernel[(programs,)](*arguments, EXPERT=expert, **constants, BLOCK=CHUNK, num_warps=8)
             _weighted_sums_kernel[(programs, triton.cdiv(dim, CHUNK))](
-                features, text_features, strides[0], strides[2], residuals, *sizes, ACC=acc, BLOCK=CHUNK
+                features, text_features, strides[0], strides[2], residuals, *sizes, **constants, BLOCK=CHUNK
             )
         mean = 1 / max(batch, 1)
         _sum_kernel[(triton.cdiv(partials.shape[1], 64),)](

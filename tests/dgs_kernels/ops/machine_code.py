@@ -35,21 +35,16 @@ from dgs_kernels.triton import (
 )
 
 TYPES = {torch.float32: "fp32", torch.float64: "fp64", torch.bfloat16: "bf16", torch.float16: "fp16"}
-# Counts that are no multiple of 16, unlike the sizes and strides of an aligned matrix.
-COUNTS = (
-    *("rows", "columns", "batch", "chunk_rows", "program_rows", "programs", "tensors", "parts"),
-    *("order", "rule", "maximize"),
-)
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
 def machine_code(kernel, types: dict, constants: dict, capability: int, num_warps: int) -> dict:
     """Registers, stack bytes and memory instructions of a kernel whose arguments are all aligned."""
     types = {n: "constexpr" if n in constants else types[n] for n in kernel.arg_names}
-    # What Triton itself assumes of a pointer, size or stride that is a multiple of 16.
-    aligned = [
-        n for n, t in types.items() if n not in COUNTS and (t == "i32" or (t[0] == "*" and n != "scale_ptr"))
-    ]
+    # What Triton itself assumes of a pointer, size or stride that is a multiple of 16, where it asks.
+    unseen = {p.name for p in kernel.params if p.do_not_specialize or p.do_not_specialize_on_alignment}
+    unseen.add("scale_ptr")
+    aligned = [n for n, t in types.items() if n not in unseen and (t == "i32" or t[0] == "*")]
     source = ASTSource(
         fn=kernel,
         signature=types,
@@ -89,7 +84,7 @@ def project_align_codes(capability: int) -> Iterator[tuple[str, dict]]:
         types |= dict.fromkeys((*sizes, "order", "rule"), "i32")
         types |= dict.fromkeys(("scale_ptr", "partials_ptr"), "*" + wide)
         types |= {"alignment": "fp64", "eps": "fp64"}
-        constants = {"ACC": tl.dtype(wide)}
+        constants = {"ACC": tl.dtype(wide), "ALIGNED": True}
         if shape := project_align.launch_shape(1 << 20, dim, dtype):
             kernels = {"rows": project_align._row_kernel}
             constants |= shape[1]
@@ -124,7 +119,7 @@ def surgery_head_codes(capability: int) -> Iterator[tuple[str, dict]]:
         types = defaultdict(lambda: "*fp32", dict.fromkeys(sizes, "i32"))
         matrices = ("features_ptr", "teacher_ptr", "text_ptr", "differences_ptr")
         types |= dict.fromkeys(matrices, "*" + TYPES[dtype])
-        constants = HEAD_OPTIONS[option] | {"ACC": tl.float32}
+        constants = HEAD_OPTIONS[option] | {"ACC": tl.float32, "ALIGNED": True}
         kernels = {}
         if shape := surgery_head.launch_shape(dim, dtype):
             kernels["rows"] = (surgery_head._row_kernel, shape | constants)
@@ -204,7 +199,7 @@ def spectral_entropy_codes(capability: int) -> Iterator[tuple[str, dict]]:
         types = defaultdict(
             lambda: "i32", {"basis_ptr": "*fp32", "out_ptr": "*fp32", "images_ptr": "*" + dtype}
         )
-        constants = {"SCALE": scale, "PATCHES": spectral_entropy.PATCHES, "pixel_stride": 1}
+        constants = {"ALIGNED": True, "SCALE": scale, "PATCHES": spectral_entropy.PATCHES, "pixel_stride": 1}
         code = machine_code(spectral_entropy._kernel, types, constants, capability, spectral_entropy.WARPS)
         yield dtype, code
 

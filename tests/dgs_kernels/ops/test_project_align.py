@@ -119,6 +119,28 @@ def test_layouts(backend, nan_filled):
                     assert_accurate(out, grad, harmful, beneficial, alignment=0.5)
 
 
+def aligned_but_one(matrices):
+    """Rows of 48 at multiples of 16 numbers, save one matrix's address or stride, and then rows of 40."""
+    buffers = [matrix.new_empty(2 * matrix.numel()) for matrix in matrices]
+    places = [[(0, 64, 48)] * len(buffers) for _ in range(2 * len(buffers))] + [[(0, 64, 40)] * len(buffers)]
+    for i in range(len(buffers)):
+        places[2 * i][i], places[2 * i + 1][i] = (1, 64, 48), (0, 56, 48)
+    for place in places:
+        placed = zip(buffers, place, matrices)
+        yield [
+            buffer.as_strided((len(matrix), dim), (stride, 1), offset).copy_(matrix[:, :dim])
+            for buffer, (offset, stride, dim), matrix in placed
+        ]
+
+
+@everywhere
+def test_matrices_of_which_one_is_not_aligned(backend, nan_filled):
+    """Triton's kernels ask all matrices one question."""
+    matrices = draw(3, 5, 48, device=backend)
+    for placed in aligned_but_one(matrices):
+        assert_accurate(project_align(*placed), *placed)
+
+
 @everywhere
 @pytest.mark.parametrize("rows", [0, 1, 3])
 def test_few_rows(backend, rows, nan_filled):

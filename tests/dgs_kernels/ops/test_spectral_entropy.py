@@ -91,6 +91,18 @@ def test_layouts(backend, nan_filled):
 
 
 @everywhere
+def test_one_place_that_is_not_aligned(backend, nan_filled):
+    """Triton's kernel asks one question of the address and of all strides but a pixel's."""
+    images = picture(2, 3, 32, 64, device=backend)
+    want = spectral_entropy(images)
+    sizes = (0, 3 * 40 * 80, 40 * 80, 80)  # an offset, and the strides of images, channels and rows
+    for odd in range(4):
+        offset, *strides = (n + 8 * (i == odd) for i, n in enumerate(sizes))
+        placed = images.new_empty(30000).as_strided(images.shape, (*strides, 1), offset).copy_(images)
+        torch.testing.assert_close(spectral_entropy(placed), want, rtol=0, atol=2e-6)
+
+
+@everywhere
 def test_extremes(backend):
     flat = torch.tensor([0, 1, 128, 255], dtype=torch.uint8, device=backend)[:, None, None, None]
     entropy = spectral_entropy(flat.expand(4, 3, 32, 32))

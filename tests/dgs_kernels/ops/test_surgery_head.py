@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from dgs_kernels import SurgeryHead, SurgeryHeadOutput, reference, surgery_head
 from dgs_kernels.reference import ORDERS, TEXT_ROLES
 from tests.conftest import on_backends
+from tests.dgs_kernels.ops.test_project_align import aligned_but_one
 
 DIM = 24
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -181,6 +182,17 @@ def test_layouts(backend, nan_filled):
     expanded = [*plain[:2], row.expand(6, -1), *plain[3:]]
     repeated = [*plain[:2], row.repeat(6, 1), *plain[3:]]
     torch.testing.assert_close(surgery_head(*expanded)[:3], surgery_head(*repeated)[:3])
+
+
+@everywhere
+def test_matrices_of_which_one_is_not_aligned(backend, nan_filled):
+    plain = [x.detach() for x in tensors(6, 48, torch.float32, backend)]
+    for placed in aligned_but_one(plain[:3]):
+        dim = placed[0].shape[1]
+        heads = [x[:, :dim] if x.dim() == 2 else x for x in plain[4:]]
+        want = surgery_head(*(x.contiguous() for x in placed), plain[3], *heads)
+        found = surgery_head(*placed, plain[3], *heads)
+        torch.testing.assert_close(found[:3], want[:3], rtol=2e-6, atol=2e-6)
 
 
 @everywhere
