@@ -13,8 +13,9 @@ BIN    := $(VENV)/bin
 
 .PHONY: demo test mutants gpu wheel docs install lint format clean
 
-# Tests that follow the others: one compiles what those launched, one takes times with nothing beside it.
-LAST := tests/dgs_kernels/ops/test_triton_compiles.py tests/dgs_kernels/test_speed.py
+# Tests that follow the others: two compile in processes of their own, one of them what the others launched, and one
+# takes times with nothing beside it.
+LAST := $(addprefix tests/dgs_kernels/,ops/test_triton_compiles.py ops/test_triton_machine_code.py test_speed.py)
 
 demo: install
 	$(BIN)/python -m dgsnet demo --out runs/demo

@@ -3,7 +3,7 @@
 In Triton's interpreter no kernel is compiled, so it hides whatever the compiler refuses. `noted()` is a
 context in which each launch leaves a file that says kernel, types, constants and what Triton assumes of the
 arguments; `python -m tests.support.triton_launches FILE...` compiles what the files say, for GPUs that are
-not here.
+not here, and prints one JSON line for each.
 """
 
 from __future__ import annotations
@@ -13,9 +13,12 @@ import functools
 import hashlib
 import importlib
 import json
+import multiprocessing
 import os
+import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import triton
@@ -31,6 +34,7 @@ import dgs_kernels.triton
 ROOT = Path(__file__).resolve().parents[2]
 KERNELS = Path(dgs_kernels.triton.__file__).parent
 CAPABILITIES = (80, 90)
+PROCESSES = 2
 UNSPECIALIZED = ("do_not_specialize", "do_not_specialize_on_alignment")
 
 
@@ -96,28 +100,45 @@ def noted() -> Iterator[None]:
         InterpretedFunction.run = run
 
 
+def where_triton_compiles(module: str, *arguments: str) -> subprocess.CompletedProcess:
+    """Runs a module for what it prints, in a process whose Triton does not interpret."""
+    environment = os.environ | {"TRITON_INTERPRET": "0", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", module, *arguments]
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
+def in_processes(function: Callable, tasks: Iterable) -> Iterator:
+    """The function's results, from processes that take a task whenever they are free.
+
+    They are copies of this one, with all that it has imported. If one dies, this raises.
+    """
+    with ProcessPoolExecutor(PROCESSES, multiprocessing.get_context("fork")) as pool:
+        yield from pool.map(function, tasks)
+
+
 def compile_for(launch: dict, capability: int) -> None:
     source = ASTSource(
         fn=getattr(importlib.import_module(launch["module"]), launch["kernel"]),
         signature=launch["signature"],
         constexprs={tuple(place): _decoded(value) for place, value in launch["constants"]},
-        attrs={tuple(place): attributes for place, attributes in launch["attributes"]},
+        # Without those that say nothing: Triton's cache then knows what machine_code.py compiles alike.
+        attrs={tuple(place): attributes for place, attributes in launch["attributes"] if attributes},
     )
     triton.compile(source, target=GPUTarget("cuda", capability, 32), options=launch["options"])
 
 
-def main(files: list[str]) -> None:
-    """Prints one JSON line for each file: what went wrong, if anything did, and the seconds it took."""
-    for file in files:
-        launch, error, before = json.loads(Path(file).read_text()), None, os.times()
-        try:
-            for capability in CAPABILITIES:
-                compile_for(launch, capability)
-        except Exception as problem:
-            error = f"sm_{capability}: {problem!r}"
-        seconds = sum(os.times()[:4]) - sum(before[:4])  # with ptxas, which is a process of its own
-        print(json.dumps({"launch": launch, "error": error, "seconds": seconds}), flush=True)
+def outcome(file: str) -> dict:
+    """A launch, what went wrong in compiling it, if anything did, and the seconds it took."""
+    launch, error, before = json.loads(Path(file).read_text()), None, os.times()
+    try:
+        for capability in CAPABILITIES:
+            compile_for(launch, capability)
+    except Exception as problem:
+        error = f"sm_{capability}: {problem!r}"
+    seconds = sum(os.times()[:4]) - sum(before[:4])  # with ptxas, which is a process of its own
+    return {"launch": launch, "error": error, "seconds": seconds}
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    for found in in_processes(outcome, sys.argv[1:]):
+        print(json.dumps(found), flush=True)

@@ -1,7 +1,7 @@
 """Compile the Triton kernels without a GPU and print, as JSON, what the machine code holds.
 
-Run as a script, with the operation's name, in a process of its own, because the tests' process has Triton in
-interpreter mode.
+Run as a module, with operations' names or for all, in a process of its own, because the tests' process has
+Triton in interpreter mode.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ from dgs_kernels.triton import (
     surgery_head,
     surgery_head_backward,
 )
+from tests.support.triton_launches import CAPABILITIES, in_processes
 
 TYPES = {torch.float32: "fp32", torch.float64: "fp64", torch.bfloat16: "bf16", torch.float16: "fp16"}
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -58,7 +59,7 @@ def machine_code(kernel, types: dict, constants: dict, capability: int, num_warp
         file.write(compiled.asm["cubin"])
         file.flush()
         usage = _run("cuobjdump", "-res-usage", file.name)
-        code = _run("nvdisasm", "-c", file.name)
+        code = _run("nvdisasm", "-c", "-ndf", file.name)  # data flow would take half as long again
     registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()
     return {
         "registers": int(registers),
@@ -204,12 +205,21 @@ def spectral_entropy_codes(capability: int) -> Iterator[tuple[str, dict]]:
         yield dtype, code
 
 
-def main(operation: str) -> None:
-    for capability in (80, 90):
-        for name, code in globals()[f"{operation}_codes"](capability):
-            print(json.dumps({"kernel": f"{operation} sm_{capability} {name}", **code}))
+# The longest first, so that no process works on alone.
+OPERATIONS = (
+    *("surgery_head", "project_align", "gramian", "combine_", "project_align_", "surgery_adamw_"),
+    "spectral_entropy",
+)
+
+
+def codes(task: tuple[str, int]) -> list[dict]:
+    operation, capability = task
+    found = globals()[f"{operation}_codes"](capability)
+    return [{"kernel": f"{operation} sm_{capability} {name}", **code} for name, code in found]
 
 
 if __name__ == "__main__":
     assert os.environ.get("TRITON_INTERPRET") != "1"
-    main(sys.argv[1])
+    for found in in_processes(codes, itertools.product(sys.argv[1:] or OPERATIONS, CAPABILITIES)):
+        for code in found:
+            print(json.dumps(code))

@@ -13,15 +13,7 @@ from torch.library import opcheck
 from dgs_kernels import backends, combine_, gramian, reference
 from tests.conftest import on_backends
 from tests.dgs_kernels.ops.test_gramian import GROUPS, SHAPES, objectives
-from tests.dgs_kernels.ops.test_project_align_ import (
-    DTYPES,
-    Marked,
-    assert_wide,
-    clones,
-    doubles,
-    draw,
-    triton_machine_code,
-)
+from tests.dgs_kernels.ops.test_project_align_ import DTYPES, Marked, clones, doubles, draw
 
 everywhere = on_backends("combine_")
 
@@ -290,13 +282,3 @@ def test_graph_capture(name, monkeypatch):
         torch._foreach_copy_(own[0], lists[0])
         graph.replay()
         assert all(map(torch.equal, out, want))
-
-
-def test_triton_machine_code():
-    """Compiled for GPUs that are not here: numbers move 16 bytes at a time, nothing is kept in memory."""
-    kernels = triton_machine_code("combine_")
-    assert len(kernels) == 8
-    for name, kernel in kernels.items():
-        count, rows = int(name.split()[-1]), 2 if "fp32" in name else 1  # accesses for 8 numbers in a thread
-        # Alone stand entries of the table, and each objective's address and weight.
-        assert_wide(kernel, wide_loads=count * rows, wide_stores=rows, scalar_loads=8 + 2 * count)

@@ -12,15 +12,7 @@ from torch.library import opcheck
 
 from dgs_kernels import backends, gramian, reference
 from tests.conftest import on_backends
-from tests.dgs_kernels.ops.test_project_align_ import (
-    DTYPES,
-    Marked,
-    assert_wide,
-    clones,
-    doubles,
-    draw,
-    triton_machine_code,
-)
+from tests.dgs_kernels.ops.test_project_align_ import DTYPES, Marked, clones, doubles, draw
 
 SHAPES = ((3, 41), (1,), (0,), (5,), (9000,), (64, 6), (7,))
 GROUPS = (0, 1, 1, 2, 0, 3, 1)
@@ -212,18 +204,3 @@ def test_graph_capture(name, monkeypatch):
         out.fill_(torch.nan)
         graph.replay()
         assert torch.equal(out, want)
-
-
-def test_triton_machine_code():
-    """Compiled for GPUs that are not here. Alone stand: table entries and partial sums."""
-    kernels = triton_machine_code("gramian")
-    assert len(kernels) == 8
-    for name, kernel in kernels.items():
-        count, rows = int(name.split()[-1]), 2 if "fp32" in name else 1  # accesses for 8 numbers in a thread
-        assert_wide(
-            kernel,
-            wide_loads=count * rows,
-            wide_stores=0,
-            scalar_loads=count + 6,
-            scalar_stores=count * (count + 1) // 2,
-        )

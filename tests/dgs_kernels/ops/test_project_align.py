@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 import warnings
 from itertools import product
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -384,31 +379,3 @@ def test_errors(changes, error, words):
     arguments = {"grad": torch.zeros(3, 4), "harmful": torch.zeros(4)} | changes
     with pytest.raises(error, match=words):
         project_align(**arguments)
-
-
-# Machine code
-
-
-def test_triton_machine_code():
-    """Compiled for GPUs that are not here: nothing spills, and aligned rows move 16 bytes at a time."""
-    pytest.importorskip("triton")
-    script = Path(__file__).with_name("machine_code.py")
-    environment = os.environ | {"TRITON_INTERPRET": "0", "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(
-        [sys.executable, script, "project_align"], capture_output=True, text=True, env=environment
-    )
-    assert result.returncode == 0, result.stderr
-    kernels = [json.loads(line) for line in result.stdout.splitlines()]
-    assert len(kernels) == 10
-    for kernel in kernels:
-        memory = kernel["memory"]
-        assert kernel["stack"] == 0, kernel
-        assert not any(name.startswith(("LDL", "STL")) for name in memory), kernel
-        narrow = {name: n for name, n in memory.items() if not name.endswith(".128")}
-        loads = sum(n for name, n in narrow.items() if name.startswith("LDG"))
-        stores = sum(narrow.values()) - loads
-        # What stands alone: the scale; the three sums of a part, and those of all parts of a row, two to a
-        # thread.
-        sums, parts = " sums " in kernel["kernel"], " parts " in kernel["kernel"]
-        assert (loads, stores) == (1 + 6 * parts, 3 * sums), kernel
-        assert memory["LDG.E.128"] >= 3 * memory.get("STG.E.128", 0) > 0 or sums, kernel

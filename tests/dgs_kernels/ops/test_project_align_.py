@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
-import subprocess
-import sys
 from itertools import product
-from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
@@ -443,38 +439,3 @@ def test_sparse_gradients_are_refused():
     sparse = torch.eye(3).to_sparse()
     with pytest.raises(TypeError, match=r"harmful\[0\] must be a dense tensor .*sparse_coo"):
         project_align_([torch.eye(3)], [sparse])
-
-
-def triton_machine_code(operation):
-    """What machine_code.py finds, by kernel, architecture and type: {"sums sm_90 fp32": {...}, ...}."""
-    pytest.importorskip("triton")
-    command = [sys.executable, Path(__file__).with_name("machine_code.py"), operation]
-    environment = os.environ | {"TRITON_INTERPRET": "0", "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert result.returncode == 0, result.stderr
-    kernels = [json.loads(line) for line in result.stdout.splitlines()]
-    return {kernel["kernel"].removeprefix(operation + " "): kernel for kernel in kernels}
-
-
-def assert_wide(kernel, *, wide_loads, wide_stores, scalar_loads, scalar_stores=0):
-    """No stack, no spills, and nothing narrower than 16 bytes save so many numbers that stand alone."""
-    memory = kernel["memory"]
-    assert kernel["stack"] == 0 and not any(name.startswith(("LDL", "STL")) for name in memory), kernel
-    found = {(kind, wide): 0 for kind in ("LDG", "STG") for wide in (True, False)}
-    for name, count in memory.items():
-        found[name[:3], name.endswith(".128")] += count
-    expected = {("LDG", True): wide_loads, ("LDG", False): scalar_loads}
-    expected |= {("STG", True): wide_stores, ("STG", False): scalar_stores}
-    assert found == expected, kernel
-
-
-def test_triton_machine_code():
-    """Compiled for GPUs that are not here. Alone stand: table entries, the group's sums, the scale."""
-    kernels = triton_machine_code("project_align_")
-    assert len(kernels) == 8
-    for name, kernel in kernels.items():
-        rows = 2 if "fp32" in name else 1  # accesses for 8 numbers in each thread
-        if "sums" in name:
-            assert_wide(kernel, wide_loads=3 * rows, wide_stores=0, scalar_loads=9, scalar_stores=6)
-        else:
-            assert_wide(kernel, wide_loads=3 * rows, wide_stores=rows, scalar_loads=14)

@@ -2,12 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -227,18 +221,3 @@ def test_compiles_whole():
 def test_errors(images, patch_size, error, words):
     with pytest.raises(error, match=words):
         spectral_entropy(images, patch_size)
-
-
-def test_triton_machine_code():
-    """Compiled for GPUs that are not here: nothing spills, and planar images move 16 bytes at a time."""
-    pytest.importorskip("triton")
-    command = [sys.executable, Path(__file__).with_name("machine_code.py"), "spectral_entropy"]
-    environment = os.environ | {"TRITON_INTERPRET": "0", "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert result.returncode == 0, result.stderr
-    kernels = [json.loads(line) for line in result.stdout.splitlines()]
-    assert len(kernels) == 4
-    for kernel in kernels:
-        memory = kernel["memory"]
-        assert kernel["stack"] == 0, kernel
-        assert {n for n in memory if not n.startswith("STG")} == {"LDG.E.128"}, kernel

@@ -12,16 +12,7 @@ from dgs_kernels import OptimizerSurgery, SurgeryAdamW, backends, project_align_
 from dgs_kernels.ops.surgery_adamw_ import run
 from dgs_kernels.reference import ORDERS, RULES
 from tests.conftest import on_backends
-from tests.dgs_kernels.ops.test_project_align_ import (
-    GROUPS,
-    SHAPES,
-    assert_wide,
-    clones,
-    doubles,
-    draw,
-    thrice_removed,
-    triton_machine_code,
-)
+from tests.dgs_kernels.ops.test_project_align_ import GROUPS, SHAPES, clones, doubles, draw, thrice_removed
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 OPTIONS = list(product(ORDERS, RULES))
@@ -281,12 +272,3 @@ def test_reference_is_adamw():
         optimizer.step()
         state = [reference.adamw_step(p, g * step, m, v, step, **HYPER) for (p, m, v), g in zip(state, grads)]
     torch.testing.assert_close([p.detach() for p in parameters], [p for p, _, _ in state], rtol=1e-14, atol=0)
-
-
-def test_triton_machine_code():
-    """Compiled for GPUs that are not here. Alone stand: entries of the tables, rates, sums, the scale."""
-    kernels = triton_machine_code("surgery_adamw_")
-    assert len(kernels) == 4
-    for name, kernel in kernels.items():
-        rows = 2 if "fp32" in name else 1
-        assert_wide(kernel, wide_loads=6 * rows, wide_stores=3 * rows, scalar_loads=19)

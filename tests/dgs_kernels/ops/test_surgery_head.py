@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
-import subprocess
-import sys
-from collections import Counter
 from itertools import product
-from pathlib import Path
 
 import pytest
 import torch
@@ -265,35 +260,6 @@ def test_a_confident_sample_has_a_small_loss(backend):
 def test_runs_twice_alike(backend):
     inputs = tensors(65, 77, torch.float32, backend)
     assert_equal(outcome(surgery_head, inputs), outcome(surgery_head, inputs), 0)
-
-
-def test_triton_machine_code():
-    """Compiled for GPUs that are not here: nothing spills, matrices and weights move 16 bytes at a time."""
-    pytest.importorskip("triton")
-    command = [sys.executable, Path(__file__).with_name("machine_code.py"), "surgery_head"]
-    environment = os.environ | {"TRITON_INTERPRET": "0", "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert result.returncode == 0, result.stderr
-    kernels = [json.loads(line) for line in result.stdout.splitlines()]
-    assert len(kernels) == 30
-    for kernel in kernels:
-        memory = kernel["memory"]
-        assert kernel["stack"] == 0 and not any(n.startswith(("LDL", "STL")) for n in memory), kernel
-        # Narrow loads are of single numbers: labels, biases, residuals, scales. None is repeated along a row.
-        backward, products = ("backward" in kernel["kernel"], 8 if "long rows" in kernel["kernel"] else 0)
-        loads, copies = (
-            Counter({n: k for n, k in memory.items() if n.startswith(p)}) for p in ("LDG.", "LDGSTS.")
-        )
-        assert loads["LDG.E.128"] >= 2 and loads.total() - loads["LDG.E.128"] <= 9 + products, kernel
-        # The next rows are copied to shared memory while the present ones are summed: two or three times in
-        # the code, each with a label and an offset.
-        wide = sum(k for n, k in copies.items() if ".128" in n)
-        in_stages = " rows " in kernel["kernel"].replace("long rows", "")
-        assert copies.total() - wide <= 6 and (wide >= 12 if in_stages else not copies), kernel
-        # Partial sums are written once per chunk, where they fit; the result 16 bytes at a time.
-        stores = {n for n in memory if n.startswith("STG")}
-        assert not backward or stores == {"STG.E.128"}, kernel
-        assert "expert" not in kernel["kernel"] or backward or "STG.E.128" in stores, kernel
 
 
 # Against the official graph, in float64

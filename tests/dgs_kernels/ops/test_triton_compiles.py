@@ -9,8 +9,6 @@ from __future__ import annotations
 import ast
 import json
 import os
-import subprocess
-import sys
 
 import pytest
 
@@ -18,8 +16,6 @@ pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") != "1":
     pytest.skip("there is a GPU, where kernels are compiled as they are launched", allow_module_level=True)
 from tests.support import triton_launches
-
-PROCESSES = 2
 
 
 def launched_kernels() -> set[tuple[str, str]]:
@@ -38,20 +34,9 @@ def launched_kernels() -> set[tuple[str, str]]:
 def test_every_launch_compiles():
     files = sorted(map(str, triton_launches.folder().glob("*.json")))
     assert files, "no launch of these kernels is noted: run the suite first, as `make test` does"
-    environment = os.environ | {"TRITON_INTERPRET": "0", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "tests.support.triton_launches"]
-    processes = [
-        subprocess.Popen(
-            [*command, *files[i::PROCESSES]],
-            cwd=triton_launches.ROOT,
-            env=environment,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for i in range(PROCESSES)
-    ]
-    outcomes = [json.loads(line) for process in processes for line in process.communicate()[0].splitlines()]
-    assert len(outcomes) == len(files)
+    result = triton_launches.where_triton_compiles("tests.support.triton_launches", *files)
+    outcomes = [json.loads(line) for line in result.stdout.splitlines()]
+    assert len(outcomes) == len(files), result.stderr
     errors = [f"{o['launch']['kernel']}: {o['error']}\n  {o['launch']}" for o in outcomes if o["error"]]
     assert not errors, "\n".join(errors[:10])
     compiled = {(o["launch"]["module"], o["launch"]["kernel"]) for o in outcomes}
