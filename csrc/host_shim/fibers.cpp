@@ -80,8 +80,9 @@ Barrier cluster;
 std::vector<std::unique_ptr<Fiber>> fibers;
 std::set<const void*> large_clusters;  // kernels that allow them
 
-// swapcontext would do, but it asks the kernel for the signal mask every time.
-[[noreturn, gnu::noinline]] void jump(void** to) { __builtin_longjmp(to, 1); }
+// swapcontext would do, but it asks the kernel for the signal mask every time. And the sanitizer takes a jump for the
+// end of the frames it leaves: it would ask the kernel for the signal stack, and clear its marks off theirs.
+[[noreturn, gnu::noinline, gnu::no_sanitize("address")]] void jump(void** to) { __builtin_longjmp(to, 1); }
 [[gnu::noinline, gnu::no_sanitize("address")]] void switch_to(void** from, Fiber* fresh, void** to) {
   if (__builtin_setjmp(from)) return;
   if (fresh) setcontext(&fresh->start);
