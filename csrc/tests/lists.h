@@ -50,9 +50,9 @@ inline Surgery plain_surgery(const Lists& l, int64_t groups, bool aligned, dgs::
   const auto b = [&](size_t t, int64_t i) { return aligned ? std::min(l.value(2, t, i), 0.0L) : 0.0L; };
   for (size_t t = 0; t < l.sizes.size(); ++t)
     for (int64_t i = 0; i < l.sizes[t]; ++i) {
-      const long double v[3] = {l.value(0, t, i), h(t, i), b(t, i)};
-      const int pairs[6][2] = {{0, 1}, {1, 1}, {0, 0}, {2, 1}, {2, 2}, {0, 2}};
-      for (int n = 0; n < 6; ++n) result.sums[l.groups[t] * 6 + n] += v[pairs[n][0]] * v[pairs[n][1]];
+      const long double x = l.value(0, t, i), y = h(t, i), z = b(t, i);
+      const long double products[6] = {x * y, y * y, x * x, z * y, z * z, x * z};
+      for (int n = 0; n < 6; ++n) result.sums[l.groups[t] * 6 + n] += products[n];
     }
   for (size_t t = 0; t < l.sizes.size(); ++t) {
     const long double* sums = &result.sums[l.groups[t] * 6];

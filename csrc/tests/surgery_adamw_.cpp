@@ -56,14 +56,14 @@ void compare(DType dtype, Order order, Rule rule, bool aligned, bool maximize, b
   for (size_t n = 0; n < 3 * sizes.size(); ++n)
     expect(l.memory[n] == before.memory[n], "array %ld, which is only read, was written", long(n));
 
-  for (size_t t = 0; t < sizes.size(); ++t)
+  for (size_t t = 0; t < sizes.size(); ++t) {
+    const double bias1 = 1 - std::pow(adamw.beta1, step_of(t)), bias2 = 1 - std::pow(adamw.beta2, step_of(t));
     for (int64_t i = 0; i < sizes[t]; ++i) {
       const long double g = (maximize ? -1 : 1) * want.grads[t][i], m0 = before.value(4, t, i);
       const long double m = m0 + (1 - adamw.beta1) * (g - m0);
       const long double v = adamw.beta2 * before.value(5, t, i) + (1 - adamw.beta2) * g * g;
       const long double x = (1 - adamw.lr * adamw.weight_decay) * before.value(3, t, i) -
-                            adamw.lr / (1 - std::pow(adamw.beta1, step_of(t))) * m /
-                                (std::sqrt(v) / std::sqrt(1 - std::pow(adamw.beta2, step_of(t))) + adamw.eps);
+                            adamw.lr / bias1 * m / (std::sqrt(v) / std::sqrt(bias2) + adamw.eps);
       const long double exact[] = {x, m, v};
       for (int s = 0; s < 3; ++s) {
         const double got = double(l.value(3 + s, t, i)), wanted = double(exact[s]);
@@ -73,6 +73,7 @@ void compare(DType dtype, Order order, Rule rule, bool aligned, bool maximize, b
                int(order), int(rule), aligned, 3 + s, long(t), long(i), got, wanted);
       }
     }
+  }
 }
 
 }  // namespace
