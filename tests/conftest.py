@@ -36,14 +36,14 @@ def cache(tmp_path_factory: pytest.TempPathFactory):
 
 
 @pytest.fixture(scope="session", autouse=True)
-def noted_launches():
-    """What the interpreter runs is noted, for test_triton_compiles.py to compile."""
+def interpreter():
+    """Triton's: what it runs is noted, for test_triton_compiles.py to compile."""
     if os.environ.get("TRITON_INTERPRET") != "1" or importlib.util.find_spec("triton") is None:
         yield
         return
-    from tests.support import triton_launches
+    from tests.support import triton_interpreter, triton_launches
 
-    with triton_launches.noted():
+    with triton_launches.noted(), triton_interpreter.patched_once():
         yield
 
 
