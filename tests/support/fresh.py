@@ -7,6 +7,9 @@ holds the lock stops every later bar, forever.
 from __future__ import annotations
 
 import multiprocessing
+from types import ModuleType
+
+import pytest
 
 FORKSERVER = multiprocessing.get_context("forkserver")
 # What commands import when called, for seconds in each process otherwise: scikit-learn alone brings pandas.
@@ -24,3 +27,8 @@ FORKSERVER.set_forkserver_preload(
         "torch.utils.tensorboard",
     ]
 )
+
+
+def forked(module: ModuleType, patch: pytest.MonkeyPatch) -> None:
+    """Forks from the clean process what the module would start as a new one."""
+    patch.setattr(module, "get_context", lambda method: FORKSERVER)

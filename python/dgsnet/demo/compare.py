@@ -9,13 +9,13 @@ from __future__ import annotations
 import csv
 import json
 import math
-import multiprocessing
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, replace
 from functools import cache
+from multiprocessing import get_context
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -147,7 +147,7 @@ def train_all(
     started = time.monotonic()
     processes = min(len(jobs), usable_cores())
     print(f"training {len(jobs)} models, {processes} at a time ...", flush=True)
-    context = multiprocessing.get_context("spawn")
+    context = get_context("spawn")
     with ProcessPoolExecutor(processes, context, _start_worker, (folder,)) as pool:
         try:
             sets = [pool.submit(_write, data, *pair) for pair in dict.fromkeys(job[:2] for job in jobs)]

@@ -21,6 +21,8 @@ from dgsnet.files import locked
 from dgsnet.model.dgsnet import DGSNet
 from sklearn.metrics import roc_auc_score
 
+from tests.support.fresh import forked
+
 
 def configure(root):
     return Config(
@@ -39,7 +41,8 @@ def compared(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(builtin, "COUNTS", {"test": 6})
         builtin.write_dataset(folder / "data", splits=("test",), compressed=(0.5, 0.5))
-    runs = demo.compare(folder / "data", configure, folder / "runs", seeds=(3,), tasks=(demo.BIASED,))
+        forked(demo, patch)
+        runs = demo.compare(folder / "data", configure, folder / "runs", seeds=(3,), tasks=(demo.BIASED,))
     return folder, runs
 
 

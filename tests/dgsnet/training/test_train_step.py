@@ -3,7 +3,6 @@
 import copy
 import json
 import math
-import subprocess
 import sys
 from dataclasses import replace
 from multiprocessing import Pipe
@@ -18,7 +17,9 @@ from dgsnet.data.preprocess import Preprocessor
 from PIL import Image
 
 from benchmarks import train_step, training_run
+from benchmarks.__main__ import main as benchmarks
 from tests.support import official
+from tests.support.fresh import forked
 
 
 @pytest.fixture
@@ -79,17 +80,19 @@ def test_it_counts_the_work_of_a_step(settings):
 
 
 @pytest.mark.slow
-def test_the_command_times_variants_in_turns(tmp_path):
+def test_the_command_times_variants_in_turns(tmp_path, monkeypatch, capsys):
+    forked(train_step, monkeypatch)
     out, names = tmp_path / "result.json", [train_step.PUBLISHED, train_step.STORED]
-    command = [sys.executable, "-m", "benchmarks", "train_step", "--model", "dgsnet-tiny", "--batch", "2"]
-    more = ["--image", "64", "--seconds", "0", "--threads", "1", "--device", "cpu", "--out", str(out)]
-    run = subprocess.run([*command, *more, "--variants", *names], capture_output=True, text=True, check=True)
+    options = ["--model", "dgsnet-tiny", "--batch", "2", "--image", "64", "--seconds", "0", "--threads", "1"]
+    words = ["benchmarks", "train_step", *options, "--device", "cpu", "--out", str(out), "--variants", *names]
+    monkeypatch.setattr(sys, "argv", words)
+    benchmarks()
     (result,) = json.loads(out.read_text())["results"]
     assert list(result["variants"]) == names
     for variant in result["variants"].values():
         assert variant["rounds"] >= train_step.MIN_ROUNDS and variant["images_per_second"] > 0
         assert variant["parts_s"]["student"] > 0 and variant["peak_bytes"] > 2**20
-    assert train_step.table(result) in run.stdout
+    assert train_step.table(result) in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", [training_run.IN_STEPS, training_run.ONCE, training_run.PLAIN])
