@@ -21,11 +21,8 @@ DIM = 24
 
 
 @pytest.fixture(autouse=True, scope="module")
-def own_cache(tmp_path_factory):
-    """What an earlier run compiled is not taken, and nothing is left behind."""
-    folder = tmp_path_factory.mktemp("inductor")
+def in_this_process():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(folder))
         patch.setenv("TORCHINDUCTOR_COMPILE_THREADS", "1")
         yield
     torch._dynamo.reset()

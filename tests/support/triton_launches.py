@@ -4,6 +4,9 @@ In Triton's interpreter no kernel is compiled, so it hides whatever the compiler
 context in which each launch leaves a file that says kernel, types, constants and what Triton assumes of the
 arguments; `python -m tests.support.triton_launches FILE...` compiles what the files say, for GPUs that are
 not here, and prints one JSON line for each.
+
+A launch that has been compiled need not be again, of the same kernels by the same Triton: those are recorded.
+`python -m tests.support.triton_launches` compiles all that are noted and writes the record.
 """
 
 from __future__ import annotations
@@ -34,14 +37,36 @@ import dgs_kernels.triton
 ROOT = Path(__file__).resolve().parents[2]
 KERNELS = Path(dgs_kernels.triton.__file__).parent
 CAPABILITIES = (80, 90)
+RECORD = ROOT / "tests" / "dgs_kernels" / "ops" / "compiled_launches.json"
 PROCESSES = 2
 UNSPECIALIZED = ("do_not_specialize", "do_not_specialize_on_alignment")
 
 
+def kernels_hash() -> str:
+    return hashlib.sha256(b"".join(file.read_bytes() for file in sorted(KERNELS.glob("*.py")))).hexdigest()[
+        :16
+    ]
+
+
+def noted_files() -> list[str]:
+    return sorted(map(str, folder().glob("*.json")))
+
+
 def folder() -> Path:
     """Where the launches of the kernels as they stand are noted."""
-    sources = b"".join(file.read_bytes() for file in sorted(KERNELS.glob("*.py")))
-    return ROOT / "build" / f"triton_launches-{hashlib.sha256(sources).hexdigest()[:16]}"
+    return ROOT / "build" / f"triton_launches-{kernels_hash()}"
+
+
+def made_with() -> dict:
+    """All that decides, for one launch, whether it compiles."""
+    python = ".".join(map(str, sys.version_info[:2]))
+    return {"kernels": kernels_hash(), "triton": triton.__version__, "python": python}
+
+
+def recorded() -> set[str]:
+    """Names of the launches that are known to compile, as the kernels and Triton are here."""
+    record = json.loads(RECORD.read_text())
+    return set(record["launches"]) if record["made_with"] == made_with() else set()
 
 
 @functools.cache
@@ -140,5 +165,9 @@ def outcome(file: str) -> dict:
 
 
 if __name__ == "__main__":
-    for found in in_processes(outcome, sys.argv[1:]):
+    files, compiled = sys.argv[1:] or noted_files(), []
+    for file, found in zip(files, in_processes(outcome, files)):
         print(json.dumps(found), flush=True)
+        compiled += [] if found["error"] else [Path(file).stem]
+    if not sys.argv[1:]:
+        RECORD.write_text(json.dumps({"made_with": made_with(), "launches": compiled}, indent=1) + "\n")

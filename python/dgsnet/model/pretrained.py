@@ -86,6 +86,7 @@ def timm_tags(name: str) -> list[str]:
     return [entry.partition(".")[2] for entry in timm.list_pretrained(f"{model}.*")]
 
 
+@functools.cache
 def tokenizer_of(name: str) -> Tokenizer:
     """open_clip's tokenizer of a model: captions to tokens [N, context]."""
     try:

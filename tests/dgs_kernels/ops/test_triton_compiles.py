@@ -1,7 +1,7 @@
 """Compiles every Triton kernel in every way in which the suite has launched it, for sm_80 and sm_90.
 
 It comes after the suite, in a run of its own: what it compiles are the launches that the interpreter's tests
-have left (tests/support/triton_launches.py).
+have left (tests/support/triton_launches.py), of each kernel one, and all that are not on record.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import json
 import os
+from pathlib import Path
 
 import pytest
 
@@ -32,13 +33,27 @@ def launched_kernels() -> set[tuple[str, str]]:
 
 
 def test_every_launch_compiles():
-    files = sorted(map(str, triton_launches.folder().glob("*.json")))
-    assert files, "no launch of these kernels is noted: run the suite first, as `make test` does"
+    noted = triton_launches.noted_files()
+    assert noted, "no launch of these kernels is noted: run the suite first, as `make test` does"
+    one_of_each, recorded = {}, triton_launches.recorded()
+    for file in noted:
+        launch = json.loads(Path(file).read_text())
+        one_of_each.setdefault((launch["module"], launch["kernel"]), file)
+    missing = sorted(launched_kernels() - one_of_each.keys())
+    assert not missing, f"no test of the suite has launched {missing}"
+
+    files = sorted({*one_of_each.values(), *(f for f in noted if Path(f).stem not in recorded)})
     result = triton_launches.where_triton_compiles("tests.support.triton_launches", *files)
     outcomes = [json.loads(line) for line in result.stdout.splitlines()]
     assert len(outcomes) == len(files), result.stderr
     errors = [f"{o['launch']['kernel']}: {o['error']}\n  {o['launch']}" for o in outcomes if o["error"]]
     assert not errors, "\n".join(errors[:10])
-    compiled = {(o["launch"]["module"], o["launch"]["kernel"]) for o in outcomes}
-    missing = sorted(launched_kernels() - compiled)
-    assert not missing, f"no test of the suite has launched {missing}"
+
+
+@pytest.mark.parametrize("other", ["kernels", "triton", "python"])
+def test_the_record_is_of_these_kernels_and_this_compiler(monkeypatch, other):
+    record = json.loads(triton_launches.RECORD.read_text())
+    monkeypatch.setattr(triton_launches, "made_with", lambda: record["made_with"])
+    assert triton_launches.recorded() == set(record["launches"]) != set()
+    monkeypatch.setattr(triton_launches, "made_with", lambda: record["made_with"] | {other: "another"})
+    assert triton_launches.recorded() == set()
