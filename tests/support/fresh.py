@@ -23,6 +23,7 @@ FORKSERVER.set_forkserver_preload(
         "docstring_parser",
         "pyarrow.parquet",
         "sklearn.metrics",
+        "tests.support.one_thread",
         "torch.distributed.fsdp",
         "torch.utils.tensorboard",
     ]

@@ -41,7 +41,6 @@ WORDS = [
 @pytest.fixture(scope="module")
 def blip(tmp_path_factory):
     """A BLIP of random weights, large enough that images make a difference, and its tokenizer."""
-    torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("blip")
     vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "[DEC]", *WORDS]
     (folder / "vocab.txt").write_text("\n".join(vocabulary) + "\n")

@@ -207,7 +207,6 @@ def test_decide():
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """Smooth images and the same kind with a checkerboard, and a model whose head tells them apart."""
-    torch.set_num_threads(1)  # small matrices: a second thread costs more than it gains
     root = tmp_path_factory.mktemp("calibration")
     rng = np.random.default_rng(0)
     for kind, strength in (("real", 0), ("fake", 14)):

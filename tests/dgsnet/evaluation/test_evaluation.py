@@ -11,7 +11,6 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
-import torch
 from dgsnet import cli
 from dgsnet.config import Config, ModelConfig, PreprocessConfig
 from dgsnet.data import distortions
@@ -45,7 +44,6 @@ def make_model(folder, seed=0):
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    torch.set_num_threads(1)
     return make_model(tmp_path_factory.mktemp("model") / "m")
 
 
