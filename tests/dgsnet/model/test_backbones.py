@@ -358,5 +358,6 @@ def test_a_tokenizer_that_cannot_be_had_ends_in_one_line(monkeypatch):
         raise OSError("no route\nto host")
 
     monkeypatch.setattr(open_clip, "get_tokenizer", unreachable)
+    pretrained.tokenizer_of.cache_clear()
     with pytest.raises(UserError, match=r"tokenizer of nano-map .*no route to host.*data\.captions none"):
         build("nano-map", with_text=True)
