@@ -32,6 +32,7 @@ from triton.compiler.compiler import make_backend
 from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
+import dgs_kernels.reference
 import dgs_kernels.triton
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -43,9 +44,9 @@ UNSPECIALIZED = ("do_not_specialize", "do_not_specialize_on_alignment")
 
 
 def kernels_hash() -> str:
-    return hashlib.sha256(b"".join(file.read_bytes() for file in sorted(KERNELS.glob("*.py")))).hexdigest()[
-        :16
-    ]
+    """Of the kernels' files, and of the one that they take constants from."""
+    files = [*sorted(KERNELS.glob("*.py")), Path(dgs_kernels.reference.__file__)]
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
 
 
 def noted_files() -> list[str]:
@@ -60,7 +61,8 @@ def folder() -> Path:
 def made_with() -> dict:
     """All that decides, for one launch, whether it compiles."""
     python = ".".join(map(str, sys.version_info[:2]))
-    return {"kernels": kernels_hash(), "triton": triton.__version__, "python": python}
+    versions = {"triton": triton.__version__, "python": python}
+    return {"kernels": kernels_hash(), "capabilities": list(CAPABILITIES), **versions}
 
 
 def recorded() -> set[str]:

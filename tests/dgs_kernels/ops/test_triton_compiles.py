@@ -50,7 +50,7 @@ def test_every_launch_compiles():
     assert not errors, "\n".join(errors[:10])
 
 
-@pytest.mark.parametrize("other", ["kernels", "triton", "python"])
+@pytest.mark.parametrize("other", ["kernels", "capabilities", "triton", "python"])
 def test_the_record_is_of_these_kernels_and_this_compiler(monkeypatch, other):
     record = json.loads(triton_launches.RECORD.read_text())
     monkeypatch.setattr(triton_launches, "made_with", lambda: record["made_with"])
