@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.autograd.graph import increment_version
 from torch.optim.adamw import adamw
 from torch.optim.optimizer import ParamsT
 
@@ -164,6 +165,7 @@ class SurgeryAdamW(torch.optim.AdamW):
                     group["eps"],
                     group["maximize"],
                 )
+                increment_version(params)  # of distributed ones, too, whose local parts were written
         return sums
 
     def _step_plainly(self, group: dict, params: list[Tensor]) -> None:

@@ -23,6 +23,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from dgs_kernels import backends
 from dgs_kernels.ops.arguments import check_items
@@ -131,7 +132,10 @@ def _served_as_it_is(
     grads: list[Tensor], objectives: list[Tensor], weights: Tensor, groups: list[int]
 ) -> bool:
     serve = backends.implementation("combine_", weights.device.type)
-    return backends.is_native(serve) and serve(grads, objectives, weights, groups)
+    if not (backends.is_native(serve) and serve(grads, objectives, weights, groups)):
+        return False
+    increment_version(grads)
+    return True
 
 
 def _kernel(grads: list[Tensor], objectives: list[Tensor], weights: Tensor, groups: list[int]) -> None:
@@ -154,6 +158,7 @@ def _kernel(grads: list[Tensor], objectives: list[Tensor], weights: Tensor, grou
     serve = backends.implementation("combine_", weights.device.type)
     served = serve(in_a_row(work), laid_out, weights, groups)
     assert served is not False, "a native function takes what has been checked and laid out"
+    increment_version(grads)
     for grad, combined in zip(grads, work):
         if combined is not grad:
             grad.copy_(combined)

@@ -37,6 +37,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from dgs_kernels import backends
 from dgs_kernels.ops.arguments import check_choice, check_items, check_options, refuse_forward_mode
@@ -201,8 +202,12 @@ def _refuse_shared_memory(grads: Sequence[Tensor]) -> None:
             if len(together) > 1 or not all(map(_GAPLESS, (grads[j] for j in together))):
                 places = torch.cat([_places(grads[j]) for j in together])
                 if len(places.unique()) < len(places):
-                    names = " and ".join(f"grads[{j}]" for j in sorted(together))
-                    raise ValueError(f"project_align_: numbers of {names} share memory: clone what overlaps")
+                    names = [f"grads[{j}]" for j in sorted(together)]
+                    if len(names) > 3:
+                        names[2:] = [f"{len(names) - 2} more"]
+                    raise ValueError(
+                        f"project_align_: numbers of {' and '.join(names)} share memory: clone what overlaps"
+                    )
             together = []
         together.append(i)
         reached = max(reached, end)
@@ -295,7 +300,11 @@ def _served_as_it_is(*arguments: Any) -> bool:
     serve = backends.implementation("project_align_", sums.device.type)
     scale = number(scale, sums.dtype)
     options = (alignment, eps, *codes(order, rule, part))
-    return backends.is_native(serve) and serve(*lists, sums, scale, *options)
+    if not (backends.is_native(serve) and serve(*lists, sums, scale, *options)):
+        return False
+    if part != "sums":
+        increment_version(lists[0])
+    return True
 
 
 def _kernel(
@@ -331,6 +340,7 @@ def _kernel(
     served = serve(*map(in_a_row, lists), groups, sums, scale, *options)
     assert served is not False, "a native function takes what has been checked and laid out"
     if part != "sums":
+        increment_version(grads)
         for grad, edited in zip(grads, work):
             if edited is not grad:
                 grad.copy_(edited)

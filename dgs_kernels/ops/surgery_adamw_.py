@@ -27,10 +27,12 @@ The native function checks all of this and returns whether it served the call, a
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from dgs_kernels import backends
 from dgs_kernels.ops.project_align import number
@@ -95,7 +97,11 @@ def _served_as_it_is(*arguments: Any) -> bool:
     serve = backends.implementation("surgery_adamw_", sums.device.type)
     scale = number(scale, sums.dtype)
     options = (alignment, surgery_eps, *codes(order, rule, part), *arguments[15:])
-    return backends.is_native(serve) and serve(*lists, sums, scale, *options)
+    if not (backends.is_native(serve) and serve(*lists, sums, scale, *options)):
+        return False
+    params, _, exp_avgs, exp_avg_sqs, steps, *_ = lists
+    increment_version(itertools.chain(params, exp_avgs, exp_avg_sqs, steps))
+    return True
 
 
 def _kernel(*arguments: Any) -> None:
@@ -126,6 +132,7 @@ def _kernel(*arguments: Any) -> None:
     options = (alignment, surgery_eps, *codes(order, rule, part), *hyper)
     served = backends.implementation("surgery_adamw_", sums.device.type)(*ready, *options)
     assert served is not False, "a native function takes what has been checked and laid out"
+    increment_version(itertools.chain(*lists))
     for tensors, results in zip(lists, (work, averages, squares, counts)):
         for tensor, result in zip(tensors, results):
             if result is not tensor:

@@ -232,6 +232,19 @@ def test_overlapping_gradients_are_refused(overlapping, where, monkeypatch):
         project_align_(grads, [torch.ones_like(g) for g in grads])
 
 
+@pytest.mark.parametrize(
+    "count, names",
+    [
+        (3, r"grads\[0\] and grads\[1\] and grads\[2\]"),
+        (144, r"grads\[0\] and grads\[1\] and 142 more"),
+    ],
+)
+def test_of_many_overlapping_gradients_a_few_are_named(count, names):
+    x = torch.ones(4)
+    with pytest.raises(ValueError, match=f"numbers of {names} share memory"):
+        project_align_([x] * count, [x] * count)
+
+
 def test_neighbours_in_one_memory_are_no_overlap(way):
     memory = torch.arange(12.0).reshape(3, 4)
     grads = [memory[:, :2], memory[:, 2:]]
