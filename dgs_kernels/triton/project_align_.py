@@ -51,8 +51,12 @@ def _chunk(table_ptr, tensors, CHUNK: tl.constexpr):
 
 @triton.jit
 def _pointer(table_ptr, tensors, which: tl.constexpr, tensor, TYPE: tl.constexpr, ALIGNED: tl.constexpr):
-    pointer = tl.load(table_ptr + (ADDRESSES + which) * tensors + tensor).to(tl.pointer_type(TYPE))
-    return tl.multiple_of(pointer, 16) if ALIGNED else pointer
+    """Where a tensor begins: at a multiple of 16 if ALIGNED, in the interpreter too, as `multiple` is."""
+    address = tl.load(table_ptr + (ADDRESSES + which) * tensors + tensor)
+    if ALIGNED:
+        return tl.multiple_of((address & -16).to(tl.pointer_type(TYPE)), 16)
+    else:
+        return address.to(tl.pointer_type(TYPE))
 
 
 @triton.jit

@@ -13,7 +13,7 @@ from torch.library import opcheck
 from dgs_kernels import backends, combine_, gramian, reference
 from tests.conftest import on_backends
 from tests.dgs_kernels.ops.test_gramian import GROUPS, SHAPES, objectives
-from tests.dgs_kernels.ops.test_project_align_ import DTYPES, Marked, clones, doubles, draw
+from tests.dgs_kernels.ops.test_project_align_ import DTYPES, Marked, aligned_but_one, clones, doubles, draw
 
 everywhere = on_backends("combine_")
 
@@ -96,6 +96,17 @@ def test_layouts(backend):
         want = 2 * lists[0][0] - lists[1][0]
         combine_(lists[0], lists, torch.tensor([2.0, -1.0], device=backend))
         assert torch.equal(lists[0][0], want)
+
+
+@everywhere
+def test_lists_of_which_one_tensor_is_not_aligned(backend):
+    shapes = [(16,), (2, 24)]
+    weights = draw_weights(2, [0, 1], device=backend)
+    for out, *lists in aligned_but_one(
+        unwritten(shapes, device=backend), *objectives(2, shapes, device=backend)
+    ):
+        combine_(out, lists, weights)
+        assert_accurate(out, lists, weights, [0, 1])
 
 
 @everywhere

@@ -12,7 +12,7 @@ from torch.library import opcheck
 
 from dgs_kernels import backends, gramian, reference
 from tests.conftest import on_backends
-from tests.dgs_kernels.ops.test_project_align_ import DTYPES, Marked, clones, doubles, draw
+from tests.dgs_kernels.ops.test_project_align_ import DTYPES, Marked, aligned_but_one, clones, doubles, draw
 
 SHAPES = ((3, 41), (1,), (0,), (5,), (9000,), (64, 6), (7,))
 GROUPS = (0, 1, 1, 2, 0, 3, 1)
@@ -75,6 +75,12 @@ def test_layouts(backend, nan_filled):
         for other in (plain[1], plain[1].clone(memory_format=torch.contiguous_format)):
             lists = [[plain[0]], [other]]
             assert_accurate(gramian(lists), [[t.contiguous()] for (t,) in lists], [0])
+
+
+@everywhere
+def test_lists_of_which_one_tensor_is_not_aligned(backend):
+    for lists in aligned_but_one(*objectives(3, [(16,), (2, 24)], device=backend)):
+        assert_accurate(gramian(lists), lists, [0, 1])
 
 
 @everywhere

@@ -135,6 +135,27 @@ def test_layouts(backend, nan_filled):
     assert_accurate(out, base[:1], [expanded.contiguous()], None, [0])
 
 
+def aligned_but_one(*lists):
+    """The lists again and again, each time with another tensor one number behind where it could begin."""
+
+    def placed(t, offset):
+        return t.new_empty(t.numel() + offset)[offset:].view_as(t).copy_(t)
+
+    count = sum(map(len, lists))
+    for odd in range(count):
+        offsets = iter([int(i == odd) for i in range(count)])
+        yield [[placed(t, next(offsets)) for t in ts] for ts in lists]
+
+
+@everywhere
+def test_lists_of_which_one_tensor_is_not_aligned(backend, nan_filled):
+    """Triton's kernels ask all tensors one question."""
+    lists = [draw([(16,), (2, 24)], device=backend, seed=seed) for seed in range(3)]
+    for placed in aligned_but_one(*lists):
+        project_align_(*placed, groups=[0, 0])
+        assert_accurate(placed[0], *lists, [0, 0])
+
+
 @everywhere
 def test_mixed_dtypes_share_a_layer(backend):
     grads = [t.to(d) for t, d in zip(draw(SHAPES[:2], device=backend), (torch.bfloat16, torch.float32))]

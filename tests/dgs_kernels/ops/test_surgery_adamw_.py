@@ -12,7 +12,15 @@ from dgs_kernels import OptimizerSurgery, SurgeryAdamW, backends, project_align_
 from dgs_kernels.ops.surgery_adamw_ import run
 from dgs_kernels.reference import ORDERS, RULES
 from tests.conftest import on_backends
-from tests.dgs_kernels.ops.test_project_align_ import GROUPS, SHAPES, clones, doubles, draw, thrice_removed
+from tests.dgs_kernels.ops.test_project_align_ import (
+    GROUPS,
+    SHAPES,
+    aligned_but_one,
+    clones,
+    doubles,
+    draw,
+    thrice_removed,
+)
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 OPTIONS = list(product(ORDERS, RULES))
@@ -168,6 +176,17 @@ def test_a_gradient_that_is_not_finite_is_not_hidden(backend):
         if GROUPS[i] != GROUPS[4]:
             assert param.isfinite().all() and average.isfinite().all()
     assert lists[0][4].isnan().any() and lists[3][4].isnan().any()
+
+
+@everywhere
+def test_lists_of_which_one_tensor_is_not_aligned(backend):
+    lists = [ts[:1] for ts in drawn(backend)]
+    want = [clones(ts) for ts in lists]
+    call(want, groups=[0])
+    steps = lists.pop(4)
+    for placed in aligned_but_one(*lists):
+        call([*placed[:4], clones(steps), *placed[4:]], groups=[0])
+        torch.testing.assert_close(placed[:4], want[:4])
 
 
 def test_operator():
