@@ -80,7 +80,7 @@ def test_a_source_type_is_the_signers_own_word(read, photograph):
     assert read(signed(picture(), KNOWN.signer(), source_type=capture)).source_type == "digitalCapture"
     # Nobody vouches for what an edited image says of itself, not even for its being unchanged.
     at = photograph.index(b"trainedAlgorithmicMedia")
-    for parent in (photograph, flipped(photograph, at)):
+    for parent in (photograph, flipped(photograph, at)) * 8:  # the library tells the two in any order
         edited = signed(parent, KNOWN.signer("Editor"), edited=True)
         assert b"AlgorithmicMedia" in edited
         assert read(edited) == Provenance("verified", "Editor")
