@@ -94,7 +94,7 @@ def file_shortcut(
 
 def _word_of_files(nuisances: np.ndarray, labels: np.ndarray, model: FileModel | None) -> Prediction | None:
     """What the files say; None with fewer than FEWEST images of a class, or where all files are alike."""
-    if np.bincount(labels, minlength=2).min() < FEWEST:
+    if min(np.bincount(labels, minlength=2)) < FEWEST:
         return None
     if model is None:
         return predict(features(nuisances)[0], labels, folds(labels))
