@@ -143,7 +143,7 @@ def draw(result: Heatmap, image: np.ndarray, title: str = "") -> Figure:
             matplotlib.cm.ScalarMappable(Normalize(-largest, largest), colours), ax=axes, shrink=0.8
         )
         bar.set_label("logit: below 0 speaks for real, above for generated")
-        bar.outline.set_visible(False)
+        bar.ax.spines["outline"].set_visible(False)
     return figure
 
 

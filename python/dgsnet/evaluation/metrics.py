@@ -186,7 +186,7 @@ class _Scores:
         above_generated, above_real = _cumulated(generated_counts), _cumulated(real_counts)
         result = self._accuracies(above_generated, above_real, threshold)
         missing = np.full(len(generated_counts), math.nan)
-        ranking = dict.fromkeys(("ap", "auc", *FALSE_POSITIVE_RATES), missing)
+        ranking: dict[str, np.ndarray] = dict.fromkeys(("ap", "auc", *FALSE_POSITIVE_RATES), missing)
         if n_generated and n_real:
             found = above_generated[:, self.generated_until]
             false = above_real[:, self.real_until]
