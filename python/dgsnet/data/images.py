@@ -26,6 +26,7 @@ MAX_SCANNED_PIXELS = 16 * MAX_PIXELS
 # Pillow makes Python objects, dozens of bytes each, of every value of these; encoders need some kilobytes.
 MAX_EXIF_BYTES = 2**22
 MAX_TIFF_VALUES = 2**20
+MAX_DIRECTORY_BYTES = 2**26
 # Pillow reads the text of these, and leaves out their comments, in Python.
 MAX_PNM_HEADER = 2**16
 MAX_PNM_TEXT = 2**24
@@ -194,13 +195,16 @@ def opened(data: bytes) -> Iterator[Image.Image]:
             yield image
 
 
+# Of one value of each type.
+_TIFF_BYTES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8}
 # A marker, and neither a stuffed 0xff, a restart nor a filling byte.
 _MARKER = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")
 
 
 def _check_jpeg(data: bytes) -> None:
     """Refuse JPEGs that are gone through many times over, or whose EXIF data is no camera's."""
-    scans = exif = pixels = 0
+    scans = pixels = 0
+    exif, pictures = bytearray(), b""  # put together by Pillow, and the last directory of several pictures
     place = 2
     while found := _MARKER.search(data, place):
         kind, place = data[found.end() - 1], found.end()
@@ -211,28 +215,26 @@ def _check_jpeg(data: bytes) -> None:
             height, width = (int.from_bytes(data[at : at + 2], "big") for at in (place + 3, place + 5))
             pixels = max(pixels, height * width)
         scans += kind == 0xDA
-        exif += length * (kind == 0xE1 and data.startswith(b"Exif", place + 2))
+        if kind == 0xE1 and data.startswith(b"Exif\0\0", place + 2):
+            exif += data[place + 8 : place + length]
+        elif kind == 0xE2 and data.startswith(b"MPF\0", place + 2):
+            pictures = data[place + 6 : place + length]
         if scans > MAX_SCANS or (scans > 1 and scans * pixels > MAX_SCANNED_PIXELS):
             raise ImageError(f"a JPEG of more scans ({scans} and more) than an image of its size can need")
-        if exif > MAX_EXIF_BYTES:
+        if len(exif) > MAX_EXIF_BYTES:
             raise ImageError(f"its EXIF data is larger than {MAX_EXIF_BYTES:,} bytes")
         place += length
+    _check_exif(exif)
+    _check_exif(pictures)
 
 
 def _check_tiff(data: bytes) -> None:
     """Refuse TIFFs whose directory, or a tile of them that no image needs, would fill the memory."""
     order = "<" if data.startswith(b"II") else ">"
-    big = b"+" in data[2:4]
-    offset, count, entry = ("8xQ", "Q", "HHQ8s") if big else ("4xL", "H", "HHL4s")
     tile = {322: 0, 323: 0}  # width and height
+    values = 0
     try:
-        (place,) = struct.unpack_from(order + offset, data)
-        (tags,) = struct.unpack_from(order + count, data, place)
-        place += struct.calcsize(order + count)
-        values = 0
-        for _ in range(tags):
-            tag, kind, number, value = struct.unpack_from(order + entry, data, place)
-            place += struct.calcsize(order + entry)
+        for tag, kind, number, value in _entries(data, "a TIFF directory"):
             values += 1 if kind in (1, 2, 7) else number  # bytes, text and opaque data stay as they are
             if values > MAX_TIFF_VALUES:
                 raise ImageError(f"a TIFF directory of more than {MAX_TIFF_VALUES:,} values")
@@ -242,6 +244,34 @@ def _check_tiff(data: bytes) -> None:
             raise ImageError(f"a TIFF with tiles of more than {MAX_PIXELS:,} pixels")
     except (struct.error, OverflowError):
         raise ImageError("cannot be decoded: the TIFF directory is cut off") from None
+
+
+def _check_exif(exif: bytes | bytearray) -> None:
+    """Refuse EXIF data whose directory would fill the memory; whatever else is wrong with it is no matter."""
+    with contextlib.suppress(struct.error, OverflowError):
+        for _ in _entries(re.sub(rb"^(Exif\0\0){1,2}", b"", exif), "an EXIF directory"):
+            pass
+
+
+def _entries(data: bytes, name: str) -> Iterator[tuple[int, int, int, bytes]]:
+    """Tag, type, number of values and value, or its place, of a TIFF's first directory.
+
+    Pillow before 13 makes a copy of what every entry stands for, though all stand for the same bytes.
+    """
+    order = "<" if data.startswith(b"II") else ">"
+    big = b"+" in data[2:4]
+    offset, count, entry = ("8xQ", "Q", "HHQ8s") if big else ("4xL", "H", "HHL4s")
+    (place,) = struct.unpack_from(order + offset, data)
+    (tags,) = struct.unpack_from(order + count, data, place)
+    place += struct.calcsize(order + count)
+    copied = 0
+    for _ in range(tags):
+        tag, kind, number, value = struct.unpack_from(order + entry, data, place)
+        place += struct.calcsize(order + entry)
+        copied += min(number * _TIFF_BYTES.get(kind, 0), len(data))
+        if copied > max(len(data), MAX_DIRECTORY_BYTES):
+            raise ImageError(f"{name} of more than {MAX_DIRECTORY_BYTES:,} bytes")
+        yield tag, kind, number, value
 
 
 def _check_pnm(data: bytes) -> None:
@@ -288,9 +318,13 @@ def _to_rgb(image: Image.Image) -> np.ndarray:
 
 def _upright(image: Image.Image) -> Image.Image:
     """Turned as its EXIF orientation says; EXIF data that cannot be read says nothing."""
-    if len(image.info.get("exif") or b"") > MAX_EXIF_BYTES:  # pillow-heif says None where there is none
-        return image
     try:
+        exif = image.info.get("exif")  # pillow-heif says None where there is none
+        if exif is None and (text := image.info.get("Raw profile type exif")):  # ImageMagick's, in PNGs
+            exif = bytes.fromhex("".join(text.split("\n")[3:]))
+        if exif and len(exif) > MAX_EXIF_BYTES:
+            return image
+        _check_exif(exif or b"")
         turn = _TRANSPOSITIONS.get(image.getexif().get(0x0112, 1))
     except Exception:  # as various as the damage
         return image

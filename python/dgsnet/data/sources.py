@@ -276,6 +276,9 @@ def _tar(path: str) -> Iterator[Item]:
         check_regular(path)
         with _Headers(path) as file, tarfile.open(fileobj=file, mode="r:") as tar:
             last = -1
+            # Nothing is in it, and next() of Python 3.10 would look for more before the file's beginning.
+            if tar.firstmember is None:  # type: ignore[attr-defined]  # typeshed lacks it
+                return
             while (member := tar.next()) is not None:
                 # They would hold all there are.
                 tar.members.clear()  # type: ignore[attr-defined]  # typeshed lacks it

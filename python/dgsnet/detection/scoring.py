@@ -255,8 +255,14 @@ def _write_csv(target: Path, rows: Iterator[Score], columns: Sequence[str]) -> N
         writer = csv.writer(file)
         writer.writerow(columns)
         for row in rows:
-            values = (getattr(row, column) for column in columns)
-            writer.writerow([f"{v:.{DECIMALS}f}" if isinstance(v, float) else v for v in values])
+            writer.writerow([_cell(getattr(row, column)) for column in columns])
+
+
+def _cell(value: object) -> object:
+    """A number with its decimals; no NUL, which a list may hold by mistake, and Python 3.10 refuses to write."""
+    if isinstance(value, float):
+        return f"{value:.{DECIMALS}f}"
+    return value.replace("\0", "\ufffd") if isinstance(value, str) else value
 
 
 def _write_jsonl(target: Path, rows: Iterator[Score], columns: Sequence[str]) -> None:

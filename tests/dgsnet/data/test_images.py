@@ -192,6 +192,8 @@ def test_exif_orientation_is_applied(rgb, grey, orientation, upright):
     exif = Image.Exif()
     exif[0x112] = orientation
     np.testing.assert_array_equal(read_image(encode(rgb, "png", exif=exif)), upright(rgb))
+    profile = raw_profile(exif.tobytes(), encode(rgb, "png"))
+    np.testing.assert_array_equal(read_image(profile), upright(rgb))
     wide = grey.astype(np.uint16) * 257
     np.testing.assert_array_equal(read_image(encode(wide, "tiff", exif=exif)), upright(stacked(grey)))
 
@@ -256,9 +258,9 @@ def test_sizes_that_pillow_finds_suspicious_are_read_without_warnings(rgb, monke
     np.testing.assert_array_equal(read_image(encode(rgb, "png")), rgb)
 
 
-def png_with(*chunks):
-    """A good PNG of 32 x 32 pixels with more chunks before its pixels."""
-    whole = png(32, 32, 8, 2, [bytes(96)] * 32)
+def png_with(*chunks, whole=None):
+    """A good PNG, of 32 x 32 pixels if none is given, with more chunks before its pixels."""
+    whole = whole or png(32, 32, 8, 2, [bytes(96)] * 32)
     return whole[:33] + b"".join(chunks) + whole[33:]
 
 
@@ -297,10 +299,26 @@ def animation(format, frames):
     return encode(images[0], format, save_all=True, append_images=images[1:])
 
 
-def overlapping_exif():
-    """60 000 entries that all mean the same megabyte."""
-    entries = b"".join(struct.pack("<HHLL", tag, 3, 2**19, 8) for tag in range(60_000))
-    return b"II*\0\x08\0\0\0" + struct.pack("<H", 60_000) + entries + bytes(2**20)
+def overlapping_exif(kind=3, entries=60_000, numbers=2**19, rest=2**20):
+    """Entries that all mean the same bytes: a megabyte 60 000 times over."""
+    directory = b"".join(struct.pack("<HHLL", tag, kind, numbers, 8) for tag in range(entries))
+    return b"II*\0\x08\0\0\0" + struct.pack("<H", entries) + directory + bytes(rest)
+
+
+def segments(marker, name, data):
+    """Data in as many JPEG segments as it takes."""
+    parts = [name + data[at : at + 65_000] for at in range(0, len(data), 65_000)]
+    return b"".join(b"\xff" + marker + struct.pack(">H", len(part) + 2) + part for part in parts)
+
+
+def raw_profile(exif, whole=None):
+    """EXIF data as ImageMagick writes it to PNGs, in hexadecimal digits."""
+    text = f"\nexif\n{len(exif)}\n{exif.hex()}"
+    return png_with(chunk(b"tEXt", b"Raw profile type exif\0" + text.encode()), whole=whole)
+
+
+def webp_with(exif):
+    return encode(Image.new("RGB", (32, 32)), "webp", exif=exif)
 
 
 STRIPS = [(256, 3, 1, 32), (257, 3, 1, 32), (258, 3, 1, 8), (259, 3, 1, 1), (262, 3, 1, 1), (277, 3, 1, 1)]
@@ -314,6 +332,21 @@ MADE_TO_HURT = {
     ),
     "iCCP": (lambda: png_with(chunk(b"iCCP", b"a\0\0" + zlib.compress(bytes(2**27), 9))), "too large"),
     "eXIf": (lambda: png_with(chunk(b"eXIf", overlapping_exif())), None),
+    "opaque eXIf": (lambda: png_with(chunk(b"eXIf", overlapping_exif(7, numbers=2**20))), None),
+    "raw profile": (lambda: raw_profile(overlapping_exif()), None),
+    "WebP EXIF": (lambda: webp_with(overlapping_exif()), None),
+    "JPEG EXIF directory": (
+        lambda: jpeg_with(segments(b"\xe1", b"Exif\0\0", overlapping_exif()), 1),
+        "an EXIF directory of more than",
+    ),
+    "JPEG pictures": (
+        lambda: jpeg_with(segments(b"\xe2", b"MPF\0", overlapping_exif(7, 5_000, 60_000, 0)), 1),
+        "an EXIF directory of more than",
+    ),
+    "TIFF opaque": (
+        lambda: tiff([*STRIPS[:-1], *((tag, 7, 2**20, 8) for tag in range(300, 60_000))], bytes(2**20)),
+        "a TIFF directory of more than 67,108,864 bytes",
+    ),
     "large eXIf": (lambda: png_with(chunk(b"eXIf", bytes(2**25))), None),
     "PNG header": (lambda: png(2**31 - 1, 2**31 - 1, 8, 2, []), "larger than"),
     "one row": (lambda: png(2**26, 1, 8, 0, []), "a side longer than 131,072 pixels"),

@@ -185,6 +185,7 @@ def test_lists(run, images, table, tmp_path, monkeypatch):
     predict_command([str(tmp_path / "twice.txt")], run, str(out))
     assert [bool(row["error"]) for row in rows(out)] == [False, False, True, True]
     assert "is a directory" in rows(out)[2]["error"]
+    assert rows(out)[3]["path"].endswith("no\ufffdwhere.png")
 
     (tmp_path / "bad.csv").write_text("file,label\na.png,0\n")
     (tmp_path / "empty.txt").write_text("")
