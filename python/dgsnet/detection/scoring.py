@@ -259,7 +259,7 @@ def _write_csv(target: Path, rows: Iterator[Score], columns: Sequence[str]) -> N
 
 
 def _cell(value: object) -> object:
-    """A number with its decimals; no NUL, which a list may hold by mistake, and Python 3.10 refuses to write."""
+    """A number with its decimals; no NUL, which a list may hold by mistake and Python 3.10 does not write."""
     if isinstance(value, float):
         return f"{value:.{DECIMALS}f}"
     return value.replace("\0", "\ufffd") if isinstance(value, str) else value
