@@ -41,15 +41,19 @@ def changed(before: list[int], *lists: list[Tensor]) -> list[bool]:
     return [now > then for now, then in zip(versions(*lists), before)]
 
 
-@on_backends("project_align_")
-@as_given
-def test_project_align_(backend, tensors):
+def assert_first_list_alone_is_written(operation: Callable, backend: str, tensors: str) -> None:
     lists = [draw(device=backend, seed=seed) for seed in range(3)]
     with given(tensors, *lists):
         before = versions(*lists)
-        project_align_(*lists)
+        operation(*lists)
     count = len(lists[0])
     assert changed(before, *lists) == [True] * count + [False] * 2 * count
+
+
+@on_backends("project_align_")
+@as_given
+def test_project_align_(backend, tensors):
+    assert_first_list_alone_is_written(project_align_, backend, tensors)
 
 
 @on_backends("project_align_")
@@ -68,12 +72,12 @@ def test_sums_alone_write_no_gradient(backend, tensors):
 @on_backends("combine_")
 @as_given
 def test_combine_(backend, tensors):
-    lists = [draw(device=backend, seed=seed) for seed in range(3)]
-    with given(tensors, *lists):
-        before = versions(*lists)
-        combine_(lists[0], lists[1:], torch.tensor([0.3, 0.7], device=backend))
-    count = len(lists[0])
-    assert changed(before, *lists) == [True] * count + [False] * 2 * count
+    weights = torch.tensor([0.3, 0.7], device=backend)
+
+    def combined(grads: list[Tensor], *objectives: list[Tensor]) -> None:
+        combine_(grads, objectives, weights)
+
+    assert_first_list_alone_is_written(combined, backend, tensors)
 
 
 @on_backends("surgery_adamw_")

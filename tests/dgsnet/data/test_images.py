@@ -317,10 +317,6 @@ def raw_profile(exif, whole=None):
     return png_with(chunk(b"tEXt", b"Raw profile type exif\0" + text.encode()), whole=whole)
 
 
-def webp_with(exif):
-    return encode(Image.new("RGB", (32, 32)), "webp", exif=exif)
-
-
 STRIPS = [(256, 3, 1, 32), (257, 3, 1, 32), (258, 3, 1, 8), (259, 3, 1, 1), (262, 3, 1, 1), (277, 3, 1, 1)]
 EXIF = b"\xff\xe1" + struct.pack(">H", 65_000) + b"Exif\0\0II*\0\x08\0\0\0" + bytes(65_000 - 16)
 ICC = b"\xff\xe2" + struct.pack(">H", 65_000) + b"ICC_PROFILE\0\1\1" + bytes(65_000 - 16)
@@ -334,7 +330,7 @@ MADE_TO_HURT = {
     "eXIf": (lambda: png_with(chunk(b"eXIf", overlapping_exif())), None),
     "opaque eXIf": (lambda: png_with(chunk(b"eXIf", overlapping_exif(7, numbers=2**20))), None),
     "raw profile": (lambda: raw_profile(overlapping_exif()), None),
-    "WebP EXIF": (lambda: webp_with(overlapping_exif()), None),
+    "WebP EXIF": (lambda: encode(Image.new("RGB", (32, 32)), "webp", exif=overlapping_exif()), None),
     "JPEG EXIF directory": (
         lambda: jpeg_with(segments(b"\xe1", b"Exif\0\0", overlapping_exif()), 1),
         "an EXIF directory of more than",
