@@ -17,7 +17,7 @@ from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
 from dgsnet.config import CONFIG_FILE, Config, read_config
 from dgsnet.errors import UserError
-from dgsnet.model.catalogue import own_settings
+from dgsnet.model.catalogue import check_no_code, own_settings
 
 
 @dataclass
@@ -183,6 +183,9 @@ def _train(parser: ArgumentParser, train_parser: ArgumentParser, argv: list[str]
     else:
         train_parser.set_defaults(own_settings(ahead.model.name))
     arguments = parser.parse_args(argv).train
+    pretrained = arguments.model.pretrained
+    if ahead.resume and saved.is_file() and pretrained != ahead.model.pretrained:  # not this command line's
+        check_no_code(saved, pretrained, "--model.pretrained")
     train_command(_to_config(arguments), Path(arguments.out), arguments.resume)
 
 

@@ -27,6 +27,7 @@ def calibrate_command(
     replace: bool = False,
     device: str | None = None,
     workers: int | None = None,
+    pretrained: str | None = None,
 ) -> None:
     """Set a model's threshold for a false-positive rate, from images whose class is known.
 
@@ -45,6 +46,8 @@ def calibrate_command(
         replace: put the new calibration in the place of one that the model has.
         device: torch device; the GPU where there is one if not given.
         workers: processes that read and prepare images; chosen if not given.
+        pretrained: weights file of the model's backbone, in place of what the folder names; TorchScript, such
+            as OpenAI's own file, has to be named here.
     """
     if not replace and (before := load_calibration(model)):
         raise UserError(
@@ -57,7 +60,7 @@ def calibrate_command(
     fakes = _items(generated, 1) if generated else []
     warn_of_training_images(model, [item for found in (*sources.values(), fakes) for item in found])
     # An older calibration must not decide how these scores are made.
-    detector = Detector.load(model, device, views=views, calibrated=False)
+    detector = Detector.load(model, device, views=views, calibrated=False, pretrained=pretrained)
     result = calibrate(
         {name: _logits(detector, found, workers) for name, found in sources.items()},
         _logits(detector, fakes, workers) if fakes else None,

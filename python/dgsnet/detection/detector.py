@@ -90,6 +90,7 @@ class Detector:
         *,
         views: int | None = None,
         calibrated: bool = True,
+        pretrained: str | None = None,
     ) -> Detector:
         """Load a model folder with its calibration, or the best model of a training run's folder.
 
@@ -98,6 +99,8 @@ class Detector:
             device: torch device, such as "cpu" or "cuda:1"; None takes the GPU where there is one.
             views: views averaged per image; None is what the calibration was made with, else 1.
             calibrated: False leaves the folder's calibration aside.
+            pretrained: weights file of the backbone, in place of the one that the folder names; TorchScript,
+                such as OpenAI's own files, can run code and is loaded only if it is named here.
 
         Raises:
             UserError: the folder holds no model, its backbone cannot be loaded, it was calibrated for another
@@ -119,7 +122,7 @@ class Detector:
         except (RuntimeError, AssertionError) as error:
             raise UserError(f"device {device} cannot be used here ({error}); try cpu") from None
         calibration = load_calibration(run) if calibrated else None
-        return cls(*load_model(Path(run), device=device), calibration, views)
+        return cls(*load_model(Path(run), device=device, pretrained=pretrained), calibration, views)
 
     def predict(self, images: Any, *, workers: int | None = None, consistency: bool = False) -> np.ndarray:
         """Probability that each image was generated, float32 [N]; calibrated where the model is.

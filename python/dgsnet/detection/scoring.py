@@ -129,6 +129,7 @@ def predict_command(
     consistency: bool = False,
     provenance: bool = False,
     trust: str | None = None,
+    pretrained: str | None = None,
 ) -> None:
     """Score images into a table with columns path, probability, decision, error.
 
@@ -147,6 +148,8 @@ def predict_command(
             decide "unsure" where they are decided otherwise; 5 times the work and more.
         provenance: in further columns, the file's Content Credentials: verified, unverified, invalid, absent.
         trust: PEM file of the certificates that signers are trusted by; none are if not given.
+        pretrained: weights file of the model's backbone, in place of what the folder names; TorchScript, such
+            as OpenAI's own file, has to be named here.
     """
     for option, given in {"heatmaps": heatmaps, "provenance": provenance}.items():
         if given and engine != "local":
@@ -161,12 +164,12 @@ def predict_command(
         import_pyarrow()
     _check_found(paths)
     with ProvenanceReader(trust) if provenance else contextlib.nullcontext() as reader:
-        detector = Detector.load(model, device, views=views)
+        load = partial(Detector.load, model, device, views=views, pretrained=pretrained)
+        detector = load()
         begun = settings(detector, paths, consistency=consistency, provenance=reader)
         table = Partial(target, begun, resume=resume)
         todo = Todo(paths, table.path, table.end)
         if engine == "ray":
-            load = partial(Detector.load, model, device, views=views)
             rows = score_on_ray(detector, load, todo, workers=workers, consistency=consistency)
         else:
             on_score = partial(_save_heatmap, detector, heatmaps) if heatmaps else None

@@ -245,6 +245,7 @@ def serve_command(
     consistency: bool = False,
     provenance: bool = False,
     trust: str | None = None,
+    pretrained: str | None = None,
 ) -> None:
     """Show a page that scores the images dropped on it, with the JSON API behind it.
 
@@ -261,6 +262,8 @@ def serve_command(
             otherwise; 5 times the work and more.
         provenance: show the file's Content Credentials: verified, unverified, invalid, absent.
         trust: PEM file of the certificates that signers are trusted by; none are if not given.
+        pretrained: weights file of the model's backbone, in place of what the folder names; TorchScript, such
+            as OpenAI's own file, has to be named here.
     """
     if trust and not provenance:
         raise UserError("--trust goes with --provenance")
@@ -270,7 +273,7 @@ def serve_command(
     if host not in LOOPBACK:
         print(f"dgsnet: warning: anybody who can reach {host} can use the page", file=sys.stderr)
     reader = ProvenanceReader(trust) if provenance else None
-    detector = Detector.load(model, device, views=views)
+    detector = Detector.load(model, device, views=views, pretrained=pretrained)
     try:
         listening = socket.create_server(
             (host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET

@@ -134,6 +134,7 @@ def evaluate_command(
     views: int | None = None,
     device: str | None = None,
     workers: int | None = None,
+    pretrained: str | None = None,
 ) -> None:
     """Measure a model on labelled images, per generator and on average.
 
@@ -154,11 +155,13 @@ def evaluate_command(
         views: views averaged per image; what the calibration was made with, else 1, if not given.
         device: torch device; the GPU where there is one if not given.
         workers: processes that read and prepare images; chosen if not given.
+        pretrained: weights file of the model's backbone, in place of what the folder names; TorchScript, such
+            as OpenAI's own file, has to be named here.
     """
     distortions = _distortions(robustness or ())
     file_model = load_model(audit) if audit else None
     suites = find_suites(data, split)
-    detector = Detector.load(model, device, views=views)
+    detector = Detector.load(model, device, views=views, pretrained=pretrained)
     warn_of_training_images(model, [sample.item for samples in suites.values() for sample in samples])
     result = evaluate(
         detector,

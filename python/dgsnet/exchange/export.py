@@ -33,25 +33,28 @@ CONTRACT_FILE = "dgsnet.json"
 TOLERANCE = 1e-4
 
 
-def export_command(model: str, format: Format, out: str) -> None:
+def export_command(model: str, format: Format, out: str, pretrained: str | None = None) -> None:
     """Write a detector as one file that runs without dgsnet, or as a transformers model with a peft adapter.
 
     Args:
         model: a model folder, or the folder of a training run.
         format: onnx, torchscript and safetensors have the adapters merged; hf keeps them apart.
         out: the file to write, or for hf a new folder; the model card lies beside it, or in it.
+        pretrained: weights file of the model's backbone, in place of what the folder names; TorchScript, such
+            as OpenAI's own file, has to be named here.
     """
-    card = export(model, out, format)
+    card = export(model, out, format, pretrained=pretrained)
     print(f"{out}: {format}, verified against the original; model card {card}")
 
 
-def export(model: str | Path, out: str | Path, format: Format) -> Path:
+def export(model: str | Path, out: str | Path, format: Format, *, pretrained: str | None = None) -> Path:
     """Export a detector, check that it gives the original's scores, and write its model card.
 
     Args:
         model: a model folder, or the folder of a training run; its calibration goes with it.
         out: the file; for "hf" a folder that does not exist or is empty.
         format: "onnx", "torchscript", "safetensors" or "hf".
+        pretrained: as in `Detector.load`.
 
     Returns:
         The model card, Markdown: `<out>.md`, or README.md in the folder.
@@ -73,7 +76,7 @@ def export(model: str | Path, out: str | Path, format: Format) -> Path:
         raise UserError(
             f"{out} is a folder: give --out the name of a file, such as {out / f'model.{format}'}"
         )
-    detector = Detector.load(model, "cpu")
+    detector = Detector.load(model, "cpu", pretrained=pretrained)
 
     from dgsnet.model.checkpoint import read_extra
 

@@ -8,6 +8,7 @@ import importlib.util
 import json
 import re
 import sys
+import zipfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -184,6 +185,32 @@ def check_image_size(name: str, taken: int, given: int) -> None:
         raise UserError(
             f"model {name} takes images of {taken} pixels, but preprocess.image_size is {given}: "
             "make them equal"
+        )
+
+
+def is_torchscript(path: str | Path) -> bool:
+    """Whether a file is TorchScript, which is code. As for torch, `constants.pkl` at its root says so."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+    except zipfile.BadZipFile:
+        return False
+    return bool(names) and f"{names[0].partition('/')[0]}/constants.pkl" in names
+
+
+def check_no_code(config: Path, pretrained: str, option: str) -> None:
+    """Refuse weights that a folder's configuration names and that would run code when they are loaded.
+
+    Args:
+        config: the configuration's file, which may be a stranger's.
+        pretrained: the weights it names.
+        option: with which option the person who runs the command can name the file.
+    """
+    path = Path(pretrained).expanduser()
+    if path.is_file() and is_torchscript(path):
+        raise UserError(
+            f"{config} names {pretrained}, which is TorchScript and can run code: if you trust that file, "
+            f"give it yourself with {option} {pretrained}"
         )
 
 

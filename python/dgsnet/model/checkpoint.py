@@ -13,7 +13,6 @@ import hashlib
 import io
 import json
 import os
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +23,18 @@ from safetensors.torch import save as to_safetensors
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from dgsnet.config import CONFIG_FILE, Config, read_config
+from dgsnet.config import CONFIG_FILE, Config
 from dgsnet.errors import UserError
 from dgsnet.files import one_line, replace_folder, sync, sync_folder, write_synced
 from dgsnet.model.dgsnet import DGSNet
-from dgsnet.model.folders import WEIGHTS_FILE, model_folder
+from dgsnet.model.folders import (
+    BACKBONE_FILE,
+    WEIGHTS_FILE,
+    model_folder,
+    read_model_config,
+    with_pretrained,
+)
 
-# As `pretrained` in config.json it means the file of this name in the model folder.
-BACKBONE_FILE = "clip.safetensors"
 # Hashes of the training images' files (images.file_hash), int64, ascending.
 TRAINED_ON_FILE = "training_images.npy"
 FORMAT = "dgsnet-1"  # changes when an older program could not read the file rightly
@@ -145,7 +148,7 @@ def write_model(
     """
     header = {"format": FORMAT, "backbone": backbone_fingerprint, "extra": json.dumps(extra)}
     if backbone:
-        config = _with_pretrained(config, BACKBONE_FILE)
+        config = with_pretrained(config, BACKBONE_FILE)
 
     def fill(new: Path) -> None:
         if backbone:
@@ -163,7 +166,11 @@ def write_model(
 
 
 def load_model(
-    folder: str | Path, *, device: str | torch.device = "cpu", with_text: bool = False
+    folder: str | Path,
+    *,
+    device: str | torch.device = "cpu",
+    with_text: bool = False,
+    pretrained: str | None = None,
 ) -> tuple[DGSNet, Config]:
     """Read a trained model.
 
@@ -171,6 +178,8 @@ def load_model(
         folder: a model folder, or a run folder (its best model is taken).
         device: where the model is put.
         with_text: load the text encoder too.
+        pretrained: the backbone's weights, in place of those that the folder's configuration names. A file
+            of TorchScript, which can run code, is loaded only if it is named here.
 
     Returns:
         The model in evaluation mode and the configuration it was trained with; `pretrained` is the path of
@@ -183,11 +192,7 @@ def load_model(
         >>> model, config = load_model("runs/mine")  # doctest: +SKIP
     """
     folder = model_folder(folder)
-    config = read_config(folder / CONFIG_FILE)
-    if config.model.pretrained == BACKBONE_FILE:
-        if not (folder / BACKBONE_FILE).is_file():
-            raise UserError(f"{folder / BACKBONE_FILE} is missing: copy the model's folder whole")
-        config = _with_pretrained(config, str(folder / BACKBONE_FILE))
+    config = read_model_config(folder, pretrained)
     header, state = _read_weights(folder / WEIGHTS_FILE)
     model = build_model(config, with_text=with_text)
     try:
@@ -204,10 +209,6 @@ def load_model(
             "restore the weights it was trained on, or train again"
         )
     return model.to(device).eval(), config
-
-
-def _with_pretrained(config: Config, pretrained: str) -> Config:
-    return replace(config, model=replace(config.model, pretrained=pretrained))
 
 
 def read_extra(folder: str | Path) -> dict[str, Any]:

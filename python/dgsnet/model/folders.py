@@ -1,14 +1,18 @@
-"""Where a trained model lies, found before anything heavy is imported."""
+"""Where a trained model lies and what it is made of, found before anything heavy is imported."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
-from dgsnet.config import CONFIG_FILE
+from dgsnet.config import CONFIG_FILE, Config, read_config
 from dgsnet.errors import UserError
 from dgsnet.files import aside
+from dgsnet.model.catalogue import check_no_code
 
 WEIGHTS_FILE = "adapters.safetensors"
+# As `pretrained` in config.json it means the file of this name in the model folder.
+BACKBONE_FILE = "clip.safetensors"
 
 
 def model_folder(path: str | Path) -> Path:
@@ -34,3 +38,28 @@ def model_folder(path: str | Path) -> Path:
     raise UserError(
         f"{path} is no model: it holds no {WEIGHTS_FILE}; give the folder that `dgsnet train` wrote"
     )
+
+
+def read_model_config(folder: Path, pretrained: str | None = None) -> Config:
+    """The configuration of a model folder; `model.pretrained` is where its backbone's weights are.
+
+    Args:
+        folder: a model folder.
+        pretrained: the weights to take, as in load_model.
+
+    Raises:
+        UserError: no configuration, its own backbone is missing, or it names TorchScript by itself.
+    """
+    config = read_config(folder / CONFIG_FILE)
+    if pretrained is None and config.model.pretrained == BACKBONE_FILE:
+        pretrained = str((folder / BACKBONE_FILE).resolve())
+        if not Path(pretrained).is_file():
+            raise UserError(f"{folder / BACKBONE_FILE} is missing: copy the model's folder whole")
+    if pretrained is None:
+        check_no_code(folder / CONFIG_FILE, config.model.pretrained, "--pretrained")
+        return config
+    return with_pretrained(config, pretrained)
+
+
+def with_pretrained(config: Config, pretrained: str) -> Config:
+    return replace(config, model=replace(config.model, pretrained=pretrained))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from dgsnet.model.catalogue import (
     check_tower,
     check_weights,
     has_text,
+    is_torchscript,
     timm_arguments,
     timm_config,
 )
@@ -137,8 +137,10 @@ def build_clip(name: str, pretrained: str, with_text: bool) -> open_clip.CustomT
         clip = open_clip.CustomTextCLIP(**arguments)
     clip.load_state_dict = functools.partial(clip.load_state_dict, assign=True)
     try:
-        # Old TorchScript archives hold no pickled objects but need the full loader to be recognised.
-        open_clip.load_checkpoint(clip, str(weights), weights_only=not _is_torchscript(weights))
+        if is_torchscript(weights):
+            clip.load_state_dict(_openai_state(weights))
+        else:
+            open_clip.load_checkpoint(clip, str(weights), weights_only=True)
     except Exception as error:
         raise _unfit(name, weights, f"{type(error).__name__}: {error}") from error
     del clip.load_state_dict
@@ -147,6 +149,14 @@ def build_clip(name: str, pretrained: str, with_text: bool) -> open_clip.CustomT
     for parameter in clip.parameters():  # a copy, as the tensors may be windows into the file
         parameter.data = parameter.data.to(torch.float32, copy=True)
     return clip
+
+
+def _openai_state(archive: Path) -> dict[str, Tensor]:
+    """OpenAI's weights by the names of CustomTextCLIP; torch.jit.load knows no pickled Python objects."""
+    state = torch.jit.load(str(archive), map_location="cpu").state_dict()
+    for name in ("input_resolution", "context_length", "vocab_size"):
+        state.pop(name, None)
+    return open_clip.model.convert_to_custom_text_state_dict(state)
 
 
 def _unfit(name: str, weights: Path, reason: str) -> UserError:
@@ -191,7 +201,7 @@ def _find_weights(name: str, pretrained: str, quick_gelu: bool) -> Path:
         _check_activation(name, f"the {pretrained!r} weights", bool(tag.get("quick_gelu")), quick_gelu)
         return _download(name, pretrained, tag)
     if path.is_file():
-        if _is_torchscript(path):  # the only TorchScript CLIPs are OpenAI's originals
+        if is_torchscript(path):  # the only TorchScript CLIPs are OpenAI's originals
             _check_activation(name, str(path), True, quick_gelu)
         return path
     tags = [
@@ -225,10 +235,3 @@ def _download(name: str, pretrained: str, tag: dict) -> Path:
             f"cannot download the {pretrained!r} weights of {name} from {source.rstrip('/')}: check the "
             "network, or fetch the file elsewhere and give its path as pretrained"
         ) from error
-
-
-def _is_torchscript(path: Path) -> bool:
-    if not zipfile.is_zipfile(path):
-        return False
-    with zipfile.ZipFile(path) as archive:
-        return any(Path(member).name == "constants.pkl" for member in archive.namelist())

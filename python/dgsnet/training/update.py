@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from dgsnet.config import CONFIG_FILE, Config, read_config
+from dgsnet.config import CONFIG_FILE, Config
 from dgsnet.data.samples import Sample, find_samples
 from dgsnet.detection.decisions import THRESHOLD
 from dgsnet.detection.overlap import warn_of_training_images
@@ -22,7 +22,7 @@ from dgsnet.evaluation.changes import compare, per_image, table
 from dgsnet.evaluation.evaluate import evaluate, find_suites
 from dgsnet.files import locked, one_line, write_file
 from dgsnet.model.catalogue import check_model
-from dgsnet.model.folders import WEIGHTS_FILE, model_folder
+from dgsnet.model.folders import WEIGHTS_FILE, model_folder, read_model_config
 from dgsnet.processes import announced_size
 from dgsnet.training.checks import UPDATE_FILE, check_folder, training_samples
 
@@ -46,6 +46,7 @@ def update_command(
     replay_share: float = REPLAY_SHARE,
     seed: int | None = None,
     resume: bool = False,
+    pretrained: str | None = None,
 ) -> None:
     """Teach a trained detector new generators, without losing the old ones.
 
@@ -67,6 +68,8 @@ def update_command(
             given.
         resume: go on where an update was stopped or killed, with the same options. Starts it if there is none
             in --out.
+        pretrained: weights file of the model's backbone, in place of what the folder names; TorchScript, such
+            as OpenAI's own file, has to be named here.
     """
     update(
         model,
@@ -80,6 +83,7 @@ def update_command(
         replay_share=replay_share,
         seed=seed,
         resume=resume,
+        pretrained=pretrained,
     )
 
 
@@ -96,6 +100,7 @@ def update(
     replay_share: float = REPLAY_SHARE,
     seed: int | None = None,
     resume: bool = False,
+    pretrained: str | None = None,
 ) -> Path:
     """Train a detector further on new images, and report what changed; docs/updating.md has the rules.
 
@@ -104,7 +109,8 @@ def update(
     images and, beside it, replayed ones.
 
     Args:
-        model, data, replay, out, rule, lr, steps, replay_share, seed, resume: as `dgsnet update` has them.
+        model, data, replay, out, rule, lr, steps, replay_share, seed, resume, pretrained: as `dgsnet update`
+            has them.
         test: test suites; None keeps a part of `data` and `replay` out; none at all: nothing is reported.
 
     Returns:
@@ -124,7 +130,9 @@ def update(
     if {Path(model).resolve(), folder.resolve()} & {out.resolve(), *out.resolve().parents}:
         raise UserError(f"--out {out} lies in the model's own folder: give a new folder")
     with locked(out):
-        config = _configuration(folder, data, replay, rule=rule, lr=lr, seed=seed)
+        config = _configuration(
+            read_model_config(folder, pretrained), data, replay, rule=rule, lr=lr, seed=seed
+        )
         new, old = _samples(config, data, replay, rule)
         suites = None if test is None else find_suites(test) if test else {}
         if suites is None:
@@ -146,7 +154,7 @@ def update(
         from dgsnet.training.run import run
 
         started = Update(
-            trained_state(load_model(folder)[0]),
+            trained_state(load_model(folder, pretrained=config.model.pretrained)[0]),
             trained_on(folder),
             old,
             rule,
@@ -157,12 +165,12 @@ def update(
         write_file(out / UPDATE_FILE, (json.dumps(told, indent=2) + "\n").encode())
         run(config, out, new, [], started)
         if suites:
-            report(model, out, suites)
+            report(model, out, suites, pretrained=config.model.pretrained)
     return out
 
 
 def _configuration(
-    folder: Path,
+    config: Config,
     data: Sequence[str],
     replay: Sequence[str],
     *,
@@ -171,13 +179,9 @@ def _configuration(
     seed: int | None,
 ) -> Config:
     """The settings of the model's training, for the student's loss alone and one pass over the new images."""
-    config = read_config(folder / CONFIG_FILE)
-    own = folder / config.model.pretrained  # the backbone that a converted model brings
-    pretrained = str(own.resolve()) if own.is_file() else config.model.pretrained
     try:
         return changed(
             config,
-            model=changed(config.model, pretrained=pretrained),
             seed=config.seed if seed is None else seed,
             data=changed(
                 config.data,
@@ -259,7 +263,9 @@ def _check_folder(config: Config, out: Path, told: dict[str, str], resume: bool)
     check_folder(config, out, resume)
 
 
-def report(model: str | Path, out: Path, suites: dict[str, list[Sample]]) -> None:
+def report(
+    model: str | Path, out: Path, suites: dict[str, list[Sample]], *, pretrained: str | None = None
+) -> None:
     """Measure both models on the same images; print what changed, and write it into `out`.
 
     Both decide at the threshold of the first one's calibration, which the second does not have.
@@ -267,9 +273,9 @@ def report(model: str | Path, out: Path, suites: dict[str, list[Sample]]) -> Non
     from dgsnet.detection.detector import Detector
     from dgsnet.model.checkpoint import load_model
 
-    before = Detector.load(model)
+    before = Detector.load(model, pretrained=pretrained)
     device = next(before.model.parameters()).device
-    after = Detector(*load_model(out, device=device), before.calibration, before.views)
+    after = Detector(*load_model(out, device=device, pretrained=pretrained), before.calibration, before.views)
     warn_of_training_images(out, [sample.item for samples in suites.values() for sample in samples])
     workers = after.config.data.workers
     old, new = (
