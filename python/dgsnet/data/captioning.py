@@ -58,8 +58,10 @@ class Captioner:
                 raise UserError(f"{model} is a model of type {kind}, not blip")
             found: Any = BlipForConditionalGeneration.from_pretrained(model, output_loading_info=True)
             self.processor: Any = BlipProcessor.from_pretrained(model)
-        # What a missing, damaged or foreign folder raises has no class in common.
-        except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
+        except UserError:
+            raise
+        # What a missing, damaged, foreign or hostile folder raises has no class in common.
+        except Exception as error:
             reason = " ".join(str(error).split())[:200]
             raise UserError(
                 f"{model}: cannot be loaded as BLIP ({reason}); give a folder that holds one, or a network"
