@@ -21,13 +21,14 @@ import torch
 from dgsnet.config import PreprocessConfig
 from dgsnet.data.images import read_image
 from dgsnet.data.loading import ImageDataset, make_loader
+from dgsnet.data.patches import select_patches
 from dgsnet.data.preprocess import Preprocessor
 from dgsnet.data.samples import Sample
 from PIL import Image
 
 from benchmarks import harness
 from benchmarks.spectral_entropy import SIZE, numpy_loop
-from dgs_kernels import backends, select_patches
+from dgs_kernels import backends
 
 SIDES = (256, 512, 1024)
 KEPT, LOW = 49, 24

@@ -10,7 +10,6 @@ from dgs_kernels.ops.gramian import gramian
 from dgs_kernels.ops.pcgrad import pcgrad
 from dgs_kernels.ops.project_align import project_align
 from dgs_kernels.ops.project_align_ import project_align_
-from dgs_kernels.ops.select_patches import select_patches
 from dgs_kernels.ops.spectral_entropy import spectral_entropy
 from dgs_kernels.ops.surgery_head import SurgeryHeadOutput, surgery_head
 from dgs_kernels.optim import SurgeryAdamW
@@ -30,7 +29,6 @@ __all__ = [
     "project_align",
     "project_align_",
     "reference",
-    "select_patches",
     "spectral_entropy",
     "surgery_head",
 ]

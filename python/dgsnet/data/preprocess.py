@@ -9,7 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dgs_kernels.ops.select_patches import (
+from dgsnet.config import NORMALIZATIONS, PreprocessConfig
+from dgsnet.data.images import MAX_PIXELS, ImageError
+from dgsnet.data.patches import (
     cut_patches,
     enlarged_size,
     mosaics,
@@ -17,8 +19,6 @@ from dgs_kernels.ops.select_patches import (
     select_patches,
     selected_boxes,
 )
-from dgsnet.config import NORMALIZATIONS, PreprocessConfig
-from dgsnet.data.images import MAX_PIXELS, ImageError
 
 
 class Preprocessor:

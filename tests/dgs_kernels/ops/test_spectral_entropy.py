@@ -1,4 +1,4 @@
-"""spectral_entropy on every backend against its definition in float64, and select_patches as an operation."""
+"""spectral_entropy on every backend against its definition in float64."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dgs_kernels import BackendError, backends, reference, select_patches, spectral_entropy
+from dgs_kernels import BackendError, backends, reference, spectral_entropy
 from tests.conftest import on_backends
 
 everywhere = on_backends("spectral_entropy")
@@ -125,7 +125,6 @@ def test_empty(backend):
     image = picture(1, 3, 32, 32, device=backend)
     assert spectral_entropy(image[..., :31, :]).shape == (1, 0)
     assert spectral_entropy(image[:0]).shape == (0, 1)
-    assert select_patches(image[:0], 32, 4, seed=0).shape == (0, 3, 64, 64)
 
 
 @everywhere
@@ -174,18 +173,6 @@ def test_a_forced_backend_refuses_what_it_cannot_serve(monkeypatch):
 def test_takes_no_part_in_differentiation():
     images = (picture(1, 3, 64, 64).float() / 255).requires_grad_()
     assert not spectral_entropy(images).requires_grad
-
-
-@everywhere
-def test_select_patches_keeps_the_least_and_the_most_complex(backend):
-    images = picture(2, 3, 320, 320, device=backend)
-    mosaic = select_patches(images, 32, 49, seed=[3, 4])
-    entropy = spectral_entropy(images).sort(1).values
-    found = spectral_entropy(mosaic).sort(1).values
-    want = torch.cat([entropy[:, :24], entropy[:, -25:]], 1)
-    torch.testing.assert_close(found, want, rtol=0, atol=2e-6)
-    alone = select_patches(images[1:], 32, 49, seed=4)
-    assert torch.equal(mosaic[1:], alone)
 
 
 def test_opcheck():

@@ -10,6 +10,7 @@ import pytest
 import torch
 from dgsnet.cli import main
 from dgsnet.config import Config, DataConfig, ModelConfig, PreprocessConfig
+from dgsnet.data.patches import select_patches
 from dgsnet.data.preprocess import Preprocessor, content_seed
 from dgsnet.detection.decisions import calibrate, save_calibration
 from dgsnet.detection.detector import Detector
@@ -18,7 +19,6 @@ from dgsnet.exchange.export import CONTRACT, CONTRACT_FILE, _check, export
 from dgsnet.model.checkpoint import build_model, save_model
 from safetensors import safe_open
 
-from dgs_kernels.ops.select_patches import select_patches
 from tests.support.tiny import add_quick_gelu
 
 QUICK = "tiny-quickgelu-export"

@@ -9,8 +9,7 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
-from dgs_kernels.ops.arguments import check_tensors, check_whole
-from dgs_kernels.ops.spectral_entropy import spectral_entropy
+from dgs_kernels import spectral_entropy
 
 
 def select_patches(
@@ -33,12 +32,12 @@ def select_patches(
         [B, 3, S, S] of the images' dtype, S = patch_size * sqrt(num_patches); channels last in memory.
 
     Raises:
-        ValueError: the shape is wrong, an image is empty, num_patches is no square, or there are neither
-            one nor B seeds.
+        ValueError: the shape is wrong, an image is empty, patch_size is below 1, num_patches is no square,
+            or there are neither one nor B seeds.
 
     Example:
         >>> import torch
-        >>> from dgs_kernels import select_patches
+        >>> from dgsnet.data.patches import select_patches
         >>> images = torch.randint(256, (2, 3, 300, 400), dtype=torch.uint8)
         >>> select_patches(images, seed=0).shape
         torch.Size([2, 3, 224, 224])
@@ -68,7 +67,7 @@ def selected_boxes(
 
     Example:
         >>> import torch
-        >>> from dgs_kernels.ops.select_patches import selected_boxes
+        >>> from dgsnet.data.patches import selected_boxes
         >>> selected_boxes(torch.zeros(1, 3, 224, 224), seed=0).shape
         torch.Size([1, 49, 4])
     """
@@ -88,10 +87,8 @@ def _select(
     images: Tensor, patch_size: int, num_patches: int, seed: int | Sequence[int] | Tensor
 ) -> tuple[Tensor, Tensor]:
     """The images, enlarged where they must be, and [B, n] which of their patches a mosaic's cells hold."""
-    check_tensors("select_patches", images=images)
-    check_whole("select_patches", "patch_size", patch_size)
-    if not isinstance(num_patches, int):
-        raise TypeError(f"num_patches must be an integer, got {type(num_patches).__qualname__}")
+    if patch_size < 1:
+        raise ValueError(f"patch_size must be at least 1, got {patch_size}")
     side = math.isqrt(max(num_patches, 0))
     if num_patches < 1 or side * side != num_patches:
         raise ValueError(f"num_patches must be a square number, got {num_patches}")
@@ -163,7 +160,7 @@ def mosaics(patches: Tensor, counts: Tensor, num_patches: int = 49, *, seeds: Te
 
     Example:
         >>> import torch
-        >>> from dgs_kernels.ops.select_patches import cut_patches, mosaics
+        >>> from dgsnet.data.patches import cut_patches, mosaics
         >>> images = [torch.zeros(size, dtype=torch.uint8) for size in ((300, 400, 3), (64, 64, 3))]
         >>> cut = [cut_patches(image) for image in images]
         >>> counts = torch.tensor([len(patches) for patches in cut])
@@ -210,7 +207,7 @@ def enlarged_size(height: int, width: int, patch_size: int, num_patches: int) ->
     sides are rounded to whole pixels. An image that holds enough keeps its size.
 
     Example:
-        >>> from dgs_kernels.ops.select_patches import enlarged_size
+        >>> from dgsnet.data.patches import enlarged_size
         >>> enlarged_size(100, 100, 32, 49), enlarged_size(300, 400, 32, 49), enlarged_size(32, 64, 32, 49)
         ((224, 224), (300, 400), (160, 320))
     """
