@@ -1,7 +1,12 @@
-"""Pictures drawn from a seed."""
+"""Pictures drawn from a seed, and how they are encoded."""
+
+import io
+import struct
+import zlib
 
 import numpy as np
 import torch
+from PIL import Image
 
 
 def picture(height, width, seed=0):
@@ -17,3 +22,34 @@ def picture(height, width, seed=0):
 def channels_first(image):
     """uint8 [H, W, 3] as a batch of one, [1, 3, H, W]."""
     return torch.from_numpy(image).permute(2, 0, 1)[None]
+
+
+def encode(image, format, **options):
+    file = io.BytesIO()
+    image = image if isinstance(image, Image.Image) else Image.fromarray(image)
+    image.save(file, format, **options)
+    return file.getvalue()
+
+
+def chunk(kind, data):
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def png(width, height, depth, color, rows):
+    """A PNG that Pillow cannot write: any bit depth, colour type, size and (uncompressed) contents."""
+    header = struct.pack(">IIBBBBB", width, height, depth, color, 0, 0, 0)
+    data = zlib.compress(b"".join(b"\0" + row for row in rows))
+    parts = chunk(b"IHDR", header), chunk(b"IDAT", data), chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
+def png_with(*chunks, whole=None):
+    """A good PNG, of 32 x 32 pixels if none is given, with more chunks before its pixels."""
+    whole = whole or png(32, 32, 8, 2, [bytes(96)] * 32)
+    return whole[:33] + b"".join(chunks) + whole[33:]
+
+
+def raw_profile(exif, whole=None):
+    """EXIF data as ImageMagick writes it to PNGs, in hexadecimal digits."""
+    text = f"\nexif\n{len(exif)}\n{exif.hex()}"
+    return png_with(chunk(b"tEXt", b"Raw profile type exif\0" + text.encode()), whole=whole)

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import pillow_heif
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, TiffImagePlugin, UnidentifiedImageError
 
 # What one image may cost. Sizes are known before anything is decoded.
 MAX_PIXELS = 2**27
@@ -184,7 +184,7 @@ def opened(data: bytes) -> Iterator[Image.Image]:
         raise ImageError(f"larger than {MAX_BYTES:,} bytes")
     if data.startswith(b"\xff\xd8"):
         _check_jpeg(data)
-    elif data.startswith((b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")):
+    elif data.startswith(tuple(TiffImagePlugin.PREFIXES)):
         _check_tiff(data)
     elif re.match(rb"P[0-6fy]", data):
         _check_pnm(data)
@@ -259,7 +259,8 @@ def _entries(data: bytes, name: str) -> Iterator[tuple[int, int, int, bytes]]:
     Pillow before 13 makes a copy of what every entry stands for, though all stand for the same bytes.
     """
     order = "<" if data.startswith(b"II") else ">"
-    big = b"+" in data[2:4]
+    # Where Pillow looks for it: it takes a big-endian BigTIFF, which has it a byte later, for a classic one.
+    big = data[2:3] == b"+"
     offset, count, entry = ("8xQ", "Q", "HHQ8s") if big else ("4xL", "H", "HHL4s")
     (place,) = struct.unpack_from(order + offset, data)
     (tags,) = struct.unpack_from(order + count, data, place)

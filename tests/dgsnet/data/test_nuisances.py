@@ -7,7 +7,7 @@ from dgsnet.data.images import FORMATS, ImageError
 from dgsnet.data.nuisances import NUISANCES, file_nuisances
 from PIL import Image
 
-from tests.dgsnet.data.test_images import chunk, encode
+from tests.support.pictures import chunk, encode
 
 TWO = {"append_images": [Image.new("RGB", (9, 9))], "save_all": True}  # pictures in a file
 NOISE = np.random.default_rng(0).integers(0, 256, (24, 48, 3), dtype=np.uint8)
