@@ -120,12 +120,13 @@ def test_twice_alike(backend):
 @everywhere
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 def test_what_is_not_finite_shows_in_its_objective_and_layer(backend, bad):
-    lists = objectives(3, device=backend)
-    lists[1][4][17] = bad
-    finite = gramian(lists, groups=GROUPS).isfinite().cpu()
-    expected = torch.ones(4, 3, 3, dtype=torch.bool)
-    expected[GROUPS[4], 1] = expected[GROUPS[4], :, 1] = False
-    assert torch.equal(finite, expected)
+    for tensor, objective in ((4, 1), (5, 2)):
+        lists = objectives(3, device=backend)
+        lists[objective][tensor].view(-1)[17] = bad
+        finite = gramian(lists, groups=GROUPS).isfinite().cpu()
+        expected = torch.ones(4, 3, 3, dtype=torch.bool)
+        expected[GROUPS[tensor], objective] = expected[GROUPS[tensor], :, objective] = False
+        assert torch.equal(finite, expected)
 
 
 @settings(max_examples=40, deadline=None)

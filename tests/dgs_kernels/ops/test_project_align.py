@@ -99,6 +99,10 @@ def layouts(device):
     }
 
 
+def broadcasts(shape, target):
+    return len(shape) <= len(target) and all(n in (1, m) for n, m in zip(shape[::-1], target[::-1]))
+
+
 @everywhere
 def test_layouts(backend, nan_filled):
     names = layouts(backend)
@@ -106,10 +110,9 @@ def test_layouts(backend, nan_filled):
     for grads, directions in ((flat, flat), (names, names)):
         shape = (6, 40) if grads is flat else (2, 3, 40)
         for grad in (g for g in grads.values() if g.shape == shape):
-            for direction in (d for d in directions.values() if d.dim() < 3 or len(shape) == 3):
-                if len(shape) == 3 and direction.dim() == 2 and direction.shape[0] != 1:
-                    continue
-                for harmful, beneficial in ((direction, -direction), (grad.flip(0), direction)):
+            fitting = [d for d in directions.values() if broadcasts(d.shape, shape)]
+            for harmful, other in zip(fitting, fitting[1:] + fitting[:1]):
+                for beneficial in (harmful.flip(-1), other):
                     out = project_align(grad, harmful, beneficial, alignment=0.5)
                     assert_accurate(out, grad, harmful, beneficial, alignment=0.5)
 
@@ -139,16 +142,16 @@ def test_matrices_of_which_one_is_not_aligned(backend, nan_filled):
 @everywhere
 @pytest.mark.parametrize("rows", [0, 1, 3])
 def test_few_rows(backend, rows, nan_filled):
-    grad, harmful = draw(2, rows, 7, device=backend)
-    assert_accurate(project_align(grad, harmful, harmful), grad, harmful, harmful)
+    matrices = draw(3, rows, 7, device=backend)
+    assert_accurate(project_align(*matrices), *matrices)
 
 
 @everywhere
 def test_mixed_dtypes_meet_in_the_wider(backend):
     grad = draw(4, 96, dtype=torch.bfloat16, device=backend)
-    harmful = draw(96, device=backend, seed=1)
-    out = project_align(grad, harmful, alignment=0.3)
-    want = project_align(grad.float(), harmful).bfloat16()
+    harmful, beneficial = draw(2, 96, device=backend, seed=1)
+    out = project_align(grad, harmful, beneficial.half(), alignment=0.3)
+    want = project_align(grad.float(), harmful, beneficial.half().float(), alignment=0.3).bfloat16()
     assert out.dtype == torch.bfloat16 and torch.equal(out, want)
 
 
@@ -335,11 +338,11 @@ def test_subclasses_are_tensors_too():
     class Marked(torch.Tensor):
         pass
 
-    grad, harmful = torch.randn(2, 3, 4).unbind()
+    matrices = draw(3, 3, 4)
     for alignment in (0.3, torch.tensor(0.3)):
         marked = alignment.as_subclass(Marked) if isinstance(alignment, torch.Tensor) else alignment
-        result = project_align(*(t.as_subclass(Marked) for t in (grad, harmful, harmful)), alignment=marked)
-        assert torch.equal(result, project_align(grad, harmful, harmful, alignment=alignment))
+        result = project_align(*(t.as_subclass(Marked) for t in matrices), alignment=marked)
+        assert torch.equal(result, project_align(*matrices, alignment=alignment))
 
 
 # Errors

@@ -228,14 +228,17 @@ def test_deterministic(backend):
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("where", ["grads", "harmful", "beneficial"])
 def test_what_is_not_finite_stays_in_its_layer_and_stays_visible(backend, bad, where):
-    lists = {name: draw(device=backend, seed=i) for i, name in enumerate(("grads", "harmful", "beneficial"))}
-    lists[where][4].view(-1)[3] = bad
-    sums = project_align_(*lists.values(), groups=GROUPS)
     hidden = {"harmful": -torch.inf, "beneficial": torch.inf}.get(where) == bad  # cut off by relu or min
-    assert sums[1:].isfinite().all() and bool(sums[0].isfinite().all()) == hidden
-    for i, out in enumerate(lists["grads"]):
-        assert out.isfinite().all() or (GROUPS[i] == GROUPS[4] and not hidden)
-    assert hidden or not lists["grads"][4].isfinite().all()
+    for place in (4, 5):  # of layers 0 and 2
+        names = ("grads", "harmful", "beneficial")
+        lists = {name: draw(device=backend, seed=i) for i, name in enumerate(names)}
+        lists[where][place].view(-1)[3] = bad
+        sums = project_align_(*lists.values(), groups=GROUPS)
+        finite = sums.isfinite().all(1).tolist()
+        assert finite == [hidden or layer != GROUPS[place] for layer in range(len(sums))]
+        for i, out in enumerate(lists["grads"]):
+            assert out.isfinite().all() or (GROUPS[i] == GROUPS[place] and not hidden)
+        assert hidden or not lists["grads"][place].isfinite().all()
 
 
 @everywhere
