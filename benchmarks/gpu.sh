@@ -88,7 +88,7 @@ if [ -n "$capability" ]; then
   else
     tell "left out: compute-sanitizer is not on the PATH"
   fi
-  bench more 20 spectral_entropy pcgrad optimizer_step --rows 144 --seconds 1
+  bench more 20 spectral_entropy optimizer_step --rows 144 --seconds 1
   deadline=535
   stage plots 10 "$python" -m benchmarks.plots "$out" --results \
     $(grep -l '"results"' $work/*.json)

@@ -19,7 +19,6 @@ from benchmarks import harness
 # cluster, if it may have 12 blocks, or one block, and lists whose layers do not.
 SIZES = {
     "project_align": [(65, 768), (3, 123), (2, 20000), (1, 131072), (1, 1_000_003)],
-    "pcgrad": [(65, 768), (3, 123), (2, 20000), (1, 131072), (1, 1_000_003)],
     "surgery_head": [(32, 768), (65, 123), (700, 1024), (5, 8192)],
     "project_align_": [(24, 768), (24, 5), (8448, 768)],
     "surgery_adamw_": [(24, 768), (24, 5), (8448, 768)],

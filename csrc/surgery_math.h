@@ -10,8 +10,7 @@
 namespace dgs {
 
 enum class Order { align_first, project_first };
-// mutual, for pcgrad alone: conflict both ways, and the sum of both results.
-enum class Rule { positive, full, conflict, mutual };
+enum class Rule { positive, full, conflict };
 
 // Clamps that let NaN through, as torch.clamp does: a comparison with NaN is false, so NaN is returned.
 template <typename F>
@@ -32,23 +31,9 @@ DGS_INLINE F direction(F harmful) {
 // k such that the projection onto u = h / (||h|| + eps) is <x, u> u = k h, from <x, h> and ||h||.
 template <typename F>
 DGS_INLINE F projection(F inner, F norm, F eps, Rule rule) {
-  if (rule >= Rule::conflict) inner = negative_part(inner);
+  if (rule == Rule::conflict) inner = negative_part(inner);
   const F scale = norm + eps;
   return inner / scale / scale;  // divided twice: scale * scale would underflow where eps alone is left
-}
-
-// What becomes of a row: kept x - removed h.
-template <typename F>
-struct Shares {
-  F kept, removed;
-};
-
-// Under Rule::mutual x loses its part along h and h its part along x: their sum is (1 - k_x) x - (k_h - 1) h.
-template <typename F>
-DGS_INLINE Shares<F> shares(F inner, F norm_of_h, F norm_of_x, F eps, Rule rule) {
-  const F k = projection(inner, norm_of_h, eps, rule);
-  if (rule != Rule::mutual) return {F(1), k};
-  return {F(1) - projection(inner, norm_of_x, eps, rule), k - F(1)};
 }
 
 }  // namespace dgs

@@ -7,7 +7,6 @@ from dgs_kernels.module import SurgeryHead
 from dgs_kernels.objectives import ObjectiveSurgery
 from dgs_kernels.ops.combine_ import combine_
 from dgs_kernels.ops.gramian import gramian
-from dgs_kernels.ops.pcgrad import pcgrad
 from dgs_kernels.ops.project_align import project_align
 from dgs_kernels.ops.project_align_ import project_align_
 from dgs_kernels.ops.spectral_entropy import spectral_entropy
@@ -25,7 +24,6 @@ __all__ = [
     "explain",
     "gradient_surgery",
     "gramian",
-    "pcgrad",
     "project_align",
     "project_align_",
     "reference",

@@ -22,7 +22,6 @@ VARIABLE = "DGS_KERNELS_BACKEND"
 BACKENDS = ("cuda", "triton", "cpu", "eager")
 OPERATIONS = (
     "project_align",
-    "pcgrad",
     "project_align_",
     "gramian",
     "combine_",

@@ -74,17 +74,6 @@ def project_align(
     return out.to(grad.dtype)
 
 
-def pcgrad(first: Tensor, second: Tensor, *, eps: float = 1e-6) -> Tensor:
-    """Each gradient's rows without what conflicts with the other's, and the sum, in the common type.
-
-    Shapes and arguments are those of `dgs_kernels.pcgrad`.
-    """
-    dtype = compute_dtype(first, second)
-    x, y = first.to(dtype), second.to(dtype)
-    out = project_align(x, y, eps=eps, rule="conflict") + project_align(y, x, eps=eps, rule="conflict")
-    return out.to(torch.promote_types(first.dtype, second.dtype))
-
-
 def layers(groups: Sequence[int]) -> list[list[int]]:
     """The tensors of each group 0..G-1, by their place in the list."""
     members: list[list[int]] = [[] for _ in range(max(groups, default=-1) + 1)]

@@ -1,5 +1,5 @@
 // project_align on the CPU. A row is read from memory once: the first loop over it leaves it in the cache for
-// the second, which writes the result. So the cost is that of moving three streams in and one out (pcgrad: two, one).
+// the second, which writes the result. So the cost is that of moving three streams in and one out.
 #include "../project_align.h"
 
 #include <algorithm>
@@ -19,12 +19,11 @@ constexpr int64_t block = 4096;
 constexpr int64_t work_per_thread = 16384;  // elements; less than that is done before a second thread wakes up
 
 struct Sums {
-  double inner = 0, square = 0, own = 0;  // <x, h>, ||h||^2 and, under Rule::mutual, ||x||^2
+  double inner = 0, square = 0;  // <x, h>, ||h||^2
 
   void operator+=(const Sums& other) {
     inner += other.inner;
     square += other.square;
-    own += other.own;
   }
 };
 
@@ -48,25 +47,22 @@ struct Block {
 // Blocks are taken by value: a store through `out` cannot change them then, and the loops vectorise.
 template <Align align, Rule rule, typename T>
 DGS_INLINE Sums sum_loop(const Block<T> b) {
-  typename Block<T>::F inner = 0, square = 0, own = 0;
-#pragma omp simd reduction(+ : inner, square, own)
+  typename Block<T>::F inner = 0, square = 0;
+#pragma omp simd reduction(+ : inner, square)
   for (int64_t i = 0; i < b.size; ++i) {
     const auto x = b.template projected<align>(i);
     const auto h = direction<rule == Rule::positive>(load(b.harmful[i]));
     inner += x * h;
     square += h * h;
-    if constexpr (rule == Rule::mutual) own += x * x;
   }
-  return {double(inner), double(square), double(own)};
+  return {double(inner), double(square)};
 }
 
 template <Align align, Rule rule, typename T>
-DGS_INLINE void apply_loop(const Block<T> b, const Shares<typename Block<T>::F> shares, T* out) {
+DGS_INLINE void apply_loop(const Block<T> b, const typename Block<T>::F k, T* out) {
 #pragma omp simd
   for (int64_t i = 0; i < b.size; ++i) {
-    auto x = b.template projected<align>(i);
-    if constexpr (rule == Rule::mutual) x *= shares.kept;
-    x -= shares.removed * direction<rule == Rule::positive>(load(b.harmful[i]));
+    const auto x = b.template projected<align>(i) - k * direction<rule == Rule::positive>(load(b.harmful[i]));
     store(&out[i], align == Align::last ? x + b.pull(i) : x);
   }
 }
@@ -74,7 +70,6 @@ DGS_INLINE void apply_loop(const Block<T> b, const Shares<typename Block<T>::F> 
 // The loops of Rule::full serve Rule::conflict too.
 template <typename T>
 DGS_INLINE Sums sum_any(const Block<T>& b, Align align, Rule rule) {
-  if (rule == Rule::mutual) return sum_loop<Align::none, Rule::mutual>(b);
   const bool positive = rule == Rule::positive;
   if (align == Align::first)
     return positive ? sum_loop<Align::first, Rule::positive>(b) : sum_loop<Align::first, Rule::full>(b);
@@ -82,31 +77,28 @@ DGS_INLINE Sums sum_any(const Block<T>& b, Align align, Rule rule) {
 }
 
 template <Align align, typename T>
-DGS_INLINE void apply_aligned(const Block<T>& b, Rule rule, const Shares<typename Block<T>::F>& shares, T* out) {
-  return rule == Rule::positive ? apply_loop<align, Rule::positive>(b, shares, out)
-                                : apply_loop<align, Rule::full>(b, shares, out);
+DGS_INLINE void apply_aligned(const Block<T>& b, Rule rule, typename Block<T>::F k, T* out) {
+  return rule == Rule::positive ? apply_loop<align, Rule::positive>(b, k, out)
+                                : apply_loop<align, Rule::full>(b, k, out);
 }
 
 template <typename T>
-DGS_INLINE void apply_any(const Block<T>& b, Align align, Rule rule, const Shares<typename Block<T>::F>& shares,
-                          T* out) {
-  if (rule == Rule::mutual) return apply_loop<Align::none, Rule::mutual>(b, shares, out);
+DGS_INLINE void apply_any(const Block<T>& b, Align align, Rule rule, typename Block<T>::F k, T* out) {
   switch (align) {
     case Align::none:
-      return apply_aligned<Align::none>(b, rule, shares, out);
+      return apply_aligned<Align::none>(b, rule, k, out);
     case Align::first:
-      return apply_aligned<Align::first>(b, rule, shares, out);
+      return apply_aligned<Align::first>(b, rule, k, out);
     case Align::last:
-      return apply_aligned<Align::last>(b, rule, shares, out);
+      return apply_aligned<Align::last>(b, rule, k, out);
   }
 }
 
 // Multiversioning is for plain functions only, hence the list.
-#define DGS_KERNELS(T)                                                                                           \
-  DGS_MULTIVERSION Sums sum(const Block<T>& b, Align align, Rule rule) { return sum_any(b, align, rule); }       \
-  DGS_MULTIVERSION void apply(const Block<T>& b, Align align, Rule rule, const Shares<double>& shares, T* out) { \
-    using F = Block<T>::F;                                                                                       \
-    apply_any(b, align, rule, {F(shares.kept), F(shares.removed)}, out);                                         \
+#define DGS_KERNELS(T)                                                                                     \
+  DGS_MULTIVERSION Sums sum(const Block<T>& b, Align align, Rule rule) { return sum_any(b, align, rule); } \
+  DGS_MULTIVERSION void apply(const Block<T>& b, Align align, Rule rule, double k, T* out) {               \
+    apply_any(b, align, rule, Block<T>::F(k), out);                                                        \
   }
 DGS_KERNELS(float)
 DGS_KERNELS(double)
@@ -155,17 +147,16 @@ class Rows {
 
   Sums sums(const Block<Seen>& b) const { return sum(b, align_, a_.rule); }
 
-  Shares<double> shares_of(const Sums& total) const {
-    return shares(total.inner, std::sqrt(total.square), std::sqrt(total.own), a_.eps, a_.rule);
-  }
+  // What of the direction h is removed: k h.
+  double share_of(const Sums& total) const { return projection(total.inner, std::sqrt(total.square), a_.eps, a_.rule); }
 
-  void write(const Block<Seen>& b, const Shares<double>& shares, int64_t row, int64_t begin, Scratch& scratch) const {
+  void write(const Block<Seen>& b, double k, int64_t row, int64_t begin, Scratch& scratch) const {
     T* out = static_cast<T*>(a_.out) + row * a_.out_stride + begin;
     if constexpr (half) {
-      apply(b, align_, a_.rule, shares, scratch.grad);
+      apply(b, align_, a_.rule, k, scratch.grad);
       narrow(scratch.grad, out, b.size);
     } else {
-      apply(b, align_, a_.rule, shares, out);
+      apply(b, align_, a_.rule, k, out);
     }
   }
 
@@ -187,11 +178,11 @@ class Rows {
     Block<Seen> b = read(row, 0, scratch);
     Sums total = sums(b);
     for (int64_t i = block; i < a_.dim; i += block) total += sums(read(row, i, scratch));
-    const Shares<double> shares = shares_of(total);
+    const double k = share_of(total);
     prefetch(row + 1);
     for (int64_t i = 0; i < a_.dim; i += block) {
       if (a_.dim > block) b = read(row, i, scratch);
-      write(b, shares, row, i, scratch);
+      write(b, k, row, i, scratch);
     }
   }
 };
@@ -213,11 +204,11 @@ void project_align(const ProjectAlign& a, ParallelFor parallel_for) {
     Scratch scratch;
     parts[i] = rows.sums(rows.read(i / blocks, i % blocks * block, scratch));
   });
-  std::vector<Shares<double>> shares(a.rows);
+  std::vector<double> shares(a.rows);
   for (int64_t row = 0; row < a.rows; ++row) {
     Sums total;
     for (int64_t i = 0; i < blocks; ++i) total += parts[row * blocks + i];
-    shares[row] = rows.shares_of(total);
+    shares[row] = rows.share_of(total);
   }
   parallel(parallel_for, a.rows * blocks, grain, [&](int64_t i) {
     Scratch scratch;

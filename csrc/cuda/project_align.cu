@@ -1,5 +1,4 @@
-// project_align and pcgrad on a GPU: one launch, every element read once and written once, save in rows that are too
-// long.
+// project_align on a GPU: one launch, every element read once and written once, save in rows that are too long.
 //
 // A row belongs to 1 to 512 threads, or to a cluster of up to 8 blocks of 512 that add up their sums through
 // distributed shared memory; either way it stays in registers between the inner products and the update. A thread has
@@ -19,7 +18,7 @@ constexpr int kPartThreads = 256;  // on a part of a long row
 constexpr int64_t kAtOnce = 132 << 10;
 // Enough for every multiprocessor to have several, and few enough for each block to add up all sums of its row.
 constexpr int64_t kMostParts = 512;
-constexpr int kSums = 3;  // of a row: <x, h>, <h, h>, <x, x>
+constexpr int kSums = 2;  // of a row: <x, h>, <h, h>
 
 struct Rows {
   ProjectAlign args;
@@ -40,8 +39,8 @@ __device__ __forceinline__ SurgeryOptions<A> options_of(const ProjectAlign& args
 }
 
 template <typename A>
-__device__ __forceinline__ Shares<A> shares_of(const A (&sums)[kSums], const SurgeryOptions<A>& options) {
-  return shares(sums[0], sqrt(sums[1]), sqrt(sums[2]), options.eps, options.rule);
+__device__ __forceinline__ A share_of(const A (&sums)[kSums], const SurgeryOptions<A>& options) {
+  return projection(sums[0], sqrt(sums[1]), options.eps, options.rule);
 }
 
 template <typename T>
@@ -73,9 +72,7 @@ __global__ __launch_bounds__(kMaxThreads) void rows_in_registers(const __grid_co
   share.read(at.grad, at.harmful, at.beneficial, count, lane, p.lanes, options, sums);
   sum_over(p.lanes, sums, scratch);
   sum_over_cluster(p.cluster, sums, scratch + kMaxThreads / kWarp * kSums);
-  Shares<A> shares = shares_of(sums, options);
-  share.scale(shares.kept);
-  share.write(at.out, shares.removed, count, lane, p.lanes);
+  share.write(at.out, share_of(sums, options), count, lane, p.lanes);
   cluster_done(p.cluster);
 }
 
@@ -128,12 +125,11 @@ __global__ __launch_bounds__(kPartThreads, 1) void project_row_parts(const __gri
       if (n < p.parts) sums[k] += partials[n * kSums + k];
   }
   sum_over(kPartThreads, sums, shared_memory<A>());
-  const Shares<A> shares = shares_of(sums, options);
+  const A k = share_of(sums, options);
   Share<T, Aligned> share;
   for (int64_t i = 0; i < part.count; i += part.kStep) {
     part.read(share, i, options, unused);
-    share.scale(shares.kept);
-    share.write(part.at.out + i, shares.removed, part.count - i, threadIdx.x, kPartThreads);
+    share.write(part.at.out + i, k, part.count - i, threadIdx.x, kPartThreads);
   }
 }
 

@@ -15,12 +15,11 @@ struct SurgeryOptions {
   Rule rule;
 };
 
-// What one element adds to the sums <x, h>, <h, h>, <x, x> of a row, with x the vector that is projected,
+// What one element adds to the sums <x, h>, <h, h> of a row, with x the vector that is projected,
 template <typename A>
-__device__ __forceinline__ void add_products(A x, A h, A, A (&sums)[3]) {
+__device__ __forceinline__ void add_products(A x, A h, A, A (&sums)[2]) {
   sums[0] += x * h;
   sums[1] += h * h;
-  sums[2] += x * x;
 }
 // and to a group's, from which metrics are made too: <g, h>, <h, h>, <g, g>, <b, h>, <b, b>, <g, b>.
 template <typename A>
@@ -79,11 +78,6 @@ struct Share {
       else
         with(options.order == Order::align_first, [&](auto moved_first) { add(positive, moved_first); });
     });
-  }
-
-  __device__ __forceinline__ void scale(A factor) {
-#pragma unroll
-    for (A& x : moved) x *= factor;
   }
 
   __device__ __forceinline__ A updated(int v, int j, A k) const {

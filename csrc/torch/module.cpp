@@ -304,22 +304,6 @@ bool project_align(Arguments arguments) {
   return launch_rows(call, grad.device);
 }
 
-bool pcgrad(Arguments arguments) {
-  View first, second, out;
-  if (!arguments.view(first) || !arguments.view(second) || !arguments.view(out)) return false;
-  dgs::ProjectAlign call{.alignment = 0, .eps = arguments.real(), .rule = dgs::Rule::mutual};
-  const auto dtype = dtype_of(first.dtype);
-  if (PyErr_Occurred() || !dtype || !first.rows(call.rows, call.grad_stride) || !alike(out, first) ||
-      !same_shape(first, second) || !direction_of(first, second, call.harmful_stride) || !positive(call.eps))
-    return false;
-  call.grad = first.at();
-  call.harmful = second.at();
-  call.out = out.at();
-  call.dim = call.out_stride = first.shape[first.ndim - 1];
-  call.dtype = *dtype;
-  return launch_rows(call, first.device);
-}
-
 // Whether all are in [0, 1]; of numbers on a GPU the kernel finds out.
 bool probabilities(const View& x) {
   if (x.device.device_type != kDLCPU) return true;
@@ -663,7 +647,6 @@ PyMethodDef method(const char* name, const char* signature) {
 PyMethodDef methods[] = {
     method<function<project_align, 9>>(
         "project_align", "project_align(grad, harmful, beneficial, scale, out, alignment, eps, order, rule) -> bool"),
-    method<function<pcgrad, 4>>("pcgrad", "pcgrad(first, second, out, eps) -> bool"),
     method<function<surgery_head, 19>>(
         "surgery_head",
         "surgery_head(features, teacher_features, text_features, labels, image_weight, image_bias, "

@@ -31,10 +31,6 @@ def project_align(
     return out.contiguous()
 
 
-def pcgrad(first: Tensor, second: Tensor, eps: float) -> Tensor:
-    return reference.pcgrad(first, second, eps=eps).contiguous()
-
-
 def project_align_(
     grads: list[Tensor],
     harmful: list[Tensor],

@@ -1,4 +1,4 @@
-"""Gradient surgery on rows in Triton: the portable GPU kernels of `dgs::project_align` and `dgs::pcgrad`.
+"""Gradient surgery on rows in Triton: the portable GPU kernels behind `dgs::project_align`.
 
 A row that fits in registers is read once and written once: 3 reads and 1 write of rows x D, or 1 and 1 with
 broadcast directions, whose rows stay in cache. A longer row is cut into parts, one program's each, and read
@@ -29,8 +29,7 @@ MOST_PARTS = tl.constexpr(512)
 PROJECT_FIRST = tl.constexpr(1)  # place in reference.ORDERS
 POSITIVE = tl.constexpr(0)  # places in reference.RULES
 CONFLICT = tl.constexpr(2)
-MUTUAL = tl.constexpr(3)  # pcgrad's: conflict both ways, and the sum of both results
-SUMS = tl.constexpr(3)  # of a row: <x, h>, <h, h>, <x, x>
+SUMS = tl.constexpr(2)  # of a row: <x, h>, <h, h>
 # Triton would ask of each of these whether it divides by 16, and compile a kernel for every combination of
 # answers: ALIGNED is one answer for all.
 MATRICES = (
@@ -80,7 +79,7 @@ def _strength(alignment, scale_ptr, ACC: tl.constexpr):
 def _coefficient(inner, square, eps, rule, ACC: tl.constexpr):
     """What to subtract of the row h, from <x, h> and <h, h>: <x, u> / (||h|| + eps)."""
     norm = root(square) + (tl.full((), 1.0, tl.float64) * eps).to(ACC)
-    inner = tl.where((rule >= CONFLICT) & (inner > 0), 0.0, inner)
+    inner = tl.where((rule == CONFLICT) & (inner > 0), 0.0, inner)
     return divide(divide(inner, norm), norm)
 
 
@@ -121,10 +120,6 @@ def _row_kernel(
         moved += _strength(alignment, scale_ptr, ACC) * tl.where(b > 0, 0.0, b)
         x = tl.where(order == PROJECT_FIRST, x, moved)
     inner, square = tl.sum(x * h, 1, keep_dims=True), tl.sum(h * h, 1, keep_dims=True)
-    if beneficial_ptr is None:  # noqa: SIM102
-        if rule == MUTUAL:
-            own = tl.sum(x * x, 1, keep_dims=True)
-            moved = moved - _coefficient(inner, own, eps, rule, ACC) * x + h
     moved -= _coefficient(inner, square, eps, rule, ACC) * h
     tl.store(out_ptr + row * dim + column, moved, mask)
 
@@ -157,7 +152,7 @@ def _part_sums_kernel(
     if beneficial_ptr is not None:
         beneficial_ptr = row_start(beneficial_ptr, row, beneficial_stride, ALIGNED)
         strength = _strength(alignment, scale_ptr, ACC)
-    inner, square, own = tl.zeros((BLOCK,), ACC), tl.zeros((BLOCK,), ACC), tl.zeros((BLOCK,), ACC)
+    inner, square = tl.zeros((BLOCK,), ACC), tl.zeros((BLOCK,), ACC)
     for start in range(begin, tl.minimum(begin + part_size, dim), BLOCK):
         column = start + tl.arange(0, BLOCK)
         mask = column < dim
@@ -170,11 +165,9 @@ def _part_sums_kernel(
                 x += strength * tl.where(b > 0, 0.0, b)
         inner += x * h
         square += h * h
-        own += x * x
     partials_ptr += tl.program_id(0).to(tl.int64) * SUMS
     tl.store(partials_ptr, tl.sum(inner, 0))
     tl.store(partials_ptr + 1, tl.sum(square, 0))
-    tl.store(partials_ptr + 2, tl.sum(own, 0))
 
 
 @triton.jit(do_not_specialize=[*MATRICES, "parts", "rule"])
@@ -209,18 +202,12 @@ def _part_kernel(
     partials_ptr += (row * parts + part) * SUMS
     inner = tl.sum(tl.load(partials_ptr, part < parts, 0.0), 0)
     square = tl.sum(tl.load(partials_ptr + 1, part < parts, 0.0), 0)
-    own = tl.sum(tl.load(partials_ptr + 2, part < parts, 0.0), 0)
-    coefficient, of_own = (
-        _coefficient(inner, square, eps, rule, ACC),
-        _coefficient(inner, own, eps, rule, ACC),
-    )
+    coefficient = _coefficient(inner, square, eps, rule, ACC)
     for start in range(begin, tl.minimum(begin + part_size, dim), BLOCK):
         column = start + tl.arange(0, BLOCK)
         mask = column < dim
         x = tl.load(grad_ptr + column, mask, 0.0).to(ACC)
         h = _direction(tl.load(harmful_ptr + column, mask, 0.0).to(ACC), rule)
-        if rule == MUTUAL:
-            x = x - of_own * x + h
         x -= coefficient * h
         if beneficial_ptr is not None:
             b = tl.load(beneficial_ptr + column, mask, 0.0).to(ACC)

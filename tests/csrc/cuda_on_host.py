@@ -19,7 +19,6 @@ LIBRARY = ctypes.CDLL(os.environ["DGS_CUDA_ON_HOST"])
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]  # in the order of enum DType
 ORDERS = list(reference.ORDERS)
 RULES = list(reference.RULES)
-MUTUAL = len(RULES)  # pcgrad's, in the enum alone
 PARTS = ["all", "sums", "apply"]
 
 
@@ -122,7 +121,7 @@ def project_align(grad, harmful, beneficial, *, alignment, scale, order, rule, o
     factor = None if scale is None else torch.tensor(scale, dtype=compute(grad.dtype))
     arguments = ProjectAlign(
         *map(pointer, tensors), pointer(factor), pointer(out), rows, dim, *map(stride, tensors), stride(out),
-        alignment, eps, ORDERS.index(order), [*RULES, MUTUAL].index(rule), DTYPES.index(grad.dtype),
+        alignment, eps, ORDERS.index(order), RULES.index(rule), DTYPES.index(grad.dtype),
     )  # fmt: skip
     call("project_align", arguments)
     return out
@@ -247,54 +246,6 @@ def test_project_align_shows_what_is_not_finite(place, value, rule):
     assert not exact[1].isfinite().all()
     assert not out[1].isfinite().all()
     assert out[::2].isfinite().all()
-
-
-def pcgrad(first, second, out):
-    return project_align(
-        first, second, None, alignment=1.0, scale=None, order="align_first", rule=MUTUAL, out=out
-    )
-
-
-def pcgrad_case(dtype, rows, dim, shift=0):
-    first = make(rows, dim, dtype=dtype, seed=1, shift=shift)
-    second = make(rows, dim, dtype=dtype, seed=2, shift=shift)
-    if rows > 1:
-        second[0] = -first[0] + second[0] / 8  # certain to conflict
-    if rows > 2:
-        second[1], second[2] = 0, first[2] / 2  # certain not to
-    out = pcgrad(first, second, nans(rows * dim + shift, dtype=dtype)[shift:].view(rows, dim))
-    exact, plain = (reference.pcgrad(first.to(t), second.to(t)) for t in (torch.float64, dtype))
-    check(out, exact, plain, size=8.0, what=f"{dtype} {rows}x{dim}")
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(
-    "shape", [(0, 5), (3, 1), (67, 5), (3, 123), (5, 768), (3, 1023), (3, 4096)], ids=str
-)
-def test_pcgrad_shapes(dtype, shape):
-    pcgrad_case(dtype, *shape)
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_pcgrad_misaligned(dtype):
-    pcgrad_case(dtype, 4, 768, shift=1)
-
-
-@WITH_AND_WITHOUT_CLUSTERS
-@pytest.mark.parametrize("dim", [20000, 65536])
-def test_pcgrad_long_rows(dim, device, code):
-    clusters, before = clusters_serve(device, code), launches()
-    pcgrad_case(torch.float32, 2, dim)
-    assert launches() - before == (1 if clusters else 2)
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-@pytest.mark.parametrize("place", [0, 1])
-def test_pcgrad_shows_what_is_not_finite(place, value):
-    pair = [make(3, 64, dtype=torch.float32, seed=seed) for seed in range(2)]
-    pair[place][1, 5] = value
-    out = pcgrad(*pair, nans(3, 64, dtype=torch.float32))
-    assert not out[1].isfinite().all() and out[::2].isfinite().all()
 
 
 SurgeryHead = struct("""

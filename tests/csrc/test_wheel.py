@@ -23,7 +23,6 @@ NEEDS = ("numpy", "pytest", "hypothesis")
 CPU_TORCH = "https://download.pytorch.org/whl/cpu"
 OPERATIONS = (
     "project_align",
-    "pcgrad",
     "project_align_",
     "gramian",
     "combine_",

@@ -52,8 +52,6 @@ def valid(operation):
     x = rows()
     if operation == "project_align":
         return {"grad": x, "harmful": x + 1, "beneficial": x - 1}
-    if operation == "pcgrad":
-        return {"first": x, "second": x + 1}
     if operation == "project_align_":
         return {"grads": [x], "harmful": [x + 1], "beneficial": [x - 1]}
     if operation == "gramian":
@@ -90,10 +88,6 @@ CASES = [
     *(case("project_align", **{name: value}) for name, values in NO_OPTION.items() for value in values),
     *(case("project_align", harmful=torch.zeros(shape)) for shape in ((3,), (1, 3, 4), (2, 4), ())),
     *(case("project_align", grad=torch.zeros(shape)) for shape in ((), (3, 0))),
-    *(case("pcgrad", **{name: value}) for name in ("first", "second") for value in NO_TENSOR.values()),
-    *(case("pcgrad", eps=value) for value in NO_OPTION["eps"]),
-    *(case("pcgrad", second=torch.zeros(shape)) for shape in ((4,), (1, 4), (1, 3, 4), (3, 3), ())),
-    *(case("pcgrad", first=torch.zeros(shape)) for shape in ((), (3, 0))),
     *(
         case("project_align_", **{name: [value]})
         for name in ("grads", "harmful", "beneficial")
@@ -170,7 +164,7 @@ def test_both_ways_serve_the_valid_ones(operation, way):
     call(operation, valid(operation))
 
 
-@pytest.mark.parametrize("operation", ["project_align", "pcgrad", "project_align_", "surgery_head"])
+@pytest.mark.parametrize("operation", ["project_align", "project_align_", "surgery_head"])
 def test_numbers_of_numpy(operation, way):
     options = {"surgery_head": {"reference_batch_size": np.int64(3), "distillation": np.float32(0.5)}}
     call(operation, valid(operation) | {"eps": np.float32(1e-6)} | options.get(operation, {}))
@@ -205,7 +199,6 @@ def test_negated_views_are_read_as_torch_reads_them(where, monkeypatch):
             *(combined[0], dgs_kernels.gramian([[number()], [h]])),
             dgs_kernels.project_align(number(), h, number(), alignment=number()[0, 0], eps=0.5),
             dgs_kernels.project_align(h, number(), None, eps=0.5, rule="full"),
-            *(dgs_kernels.pcgrad(number(), -h, eps=0.5), dgs_kernels.pcgrad(-h, number(), eps=0.5)),
             *(grads, sums, param, step, *state, *head[:4]),
         )
     for view, copy in zip(got["view"], got["copy"]):

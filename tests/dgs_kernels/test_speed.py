@@ -21,7 +21,6 @@ pytest.importorskip("pytest_benchmark")
 from benchmarks import (
     gramian,
     harness,
-    pcgrad,
     project_align,
     project_align_,
     spectral_entropy,
@@ -41,7 +40,6 @@ GUARDED = {
         (2048, 768),
         3.0,  # (10.8)
     ),
-    "pcgrad": (pcgrad, dgs_kernels.pcgrad, (2048, 768), 5.0),  # (21.7)
     "surgery_head": (surgery_head, surgery_head.step(dgs_kernels.surgery_head), (2048, 768), 1.4),  # (2.4)
     "project_align_ on LoRA tensors": (project_align_, project_align_.ours, (144, 768), 2.0),  # (6.4)
     "project_align_ on large tensors": (project_align_, project_align_.ours, (8192, 768), 2.5),  # (8.4)
