@@ -13,8 +13,8 @@ from torch.nn.utils import clip_grad_norm_
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dgs_kernels import ObjectiveSurgery, reference
-from dgs_kernels.objectives import RUNNING_SUM
-from dgs_kernels.weightings import NAMES, weigh
+from dgs_kernels.hooks.objectives import RUNNING_SUM
+from dgs_kernels.hooks.weightings import NAMES, weigh
 from tests.dgs_kernels.training_loops import every_product
 
 LAYERS = {"tensor": [0, 1, 2, 3], "layer": [0, 0, 1, 1], "model": [0, 0, 0, 0]}

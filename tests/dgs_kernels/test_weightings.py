@@ -9,7 +9,7 @@ import pytest
 import torch
 from qpsolvers import solve_qp
 
-from dgs_kernels.weightings import NAMES, weigh
+from dgs_kernels.hooks.weightings import NAMES, weigh
 
 every_method = pytest.mark.parametrize("method", NAMES)
 

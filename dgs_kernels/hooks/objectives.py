@@ -2,25 +2,35 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
-from dgs_kernels.capturing import average, local, place, stamp
-from dgs_kernels.hooks import BeforeStep
+from dgs_kernels.hooks.capture import (
+    BeforeStep,
+    Capture,
+    Gradient,
+    Part,
+    average,
+    check_keywords,
+    cosine,
+    local,
+    plots,
+    stamp,
+)
+from dgs_kernels.hooks.weightings import NAMES, Weighting, weigh
 from dgs_kernels.ops.arguments import WHOLE, check_choice
 from dgs_kernels.ops.combine_ import combine_
 from dgs_kernels.ops.gramian import MAX_OBJECTIVES, gramian
-from dgs_kernels.weightings import NAMES, Weighting, weigh
 
 MODES = ("exact", "running")
 TASK, RUNNING_SUM = ".grad", "sum so far"
-Gradient = dict[Tensor, Tensor]  # of parameters
 BUCKETS = 32  # of a gradient's sketch
 REPEATED = 1e-4  # of the gradients' energy: a difference of 1% in norm, as bfloat16 rounds
 
@@ -44,9 +54,8 @@ class ObjectiveMetrics:
     @property
     def cosine(self) -> Tensor:
         """[G, K, K], between every two gradients; 0 where one is zero."""
-        norms = self.gramian.diagonal(dim1=1, dim2=2).sqrt()
-        lengths = norms[:, :, None] * norms[:, None, :]
-        return torch.where(lengths > 0, self.gramian / lengths, self.gramian * 0)
+        squares = self.gramian.diagonal(dim1=1, dim2=2)
+        return cosine(self.gramian, squares[:, :, None], squares[:, None, :])
 
     @property
     def conflict(self) -> Tensor:
@@ -61,14 +70,12 @@ class ObjectiveMetrics:
 
     def scalars(self, prefix: str = "objectives") -> dict[str, float]:
         """Every number under the name of its plot, as TensorBoard takes them; waits for the device once."""
-        count = len(self.objectives)
-        first, second = torch.triu_indices(count, count, 1).tolist()
-        both = torch.cat([self.cosine[:, first, second], self.weights], 1).float()
-        rate, *values = torch.cat([self.conflict_rate[None], both.reshape(-1)]).tolist()
-        names = [f"cosine/{self.objectives[i]}, {self.objectives[j]}" for i, j in zip(first, second)]
-        names += [f"weight/{name}" for name in self.objectives]
-        plots = [f"{prefix}/{name}/{layer}" for layer in self.layers for name in names]
-        return {f"{prefix}/conflict_rate": rate, **dict(zip(plots, values))}
+        rows = {
+            f"cosine/{one}, {other}": self.cosine[:, i, j]
+            for (i, one), (j, other) in itertools.combinations(enumerate(self.objectives), 2)
+        }
+        rows |= {f"weight/{name}": self.weights[:, k] for k, name in enumerate(self.objectives)}
+        return plots(prefix, self.layers, self.conflict_rate, rows)
 
 
 @dataclass
@@ -79,29 +86,7 @@ class _Running:
     folds: list[ObjectiveMetrics] = field(default_factory=list)
 
 
-@dataclass
-class _Part:
-    """The gradients of K objectives that live on one device and are split over the same processes."""
-
-    lists: list[list[Any]]
-    groups: list[int] = field(default_factory=list)
-
-    def fill(self, shared: bool) -> None:
-        """Zeros where a loss does not reach a parameter: views of a common tensor, or own ones."""
-        missing = [(tensors, i) for tensors in self.lists for i, t in enumerate(tensors) if t is None]
-        sizes = [self.lists[0][i].numel() for _, i in missing]
-        zeros: dict[torch.dtype, Tensor] = {}
-        for (tensors, i), size in zip(missing, sizes):
-            like = self.lists[0][i]
-            if not shared:
-                tensors[i] = torch.zeros_like(like)
-                continue
-            if like.dtype not in zeros:
-                zeros[like.dtype] = like.new_zeros(max(sizes))
-            tensors[i] = zeros[like.dtype][:size].view(like.shape)
-
-
-class ObjectiveSurgery(BeforeStep):
+class ObjectiveSurgery(Capture):
     """Train on several losses: before every step their gradients are made one that respects them all.
 
     Each loss's backward runs in a context that captures its gradient beside `.grad`. Before the optimiser
@@ -115,17 +100,13 @@ class ObjectiveSurgery(BeforeStep):
             first objective, the nearest gradient that conflicts with none of the others), "mgda" or "upgrad",
             see `dgs_kernels.weightings`; or a callable from the Gramian [K, K] to weights [K], as TorchJD's
             weightings are; or a list of them, one for each layer.
-        granularity: what a layer is: "tensor"; "layer", the tensors of one module, whose names come from
-            `model` or an optimiser made from `model.named_parameters()`; or "model", all of them.
+        granularity: what a layer is, see `OptimizerSurgery`.
         mode: "exact" holds K gradients. "running" holds two: each objective joins the sum of those before it
             by PCGrad between the two, which for two objectives is PCGrad and for more approximates it.
         seed: of the random orders of "pcgrad"; the same on all ranks. `generator` draws them: to resume to
             the same weights, save its `get_state()`.
-        model: the module that holds the parameters. Needed with FSDP2.
+        model, process_group, check_ranks: see `OptimizerSurgery`.
         scaler: the GradScaler of the loop, if there is one. Scale every loss with it.
-        process_group: average captured gradients over these ranks, for backwards that DDP does not reduce.
-            None: they come reduced, as through DDP's wrapper.
-        check_ranks: compare the gradients' norms between ranks once, at the first step.
 
     Raises:
         ValueError, TypeError, RuntimeError: an option that does not exist or a combination that would be
@@ -145,6 +126,8 @@ class ObjectiveSurgery(BeforeStep):
         tensor([-0.5000, -1.5000])
     """
 
+    caller: ClassVar[str] = "ObjectiveSurgery"
+
     def __init__(
         self,
         optimizer: torch.optim.Optimizer,
@@ -153,10 +136,7 @@ class ObjectiveSurgery(BeforeStep):
         *,
         mode: str = "exact",
         seed: int = 0,
-        model: nn.Module | None = None,
-        scaler: torch.amp.GradScaler | None = None,
-        process_group: dist.ProcessGroup | None = None,
-        check_ranks: bool = True,
+        **capture: Any,
     ) -> None:
         check_choice("ObjectiveSurgery", "mode", mode, MODES)
         for one in weighting if isinstance(weighting, list) else [weighting]:
@@ -168,26 +148,21 @@ class ObjectiveSurgery(BeforeStep):
             )
         if not isinstance(seed, WHOLE):
             raise TypeError(f"ObjectiveSurgery: seed must be an integer, got {type(seed).__name__}")
-        super().__init__(
-            optimizer,
-            caller="ObjectiveSurgery",
-            granularity=granularity,
-            model=model,
-            scaler=scaler,
-            process_group=process_group,
-            check_ranks=check_ranks,
-        )
+        check_keywords(self.caller, Capture, capture)
         self.weighting, self.mode = weighting, mode
+        super().__init__(optimizer, granularity=granularity, **capture)
+        self._check_layers()
         self.generator = torch.Generator().manual_seed(int(seed))
         self._running = _Running()
         self._numbers_checked: set[int] = set()
         self._last: ObjectiveMetrics | None = None
         self._combined: dict[Tensor, tuple] = {}
-        try:
-            self._check_layers()
-        except ValueError:
-            self.remove()
-            raise
+        self._hook = BeforeStep(optimizer, self._edit)
+
+    def remove(self) -> None:
+        """Undo it: the optimiser steps with plain gradients again."""
+        self._hook.remove()
+        self.clear()
 
     def clear(self) -> None:
         """Forget what was captured since the last step."""
@@ -205,7 +180,7 @@ class ObjectiveSurgery(BeforeStep):
                 "objective() after combine(): .grad waits for a step; with micro-batches name the objectives "
                 "and call combine() after the last"
             )
-        self._forget_skipped_step()
+        self.forget_skipped_step()
         running = self.mode == "running"
         seen = list(self._running.sketches if running else self._captured)
         name = f"objective {len(seen)}" if name is None else name
@@ -219,7 +194,7 @@ class ObjectiveSurgery(BeforeStep):
                 f"more than {MAX_OBJECTIVES} objectives in one step: name them, objective(name), so that "
                 'micro-batches of one add up, or use mode="running"'
             )
-        with self._capture(name, "objective()"):
+        with self.capture(name, "objective()"):
             yield
         if running:
             self._fold(name)
@@ -234,7 +209,7 @@ class ObjectiveSurgery(BeforeStep):
                     "inside objective()"
                 )
             scale = self.scaler.get_scale()
-        self._operate(self._running, self._release(unscale=False), scale)
+        self._operate(self._running, self.release(unscale=False), scale)
         self._combined = {p: stamp(p.grad) for p in self.parameters() if p.grad is not None}
 
     def metrics(self) -> ObjectiveMetrics | None:
@@ -246,7 +221,7 @@ class ObjectiveSurgery(BeforeStep):
     def _edit(self) -> None:
         self._combined = {}
         if self._captured or self._open:
-            self._operate(self._running, self._release())
+            self._operate(self._running, self.release())
 
     @torch.no_grad()
     def _operate(self, running: _Running, captured: dict, scale: float = 1.0) -> None:
@@ -283,46 +258,24 @@ class ObjectiveSurgery(BeforeStep):
         `fresh` are those that `process_group` has still to average. `scale` is what all gradients were
         multiplied with; weightings shall not see it.
         """
-        names = list(objectives)
-        merged, parts, layers = self._parts(list(objectives.values()))
+        names, (first, *others) = list(objectives), objectives.values()
+        reached = self._reached([first, *others])
+        merged = {p: first[p] if p in first else torch.zeros_like(p) for p in reached}
+        parts, layers = self.parts([merged, *others])
         if self.process_group is not None:
-            for part in parts.values():
-                for name, tensors in zip(names, part.lists):
-                    if name in fresh:
-                        average(tensors, self.process_group)
-        if len(names) == 1:
+            for part, name in itertools.product(parts, fresh):
+                average(part.lists[names.index(name)], self.process_group)
+        if not others:
             return merged, None
-        products = self._gramian(parts, len(layers), len(names)) / scale**2
+        products = _gramian(parts, len(layers)) / scale**2
         if self.mode == "exact":
             self._check_repeated(products.sum(0), names)
-        self._check_ranks(dict(zip(names, products.diagonal(dim1=1, dim2=2).T)))
+        self.compare_ranks(dict(zip(names, products.diagonal(dim1=1, dim2=2).T)))
         weights = self._weights(layers, products)
-        for (device, _), part in parts.items():
+        for part in parts:
             mine = weights if len(parts) == 1 else weights[list(dict.fromkeys(part.groups))]
-            combine_(part.lists[0], part.lists, mine.to(device), groups=part.groups)
+            combine_(part.lists[0], part.lists, mine.to(part.device), groups=part.groups)
         return merged, ObjectiveMetrics(layers, names, products, weights)
-
-    def _parts(self, objectives: list[Gradient]) -> tuple[Gradient, dict[tuple, _Part], list[str]]:
-        """The first gradient, whole; all of them by device and mesh dimensions; and the names of G layers."""
-        whole: Gradient = {}
-        numbers: dict[str, int] = {}
-        parts: dict[tuple, _Part] = {}
-        for p in self._reached(objectives):
-            first, *others = (grads.get(p) for grads in objectives)
-            layer = self._layer(p)
-            if first is None:
-                first = torch.zeros_like(p)
-            elif first.layout != torch.strided:
-                raise TypeError(f"the gradient of {layer} is sparse; surgery needs dense gradients")
-            whole[p] = first
-            mine, meshes = place(first, layer)
-            part = parts.setdefault((mine.device, meshes), _Part([[] for _ in objectives]))
-            part.groups.append(numbers.setdefault(layer, len(numbers)))
-            for tensors, grad in zip(part.lists, (first, *others)):
-                tensors.append(None if grad is None else local(grad))
-        for part in parts.values():
-            part.fill(shared=self.process_group is None)
-        return whole, parts, list(numbers)
 
     def _reached(self, objectives: list[Gradient]) -> list[Tensor]:
         """The parameters that a loss has reached: in `process_group`, on any rank."""
@@ -333,21 +286,6 @@ class ObjectiveSurgery(BeforeStep):
             dist.all_reduce(anywhere, dist.ReduceOp.MAX, self.process_group)
             reached = anywhere.tolist()
         return [p for p, is_reached in zip(params, reached) if is_reached]
-
-    def _gramian(self, parts: dict[tuple, _Part], layers: int, count: int) -> Tensor:
-        """[G, K, K], added up over devices and processes."""
-        total: Tensor | None = None
-        for (_, meshes), part in parts.items():
-            products = gramian(part.lists, groups=part.groups)
-            for mesh, dim in meshes:
-                dist.all_reduce(products, group=mesh.get_group(dim))
-            if len(parts) == 1:
-                return products
-            if total is None:
-                total = products.new_zeros(layers, count, count, dtype=torch.float64)
-            total[list(dict.fromkeys(part.groups))] += products.to(total)
-        assert total is not None, "a gradient was captured"
-        return total
 
     def _weights(self, layers: list[str], products: Tensor) -> Tensor:
         if not isinstance(self.weighting, list):
@@ -360,7 +298,7 @@ class ObjectiveSurgery(BeforeStep):
         return torch.cat(rows)
 
     def _all_layers(self) -> list[str]:
-        return list(dict.fromkeys(map(self._layer, self.parameters())))
+        return list(dict.fromkeys(map(self.layer, self.parameters())))
 
     # What cannot be right --------------------------------------------------------------------------------
 
@@ -424,6 +362,17 @@ def _check_weighting(weighting: object) -> None:
             f"ObjectiveSurgery: weighting must be one of {', '.join(NAMES)}, a callable from [K, K] to [K], "
             f"or a list of these, got {weighting!r}"
         )
+
+
+def _gramian(parts: list[Part], layers: int) -> Tensor:
+    """[G, K, K], added up over devices and processes."""
+    found = [part.add_up(gramian(part.lists, groups=part.groups)) for part in parts]
+    if len(parts) == 1:
+        return found[0]
+    total = found[0].new_zeros(layers, *found[0].shape[1:], dtype=torch.float64)
+    for part, products in zip(parts, found):
+        total[list(dict.fromkeys(part.groups))] += products.to(total)
+    return total
 
 
 def _sketch(grads: Gradient) -> Tensor:

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any, NoReturn
 
 import torch
-import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.graph import increment_version
 from torch.optim.adamw import adamw
 from torch.optim.optimizer import ParamsT
 
-from dgs_kernels.captured import CapturedGradients, SurgeryMetrics, Work, local
+from dgs_kernels.hooks.capture import Part, check_keywords, local
+from dgs_kernels.hooks.parameters import ReferenceSurgery, SurgeryMetrics
 from dgs_kernels.ops import surgery_adamw_
 
 
@@ -61,40 +62,17 @@ class SurgeryAdamW(torch.optim.AdamW):
         capturable: bool = False,
         differentiable: bool = False,
         fused: bool | None = None,
-        alignment: float | Tensor = 1.0,
         surgery_eps: float = 1e-6,
-        order: str = "align_first",
-        rule: str = "positive",
-        granularity: str = "tensor",
-        model: nn.Module | None = None,
-        scaler: torch.amp.GradScaler | None = None,
-        process_group: dist.ProcessGroup | None = None,
-        check_ranks: bool = True,
+        **surgery: Any,
     ) -> None:
-        refused = {
-            "amsgrad": amsgrad,
-            "capturable": capturable,
-            "differentiable": differentiable,
-            "fused": fused,
-        }
-        for name in (name for name, value in refused.items() if value):
+        refused = {"amsgrad": amsgrad, "capturable": capturable, "differentiable": differentiable}
+        for name in (name for name, value in (refused | {"fused": fused}).items() if value):
             raise ValueError(
                 f"SurgeryAdamW has no {name}: use OptimizerSurgery on torch.optim.AdamW({name}=True)"
             )
         super().__init__(params, lr, betas, eps, weight_decay, maximize=maximize, foreach=foreach)
-        self.surgery = CapturedGradients(
-            self,
-            caller="SurgeryAdamW",
-            alignment=alignment,
-            eps=surgery_eps,
-            order=order,
-            rule=rule,
-            granularity=granularity,
-            model=model,
-            scaler=scaler,
-            process_group=process_group,
-            check_ranks=check_ranks,
-        )
+        check_keywords("SurgeryAdamW", ReferenceSurgery, surgery)
+        self.surgery = ReferenceSurgery(self, eps=surgery_eps, **surgery)
 
     def harmful(self) -> AbstractContextManager[None]:
         """See `OptimizerSurgery.harmful`."""
@@ -125,68 +103,52 @@ class SurgeryAdamW(torch.optim.AdamW):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        groups = {p: group for group in self.param_groups for p in group["params"]}
         work = self.surgery.take()
-        self.surgery.remember(work, None if work is None else self._operate(work))
-        operated = set() if work is None else set(work.params())
+        operated = [] if work is None else work.params()
+        if work is not None:
+            # A layer that lies in one part and one parameter group is operated on in a single pass.
+            sums, due = self.surgery.sums(work, len({id(groups[p]) for p in operated}) == 1)
+            for part, group in itertools.product(work.parts, self.param_groups):
+                at = [i for i, p in enumerate(part.params) if groups[p] is group]
+                if at:
+                    self._step_with_surgery(part, at, group, part.of(sums), due)
+        plain = groups.keys() - set(operated)
         for group in self.param_groups:
-            self._step_plainly(
-                group, [p for p in group["params"] if p.grad is not None and p not in operated]
-            )
+            self._step_plainly(group, [p for p in group["params"] if p in plain and p.grad is not None])
         return loss
 
-    def _operate(self, work: Work) -> Tensor:
-        """Step the parameters of `work`; returns the sums of its layers."""
-        groups = {p: group for group in self.param_groups for p in group["params"]}
-        # A layer that lies in one shard and one parameter group is operated on in a single pass.
-        whole = self.surgery.is_whole(work) and len({id(groups[p]) for p in work.params()}) == 1
-        sums = work.empty_sums() if whole else self.surgery.sums(work)
-        for (device, _), shard in work.shards.items():
-            for group in self.param_groups:
-                at = [i for i, p in enumerate(shard.params) if groups[p] is group]
-                if not at:
-                    continue
-                params = [shard.params[i] for i in at]
-                averages, squares, steps = self._state(params)
-                surgery_adamw_.run(
-                    [local(p) for p in params],
-                    [shard.grads[i] for i in at],
-                    [local(t) for t in averages],
-                    [local(t) for t in squares],
-                    steps,
-                    [shard.harmful[i] for i in at],
-                    [shard.beneficial[i] for i in at] if shard.beneficial else [],
-                    [shard.groups[i] for i in at],
-                    sums.to(device),
-                    *self.surgery.options,
-                    "all" if whole else "apply",
-                    float(group["lr"]),
-                    *map(float, group["betas"]),
-                    group["weight_decay"],
-                    group["eps"],
-                    group["maximize"],
-                )
-                increment_version(params)  # of distributed ones, too, whose local parts were written
-        return sums
+    def _step_with_surgery(self, part: Part, at: list[int], group: dict, sums: Tensor, due: str) -> None:
+        """Step the parameters of a part that stand at these places, of one group."""
+        params = [part.params[i] for i in at]
+        averages, squares, steps = self._state(params)
+        grads, *directions = ([tensors[i] for i in at] if tensors else [] for tensors in part.lists)
+        surgery_adamw_.run(
+            [local(p) for p in params],
+            grads,
+            [local(t) for t in averages],
+            [local(t) for t in squares],
+            steps,
+            *directions,
+            [part.groups[i] for i in at],
+            sums,
+            *self.surgery.options,
+            due,
+            float(group["lr"]),
+            *map(float, group["betas"]),
+            group["weight_decay"],
+            group["eps"],
+            group["maximize"],
+        )
+        increment_version(params)  # of distributed ones, too, whose local parts were written
 
     def _step_plainly(self, group: dict, params: list[Tensor]) -> None:
         """What AdamW does: parameters without surgery."""
+        beta1, beta2 = group["betas"]
+        options = {name: group[name] for name in ("foreach", "lr", "weight_decay", "eps", "maximize")}
         averages, squares, steps = self._state(params)
-        adamw(
-            params,
-            [p.grad for p in params if p.grad is not None],
-            averages,
-            squares,
-            [],
-            steps,
-            foreach=group["foreach"],
-            amsgrad=False,
-            beta1=group["betas"][0],
-            beta2=group["betas"][1],
-            lr=group["lr"],
-            weight_decay=group["weight_decay"],
-            eps=group["eps"],
-            maximize=group["maximize"],
-        )
+        grads = [p.grad for p in params if p.grad is not None]
+        adamw(params, grads, averages, squares, [], steps, amsgrad=False, beta1=beta1, beta2=beta2, **options)
 
     def _state(self, params: list[Tensor]) -> tuple[list[Tensor], ...]:
         """AdamW's state of parameters: exp_avg, exp_avg_sq and step, made where there is none yet."""
@@ -198,5 +160,4 @@ class SurgeryAdamW(torch.optim.AdamW):
                 state["exp_avg_sq"] = torch.zeros_like(p, memory_format=torch.preserve_format)
             elif state["step"].device.type != "cpu":  # loaded from a fused AdamW
                 state["step"] = state["step"].cpu()
-        names = ("exp_avg", "exp_avg_sq", "step")
-        return tuple([self.state[p][name] for p in params] for name in names)
+        return tuple([self.state[p][name] for p in params] for name in ("exp_avg", "exp_avg_sq", "step"))

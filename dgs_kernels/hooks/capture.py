@@ -1,0 +1,428 @@
+"""Gradients of further losses, captured beside `.grad`: what every surgery on parameters shares.
+
+Capturing, the hook before a step, layers and the places where they lie, and the loops in which captured
+gradients cannot be right.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields
+from types import FrameType
+from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, TypeGuard
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from dgs_kernels.ops.arguments import check_choice, check_class
+from dgs_kernels.ops.project_align_ import sums_dtype
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+
+GRANULARITIES = ("tensor", "layer", "model")
+Gradient = dict[Tensor, Tensor]  # of parameters
+
+
+@dataclass(kw_only=True, eq=False, repr=False)
+class Capture:
+    """Gradients of `optimizer`'s parameters, captured under names. The arguments: see `OptimizerSurgery`."""
+
+    optimizer: torch.optim.Optimizer = field(kw_only=False)
+    granularity: str = "tensor"
+    model: nn.Module | None = None
+    scaler: torch.amp.GradScaler | None = None
+    process_group: dist.ProcessGroup | None = None
+    check_ranks: bool = True
+    caller: ClassVar[str]  # the public class, for messages
+
+    def __post_init__(self) -> None:
+        inner = getattr(self.optimizer, "optimizer", None)
+        kind = type(self.optimizer).__name__
+        if isinstance(inner, torch.optim.Optimizer):
+            raise TypeError(
+                f"{self.caller}: {kind} only wraps an optimizer and runs no hooks: pass its .optimizer"
+            )
+        if not isinstance(self.optimizer, torch.optim.Optimizer):
+            raise TypeError(f"{self.caller}: optimizer must be a torch.optim.Optimizer, got {kind}")
+        check_choice(self.caller, "granularity", self.granularity, GRANULARITIES)
+        check_class(self.caller, "model", self.model, nn.Module)
+        check_class(self.caller, "scaler", self.scaler, torch.amp.GradScaler)
+        check_class(self.caller, "process_group", self.process_group, getattr(dist, "ProcessGroup", ()))
+        self._captured: dict[str, Gradient] = {}
+        self._open: str | None = None
+        self._layers: dict[Tensor, str] = {}
+        self._ranks_checked = not self.check_ranks
+        self._loss_scale: float | None = None
+        self._unscaled: Any = _Unscaled()  # all of an optimiser that GradScaler asks for
+        for param in self.parameters():
+            self.layer(param)
+
+    def parameters(self) -> list[Tensor]:
+        return [p for group in self.optimizer.param_groups for p in group["params"]]
+
+    def clear(self) -> None:
+        """Forget what was captured since the last step."""
+        self._captured.clear()
+
+    # Capturing -------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def capture(self, name: str, context: str) -> Iterator[None]:
+        """What `backward()` inside computes is added to what was captured under `name`; `.grad` stays."""
+        if self._open:
+            raise RuntimeError(f"{context} inside {self._open}: capture one after the other")
+        self.forget_skipped_step()
+        self._check_unreduced()
+        captured, params = self._captured.get(name, {}), [p for p in self.parameters() if p.requires_grad]
+        # DDP with gradient_as_bucket_view points .grad into buckets that the next backward overwrites.
+        shared = dist.is_available() and dist.is_initialized() and not any(map(_is_sharded, params))
+        task = [p.grad.clone() if shared and p.grad is not None else p.grad for p in params]
+        before = {p: stamp(g) for p, g in captured.items()}
+        self._open = context
+        try:
+            for p in params:
+                p.grad = captured.get(p)
+            yield
+            arrived = {p: p.grad for p in params if p.grad is not None}
+        except BaseException:
+            self._captured.pop(name, None)  # half a gradient is none
+            raise
+        finally:
+            for p, grad in zip(params, task):
+                p.grad = grad
+            self._open = None
+        for p, grad in arrived.items():
+            if grad.layout != torch.strided:
+                self._captured.pop(name, None)
+                raise TypeError(
+                    f"{context}: the gradient of {self.layer(p)} is sparse; surgery needs dense gradients "
+                    "(nn.Embedding(sparse=False))"
+                )
+            captured[p] = grad.clone() if shared and captured.get(p) is not grad else grad
+        self._check_unreduced()
+        if all(before.get(p) == stamp(g) for p, g in arrived.items()):
+            raise RuntimeError(
+                f"{context}: no gradient of this optimizer's parameters arrived; call backward() inside, on "
+                "a loss that depends on them"
+            )
+        self._captured[name] = captured
+
+    def release(self, unscale: bool = True) -> dict[str, Gradient]:
+        """What was captured for this step, and forget it; {} if nothing was, or it overflowed."""
+        if self._open:
+            raise RuntimeError(f"optimizer.step() inside {self._open}: leave the context first")
+        if self._captured:
+            self._check_scaling()
+        self.forget_skipped_step()
+        captured = dict(self._captured)
+        self.clear()
+        tensors = [g for grads in captured.values() for g in grads.values()]
+        if unscale and captured and not self._unscale(tensors):
+            for p in self.parameters():
+                p.grad = None  # so that the optimizer leaves everything as it is: a skipped step
+            return {}
+        return captured
+
+    def forget_skipped_step(self) -> None:
+        """GradScaler skips a step without a word to hooks: what was captured for it must not join the next.
+
+        It lowers its scale then, and only then while gradients wait for a step.
+        """
+        if self.scaler is None or not self.scaler.is_enabled():
+            return
+        scale = self.scaler.get_scale()
+        if scale != self._loss_scale:
+            self.clear()
+        self._loss_scale = scale
+
+    def _unscale(self, captured: list[Tensor]) -> bool:
+        """Divide what was captured by the loss scale; False if it overflowed, which skips the step.
+
+        Through GradScaler's public interface, as an optimiser of its own: so an overflow lowers the scale.
+        """
+        if self.scaler is None or not self.scaler.is_enabled():
+            return True
+        if any(_is_sharded(t) for t in captured):
+            raise RuntimeError(
+                "GradScaler does not know of gradients captured under FSDP2: train in bfloat16"
+            )
+        holders = [t.detach() for t in captured]
+        for holder, t in zip(holders, captured):
+            holder.grad = t
+        self._unscaled.param_groups = [{"params": holders}]
+        self.scaler.unscale_(self._unscaled)
+        return self.scaler.step(self._unscaled) is not None
+
+    # Layers ----------------------------------------------------------------------------------------------
+
+    def layer(self, param: Tensor) -> str:
+        name = self._layers.get(param)
+        if name is None:
+            self._layers = self._name_layers()
+            name = self._layers.get(param)
+        if name is None:
+            raise ValueError(
+                'granularity="layer" needs to know the modules: pass model=, or give the optimizer '
+                "model.named_parameters()"
+            )
+        return name
+
+    def _name_layers(self) -> dict[Tensor, str]:
+        groups = self.optimizer.param_groups
+        places = {p: f"{g}.{i}" for g, group in enumerate(groups) for i, p in enumerate(group["params"])}
+        names = {p: n for group in groups for p, n in zip(group["params"], group.get("param_names", ()))}
+        if self.model is not None:
+            names |= {p: name for name, p in self.model.named_parameters()}
+        if self.granularity == "tensor":
+            return places | names
+        if self.granularity == "model":
+            return dict.fromkeys(places, "model")
+        return {p: name.rpartition(".")[0] for p, name in names.items()}
+
+    def parts(self, gradients: Sequence[Gradient]) -> tuple[list[Part], list[str]]:
+        """K gradients of the parameters of the first, by the place where they lie; and the names of G layers.
+
+        They are zero where there is none.
+        """
+        numbers: dict[str, int] = {}
+        parts: dict[tuple, Part] = {}
+        for p, first in gradients[0].items():
+            layer = self.layer(p)
+            if first.layout != torch.strided:
+                raise TypeError(f"the gradient of {layer} is sparse; surgery needs dense gradients")
+            mine, meshes = _place(first, layer)
+            at = (mine.device, meshes)
+            part = parts.setdefault(at, Part(*at, [[] for _ in gradients]))
+            part.params.append(p)
+            part.groups.append(numbers.setdefault(layer, len(numbers)))
+            for tensors, grads in zip(part.lists, gradients):
+                tensors.append(local(grads[p]) if p in grads else None)
+        for part in parts.values():
+            part.fill(shared=self.process_group is None)
+        return list(parts.values()), list(numbers)
+
+    # What cannot be right --------------------------------------------------------------------------------
+
+    def _check_unreduced(self) -> None:
+        """FSDP2 without gradient synchronisation keeps gradients where they would join another loss's."""
+        if not any(_is_sharded(p) for p in self.parameters()):
+            return
+        if self.model is None:
+            raise ValueError(
+                "parameters sharded by FSDP2 need model=, to check that no gradient waits unreduced"
+            )
+        for module in self.model.modules():
+            find_state = getattr(module, "_get_fsdp_state", None)
+            state = None if find_state is None else find_state()
+            groups = getattr(state, "_fsdp_param_groups", None) or [getattr(state, "_fsdp_param_group", None)]
+            for param in (p for group in groups if group for p in group.fsdp_params):
+                waiting = getattr(getattr(param, "_unsharded_param", None), "grad", None)
+                if waiting is not None or getattr(param, "unsharded_accumulated_grad", None) is not None:
+                    self.clear()
+                    raise RuntimeError(
+                        "FSDP2 holds gradients that it has not reduced, so task and reference would mix: "
+                        "with surgery, do not call set_requires_gradient_sync(False)"
+                    )
+
+    def _check_scaling(self) -> None:
+        if getattr(self.optimizer, "grad_scale", None) is not None:
+            raise RuntimeError(
+                "this fused optimizer is handed gradients that GradScaler has not unscaled; call "
+                "scaler.unscale_(optimizer) before scaler.step(optimizer)"
+            )
+        if self.scaler is None and _called_by_scaler():
+            raise RuntimeError(
+                "a GradScaler steps this optimizer: pass it as scaler=, and scale the reference losses too, "
+                "scaler.scale(loss).backward()"
+            )
+
+    def compare_ranks(self, norms: dict[str, Tensor]) -> None:
+        """Once, at the first step: ranks that train together must hold the same gradients.
+
+        `norms` are the squared norms of each kind of gradient [G], the same number of kinds on all ranks.
+        """
+        if self._ranks_checked:
+            return
+        self._ranks_checked = True
+        if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+            return
+        everywhere: list = [None] * dist.get_world_size()
+        mine = {what: norm.double().cpu() for what, norm in norms.items()}
+        dist.all_gather_object(everywhere, mine)
+        for what, norm in mine.items():
+            theirs = [rank[what] for rank in everywhere]
+            close = [len(t) == len(norm) and torch.allclose(t, norm, 1e-3, 0, True) for t in theirs]
+            if not all(close):
+                raise RuntimeError(
+                    f"the {what} gradients differ between ranks. DDP reduces only the first backward after a "
+                    "forward: make that the task's, and pass process_group= to average captured gradients at "
+                    "each step (ranks that do not train together: check_ranks=False)"
+                )
+
+
+@dataclass
+class Part:
+    """K gradients of T parameters that live on one device and are split over the same processes."""
+
+    device: torch.device
+    meshes: tuple  # the mesh dimensions that the rest of each tensor is spread over
+    lists: list[list[Any]]  # K lists of T tensors
+    params: list[Tensor] = field(default_factory=list)
+    groups: list[int] = field(default_factory=list)  # the layer of each parameter, 0..G-1
+
+    def fill(self, shared: bool) -> None:
+        """Zeros where a loss does not reach a parameter: views of a common tensor, or own ones."""
+        missing = [(tensors, i) for tensors in self.lists for i, t in enumerate(tensors) if t is None]
+        sizes = [self.lists[0][i].numel() for _, i in missing]
+        zeros: dict[torch.dtype, Tensor] = {}
+        for (tensors, i), size in zip(missing, sizes):
+            like = self.lists[0][i]
+            if not shared:
+                tensors[i] = torch.zeros_like(like)
+                continue
+            if like.dtype not in zeros:
+                zeros[like.dtype] = like.new_zeros(max(sizes))
+            tensors[i] = zeros[like.dtype][:size].view(like.shape)
+
+    def of(self, sums: Tensor) -> Tensor:
+        """Sums of all layers, on the device and of the type that kernels ask for here."""
+        return sums.to(self.device, sums_dtype(*self.lists))
+
+    def add_up(self, numbers: Tensor) -> Tensor:
+        """Sums over the processes, in place."""
+        for mesh, dim in self.meshes:
+            dist.all_reduce(numbers, group=mesh.get_group(dim))
+        return numbers
+
+
+class BeforeStep:
+    """`edit` runs before every step of an optimiser, which carries it as a hook and must not be copied."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, edit: Callable[[], None]) -> None:
+        self.optimizer, self.edit = optimizer, edit
+        self._handle = optimizer.register_step_pre_hook(self._run)
+        vars(optimizer).setdefault("__reduce_ex__", _NoCopy()).add(self)
+
+    def remove(self) -> None:
+        self._handle.remove()
+        carried = vars(self.optimizer).get("__reduce_ex__", _NoCopy())
+        carried.discard(self)
+        if not carried:
+            vars(self.optimizer).pop("__reduce_ex__", None)
+
+    def _run(
+        self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        closure = args[1] if len(args) > 1 else kwargs.get("closure")
+        if closure is None:
+            self.edit()
+            return None
+        # The closure makes the gradients, so it runs now and the optimiser is told its result.
+        with torch.enable_grad():
+            results = [closure()]
+        self.edit()
+
+        def once() -> Any:
+            if not results:
+                raise RuntimeError(
+                    "this optimizer evaluates its closure several times in a step, as LBFGS does: surgery "
+                    "needs one that does so once"
+                )
+            return results.pop()
+
+        return (optimizer, once), {k: v for k, v in kwargs.items() if k != "closure"}
+
+
+class _NoCopy(set):
+    """In the place of an optimiser's `__reduce_ex__`: the hooks that it carries."""
+
+    def __call__(self, protocol: Any) -> NoReturn:
+        raise TypeError(
+            "this optimizer carries surgery as a hook, which a copy or pickle would lose: call "
+            "surgery.remove() first, or save optimizer.state_dict()"
+        )
+
+
+class _Unscaled:
+    """What was captured, in the shape of an optimiser that a GradScaler unscales and steps."""
+
+    param_groups: list[dict]
+
+    def step(self) -> bool:
+        return True
+
+
+def _called_by_scaler() -> bool:
+    frame: FrameType | None = sys._getframe()
+    code = torch.amp.GradScaler.step.__code__
+    while frame is not None:
+        if frame.f_code is code:
+            return frame.f_locals["self"].is_enabled()
+        frame = frame.f_back
+    return False
+
+
+def _is_sharded(x: Tensor) -> TypeGuard[DTensor]:
+    return hasattr(x, "device_mesh")
+
+
+def stamp(x: Tensor) -> tuple[int, int]:
+    """What changes when a tensor is written or replaced."""
+    return id(x), local(x)._version
+
+
+def local(x: Tensor) -> Tensor:
+    """This process's part of a tensor."""
+    if not _is_sharded(x):
+        return x
+    with torch.no_grad():
+        return x.to_local()
+
+
+def _place(x: Tensor, name: str) -> tuple[Tensor, tuple]:
+    """This process's part of a tensor, and the mesh dimensions that the other parts are spread over."""
+    if not _is_sharded(x):
+        return x, ()
+    if any(placement.is_partial() for placement in x.placements):
+        raise RuntimeError(f"the gradient of {name} is a DTensor of partial sums: reduce it before the step")
+    dims = (dim for dim, placement in enumerate(x.placements) if not placement.is_replicate())
+    return local(x), tuple((x.device_mesh, dim) for dim in dims)
+
+
+def average(tensors: list[Tensor], group: dist.ProcessGroup) -> None:
+    if tensors:
+        flat = torch.cat([t.reshape(-1) for t in tensors])
+        dist.all_reduce(flat, group=group)
+        flat /= dist.get_world_size(group)
+        torch._foreach_copy_(
+            tensors, [f.view_as(t) for f, t in zip(flat.split([t.numel() for t in tensors]), tensors)]
+        )
+
+
+def cosine(inner: Tensor, first: Tensor, second: Tensor) -> Tensor:
+    """The cosine of two vectors from their inner product and their squared lengths, in -1..1.
+
+    0 where a vector is zero; NaN where a squared length is not in the normal range of its type.
+    """
+    tiny = torch.finfo(inner.dtype).tiny
+    known = (torch.minimum(first, second) >= tiny) & (torch.maximum(first, second) < torch.inf)
+    nothing = (torch.minimum(first, second) == 0) & (inner == 0)
+    value = (inner / first.sqrt() / second.sqrt()).clamp(-1, 1)
+    return torch.where(known, value, torch.where(nothing, 0.0, torch.nan))
+
+
+def plots(prefix: str, layers: list[str], conflict_rate: Tensor, rows: dict[str, Tensor]) -> dict[str, float]:
+    """Metrics [G] of the layers under the names of their plots; waits for the device once."""
+    names = ["conflict_rate", *(f"{name}/{layer}" for name in rows for layer in layers)]
+    values = torch.cat([conflict_rate[None], *rows.values()]).tolist()
+    return {f"{prefix}/{name}": value for name, value in zip(names, values)}
+
+
+def check_keywords(caller: str, kind: type, given: dict[str, Any]) -> None:
+    """Raise where a dataclass has no such field, in the name of the class that was called."""
+    for name in given.keys() - {known.name for known in fields(kind)}:
+        raise TypeError(f"{caller}.__init__() got an unexpected keyword argument {name!r}")

@@ -1,0 +1,216 @@
+"""Surgery on the gradients of all parameters with captured reference gradients, layer by layer."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from dgs_kernels.hooks.capture import BeforeStep, Capture, Part, average, cosine, plots
+from dgs_kernels.ops.arguments import check_options
+from dgs_kernels.ops.project_align_ import SUMS, run, sums_dtype
+
+
+@dataclass(frozen=True)
+class SurgeryMetrics:
+    """What a step's surgery did to each of G layers; tensors on the layers' device, computed without a sync.
+
+    Inner products are float32's, float64's of float64 gradients: of a gradient whose squared length that type
+    cannot hold (float32: shorter than 1.1e-19, longer than 1.8e19) what depends on the length is NaN, or 0
+    where the inner products are 0 too.
+
+    Attributes:
+        layers: G names.
+        cosine: [G], between the task gradient and the direction h that `rule` makes of the harmful one.
+        removed: [G], share of the energy ||x||^2 that the projection took, x being what it was applied to.
+        conflict: [G] bool, whether that cosine is negative.
+        alignment: [G], ||alignment * min(beneficial, 0)|| / ||task gradient||.
+    """
+
+    layers: list[str]
+    cosine: Tensor
+    removed: Tensor
+    conflict: Tensor
+    alignment: Tensor
+
+    @property
+    def conflict_rate(self) -> Tensor:
+        """Share of the layers whose task and harmful gradient conflict, 0-dim."""
+        return self.conflict.float().mean()
+
+    def scalars(self, prefix: str = "surgery") -> dict[str, float]:
+        """Every number under the name of its plot, as TensorBoard takes them; waits for the device once."""
+        rows = {name: getattr(self, name) for name in ("cosine", "removed", "conflict", "alignment")}
+        return plots(prefix, self.layers, self.conflict_rate, rows)
+
+
+@dataclass
+class Work:
+    """One step's surgery: lists of task, harmful and beneficial gradients, the last maybe empty."""
+
+    parts: list[Part]
+    layers: list[str]  # G names
+
+    def params(self) -> list[Tensor]:
+        return [p for part in self.parts for p in part.params]
+
+
+@dataclass(kw_only=True, eq=False, repr=False)
+class ReferenceSurgery(Capture):
+    """Surgery with captured reference gradients, as far as `OptimizerSurgery` and `SurgeryAdamW` share it."""
+
+    alignment: float | Tensor = 1.0
+    eps: float = 1e-6
+    order: str = "align_first"
+    rule: str = "positive"
+    caller: ClassVar[str] = "SurgeryAdamW"
+
+    def __post_init__(self) -> None:
+        check_options(self.caller, None, self.alignment, self.eps, self.order, self.rule)
+        super().__post_init__()
+        self._last: tuple[list[str], Tensor, tuple] | None = None
+
+    def harmful(self) -> AbstractContextManager[None]:
+        """A context: what `backward()` inside computes becomes the direction to remove; `.grad` stays."""
+        return self.capture("harmful", "harmful()")
+
+    def beneficial(self) -> AbstractContextManager[None]:
+        """A context: what `backward()` inside computes becomes the direction to align with."""
+        return self.capture("beneficial", "beneficial()")
+
+    @property
+    def options(self) -> tuple[Tensor | None, float, float, str, str]:
+        """The operators' arguments (scale, alignment, eps, order, rule)."""
+        if isinstance(self.alignment, Tensor):
+            return self.alignment, 1.0, self.eps, self.order, self.rule
+        return None, self.alignment, self.eps, self.order, self.rule
+
+    @torch.no_grad()
+    def take(self) -> Work | None:
+        """The surgery that is due, and forget what was captured; None if there is nothing to do.
+
+        A parameter takes part that has a gradient and a captured one.
+        """
+        self._last = None
+        captured = self.release()
+        harmful, beneficial = (captured.get(kind, {}) for kind in ("harmful", "beneficial"))
+        reached = harmful.keys() | beneficial.keys()
+        # Through `process_group` another rank's loss may have reached what none of this one's has.
+        everyone = bool(captured) and self.process_group is not None
+        task = {p: p.grad for p in self.parameters() if p.grad is not None and (everyone or p in reached)}
+        if not task:
+            return None
+        parts, layers = self.parts([task, harmful, beneficial] if beneficial else [task, harmful])
+        for part in parts:
+            if self.process_group is not None:
+                for tensors in part.lists[1:]:
+                    average(tensors, self.process_group)
+            part.lists += [[]] * (3 - len(part.lists))
+        return Work(parts, layers)
+
+    def sums(self, work: Work, at_once: bool = True) -> tuple[Tensor, str]:
+        """The layers' inner products [G, 6], over devices and processes, and the pass that is now due.
+
+        That is "apply", or "all" where one pass can do everything (`at_once`: as far as the caller knows) and
+        writes them. Metrics are computed from them.
+        """
+        at_once &= len(work.parts) == 1 and not work.parts[0].meshes and self._ranks_checked
+        dtype = sums_dtype(*(tensors for part in work.parts for tensors in part.lists))
+        total = torch.zeros(len(work.layers), SUMS, dtype=dtype, device=work.parts[0].device)
+        scale, *rest = self.options
+        self._last = work.layers, total, (None if scale is None else scale.detach().clone(), *rest)
+        if at_once:
+            return total, "all"
+        for part in work.parts:
+            sums = torch.zeros_like(total, device=part.device, dtype=sums_dtype(*part.lists))
+            task, harmful, beneficial = part.lists
+            run(task, harmful, beneficial, part.groups, sums, *self.options, "sums")
+            total += part.add_up(sums).to(total)
+        self.compare_ranks({"task": total[:, 2], "captured": total[:, 1]})
+        return total, "apply"
+
+    def metrics(self) -> SurgeryMetrics | None:
+        """What the last step's surgery did to each layer; None if it had nothing to do. Waits for nothing."""
+        if self._last is None:
+            return None
+        layers, sums, (scale, alignment, eps, order, rule) = self._last
+        pull = alignment if scale is None else scale
+        gh, hh, gg, bh, bb, gb = sums.unbind(1)
+        inner, energy = gh, gg
+        if order == "align_first":
+            inner, energy = gh + pull * bh, gg + 2 * pull * gb + pull * pull * bb
+        along = cosine(inner, energy, hh)
+        if rule == "conflict":
+            along = along.clamp(max=0)
+        share = (hh.sqrt() / (hh.sqrt() + eps)).square()  # of the part along h, what eps lets be taken
+        return SurgeryMetrics(
+            layers,
+            cosine=cosine(gh, gg, hh),
+            removed=along.square() * share * (2 - share),
+            conflict=gh < 0,
+            alignment=torch.where(bb == 0, 0.0, (pull * bb.sqrt()).abs() / gg.sqrt()),
+        )
+
+
+@dataclass(kw_only=True, eq=False, repr=False)
+class OptimizerSurgery(ReferenceSurgery):
+    """Edit the gradients of all parameters before every step of an optimiser, layer by layer.
+
+    Reference gradients are captured beside `.grad`, accumulate over micro-batches and are used up by the
+    step. There a step-pre-hook operates on all gradients at once (`project_align_`), as they are then: after
+    clipping. Parameters without a gradient, or that no reference loss reached, are left alone.
+
+    Args:
+        optimizer: any `torch.optim.Optimizer`; of a wrapper (accelerate, Lightning) the `.optimizer` inside.
+        alignment: weight of the negative part of the beneficial gradient, a number or a 0-dim tensor; may be
+            reassigned at any time.
+        eps, order, rule: see `project_align`; inner products and norms run over a layer.
+        granularity: what a layer is: "tensor"; "layer", the tensors of one module, whose names come from
+            `model` or an optimiser made from `model.named_parameters()`; or "model", all of them.
+        model: the module that holds the parameters. Needed with FSDP2.
+        scaler: the GradScaler of the loop, if there is one. Scale the reference losses with it too. A
+            captured gradient that overflows skips the step and lowers the scale, as the task's does.
+        process_group: average captured gradients over these ranks at each step, for backwards that DDP does
+            not reduce. None: they come reduced, as through DDP's wrapper.
+        check_ranks: compare the gradients' norms between ranks once, at the first step.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: an option that does not exist or a combination that would be
+            wrong, with the remedy.
+
+    Example:
+        >>> import torch
+        >>> from dgs_kernels import OptimizerSurgery
+        >>> w = torch.nn.Parameter(torch.zeros(2))
+        >>> optimizer = torch.optim.SGD([w], lr=1.0)
+        >>> surgery = OptimizerSurgery(optimizer, rule="full")
+        >>> with surgery.harmful():
+        ...     w[0].backward()
+        >>> w.sum().backward()
+        >>> optimizer.step()
+        >>> w.detach().round(decimals=4).abs()
+        tensor([0., 1.])
+    """
+
+    caller: ClassVar[str] = "OptimizerSurgery"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._hook = BeforeStep(self.optimizer, self._edit)
+
+    def remove(self) -> None:
+        """Undo it: the optimiser steps with plain gradients again."""
+        self._hook.remove()
+        self.clear()
+
+    def _edit(self) -> None:
+        work = self.take()
+        if work is None:
+            return
+        sums, due = self.sums(work)
+        for part in work.parts:
+            task, harmful, beneficial = part.lists
+            run(task, harmful, beneficial, part.groups, part.of(sums), *self.options, due)

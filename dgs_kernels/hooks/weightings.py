@@ -1,0 +1,196 @@
+"""From the inner products of K gradients to the weights they are added with: the K x K part of each method.
+
+Every method takes Gramians [G, K, K], one for each layer, and returns weights [G, K] in float64. It computes
+on the Gramians' device and does not wait for it, except that `gem`, `mgda` and `upgrad` with three or more
+objectives solve their quadratic programmes on the host, with `scipy.optimize.nnls`.
+
+What all promise: a Gramian that holds a NaN or an infinity gives NaN weights, for its layer. A zero gradient
+gets no say, and takes none of the others'. Linearly dependent gradients are no error: where weights are not
+unique, the sum that they make of the gradients is, and that is what is defined.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+Weighting = Callable[[Tensor], Tensor]
+
+
+def weigh(weighting: str | Weighting, gramian: Tensor, generator: torch.Generator) -> Tensor:
+    """Weights [G, K] by a method's name, or by a callable from [K, K] to [K] that is asked layer by layer."""
+    if isinstance(weighting, str):
+        weights = pcgrad(gramian, generator) if weighting == "pcgrad" else METHODS[weighting](gramian)
+        return weights.to(gramian.dtype)
+    rows = [weighting(layer) for layer in gramian]
+    for row in rows:
+        if not isinstance(row, Tensor) or row.shape != gramian.shape[1:2]:
+            got = list(row.shape) if isinstance(row, Tensor) else type(row).__name__
+            raise ValueError(
+                f"a weighting must return a tensor [{gramian.shape[1]}], a weight per objective, got {got}"
+            )
+    return torch.stack([row.detach() for row in rows]).to(gramian)
+
+
+def mean(gramian: Tensor) -> Tensor:
+    """The gradient of the mean of the losses: every weight 1 / K."""
+    return _marked(gramian.new_full(gramian.shape[:2], 1 / gramian.shape[1], dtype=torch.float64), gramian)
+
+
+def pcgrad(gramian: Tensor, generator: torch.Generator) -> Tensor:
+    """PCGrad (Yu et al. 2020, arXiv 2001.06782, algorithm 1).
+
+    For every objective i in turn the others j, in random order: where <v_i, g_j> < 0, v_i loses its part
+    along g_j, v_i starting as g_i. The result is the sum of all v_i. `generator`, on the CPU, draws an order
+    for each i, the same in all layers.
+    """
+    g, count = gramian.double(), gramian.shape[1]
+    last = torch.rand(count, count, generator=generator).fill_diagonal_(2.0)  # each one's own place
+    orders = last.argsort(1)[:, :-1].to(g.device, non_blocking=True)
+    energy, each = g.diagonal(dim1=1, dim2=2), torch.arange(count, device=g.device)
+    weights = torch.eye(count, dtype=g.dtype, device=g.device).repeat(len(g), 1, 1)  # row i: v_i
+    for others in orders.unbind(1):
+        inner = (weights * g[:, others]).sum(2)
+        conflict = (inner < 0) & (energy[:, others] > 0)
+        weights[:, each, others] -= torch.where(conflict, inner / energy[:, others], 0.0)
+    return _marked(weights.sum(1), gramian)
+
+
+def ogd(gramian: Tensor) -> Tensor:
+    """The first gradient, made orthogonal to all others (Farajtabar et al. 2020, arXiv 1910.07104).
+
+    By Gram-Schmidt, in terms of the gradients. What lies within the Gramian's rounding of the span of others
+    counts as lying in it: such a gradient adds no direction, and as the first leaves zero.
+    """
+    cosines, norms = _cosines(gramian)
+    count = gramian.shape[1]
+    tolerance = count * torch.finfo(gramian.dtype).eps
+    unit = torch.eye(count, dtype=cosines.dtype, device=cosines.device)
+    basis = cosines.new_zeros(len(cosines), 0, count)
+    for k in [*range(1, count), 0]:
+        row = unit[k].repeat(len(cosines), 1, 1)
+        row = row - (row @ cosines @ basis.mT) @ basis
+        energy = (row @ cosines @ row.mT).clamp(min=0)
+        row = torch.where(energy > tolerance, row if k == 0 else row / energy.sqrt(), 0.0)
+        basis = torch.cat([basis, row], 1)
+    return _marked(_of_gradients(basis[:, -1], norms[:, :1], norms), gramian)
+
+
+def gem(gramian: Tensor) -> Tensor:
+    """GEM (Lopez-Paz and Ranzato 2017, arXiv 1706.08840, equation 11, without margin).
+
+    The vector nearest to the first gradient that has no negative inner product with any of the others:
+    g_0 + sum_k v_k g_k with v >= 0 that minimises its norm.
+    """
+    if gramian.shape[1] == 2:
+        g = gramian.double()
+        conflict = (g[:, 0, 1] < 0) & (g[:, 1, 1] > 0)
+        away = torch.where(conflict, -g[:, 0, 1] / g[:, 1, 1], 0.0)
+        return _marked(torch.stack([torch.ones_like(away), away], 1), gramian)
+    return _on_the_host(_gem, gramian)
+
+
+def mgda(gramian: Tensor) -> Tensor:
+    """MGDA (Desideri 2012; Sener and Koltun 2018, arXiv 1810.04650): the shortest convex combination.
+
+    Exact, where Sener and Koltun iterate. If gradients are zero, so is the result.
+    """
+    if gramian.shape[1] == 2:
+        g = gramian.double()
+        apart = g[:, 0, 0] + g[:, 1, 1] - 2 * g[:, 0, 1]  # ||g_0 - g_1||^2
+        share = torch.where(apart > 0, (g[:, 1, 1] - g[:, 0, 1]) / apart, 0.5).clamp(0, 1)
+        return _marked(torch.stack([share, 1 - share], 1), gramian)
+    return _on_the_host(_mgda, gramian)
+
+
+def upgrad(gramian: Tensor) -> Tensor:
+    """UPGrad (Quinton and Rey 2024, arXiv 2406.16232): the mean of the gradients without their conflicts.
+
+    Every gradient is replaced by the nearest vector that has no negative inner product with any gradient.
+    """
+    if gramian.shape[1] == 2:
+        g = gramian.double()
+        energy = g.diagonal(dim1=1, dim2=2)
+        conflict = (g[:, :1, 1] < 0) & (energy > 0)
+        away = torch.where(conflict, -g[:, :1, 1] / energy, 0.0)
+        return _marked((1 + away) / 2, gramian)
+    return _on_the_host(_upgrad, gramian)
+
+
+METHODS: dict[str, Weighting] = {"mean": mean, "ogd": ogd, "gem": gem, "mgda": mgda, "upgrad": upgrad}
+NAMES = (*METHODS, "pcgrad")
+
+
+def _cosines(gramian: Tensor) -> tuple[Tensor, Tensor]:
+    """The Gramian [G, K, K] of the gradients at length one (zero stays zero), and the lengths [G, K]."""
+    g = gramian.double()
+    norms = g.diagonal(dim1=1, dim2=2).clamp(min=0).sqrt()
+    inverse = torch.where(norms > 0, 1 / norms, 0.0)
+    return g * inverse[:, :, None] * inverse[:, None, :], norms
+
+
+def _of_gradients(weights: Tensor, length: Tensor, norms: Tensor) -> Tensor:
+    """Weights of the gradients, from those of the gradients at length one that make a vector of `length`."""
+    return torch.where(norms > 0, weights * length / norms, 0.0)
+
+
+def _marked(weights: Tensor, gramian: Tensor) -> Tensor:
+    """NaN in every layer whose Gramian is not finite: comparisons may have let it pass."""
+    return weights + (gramian * 0).sum((1, 2))[:, None]
+
+
+# With three or more objectives: quadratic programmes on the host --------------------------------------------
+
+
+def _on_the_host(solve: Callable, gramian: Tensor) -> Tensor:
+    """`solve(root, norms)` for every layer that can be solved: root.T @ root is the Gramian at length one."""
+    host = gramian.cpu()  # the one wait for the device
+    cosines, norms = (x.numpy() for x in _cosines(host))
+    tolerance = gramian.shape[1] * torch.finfo(gramian.dtype).eps
+    weights = np.full(norms.shape, np.nan)
+    for g in np.flatnonzero(host.isfinite().all(2).all(1).numpy()):
+        values, vectors = np.linalg.eigh(cosines[g])
+        values[values <= tolerance * values[-1]] = 0  # of rounding
+        weights[g] = solve(np.sqrt(values)[:, None] * vectors.T, norms[g])
+    return torch.from_numpy(weights).to(gramian.device)
+
+
+def _nnls(matrix: np.ndarray, vector: np.ndarray) -> np.ndarray:
+    """The x >= 0 that minimises ||matrix @ x - vector||."""
+    try:
+        from scipy.optimize import nnls
+    except ImportError as error:
+        raise ImportError(
+            'the weightings "gem", "mgda" and "upgrad" solve three and more objectives with scipy: '
+            "pip install scipy"
+        ) from error
+    return nnls(matrix, vector)[0]
+
+
+def _per_norm(x: np.ndarray, norms: np.ndarray) -> np.ndarray:
+    return np.divide(x, norms, out=np.zeros_like(x), where=norms > 0)
+
+
+def _gem(root: np.ndarray, norms: np.ndarray) -> np.ndarray:
+    away = _nnls(root[:, 1:], -root[:, 0]) * norms[0]
+    return np.concatenate([[1.0], _per_norm(away, norms[1:])])
+
+
+def _mgda(root: np.ndarray, norms: np.ndarray) -> np.ndarray:
+    if not norms.all():
+        return (norms == 0) / np.count_nonzero(norms == 0)
+    # The sum of the weights joins the squares: their optimum is a multiple of the one where the sum is one.
+    sums = norms.min() / norms
+    weights = _nnls(np.vstack([root, sums]), np.append(np.zeros(len(root)), 1.0)) / norms
+    return weights / weights.sum()
+
+
+def _upgrad(root: np.ndarray, norms: np.ndarray) -> np.ndarray:
+    count = len(norms)
+    weights = np.eye(count)
+    for i in range(count):
+        weights[i] += _per_norm(_nnls(root, -root[:, i]) * norms[i], norms)
+    return weights.mean(0)
