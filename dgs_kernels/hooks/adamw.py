@@ -14,7 +14,8 @@ from torch.optim.adamw import adamw
 from torch.optim.optimizer import ParamsT
 
 from dgs_kernels.hooks.capture import Part, check_keywords, local
-from dgs_kernels.hooks.parameters import ReferenceSurgery, SurgeryMetrics
+from dgs_kernels.hooks.metrics import SurgeryMetrics
+from dgs_kernels.hooks.parameters import ReferenceSurgery
 from dgs_kernels.ops import surgery_adamw_
 
 

@@ -403,25 +403,6 @@ def average(tensors: list[Tensor], group: dist.ProcessGroup) -> None:
         )
 
 
-def cosine(inner: Tensor, first: Tensor, second: Tensor) -> Tensor:
-    """The cosine of two vectors from their inner product and their squared lengths, in -1..1.
-
-    0 where a vector is zero; NaN where a squared length is not in the normal range of its type.
-    """
-    tiny = torch.finfo(inner.dtype).tiny
-    known = (torch.minimum(first, second) >= tiny) & (torch.maximum(first, second) < torch.inf)
-    nothing = (torch.minimum(first, second) == 0) & (inner == 0)
-    value = (inner / first.sqrt() / second.sqrt()).clamp(-1, 1)
-    return torch.where(known, value, torch.where(nothing, 0.0, torch.nan))
-
-
-def plots(prefix: str, layers: list[str], conflict_rate: Tensor, rows: dict[str, Tensor]) -> dict[str, float]:
-    """Metrics [G] of the layers under the names of their plots; waits for the device once."""
-    names = ["conflict_rate", *(f"{name}/{layer}" for name in rows for layer in layers)]
-    values = torch.cat([conflict_rate[None], *rows.values()]).tolist()
-    return {f"{prefix}/{name}": value for name, value in zip(names, values)}
-
-
 def check_keywords(caller: str, kind: type, given: dict[str, Any]) -> None:
     """Raise where a dataclass has no such field, in the name of the class that was called."""
     for name in given.keys() - {known.name for known in fields(kind)}:

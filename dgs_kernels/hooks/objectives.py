@@ -19,11 +19,10 @@ from dgs_kernels.hooks.capture import (
     Part,
     average,
     check_keywords,
-    cosine,
     local,
-    plots,
     stamp,
 )
+from dgs_kernels.hooks.metrics import ObjectiveMetrics
 from dgs_kernels.hooks.weightings import NAMES, Weighting, weigh
 from dgs_kernels.ops.arguments import WHOLE, check_choice
 from dgs_kernels.ops.combine_ import combine_
@@ -33,49 +32,6 @@ MODES = ("exact", "running")
 TASK, RUNNING_SUM = ".grad", "sum so far"
 BUCKETS = 32  # of a gradient's sketch
 REPEATED = 1e-4  # of the gradients' energy: a difference of 1% in norm, as bfloat16 rounds
-
-
-@dataclass(frozen=True)
-class ObjectiveMetrics:
-    """What a step's surgery found in each of G layers; tensors on the layers' device, made without a sync.
-
-    Attributes:
-        layers: G names. With `mode="running"` an entry for each objective and layer, "objective/layer".
-        objectives: K names. With `mode="running"` K is 2: the sum so far and the objective that joins it.
-        gramian: [G, K, K], inner products of the gradients.
-        weights: [G, K], what they were added with.
-    """
-
-    layers: list[str]
-    objectives: list[str]
-    gramian: Tensor
-    weights: Tensor
-
-    @property
-    def cosine(self) -> Tensor:
-        """[G, K, K], between every two gradients; 0 where one is zero."""
-        squares = self.gramian.diagonal(dim1=1, dim2=2)
-        return cosine(self.gramian, squares[:, :, None], squares[:, None, :])
-
-    @property
-    def conflict(self) -> Tensor:
-        """[G, K, K] bool, which pairs have a negative inner product."""
-        return self.gramian < 0
-
-    @property
-    def conflict_rate(self) -> Tensor:
-        """Share of the pairs that conflict, over all layers, 0-dim."""
-        count = len(self.objectives)
-        return self.conflict.float().mean() * count / (count - 1)
-
-    def scalars(self, prefix: str = "objectives") -> dict[str, float]:
-        """Every number under the name of its plot, as TensorBoard takes them; waits for the device once."""
-        rows = {
-            f"cosine/{one}, {other}": self.cosine[:, i, j]
-            for (i, one), (j, other) in itertools.combinations(enumerate(self.objectives), 2)
-        }
-        rows |= {f"weight/{name}": self.weights[:, k] for k, name in enumerate(self.objectives)}
-        return plots(prefix, self.layers, self.conflict_rate, rows)
 
 
 @dataclass
@@ -184,6 +140,8 @@ class ObjectiveSurgery(Capture):
         running = self.mode == "running"
         seen = list(self._running.sketches if running else self._captured)
         name = f"objective {len(seen)}" if name is None else name
+        if name in (TASK, RUNNING_SUM):
+            raise ValueError(f"objective(): {name!r} is what was captured in no context: take another name")
         if running and name in seen:
             raise RuntimeError(
                 f'{name!r} has joined the running sum: with mode="running" run all backwards of an objective '

@@ -9,42 +9,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from dgs_kernels.hooks.capture import BeforeStep, Capture, Part, average, cosine, plots
+from dgs_kernels.hooks.capture import BeforeStep, Capture, Part, average
+from dgs_kernels.hooks.metrics import SurgeryMetrics, cosine, length
 from dgs_kernels.ops.arguments import check_options
 from dgs_kernels.ops.project_align_ import SUMS, run, sums_dtype
-
-
-@dataclass(frozen=True)
-class SurgeryMetrics:
-    """What a step's surgery did to each of G layers; tensors on the layers' device, computed without a sync.
-
-    Inner products are float32's, float64's of float64 gradients: of a gradient whose squared length that type
-    cannot hold (float32: shorter than 1.1e-19, longer than 1.8e19) what depends on the length is NaN, or 0
-    where the inner products are 0 too.
-
-    Attributes:
-        layers: G names.
-        cosine: [G], between the task gradient and the direction h that `rule` makes of the harmful one.
-        removed: [G], share of the energy ||x||^2 that the projection took, x being what it was applied to.
-        conflict: [G] bool, whether that cosine is negative.
-        alignment: [G], ||alignment * min(beneficial, 0)|| / ||task gradient||.
-    """
-
-    layers: list[str]
-    cosine: Tensor
-    removed: Tensor
-    conflict: Tensor
-    alignment: Tensor
-
-    @property
-    def conflict_rate(self) -> Tensor:
-        """Share of the layers whose task and harmful gradient conflict, 0-dim."""
-        return self.conflict.float().mean()
-
-    def scalars(self, prefix: str = "surgery") -> dict[str, float]:
-        """Every number under the name of its plot, as TensorBoard takes them; waits for the device once."""
-        rows = {name: getattr(self, name) for name in ("cosine", "removed", "conflict", "alignment")}
-        return plots(prefix, self.layers, self.conflict_rate, rows)
 
 
 @dataclass
@@ -151,7 +119,7 @@ class ReferenceSurgery(Capture):
             cosine=cosine(gh, gg, hh),
             removed=along.square() * share * (2 - share),
             conflict=gh < 0,
-            alignment=torch.where(bb == 0, 0.0, (pull * bb.sqrt()).abs() / gg.sqrt()),
+            alignment=torch.where(bb == 0, 0.0, abs(pull) * length(bb) / length(gg)),
         )
 
 

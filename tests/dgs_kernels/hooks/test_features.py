@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import product
 
 import pytest
 import torch
+from torch import nn
 from torch.autograd import gradcheck
+from torch.utils.checkpoint import checkpoint
 
 from dgs_kernels import gradient_surgery, project_align, reference
 from dgs_kernels.reference import ORDERS, RULES
@@ -81,7 +84,9 @@ def test_directions_are_constants_and_features_need_not_be_trained():
     constant = features.detach()
     seen, alignment_loss = gradient_surgery(constant, harmful.detach(), beneficial.detach())
     assert not seen.requires_grad and not alignment_loss.requires_grad
-    assert float(alignment_loss) == pytest.approx(float((constant * beneficial.clamp(max=0)).sum() / 4))
+    assert float(alignment_loss) == pytest.approx(
+        float((constant * beneficial.clamp(max=0)).sum().detach() / 4)
+    )
 
 
 def test_no_rows():
@@ -186,3 +191,41 @@ def test_errors_come_with_the_call():
         gradient_surgery(features, torch.zeros(4), order="neither")
     with pytest.raises(ValueError, match="rule must be one of"):
         gradient_surgery(features, torch.zeros(4), rule="neither")
+
+
+def test_several_times_in_one_model():
+    """On two layers, one inside a checkpointed region, as two tensor hooks would; nowhere under no_grad."""
+    first, second = nn.Linear(6, 3).double(), nn.Linear(3, 4).double()
+    x, low, high = draw(8, 6), draw(2, 8, 3, seed=1), draw(2, 8, 4, seed=2)
+
+    def tail(x, surgery):
+        x, alignment_loss = surgery(first(x).tanh(), *low)
+        return second(x), alignment_loss
+
+    def loss(surgery, call):
+        hidden, low_loss = call(tail, x, surgery)
+        hidden, high_loss = surgery(hidden, *high, rule="full")
+        return hidden.square().mean() + 0.3 * low_loss + 0.2 * high_loss
+
+    params = [*first.parameters(), *second.parameters()]
+    want = torch.autograd.grad(loss(reference.gradient_surgery, lambda f, *x: f(*x)), params)
+    for call in (lambda f, *x: f(*x), partial(checkpoint, use_reentrant=False)):
+        torch.testing.assert_close(torch.autograd.grad(loss(gradient_surgery, call), params), want)
+    with torch.no_grad():
+        assert not loss(gradient_surgery, lambda f, *x: f(*x)).requires_grad
+
+
+def test_under_torch_func():
+    inputs = draw(3, 8, 4)
+
+    def loss(features, harmful, beneficial):
+        seen, alignment_loss = gradient_surgery(features, harmful, beneficial)
+        return seen.sin().sum() + 0.3 * alignment_loss
+
+    leaf = inputs[0].clone().requires_grad_()
+    want = torch.autograd.grad(loss(leaf, *inputs[1:]), leaf)[0]
+    torch.testing.assert_close(torch.func.grad(loss)(*inputs), want)
+    rows = [torch.func.grad(loss)(*row) for row in zip(*inputs)]
+    torch.testing.assert_close(torch.func.vmap(torch.func.grad(loss))(*inputs), torch.stack(rows))
+    with pytest.raises(NotImplementedError, match="jvp"):  # forward mode has no gradient to edit
+        torch.func.jvp(lambda f: loss(f, *inputs[1:]), (inputs[0],), (inputs[0],))

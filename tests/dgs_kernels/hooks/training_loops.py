@@ -5,29 +5,42 @@ Shared by the tests of loops in this process and in several.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
+import pytest
 import torch
 from torch import nn
 
 from dgs_kernels import ObjectiveSurgery, OptimizerSurgery, SurgeryAdamW, gradient_surgery, reference
 
 HOOKS = ("features", "parameters", "SurgeryAdamW", "objectives")
+SURGERY = {"parameters": OptimizerSurgery, "objectives": ObjectiveSurgery}
 STEPS, ROWS = 3, 8
 ALIGNMENT = 0.3
+MAX_NORM = 0.05  # that gradients are clipped to
 # A large eps: steps are then in proportion to gradients, so that an error in one cannot hide, nor grow.
 ADAMW = {"lr": 0.5, "eps": 0.5, "weight_decay": 0.1}
 
 
+hooks = pytest.mark.parametrize("kind", HOOKS)
+on_parameters = pytest.mark.parametrize("kind", HOOKS[1:])
+
+
 class Net(nn.Module):
-    """Returns predictions [n, 1], and the alignment loss where feature surgery is asked for."""
+    """Returns predictions [n, 1], and the alignment loss where feature surgery is asked for.
+
+    Seven parameters in four layers: three gradients, of task and references, cannot be taken for either.
+    """
 
     def __init__(self, dtype=torch.float64):
         super().__init__()
         torch.manual_seed(0)
-        self.backbone = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 4))
-        self.head = nn.Linear(4, 1)
+        self.backbone = nn.Sequential(
+            nn.Linear(9, 7), nn.Tanh(), nn.Linear(7, 5, bias=False), nn.LayerNorm(5)
+        )
+        self.head = nn.Linear(5, 1)
         self.to(dtype)
 
     def forward(self, x, harmful=None, beneficial=None):
@@ -58,7 +71,7 @@ class Batch:
 
 def batch(step: int, dtype=torch.float64) -> Batch:
     generator = torch.Generator().manual_seed(100 + step)
-    sizes = (6, 1, 6, 6, 4, 4)
+    sizes = (9, 1, 9, 9, 5, 5)
     drawn = Batch(*(torch.randn(ROWS, n, generator=generator, dtype=torch.float64) for n in sizes))
     return drawn.to(dtype)
 
@@ -125,12 +138,11 @@ def plain(
     *,
     dtype=torch.float64,
     clip: str | None = None,
-    max_norm: float = 0.05,
-    layers: tuple = range(6),
+    layers: Sequence[int] = range(7),
 ) -> list:
     """Weights after STEPS steps, computed without hooks, processes or micro-batches: every gradient by
     `autograd.grad`, every surgery by the reference formulas. Clipping "before" or "after" the surgery;
-    `layers` numbers the layer of each of Net's six parameters.
+    `layers` numbers the layer of each of Net's parameters.
     """
     model = Net(dtype)
     params = list(model.parameters())
@@ -154,23 +166,49 @@ def plain(
                     reference_loss(model(b.x_beneficial)[0]),
                 )
             )
-            grads = clipped(grads, max_norm) if clip == "before" else grads
+            grads = clipped(grads) if clip == "before" else grads
             if kind == "objectives":
                 objectives = [grads, harmful, beneficial]
                 per_layer = torch.stack([*map(every_product, reference.gramian(objectives, layers))])
                 grads = reference.combine_(grads, objectives, per_layer, layers)
             else:
                 grads = reference.project_align_(grads, harmful, beneficial, layers, alignment=ALIGNMENT)
-        grads = clipped(grads, max_norm) if clip and (kind == "features" or clip == "after") else grads
+        grads = clipped(grads) if clip and (kind == "features" or clip == "after") else grads
         for p, grad in zip(params, grads):
             p.grad = grad
         optimizer.step()
     return weights(model)
 
 
-def clipped(grads, max_norm: float) -> list:
+def clipped(grads) -> list:
     norm = torch.stack([g.norm() for g in grads]).norm()
-    return [g * min(1.0, max_norm / (float(norm) + 1e-6)) for g in grads]
+    return [g * min(1.0, MAX_NORM / (float(norm) + 1e-6)) for g in grads]
+
+
+def train(
+    hook, model, *, parts=1, backward=torch.Tensor.backward, dtype=torch.float64, before_step=None, step=None
+):
+    for number in range(STEPS):
+        b = batch(number, dtype)
+        for i in range(parts):
+            hook.backward(model, b.part(i, parts), backward, 1 / parts)
+        if before_step:
+            before_step()
+        (step or hook.optimizer.step)()
+        hook.optimizer.zero_grad()
+
+
+def scaled(kind, growth_interval=2000, **options):
+    """(model, scaler, hook, step) of training with a GradScaler that the hook is told of."""
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=growth_interval)
+    model = Net(torch.float32)
+    hook = Hook(kind, model, **({} if kind == "features" else {"scaler": scaler}), **options)
+
+    def step():
+        scaler.step(hook.optimizer)
+        scaler.update()
+
+    return model, scaler, hook, step
 
 
 def weights(model) -> list:

@@ -1,0 +1,104 @@
+"""What a step's surgery did to each layer, from inner products alone, and its plots."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class SurgeryMetrics:
+    """What a step's surgery did to each of G layers; tensors on the layers' device, computed without a sync.
+
+    Inner products are float32's, float64's of float64 gradients: of a gradient whose squared length that type
+    cannot hold (float32: shorter than 1.1e-19, longer than 1.8e19) what depends on the length is NaN, or 0
+    where the inner products are 0 too.
+
+    Attributes:
+        layers: G names.
+        cosine: [G], between the task gradient and the direction h that `rule` makes of the harmful one.
+        removed: [G], share of the energy ||x||^2 that the projection took, x being what it was applied to.
+        conflict: [G] bool, whether that cosine is negative.
+        alignment: [G], ||alignment * min(beneficial, 0)|| / ||task gradient||.
+    """
+
+    layers: list[str]
+    cosine: Tensor
+    removed: Tensor
+    conflict: Tensor
+    alignment: Tensor
+
+    @property
+    def conflict_rate(self) -> Tensor:
+        """Share of the layers whose task and harmful gradient conflict, 0-dim."""
+        return self.conflict.float().mean()
+
+    def scalars(self, prefix: str = "surgery") -> dict[str, float]:
+        """Every number under the name of its plot, as TensorBoard takes them; waits for the device once."""
+        rows = {name: getattr(self, name) for name in ("cosine", "removed", "conflict", "alignment")}
+        return _plots(prefix, self.layers, self.conflict_rate, rows)
+
+
+@dataclass(frozen=True)
+class ObjectiveMetrics:
+    """What a step's surgery found in each of G layers; tensors on the layers' device, made without a sync.
+
+    Attributes:
+        layers: G names. With `mode="running"` an entry for each objective and layer, "objective/layer".
+        objectives: K names. With `mode="running"` K is 2: the sum so far and the objective that joins it.
+        gramian: [G, K, K], inner products of the gradients.
+        weights: [G, K], what they were added with.
+    """
+
+    layers: list[str]
+    objectives: list[str]
+    gramian: Tensor
+    weights: Tensor
+
+    @property
+    def cosine(self) -> Tensor:
+        """[G, K, K], between every two gradients; 0 where one is zero."""
+        squares = self.gramian.diagonal(dim1=1, dim2=2)
+        return cosine(self.gramian, squares[:, :, None], squares[:, None, :])
+
+    @property
+    def conflict(self) -> Tensor:
+        """[G, K, K] bool, which pairs have a negative inner product."""
+        return self.gramian < 0
+
+    @property
+    def conflict_rate(self) -> Tensor:
+        """Share of the pairs that conflict, over all layers, 0-dim."""
+        count = len(self.objectives)
+        return self.conflict.float().mean() * count / (count - 1)
+
+    def scalars(self, prefix: str = "objectives") -> dict[str, float]:
+        """Every number under the name of its plot, as TensorBoard takes them; waits for the device once."""
+        rows = {
+            f"cosine/{one}, {other}": self.cosine[:, i, j]
+            for (i, one), (j, other) in itertools.combinations(enumerate(self.objectives), 2)
+        }
+        rows |= {f"weight/{name}": self.weights[:, k] for k, name in enumerate(self.objectives)}
+        return _plots(prefix, self.layers, self.conflict_rate, rows)
+
+
+def length(square: Tensor) -> Tensor:
+    """The length of a vector from its square; NaN where that is not in the normal range of its type."""
+    known = (square >= torch.finfo(square.dtype).tiny) & (square < torch.inf)
+    return torch.where(known, square.sqrt(), torch.nan)
+
+
+def cosine(inner: Tensor, first: Tensor, second: Tensor) -> Tensor:
+    """Of two vectors, from their inner product and squared lengths, in -1..1; 0 where one is zero."""
+    nothing = (inner == 0) & ((first == 0) | (second == 0))
+    return torch.where(nothing, 0.0, (inner / length(first) / length(second)).clamp(-1, 1))
+
+
+def _plots(prefix: str, layers: list[str], rate: Tensor, rows: dict[str, Tensor]) -> dict[str, float]:
+    """Numbers [G] of the layers under the names of their plots."""
+    names = ["conflict_rate", *(f"{name}/{layer}" for name in rows for layer in layers)]
+    values = torch.cat([rate[None], *rows.values()]).tolist()
+    return {f"{prefix}/{name}": value for name, value in zip(names, values)}
