@@ -26,6 +26,13 @@ def save_tiny(folder: Path, preprocess: PreprocessConfig = PATCHES, seed: int = 
     return save_model(folder / "best", model, config).parent
 
 
+def save_picture(path: Path) -> None:
+    """Write noise of a size that varies, which the path decides as it decides the noise."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(list("/".join(path.parts[-3:]).encode()))
+    Image.fromarray(rng.integers(0, 256, (*rng.integers(36, 60, 2), 3), dtype=np.uint8)).save(path)
+
+
 def save_noise(folder: Path, images: int, sides: tuple[int, int] = (33, 90)) -> Path:
     """Fill a folder with PNG files of noise, each side's length drawn from this range."""
     rng = np.random.default_rng(0)

@@ -1,0 +1,50 @@
+"""`--engine ray` on a small Ray of this machine."""
+
+import os
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from dgsnet.data.tables import Partial
+from dgsnet.detection.detector import Detector
+from dgsnet.detection.rows import Score
+from dgsnet.detection.scoring import predict_command, settings
+from dgsnet.errors import UserError
+
+from tests.support.tables import read_csv
+
+
+@pytest.mark.slow
+def test_ray_gives_the_same_table(run, images, table, tmp_path, monkeypatch, capfd):
+    """On a small Ray that is started for it on this machine, stays quiet and is stopped."""
+    ray = pytest.importorskip("ray")
+    data = [(images / name).read_bytes() for name in sorted(table)]
+    pq.write_table(pa.table({"image": data}), tmp_path / "t.parquet")
+    (tmp_path / "broken.png").write_bytes(b"no image")
+    monkeypatch.chdir(tmp_path)
+    paths = [os.path.relpath(images, tmp_path), "t.parquet", "broken.png", "nowhere.png"]
+    predict_command(paths, run, "local.csv", device="cpu", consistency=True)
+    expected = read_csv("local.csv")
+    assert {"real", "unsure", ""} <= {row["decision"] for row in expected}
+
+    begun = settings(Detector.load(run), paths, consistency=True)
+    with Partial(tmp_path / "ray.csv", begun, resume=False) as part:
+        for row in expected[10:20]:
+            score, spread = float(row["probability"]), float(row["spread"])
+            part.add(Score(row["path"], score, row["decision"], row["error"], spread)._asdict())
+    monkeypatch.setenv("RAY_DEFAULT_OBJECT_STORE_MEMORY_PROPORTION", "0.01")
+    monkeypatch.setenv("RAY_worker_niceness", "0")  # or other tests would leave its processes next to nothing
+    capfd.readouterr()
+    options = {"workers": 1, "consistency": True, "resume": True}
+    predict_command(paths, run, "ray.csv", device="cpu", engine="ray", **options)
+    assert not ray.is_initialized()
+    found = read_csv("ray.csv")
+    assert found == expected[10:20] + expected[:10] + expected[20:]
+
+    printed, progress = capfd.readouterr()
+    assert printed.startswith("ray.csv: ") and printed.count("\n") == 1
+    lines = [line for line in progress.replace("\r", "\n").splitlines() if line and "image [" not in line]
+    assert lines == ["the column error of ray.csv says why"]
+
+    with pytest.raises(UserError, match="engine ray cannot read a list from standard input"):
+        predict_command(["-"], run, "ray.csv", engine="ray")
