@@ -22,8 +22,8 @@ import torch
 from dgsnet import builtin
 from dgsnet.data.distortions import COPIES, Distortion
 from dgsnet.data.images import read_image
+from dgsnet.data.items import find_samples
 from dgsnet.data.preprocess import Preprocessor
-from dgsnet.data.samples import find_samples
 from dgsnet.demo.compare import DGSNET, LORA, configurations
 from dgsnet.detection.decisions import calibrate
 from dgsnet.detection.detector import Detector

@@ -20,10 +20,10 @@ import numpy as np
 import torch
 from dgsnet.config import PreprocessConfig
 from dgsnet.data.images import read_image
+from dgsnet.data.items import Item
 from dgsnet.data.loading import ImageDataset, make_loader
 from dgsnet.data.patches import select_patches
 from dgsnet.data.preprocess import Preprocessor
-from dgsnet.data.samples import Sample
 from PIL import Image
 
 from benchmarks import harness
@@ -105,7 +105,7 @@ def loader_rate(folder: Path, side: int, selection: str, images: int) -> float:
     for i, image in enumerate(photographs(side)):
         (folder / f"{side}-{i}.jpg").write_bytes(encoded(image, "jpeg"))
     files = sorted(map(str, folder.glob(f"{side}-*.jpg")))
-    samples = [Sample(files[i % len(files)], 0, "") for i in range(images)]
+    samples = [Item(files[i % len(files)], 0, "") for i in range(images)]
     dataset = ImageDataset(samples, Preprocessor(PreprocessConfig()), train=True, selection=selection)
     batches = iter(make_loader(dataset, batch_size=BATCH, workers=1))
     next(batches)  # while the worker starts

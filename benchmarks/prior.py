@@ -24,9 +24,9 @@ import torch.nn.functional as F
 from dgsnet import builtin
 from dgsnet.config import Config, SurgeryConfig
 from dgsnet.data.captions import attach_captions
+from dgsnet.data.items import find_samples
 from dgsnet.data.loading import ImageDataset, collate
 from dgsnet.data.preprocess import Preprocessor
-from dgsnet.data.samples import find_samples
 from dgsnet.demo.measure import Exam, prepare, zero_shot
 from dgsnet.model.dgsnet import DGSNet
 from dgsnet.processes import usable_cores

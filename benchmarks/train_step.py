@@ -33,9 +33,9 @@ from dgsnet.builtin.crops import sample_crop
 from dgsnet.builtin.photographs import PHOTOGRAPHS
 from dgsnet.config import ModelConfig, OptimConfig, PreprocessConfig, SurgeryConfig
 from dgsnet.data.images import file_hash, read_image
+from dgsnet.data.items import Item
 from dgsnet.data.loading import ImageDataset
 from dgsnet.data.preprocess import NORMALIZATIONS, Preprocessor
-from dgsnet.data.samples import Sample
 from dgsnet.model import adapters, pretrained
 from dgsnet.model.dgsnet import DGSNet
 from dgsnet.training.frozen import CaptionFeatures, ImageFeatures
@@ -284,7 +284,7 @@ class Ours:
     def stored_features(self) -> Callable[[list[str]], Tensor]:
         """Looks up the frozen tower's features of image files, which are computed now."""
         paths = sorted(Path(self.settings.folder).glob("*.png"))
-        samples = [Sample(str(path), 0, "") for path in paths]
+        samples = [Item(str(path), 0, "") for path in paths]
         images = ImageDataset(samples, self.preprocess, train=True, views=1)
         accelerator = Accelerator(cpu=self.settings.device == "cpu")
         features = ImageFeatures(self.model, images, accelerator, 0, self.settings.folder)

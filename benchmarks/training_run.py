@@ -27,7 +27,7 @@ from dgsnet.builtin.crops import sample_crop
 from dgsnet.builtin.photographs import PHOTOGRAPHS
 from dgsnet.config import Config, DataConfig, ModelConfig, OptimConfig, PreprocessConfig, SurgeryConfig
 from dgsnet.data.captions import attach_captions
-from dgsnet.data.samples import find_samples
+from dgsnet.data.items import find_samples
 from dgsnet.training import run
 from dgsnet.training.setup import accelerator_for
 from PIL import Image

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dgsnet.data.captions import attach_captions
+from dgsnet.data.items import Item, find_samples
+from dgsnet.data.lists import read_json
 from dgsnet.data.nuisances import NUISANCES
-from dgsnet.data.samples import Sample, find_samples, read_json
 from dgsnet.errors import UserError
 from dgsnet.files import locked, write_file
 
@@ -56,7 +57,7 @@ class Audit:
 
 
 def audit(
-    samples: Sequence[Sample],
+    samples: Sequence[Item],
     *,
     captions: bool = False,
     most: int = MOST_IMAGES,

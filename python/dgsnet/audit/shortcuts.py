@@ -21,8 +21,8 @@ from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
 from tqdm import tqdm
 
 from dgsnet.data.images import ImageError
+from dgsnet.data.items import Item
 from dgsnet.data.nuisances import NUISANCES, file_nuisances
-from dgsnet.data.samples import Sample
 
 CONFIDENCE = 0.99
 FOLDS = 5
@@ -98,7 +98,7 @@ class Shortcuts:
 
 
 def read_nuisances(
-    samples: Sequence[Sample], *, seconds: float = math.inf, progress: bool = False
+    samples: Sequence[Item], *, seconds: float = math.inf, progress: bool = False
 ) -> tuple[np.ndarray, list[str]]:
     """The nuisances of images' files.
 
@@ -116,7 +116,7 @@ def read_nuisances(
     # One by one: reading an image sets how warnings are treated, which threads share.
     for sample in tqdm(samples, "reading files", unit="image", disable=None if progress else True):
         try:
-            rows.append(file_nuisances(sample.item.read_bytes(), name=sample.path))
+            rows.append(file_nuisances(sample.read_bytes(), name=sample.path))
         except ImageError as error:
             errors.append(str(error))
             rows.append(np.full(len(NUISANCES), np.nan, np.float32))

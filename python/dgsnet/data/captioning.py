@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from dgsnet.data.captions import CAPTIONS_FILE
-from dgsnet.data.samples import Sample, find_samples
+from dgsnet.data.items import Item, find_samples
 from dgsnet.data.tables import Partial, read_rows, replacing
 from dgsnet.errors import UserError
 from dgsnet.processes import default_workers, start_worker
@@ -150,7 +150,7 @@ def caption_command(
 def _fill(
     table: Partial,
     captioner: Captioner,
-    samples: Sequence[Sample],
+    samples: Sequence[Item],
     done: set[str],
     batch_size: int,
     workers: int | None,
@@ -185,7 +185,7 @@ class _Batches:
     def __init__(self, prepare: Any):
         self.prepare = prepare
 
-    def __getitem__(self, samples: Sequence[Sample]) -> tuple[Tensor, list[str]]:
+    def __getitem__(self, samples: Sequence[Item]) -> tuple[Tensor, list[str]]:
         import torch
 
         from dgsnet.data.images import ImageError
@@ -193,7 +193,7 @@ class _Batches:
         pixels, errors = [], []
         for sample in samples:
             try:
-                pixels.append(self.prepare(sample.item.read()))
+                pixels.append(self.prepare(sample.read()))
                 errors.append("")
             except ImageError as error:
                 errors.append(str(error))

@@ -6,15 +6,16 @@ import dataclasses
 import os
 from pathlib import Path
 
-from dgsnet.data.samples import SPLIT_FOLDERS, Sample, read_json
+from dgsnet.data.items import SPLIT_FOLDERS, Item
+from dgsnet.data.lists import read_json
 from dgsnet.errors import UserError
 
 CAPTIONS_FILE = "captions.json"
 
 
 def attach_captions(
-    samples: list[Sample], captions: str | Path, root: str | Path, *, partly: bool = False
-) -> list[Sample]:
+    samples: list[Item], captions: str | Path, root: str | Path, *, partly: bool = False
+) -> list[Item]:
     """The same samples, every one with a caption.
 
     Args:
@@ -29,9 +30,9 @@ def attach_captions(
         UserError: no or an unusable JSON file, or images without a caption, counted, with the remedy.
 
     Example:
-        >>> from dgsnet.data.samples import Sample
+        >>> from dgsnet.data.items import Item
         >>> from dgsnet.data.captions import attach_captions
-        >>> attach_captions([Sample("a.png", 0, "cats")], "none", ".")[0].caption
+        >>> attach_captions([Item("a.png", 0, "cats")], "none", ".")[0].caption
         ''
     """
     if captions == "none":

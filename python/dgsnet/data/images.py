@@ -139,7 +139,7 @@ def read_file(
     """
     try:
         real = os.path.realpath(path)
-        if folder and not real.startswith(os.path.join(os.path.realpath(folder), "")):
+        if folder and not is_inside(real, folder):
             raise ImageError(f"a link out of {folder}, not followed")
         check_regular(real)
         # Not to be held up by what takes the file's place after the check.
@@ -157,6 +157,12 @@ def read_file(
     if len(data) < wanted:
         raise ImageError("cut off by the end of its file")
     return data
+
+
+def is_inside(path: str, folder: str) -> bool:
+    """Whether a path, with all links followed, lies in a folder."""
+    path, folder = (os.path.join(os.path.realpath(p), "") for p in (path, folder))
+    return path.startswith(folder)
 
 
 def file_hash(data: bytes) -> int:

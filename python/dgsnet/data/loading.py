@@ -14,9 +14,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from dgsnet.data.images import ImageError, file_hash, read_image
+from dgsnet.data.items import Item
 from dgsnet.data.nuisances import file_nuisances
+from dgsnet.data.parquet import KEPT_BYTES as KEPT_GROUPS
 from dgsnet.data.preprocess import Preprocessor
-from dgsnet.data.samples import Sample
 from dgsnet.processes import start_worker, usable_cores
 
 SHARDS_MIXED = 16  # shards read at a time
@@ -42,7 +43,7 @@ class ImageDataset(Dataset):
 
     def __init__(
         self,
-        samples: list[Sample],
+        samples: list[Item],
         preprocess: Preprocessor,
         *,
         train: bool,
@@ -102,9 +103,9 @@ class ImageDataset(Dataset):
         if index in self._kept:
             return self._kept[index]
         sample = self.samples[index]
-        data = sample.item.read_bytes()
+        data = sample.read_bytes()
         image = read_image(data, name=sample.path)
-        item = {"label": sample.label, "caption": sample.caption or "", "index": index}
+        item: dict[str, Any] = {"label": sample.label, "caption": sample.caption or "", "index": index}
         item["hash"] = file_hash(data)
         if self.nuisances:
             item["nuisances"] = torch.from_numpy(file_nuisances(data, name=sample.path))
@@ -158,19 +159,25 @@ def pixels_on(device: torch.device, batch: dict[str, Any], preprocess: Preproces
     return preprocess.select(*(batch[name].to(device, non_blocking=True) for name in names))
 
 
-def epoch_order(samples: list[Sample], rng: np.random.Generator) -> np.ndarray:
+def epoch_order(samples: list[Item], rng: np.random.Generator) -> np.ndarray:
     """A random order of the samples that reads shards a few at a time.
 
-    Images in files of their own come in any order. Shards come in a random order, SHARDS_MIXED at a time,
-    and the images of these, with an equal part of the images in files, in any order.
+    Images in files of their own come in any order. Shards, which are archives or row groups of Parquet, come
+    in a random order, at most SHARDS_MIXED at a time, and the images of these, with an equal part of the
+    images in files, in any order.
     """
-    archives = np.array([sample.archive for sample in samples])
-    if not archives.any():
+    shards = [sample.shard for sample in samples]
+    names = sorted(set(shards))
+    if names in ([], [""]):
         return rng.permutation(len(samples))
-    names, shard = np.unique(archives, return_inverse=True)
+    number = {name: i for i, name in enumerate(names)}
+    shard = np.array([number[name] for name in shards])
     of_shard = np.split(np.argsort(shard, kind="stable"), np.cumsum(np.bincount(shard))[:-1])
     alone = rng.permutation(of_shard.pop(0)) if names[0] == "" else np.empty(0, np.int64)
-    windows = max(1, -(-len(of_shard) // SHARDS_MIXED))
+    # Of row groups no more than the reader keeps.
+    largest = max((sample.size or 0 for sample in samples if sample.group is not None), default=0)
+    mixed = min(SHARDS_MIXED, max(1, KEPT_GROUPS // largest)) if largest else SHARDS_MIXED
+    windows = max(1, -(-len(of_shard) // mixed))
     parts = zip(
         np.array_split(rng.permutation(len(of_shard)), windows), np.array_split(alone, windows), strict=True
     )

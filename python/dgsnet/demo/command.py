@@ -28,7 +28,7 @@ from dgsnet.errors import UserError
 from dgsnet.files import LOCK_FILE, locked
 
 if TYPE_CHECKING:
-    from dgsnet.data.samples import Sample
+    from dgsnet.data.items import Item
 
 # Enough points to see clusters, few enough for t-SNE in seconds.
 MAP_IMAGES = 300
@@ -54,7 +54,7 @@ def demo_command(out: str = "runs/demo") -> None:
 
 def _demo(folder: Path) -> None:
     from dgsnet import builtin
-    from dgsnet.data.samples import find_samples
+    from dgsnet.data.items import find_samples
     from dgsnet.demo import report
 
     started = time.monotonic()
@@ -100,7 +100,7 @@ def _prepare(out: Path) -> Path:
     return out
 
 
-def feature_maps(runs: list[Run], test: list[Sample]) -> tuple[dict[str, np.ndarray], np.ndarray]:
+def feature_maps(runs: list[Run], test: list[Item]) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """t-SNE of the test images' features: title to points [N, 2], and the labels [N].
 
     As in the paper's figure 1, the frozen encoder and what the methods made of it: trained on the data with

@@ -12,8 +12,8 @@ from torch import Tensor
 from dgsnet import builtin
 from dgsnet.config import Config
 from dgsnet.data.images import read_image
+from dgsnet.data.items import Item, find_samples
 from dgsnet.data.preprocess import Preprocessor
-from dgsnet.data.samples import Sample, find_samples
 from dgsnet.evaluation.results import Evaluation, Score
 from dgsnet.model.dgsnet import DGSNet
 from dgsnet.training.drift import cka
@@ -36,7 +36,7 @@ class Exam:
         names: [C, D], the frozen text tower's unit feature of every content.
     """
 
-    samples: list[Sample]
+    samples: list[Item]
     pixels: Tensor
     frozen: Tensor
     crops: Tensor
@@ -89,7 +89,7 @@ def measure(model: DGSNet, exam: Exam) -> Measures:
     features = _features(model, exam.pixels) if model.config.lora_rank else exam.frozen
     probabilities = torch.sigmoid(model.head.image_head(features).squeeze(1).double()).tolist()
     scores = [
-        Score(sample.path, sample.generator, sample.label, probability)
+        Score(sample.path, sample.generator, int(sample.label == 1), probability)
         for sample, probability in zip(exam.samples, probabilities)
     ]
     return Measures(

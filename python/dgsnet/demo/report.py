@@ -15,7 +15,7 @@ from markupsafe import Markup
 from scipy.stats import t as student
 
 from dgsnet.config import Config
-from dgsnet.data.samples import Sample
+from dgsnet.data.items import Item
 from dgsnet.demo.compare import (
     BALANCED,
     BIASED,
@@ -48,7 +48,7 @@ def write(
     path: str | Path,
     runs: list[Run],
     *,
-    samples: Mapping[str, Sequence[Sample]],
+    samples: Mapping[str, Sequence[Item]],
     maps: Mapping[str, np.ndarray],
     map_labels: np.ndarray,
     seconds: float,
@@ -172,7 +172,7 @@ def _table(runs: list[Run], task: str) -> list[dict[str, Any]]:
     ]
 
 
-def _set(name: str, samples: Sequence[Sample]) -> dict[str, Any]:
+def _set(name: str, samples: Sequence[Item]) -> dict[str, Any]:
     def count(label: int) -> str:
         members = [sample.path for sample in samples if sample.label == label]
         return f"{len(members)} ({sum(path.endswith('.jpg') for path in members)})"

@@ -7,8 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from dgsnet.data.samples import find_labelled
-from dgsnet.data.sources import Item, find_images
+from dgsnet.data.items import Item, find_images, find_labelled
 from dgsnet.detection.decisions import calibrate, load_calibration, save_calibration, summary
 from dgsnet.detection.detector import Detector
 from dgsnet.detection.overlap import warn_of_training_images
@@ -79,7 +78,7 @@ def _items(paths: Sequence[str], label: int) -> list[Item]:
         if not (samples := find_labelled(path)):
             plain.append(path)
             continue
-        taken = [sample.item for sample in samples if sample.label == label]
+        taken = [sample for sample in samples if sample.label == label]
         print(
             f"{path} is a labelled dataset: its {len(taken)} {CLASSES[label]} images are taken, its "
             f"{len(samples) - len(taken)} {CLASSES[1 - label]} ones are not"

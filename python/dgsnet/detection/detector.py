@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dgsnet.data.sources import Item
+from dgsnet.data.items import Item
 from dgsnet.detection.decisions import Calibration, decide
 from dgsnet.errors import UserError
 

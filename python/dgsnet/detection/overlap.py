@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from dgsnet.data.images import ImageError, file_hash
-from dgsnet.data.sources import Item
+from dgsnet.data.items import Item
 
 
 def in_training(model: str | Path, items: Sequence[Item]) -> list[Item]:
@@ -32,7 +32,7 @@ def warn_of_training_images(model: str | Path, items: Sequence[Item]) -> None:
         was = "image was" if len(found) == 1 else "images were"
         print(
             f"dgsnet: warning: {len(found)} of {len(items)} {was} in this model's training, such as "
-            f"{found[0].name}: the figures are better than on new images",
+            f"{found[0].path}: the figures are better than on new images",
             file=sys.stderr,
         )
 

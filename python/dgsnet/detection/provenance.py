@@ -18,7 +18,7 @@ import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from dgsnet.data.sources import Item
+from dgsnet.data.items import Item
 from dgsnet.errors import UserError
 from dgsnet.files import one_line
 
@@ -92,7 +92,7 @@ class ProvenanceReader:
         if isinstance(image, bytes):
             image = Item("image", data=image)
         elif not isinstance(image, Item):
-            image = Item(str(image), str(image))
+            image = Item(str(image))
         if self._process.poll() is not None:
             self._process = self._start()
         late = threading.Event()
@@ -185,7 +185,7 @@ def _of_item(item: Item, context: Context) -> Provenance:
 
     try:
         data = item.read_bytes()
-        with one_line_errors(item.name), opened(data) as image:  # the limits of images hold here too
+        with one_line_errors(item.path), opened(data) as image:  # the limits of images hold here too
             kind = image.format or ""
     except ImageError as error:
         return Provenance("", provenance_note=str(error))

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from dgsnet.data.sources import Item, find_items
+from dgsnet.data.items import Item, find_items
 from dgsnet.data.tables import read_rows
 from dgsnet.detection.decisions import DECIMALS
 from dgsnet.detection.detector import Detector
@@ -41,11 +41,11 @@ class Score(NamedTuple):
     def of(cls, detector: Detector, item: Item, answer: float | Sequence[float], error: str) -> Score:
         """The row of one of the detector's answers: a probability, or those of the image and its copies."""
         if error:
-            return cls(item.name, None, "", error)
+            return cls(item.path, None, "", error)
         # Rounded before the decision, so that the row agrees with itself.
         rounded = [round(p, DECIMALS) for p in ([answer] if isinstance(answer, float) else answer)]
         spread = round(max(rounded) - min(rounded), DECIMALS) if len(rounded) > 1 else None
-        return cls(item.name, rounded[0], detector.decide([rounded])[0], "", spread)
+        return cls(item.path, rounded[0], detector.decide([rounded])[0], "", spread)
 
 
 def columns(*, consistency: bool = False, provenance: bool = False) -> tuple[str, ...]:
@@ -76,10 +76,10 @@ class Todo:
         # Rows and items usually come in the same order, and then no more than one row is ever held.
         unmatched: Counter[str] = Counter()
         for item in find_items(self.paths):
-            while not unmatched[item.name] and (row := next(rows, None)):
+            while not unmatched[item.path] and (row := next(rows, None)):
                 unmatched[row["path"]] += 1
-            unmatched[item.name] -= 1
-            if unmatched[item.name] < 0:
+            unmatched[item.path] -= 1
+            if unmatched[item.path] < 0:
                 yield item
-            if unmatched[item.name] <= 0:
-                del unmatched[item.name]
+            if unmatched[item.path] <= 0:
+                del unmatched[item.path]

@@ -19,7 +19,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from dgsnet.data.sources import Item, find_items, import_pyarrow
+from dgsnet.data.items import Item, find_items
+from dgsnet.data.parquet import import_pyarrow
 from dgsnet.data.tables import Partial, read_rows, replacing
 from dgsnet.detection.decisions import DECIMALS
 from dgsnet.detection.detector import MIN_IMAGES_FOR_WORKERS, Detector
@@ -106,7 +107,7 @@ def _alone(stream: Any, item: Item) -> tuple[Any, str]:
     except (RuntimeError, OSError, EOFError) as error:
         if not _is_death(error):
             raise
-        return math.nan, f"{item.name}: the process that read it died"
+        return math.nan, f"{item.path}: the process that read it died"
 
 
 def _is_death(error: Exception) -> bool:
@@ -194,7 +195,7 @@ def predict_command(
 def _save_heatmap(detector: Detector, folder: str, item: Item, row: Score) -> None:
     from dgsnet.detection.heatmaps import save
 
-    save(detector, item.name, item.read(), folder)
+    save(detector, item.path, item.read(), folder)
 
 
 def _check_found(paths: Sequence[str]) -> None:
@@ -205,7 +206,7 @@ def _check_found(paths: Sequence[str]) -> None:
     for item in find_items(paths):
         if not item.missing:
             return
-    raise UserError(f"{item.name}: {item.error}; give image files, folders, lists, shards or quoted patterns")
+    raise UserError(f"{item.path}: {item.error}; give image files, folders, lists, shards or quoted patterns")
 
 
 def settings(

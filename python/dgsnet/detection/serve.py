@@ -16,7 +16,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from dgsnet.data.images import ImageError, read_image
-from dgsnet.data.sources import Item
+from dgsnet.data.items import Item
 from dgsnet.detection.decisions import THRESHOLD
 from dgsnet.detection.detector import Detector
 from dgsnet.detection.heatmaps import draw, heatmap

@@ -25,7 +25,7 @@ from dgsnet.evaluation.results import Evaluation, Score, text_table
 if TYPE_CHECKING:
     from dgsnet.audit.shortcuts import FileModel
     from dgsnet.data.distortions import Distortion
-    from dgsnet.data.samples import Sample
+    from dgsnet.data.items import Item
 
 # Scores as they are made, one line each: what a killed evaluation goes on from.
 JOURNAL = "scores.jsonl"
@@ -33,7 +33,7 @@ JOURNAL = "scores.jsonl"
 
 def evaluate(
     detector: Detector,
-    samples: Sequence[Sample] | Mapping[str, Sequence[Sample]],
+    samples: Sequence[Item] | Mapping[str, Sequence[Item]],
     *,
     threshold: float = THRESHOLD,
     distortions: Sequence[Distortion] = (),
@@ -47,7 +47,7 @@ def evaluate(
 
     Args:
         detector: the model; the threshold of its calibration, if it has one, is measured too.
-        samples: what `dgsnet.data.samples.find_samples` found, or suite to that.
+        samples: what `dgsnet.data.items.find_samples` found, or suite to that.
         threshold: decision threshold of the accuracies.
         distortions: each is measured on all images, besides the images as they are.
         file_model: what the files of other data say of the label, such as the training's, in place of what
@@ -79,7 +79,7 @@ def evaluate(
             if not bar.disable:
                 bar.initial += len(done)  # not part of the speed shown
             missing = [i for i in range(len(listed)) if i not in done]
-            stream = scorer.stream_logits([listed[i][1].item for i in missing], workers=workers)
+            stream = scorer.stream_logits([listed[i][1] for i in missing], workers=workers)
             for index, (logit, error) in zip(missing, stream):
                 done[index] = logit, error
                 if kept:
@@ -87,7 +87,15 @@ def evaluate(
                 bar.update()
             probabilities = _probabilities(scorer, [done[i][0] for i in range(len(listed))])
             scores += [
-                Score(sample.path, sample.generator, int(sample.label), probability, done[i][1], suite, name)
+                Score(
+                    sample.path,
+                    sample.generator,
+                    int(sample.label == 1),
+                    probability,
+                    done[i][1],
+                    suite,
+                    name,
+                )
                 for i, ((suite, sample), probability) in enumerate(zip(listed, probabilities))
             ]
     if kept:
@@ -162,7 +170,7 @@ def evaluate_command(
     file_model = load_model(audit) if audit else None
     suites = find_suites(data, split)
     detector = Detector.load(model, device, views=views, pretrained=pretrained)
-    warn_of_training_images(model, [sample.item for samples in suites.values() for sample in samples])
+    warn_of_training_images(model, [sample for samples in suites.values() for sample in samples])
     result = evaluate(
         detector,
         suites,
@@ -202,7 +210,7 @@ def _distortions(words: Sequence[str]) -> list[Distortion]:
     )
 
 
-def find_suites(sources: Sequence[str], split: str | None = None) -> dict[str, list[Sample]]:
+def find_suites(sources: Sequence[str], split: str | None = None) -> dict[str, list[Item]]:
     """Test suites by name: NAME=PATH, or the name of the folder or list.
 
     A folder called train, val or test has its parent's name.
@@ -210,9 +218,9 @@ def find_suites(sources: Sequence[str], split: str | None = None) -> dict[str, l
     Raises:
         UserError: as `find_samples`, and two suites of one name.
     """
-    from dgsnet.data.samples import SPLIT_FOLDERS, find_samples
+    from dgsnet.data.items import SPLIT_FOLDERS, find_samples
 
-    suites: dict[str, list[Sample]] = {}
+    suites: dict[str, list[Item]] = {}
     for source in sources:
         name, equals, path = source.partition("=")
         if not equals or os.path.exists(source):

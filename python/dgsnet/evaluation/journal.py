@@ -15,7 +15,7 @@ from dgsnet.errors import UserError
 from dgsnet.files import lock
 
 if TYPE_CHECKING:
-    from dgsnet.data.samples import Sample
+    from dgsnet.data.items import Item
     from dgsnet.detection.detector import Detector
 
 
@@ -38,7 +38,7 @@ class Journal:
         rows: distortion to index of the image to (logit, error), as found in the file.
     """
 
-    def __init__(self, path: str | Path, detector: Detector, listed: Sequence[tuple[str, Sample]]):
+    def __init__(self, path: str | Path, detector: Detector, listed: Sequence[tuple[str, Item]]):
         self.path = Path(path)
         self.listed = listed
         self.rows: dict[str, dict[int, tuple[float, str]]] = {}
@@ -113,7 +113,7 @@ def _line(row: dict[str, Any]) -> str:
     return json.dumps(row) + "\n"
 
 
-def _settings(detector: Detector, listed: Sequence[tuple[str, Sample]]) -> dict[str, Any]:
+def _settings(detector: Detector, listed: Sequence[tuple[str, Item]]) -> dict[str, Any]:
     """What the logits depend on, each as a word to compare."""
     from dgsnet.model.checkpoint import fingerprint, trained_state
 

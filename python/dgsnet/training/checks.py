@@ -7,7 +7,7 @@ from pathlib import Path
 
 from dgsnet.config import CONFIG_FILE, Config, read_config
 from dgsnet.data.captions import attach_captions
-from dgsnet.data.samples import Sample, find_samples
+from dgsnet.data.items import Item, find_samples
 from dgsnet.errors import UserError
 from dgsnet.files import LOCK_FILE
 from dgsnet.model.catalogue import has_text
@@ -77,7 +77,7 @@ def check_experts(config: Config) -> None:
         )
 
 
-def training_samples(config: Config, roots: list[str] | str, split: str) -> list[Sample]:
+def training_samples(config: Config, roots: list[str] | str, split: str) -> list[Item]:
     """All samples of a split, with captions where the text branch needs them."""
     roots = [roots] if isinstance(roots, str) else roots
     found = {root: find_samples(root, split) for root in roots}
@@ -93,7 +93,7 @@ def training_samples(config: Config, roots: list[str] | str, split: str) -> list
     return [sample for samples in found.values() for sample in samples]
 
 
-def warn_of_shortcuts(config: Config, samples: list[Sample]) -> None:
+def warn_of_shortcuts(config: Config, samples: list[Item]) -> None:
     """One line on stderr where the files give labels away and no expert takes that off the student.
 
     A sample of the files is read, for seconds at most; what so few do not show is left to `dgsnet audit`.

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from dgsnet.data.images import ImageError
+from dgsnet.data.items import Item
 from dgsnet.data.nuisances import NUISANCES, file_nuisances
-from dgsnet.data.samples import Sample
 
 # Adam's rate for numbers of unit variance, whatever suits the backbone: the expert has to be ahead of the
 # student to take anything off it.
@@ -44,7 +44,7 @@ class FileExpert(nn.Module):
         for parameter in self.linear.parameters():
             nn.init.zeros_(parameter)
 
-    def standardise(self, samples: list[Sample], *, progress: bool = False) -> None:
+    def standardise(self, samples: list[Item], *, progress: bool = False) -> None:
         """Take mean and deviation from the files, of many from MOST_FILES evenly spaced ones.
 
         Files that cannot be read are left out here; training tells of them when it comes to them.
@@ -53,7 +53,7 @@ class FileExpert(nn.Module):
         chosen = samples[:: math.ceil(len(samples) / MOST_FILES)]
         for sample in tqdm(chosen, desc="reading files' headers", disable=not progress):
             try:
-                rows.append(file_nuisances(sample.item.read_bytes(), name=sample.path))
+                rows.append(file_nuisances(sample.read_bytes(), name=sample.path))
             except ImageError:
                 continue
         if rows:

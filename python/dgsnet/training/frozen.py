@@ -319,14 +319,11 @@ def _views_identity(dataset: ImageDataset, encoder: str) -> str:
     digest = hashlib.sha256()
     settings = (encoder, asdict(dataset.preprocess.config), dataset.seed, dataset.views)
     digest.update(json.dumps(settings).encode())
-    for sample in dataset.samples:
-        item = sample.item
+    for item in dataset.samples:
         try:
-            found = os.stat(item.path)
+            found = os.stat(item.file)
             state = f"{found.st_size} {found.st_mtime_ns}"
         except OSError:
             state = "cannot be read"
-        digest.update(
-            f"{sample.path}\0{item.offset}\0{item.size}\0{state}\n".encode(errors="surrogateescape")
-        )
+        digest.update(f"{item.path}\0{item.offset}\0{item.size}\0{state}\n".encode(errors="surrogateescape"))
     return digest.hexdigest()[:32]

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dgs_kernels import ObjectiveSurgery
 from dgs_kernels.ops.gramian import MAX_OBJECTIVES
-from dgsnet.data.samples import Sample
+from dgsnet.data.items import Item
 
 # Rule to what `ObjectiveSurgery` combines the gradients by; "none" replays nothing.
 WEIGHTINGS = {"gem": "gem", "conflict": "pcgrad", "replay": "mean"}
@@ -34,14 +34,14 @@ class Update:
 
     start: dict[str, Tensor]
     trained_on: np.ndarray
-    samples: list[Sample]
+    samples: list[Item]
     rule: str
     ratio: float
     seed: int
     told: dict[str, str]
 
     @property
-    def replayed(self) -> list[Sample]:
+    def replayed(self) -> list[Item]:
         """The old images as far as steps use them."""
         return [] if self.rule == "none" else self.samples
 
@@ -50,7 +50,7 @@ class Update:
         """Objective, and places in `samples`, of every generator and class."""
         cells: dict[tuple[str, int], list[int]] = {}
         for place, sample in enumerate(self.samples):
-            cells.setdefault((sample.generator, sample.label), []).append(place)
+            cells.setdefault((sample.generator, int(sample.label == 1)), []).append(place)
         generators = sorted({generator for generator, _ in cells})
         return [
             (self._objective(generators.index(generator), generators), np.array(cells[generator, label]))

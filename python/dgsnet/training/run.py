@@ -27,6 +27,7 @@ from torch.utils.data import DataLoader
 
 from dgs_kernels import OptimizerSurgery
 from dgsnet.config import CONFIG_FILE, Config
+from dgsnet.data.items import Item
 from dgsnet.data.loading import (
     DamageReport,
     EpochSampler,
@@ -38,7 +39,6 @@ from dgsnet.data.loading import (
     pixels_on,
 )
 from dgsnet.data.preprocess import Preprocessor
-from dgsnet.data.samples import Sample
 from dgsnet.errors import UserError
 from dgsnet.evaluation.metrics import metrics
 from dgsnet.files import write_file
@@ -70,8 +70,8 @@ STATE_FILE = Path("state") / "resume.pt"
 def run(
     config: Config,
     out: Path,
-    samples: list[Sample],
-    val_samples: list[Sample],
+    samples: list[Item],
+    val_samples: list[Item],
     update: Update | None = None,
 ) -> None:
     """Train from where `out`, which is this run's alone, stands to the end; see train.train and update."""
@@ -94,8 +94,8 @@ class _Run:
         config: Config,
         out: Path,
         accelerator: Accelerator,
-        samples: list[Sample],
-        val: list[Sample],
+        samples: list[Item],
+        val: list[Item],
         update: Update | None,
     ) -> None:
         self.config, self.out, self.accelerator, self.update = config, out, accelerator, update
@@ -474,7 +474,7 @@ class _Run:
         return state
 
 
-def _hash(samples: list[Sample]) -> str:
+def _hash(samples: list[Item]) -> str:
     digest = hashlib.sha256()
     for sample in samples:
         digest.update(f"{sample.path}\0{sample.label}\0{sample.caption}\n".encode(errors="surrogateescape"))

@@ -14,7 +14,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from dgsnet.config import CONFIG_FILE, Config
-from dgsnet.data.samples import Sample, find_samples
+from dgsnet.data.items import Item, find_samples
 from dgsnet.detection.decisions import THRESHOLD
 from dgsnet.detection.overlap import warn_of_training_images
 from dgsnet.errors import UserError
@@ -209,7 +209,7 @@ def _limited(config: Config, steps: int, images: int) -> Config:
 
 def _samples(
     config: Config, data: Sequence[str], replay: Sequence[str], rule: Rule
-) -> tuple[list[Sample], list[Sample]]:
+) -> tuple[list[Item], list[Item]]:
     """New and old images. Nothing but old ones can hold back a detector that sees a single class."""
     old = training_samples(config, list(replay), "train")
     if rule == "none":
@@ -225,16 +225,15 @@ def _samples(
     return new, old
 
 
-def _place(sample: Sample) -> tuple[str, int]:
-    item = sample.item
-    return os.path.realpath(item.path), item.offset
+def _place(item: Item) -> tuple[str, int | None, int]:
+    return os.path.realpath(item.file), item.group, item.offset
 
 
-def hold_out(samples: list[Sample], seed: int) -> tuple[list[Sample], list[Sample]]:
+def hold_out(samples: list[Item], seed: int) -> tuple[list[Item], list[Item]]:
     """Those to train on, and of every HELD_OUT of a generator and class one to report on, by the seed."""
     cells: dict[tuple[str, int], list[int]] = {}
     for place, sample in enumerate(samples):
-        cells.setdefault((sample.generator, sample.label), []).append(place)
+        cells.setdefault((sample.generator, int(sample.label == 1)), []).append(place)
     out: set[int] = set()
     for (generator, label), places in cells.items():
         rng = np.random.default_rng([seed, label, *generator.encode(errors="surrogateescape")])
@@ -264,7 +263,7 @@ def _check_folder(config: Config, out: Path, told: dict[str, str], resume: bool)
 
 
 def report(
-    model: str | Path, out: Path, suites: dict[str, list[Sample]], *, pretrained: str | None = None
+    model: str | Path, out: Path, suites: dict[str, list[Item]], *, pretrained: str | None = None
 ) -> None:
     """Measure both models on the same images; print what changed, and write it into `out`.
 
@@ -276,7 +275,7 @@ def report(
     before = Detector.load(model, pretrained=pretrained)
     device = next(before.model.parameters()).device
     after = Detector(*load_model(out, device=device, pretrained=pretrained), before.calibration, before.views)
-    warn_of_training_images(out, [sample.item for samples in suites.values() for sample in samples])
+    warn_of_training_images(out, [sample for samples in suites.values() for sample in samples])
     workers = after.config.data.workers
     old, new = (
         evaluate(detector, suites, journal=out / "state" / f"{name}.jsonl", workers=workers).scores

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from dgsnet import cli
 from dgsnet.audit.audit import audit, load_model
+from dgsnet.data.items import find_samples
 from dgsnet.data.nuisances import NUISANCES
-from dgsnet.data.samples import find_samples
 from dgsnet.errors import UserError
 from PIL import Image
 

@@ -14,8 +14,8 @@ from dgsnet.audit.shortcuts import (
     predict,
     read_nuisances,
 )
+from dgsnet.data.items import Item
 from dgsnet.data.nuisances import NUISANCES
-from dgsnet.data.samples import Sample
 from PIL import Image
 
 AT = {name: i for i, name in enumerate(NUISANCES)}
@@ -187,7 +187,7 @@ def test_reading(tmp_path):
     for name in "abc":
         Image.new("RGB", (8, 4)).save(tmp_path / f"{name}.png")
     (tmp_path / "b.png").write_bytes(b"")
-    samples = [Sample(str(tmp_path / f"{name}.png"), 0, "g") for name in "abcd"]
+    samples = [Item(str(tmp_path / f"{name}.png"), 0, "g") for name in "abcd"]
     rows, errors = read_nuisances(samples)
     assert np.isnan(rows).all(axis=1).tolist() == [False, True, False, True]
     assert rows[0, AT["log2 width"]] == 3 and "b.png: empty" in errors[0] and "d.png: no such" in errors[1]

@@ -17,8 +17,8 @@ from dgsnet.builtin.photographs import PHOTOGRAPHS, SPLITS, Photograph
 from dgsnet.config import ModelConfig
 from dgsnet.data.captions import attach_captions
 from dgsnet.data.images import read_image
+from dgsnet.data.items import find_samples
 from dgsnet.data.nuisances import NUISANCES, file_nuisances
-from dgsnet.data.samples import find_samples
 from dgsnet.errors import UserError
 from dgsnet.model.dgsnet import DGSNet
 from PIL import Image

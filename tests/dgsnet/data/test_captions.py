@@ -13,7 +13,7 @@ import transformers
 from dgsnet.data.captioning import PROMPT, Captioner, caption_command
 from dgsnet.data.captions import attach_captions
 from dgsnet.data.images import read_image
-from dgsnet.data.samples import find_samples
+from dgsnet.data.items import find_samples
 from dgsnet.errors import UserError
 from PIL import Image
 from safetensors.torch import load_file, save_file

@@ -12,9 +12,9 @@ import pytest
 import torch
 from dgsnet.config import PreprocessConfig
 from dgsnet.data.captions import attach_captions
+from dgsnet.data.items import Item, find_samples
 from dgsnet.data.loading import DamageReport, ImageDataset, LoaderWatch, collate, make_loader, pixels_on
 from dgsnet.data.preprocess import Preprocessor
-from dgsnet.data.samples import Sample, find_samples
 from dgsnet.errors import UserError
 from dgsnet.processes import start_worker, usable_cores
 from PIL import Image
@@ -157,8 +157,8 @@ ROWS = [
 
 def expected_of_list(folder):
     return [
-        Sample(str(folder / "z/b.png"), 1, "sd", "a cat, sitting"),
-        Sample(str(folder / "a.png"), 0, "mine", None),
+        Item(str(folder / "z/b.png"), 1, "sd", "a cat, sitting"),
+        Item(str(folder / "a.png"), 0, "mine", None),
     ]
 
 
@@ -168,8 +168,8 @@ def test_json_list(tmp_path):
     assert find_samples(path) == expected_of_list(tmp_path)
     path.write_text(json.dumps({"z/b.png": 1, str(tmp_path / "elsewhere.png"): "0"}))
     assert find_samples(path) == [
-        Sample(str(tmp_path / "z/b.png"), 1, "mine"),
-        Sample(str(tmp_path / "elsewhere.png"), 0, "mine"),
+        Item(str(tmp_path / "z/b.png"), 1, "mine"),
+        Item(str(tmp_path / "elsewhere.png"), 0, "mine"),
     ]
 
 
@@ -341,7 +341,7 @@ def test_image_that_preprocessing_refuses_is_reported_by_name(tmp_path):
     path = tmp_path / "line.png"
     Image.new("L", (2**16, 1)).save(path)
     dataset = ImageDataset(
-        [Sample(str(path), 0, "x")], Preprocessor(PreprocessConfig(mode="crop")), train=False
+        [Item(str(path), 0, "x")], Preprocessor(PreprocessConfig(mode="crop")), train=False
     )
     assert dataset[0]["error"].startswith(f"{path}: would have to be enlarged")
 
@@ -445,7 +445,7 @@ def test_a_device_selects_what_workers_would(folder, tmp_path, train, workers):
     for i, size in enumerate([(300, 70), (64, 64), (31, 200), (90, 90)]):  # some must be enlarged
         path = tmp_path / f"{i}.png"
         Image.fromarray(np.random.default_rng(i).integers(0, 256, (*size, 3), dtype=np.uint8)).save(path)
-        samples.insert(4 * i, Sample(str(path), i % 2, "x"))
+        samples.insert(4 * i, Item(str(path), i % 2, "x"))
     preprocess = Preprocessor(PreprocessConfig(image_size=96, num_patches=9))
     loaders = [
         make_loader(

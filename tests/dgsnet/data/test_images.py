@@ -5,7 +5,7 @@ import io
 import numpy as np
 import pytest
 from dgsnet.data.images import FORMATS, ImageError, read_file, read_image
-from dgsnet.data.sources import find_items
+from dgsnet.data.items import find_items
 from PIL import Image
 
 from tests.support.pictures import encode, png, raw_profile
@@ -251,7 +251,7 @@ def test_phone_formats_are_images_like_others(rgb, format, tmp_path):
         result = read_image(encode(picture, format, quality=95, **options))
         assert result.shape == rgb.shape and np.abs(result.astype(int) - rgb).mean() < 6
     (tmp_path / "a.HEIC").write_bytes(encode(rgb, "HEIF"))
-    assert [item.name for item in find_items([tmp_path])] == [str(tmp_path / "a.HEIC")]
+    assert [item.path for item in find_items([tmp_path])] == [str(tmp_path / "a.HEIC")]
 
 
 def test_an_image_that_nothing_here_decodes_is_a_row(tmp_path):

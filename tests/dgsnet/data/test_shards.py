@@ -14,9 +14,9 @@ import webdataset
 from dgsnet.config import Config, ModelConfig, PreprocessConfig
 from dgsnet.data.captions import attach_captions
 from dgsnet.data.images import ImageError
+from dgsnet.data.items import Item, find_samples
 from dgsnet.data.loading import SHARDS_MIXED, ImageDataset, epoch_order, make_loader
 from dgsnet.data.preprocess import Preprocessor
-from dgsnet.data.samples import Sample, find_samples
 from dgsnet.detection.detector import Detector
 from dgsnet.errors import UserError
 from dgsnet.evaluation.evaluate import evaluate
@@ -63,7 +63,7 @@ def test_every_sample_with_its_label_caption_and_pixels(numbered):
     assert {s.generator for s in samples} == {"photos"}
     assert samples[5].path == str(numbered / "photos-01.tar" / "0005.png")
     for i, sample in enumerate(samples):
-        np.testing.assert_array_equal(sample.item.read(), picture(i))
+        np.testing.assert_array_equal(sample.read(), picture(i))
     assert attach_captions(samples, "auto", str(numbered / "photos-{00..02}.tar")) == samples
 
 
@@ -73,7 +73,7 @@ def test_the_library_reads_the_same(numbered):
         [str(numbered / f"photos-{i:02d}.tar") for i in range(3)], shardshuffle=False
     ).decode("rgb8")
     for sample, other in zip(ours, theirs, strict=True):
-        np.testing.assert_array_equal(sample.item.read(), other["png"])
+        np.testing.assert_array_equal(sample.read(), other["png"])
         assert (sample.label, sample.caption) == (other["cls"], other["txt"])
 
 
@@ -126,7 +126,7 @@ def test_captions_from_a_json_beside_the_shards(tmp_path):
     (tmp_path / "captions.json").write_text(json.dumps({"x-0.tar/a.png": "one", "x-0.tar/b.png": "two"}))
     captioned = attach_captions(samples, "auto", tmp_path / "x-0.tar")
     assert [s.caption for s in captioned] == ["one", "two"]
-    np.testing.assert_array_equal(captioned[1].item.read(), picture(1))
+    np.testing.assert_array_equal(captioned[1].read(), picture(1))
 
 
 @pytest.mark.parametrize(
@@ -175,7 +175,7 @@ def test_a_shard_that_changes_later_damages_only_images(numbered):
     samples = find_samples(numbered / "photos-02.tar")
     (numbered / "photos-02.tar").write_bytes(b"short")
     with pytest.raises(ImageError, match=r"photos-02\.tar/0008\.png: "):
-        samples[0].item.read()
+        samples[0].read()
     (numbered / "photos-02.tar").unlink()
     assert "0009.png: no such file" in ImageDataset(samples, PREPROCESS, train=False)[1]["error"]
 
@@ -218,7 +218,7 @@ def test_the_example_of_the_documentation(tmp_path, monkeypatch):
         (i % 2, "sd14", f"picture {i}") for i in range(6)
     ]
     for i, sample in enumerate(samples):
-        np.testing.assert_array_equal(sample.item.read(), picture(i))
+        np.testing.assert_array_equal(sample.read(), picture(i))
 
 
 # The order of an epoch
@@ -226,11 +226,11 @@ def test_the_example_of_the_documentation(tmp_path, monkeypatch):
 
 def fake_samples(archives, per_archive, files=0):
     members = [
-        Sample(f"{a}.tar/{i}.png", 0, "x", archive=f"{a}.tar")
+        Item(f"{a}.tar/{i}.png", 0, "x", container=f"{a}.tar")
         for a in range(archives)
         for i in range(per_archive)
     ]
-    return [*(Sample(f"{i}.png", 0, "x") for i in range(files)), *members]
+    return [*(Item(f"{i}.png", 0, "x") for i in range(files)), *members]
 
 
 @pytest.mark.parametrize(("archives", "files"), [(0, 50), (1, 0), (40, 0), (40, 333), (3, 7)])
@@ -246,7 +246,7 @@ def test_every_image_once_in_an_order_that_seed_and_epoch_decide(archives, files
 def test_few_shards_are_read_at_a_time_and_mixed_with_files():
     samples = fake_samples(100, 50, files=700)
     order = epoch_order(samples, np.random.default_rng(0))
-    archives = [samples[i].archive for i in order]
+    archives = [samples[i].container for i in order]
     for window in np.array_split(np.arange(len(order)), 7):
         inside = [archives[i] for i in window]
         assert len(set(inside) - {""}) <= 2 * SHARDS_MIXED

@@ -11,7 +11,7 @@ import pytest
 import torch
 from dgsnet import builtin
 from dgsnet.config import Config, DataConfig, ModelConfig, OptimConfig, PreprocessConfig
-from dgsnet.data.samples import find_samples
+from dgsnet.data.items import find_samples
 from dgsnet.demo import command, measure, report
 from dgsnet.demo import compare as demo
 from dgsnet.detection.detector import Detector

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from dgsnet.cli import main
 from dgsnet.data.images import read_image
-from dgsnet.data.sources import Item
+from dgsnet.data.items import Item
 from dgsnet.detection import provenance
 from dgsnet.detection.provenance import Provenance, ProvenanceReader
 from dgsnet.errors import UserError

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import webdataset
-from dgsnet.data.sources import Item, find_items
+from dgsnet.data.items import Item, find_items
 from dgsnet.detection.detector import Detector
 from dgsnet.detection.scoring import predict_command, score
 from dgsnet.errors import UserError
@@ -191,8 +191,8 @@ def test_an_image_that_kills_its_reader_costs_one_row(run, images, table):
     items[5:5] = [Deadly("first.png")]
     items.append(Deadly("last.png"))
     seen = []
-    found = list(score(detector, iter(items), workers=2, on_score=lambda item, row: seen.append(item.name)))
-    assert [row.path for row in found] == [item.name for item in items]
+    found = list(score(detector, iter(items), workers=2, on_score=lambda item, row: seen.append(item.path)))
+    assert [row.path for row in found] == [item.path for item in items]
     assert {row.path: row.error for row in found if row.error} == {
         name: f"{name}: the process that read it died" for name in ("first.png", "last.png")
     }
@@ -210,7 +210,7 @@ def test_endless_sources_are_not_read_ahead(run, images):
         nonlocal taken
         while True:
             taken += 1
-            yield Item("a.png", str(images / "00.png"))
+            yield Item("a.png", container=str(images / "00.png"))
 
     found = score(detector, endless(), workers=2)
     for _ in range(100):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from dgsnet import cli
 from dgsnet.config import Config, DataConfig
-from dgsnet.data.samples import find_samples
+from dgsnet.data.items import find_samples
 from dgsnet.training import checks
 from dgsnet.training.checks import warn_of_shortcuts
 from PIL import Image

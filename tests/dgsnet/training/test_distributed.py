@@ -15,7 +15,7 @@ import webdataset
 from dgsnet import cli
 from dgsnet.config import Config, DataConfig, ModelConfig, OptimConfig, PreprocessConfig, SurgeryConfig
 from dgsnet.data.captions import attach_captions
-from dgsnet.data.samples import find_samples
+from dgsnet.data.items import find_samples
 from dgsnet.model import checkpoint
 from dgsnet.training import run as training_run
 from dgsnet.training.log import METRICS_FILE

@@ -11,8 +11,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from dgsnet.config import Config, ModelConfig, SurgeryConfig
+from dgsnet.data.items import find_samples
 from dgsnet.data.nuisances import NUISANCES, file_nuisances
-from dgsnet.data.samples import find_samples
 from dgsnet.errors import UserError
 from dgsnet.model import checkpoint
 from dgsnet.training import experts
@@ -229,7 +229,7 @@ def test_the_expert_learns_from_files_and_stays_out_of_the_detector(one, dataset
     expert = FileExpert()
     expert.load_state_dict(checkpoint.load_state(out / STATE_FILE)["expert"])
     samples = find_samples(dataset, "train")
-    found = torch.from_numpy(np.stack([file_nuisances(s.item.read_bytes()) for s in samples]))
+    found = torch.from_numpy(np.stack([file_nuisances(s.read_bytes()) for s in samples]))
     png = torch.tensor([s.path.endswith("png") for s in samples])
     assert ((expert(found) > 0) == png).all()
     assert (
@@ -335,7 +335,7 @@ def test_nuisances_are_standardised_over_the_training_files(dataset, tmp_path, m
     good = [s for s in samples if "damaged" not in s.path]
     expert = FileExpert()
     expert.standardise(samples)
-    found = np.stack([file_nuisances(s.item.read_bytes()) for s in good]).astype(np.float64)
+    found = np.stack([file_nuisances(s.read_bytes()) for s in good]).astype(np.float64)
     np.testing.assert_allclose(expert.mean, found.mean(axis=0), rtol=1e-6)
     np.testing.assert_allclose(
         expert.deviation, np.maximum(found.std(axis=0), experts.LEAST_DEVIATION), rtol=1e-6

@@ -126,9 +126,9 @@ def test_it_learns_and_writes_what_the_documentation_says(finished, dataset):
 
 
 def test_the_saved_model_gives_the_validation_metrics(finished, dataset):
+    from dgsnet.data.items import find_samples
     from dgsnet.data.loading import ImageDataset, collate
     from dgsnet.data.preprocess import Preprocessor
-    from dgsnet.data.samples import find_samples
     from dgsnet.evaluation.metrics import metrics
 
     model, config = checkpoint.load_model(finished / "last")

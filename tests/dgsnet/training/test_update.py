@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from dgsnet import cli
 from dgsnet.config import Config, DataConfig, ModelConfig, OptimConfig, PreprocessConfig, SurgeryConfig
 from dgsnet.data.images import file_hash
+from dgsnet.data.items import Item, find_samples
 from dgsnet.data.loading import ImageDataset
 from dgsnet.data.preprocess import Preprocessor
-from dgsnet.data.samples import Sample, find_samples
 from dgsnet.detection.decisions import calibrate, load_calibration, save_calibration
 from dgsnet.detection.detector import Detector
 from dgsnet.errors import UserError
@@ -232,7 +232,7 @@ def test_gem_holds_where_new_images_alone_forget(options, trained, data, tmp_pat
 
 def replayed(generators, rule, per_cell=4):
     samples = [
-        Sample(f"{generator}-{label}-{i}", label, f"g{generator:02d}")
+        Item(f"{generator}-{label}-{i}", label, f"g{generator:02d}")
         for generator in range(generators)
         for label in (0, 1)
         for i in range(per_cell)

@@ -15,9 +15,9 @@ import pytest
 import torch
 from dgsnet.config import Config, DataConfig, ModelConfig, OptimConfig, PreprocessConfig, SurgeryConfig
 from dgsnet.data import loading
+from dgsnet.data.items import find_samples
 from dgsnet.data.loading import ImageDataset
 from dgsnet.data.preprocess import Preprocessor
-from dgsnet.data.samples import find_samples
 from dgsnet.errors import UserError
 from dgsnet.model.dgsnet import DGSNet
 from dgsnet.training import frozen

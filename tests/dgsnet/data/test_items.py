@@ -7,18 +7,18 @@ import tarfile
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from dgsnet.data.sources import find_items
+from dgsnet.data.items import find_items
 
 from tests.support.permissions import folder_of_others, unprivileged
 from tests.support.tiny import save_picture
 
 
 def paths_of(items, folder):
-    return [item.name.removeprefix(f"{folder}/") for item in items if not item.error]
+    return [item.path.removeprefix(f"{folder}/") for item in items if not item.error]
 
 
 def errors_of(items, folder):
-    return {item.name.removeprefix(f"{folder}/"): item.error for item in items if item.error}
+    return {item.path.removeprefix(f"{folder}/"): item.error for item in items if item.error}
 
 
 def test_files_folders_and_patterns(tmp_path):
@@ -63,9 +63,9 @@ def test_a_folder_is_gone_through_without_being_held(tmp_path):
     (deep / "z.png").touch()
     (tmp_path / "a.png").touch()
     items = find_items([str(tmp_path)])
-    assert next(items).name == f"{tmp_path}/a.png"
+    assert next(items).path == f"{tmp_path}/a.png"
     (tmp_path / "d" / "b.png").touch()  # its folder has not been opened yet
-    assert [os.path.basename(item.name) for item in items] == ["b.png", "z.png"]
+    assert [os.path.basename(item.path) for item in items] == ["b.png", "z.png"]
 
 
 def test_members_of_a_tar_that_are_not_read(tmp_path):
@@ -129,7 +129,7 @@ def test_damaged_shards_cost_one_row(tmp_path):
     for name, data in kinds.items():
         (tmp_path / name).write_bytes(data)
         [item] = find_items([str(tmp_path / name)])
-        assert item.name == f"{tmp_path}/{name}" and "not readable as" in item.error, name
+        assert item.path == f"{tmp_path}/{name}" and "not readable as" in item.error, name
         assert "\n" not in item.error
     (tmp_path / "huge.tar").write_bytes(b"")
     os.truncate(tmp_path / "huge.tar", 2**40)  # sparse: a terabyte of zeros ends the archive at once
@@ -138,7 +138,7 @@ def test_damaged_shards_cost_one_row(tmp_path):
 
     (tmp_path / "cut.tar").write_bytes(whole.getvalue()[:1500])
     items = list(find_items([str(tmp_path / "cut.tar")]))
-    assert items[0].name.endswith("cut.tar/a.png")
+    assert items[0].path.endswith("cut.tar/a.png")
     with pytest.raises(Exception, match=r"cut.tar/a.png: cut off by the end of its file"):
         items[0].read()
     os.mkfifo(tmp_path / "pipe.tar")
@@ -165,7 +165,7 @@ def test_rows_of_parquet_without_bytes(tmp_path):
     items = list(find_items([str(tmp_path / "t.parquet")]))
     assert items[0].read().shape[2] == 3
     for item, reason in zip(items[1:], ["a link out of", "a link out of", "no image in", "no image in"]):
-        with pytest.raises(Exception, match=f"{item.name}: {reason}"):
+        with pytest.raises(Exception, match=f"{item.path}: {reason}"):
             item.read()
     pq.write_table(pa.table({"image": [bytes(2**26 + 1), b"small"]}), tmp_path / "large.parquet")
     large, small = find_items([str(tmp_path / "large.parquet")])
