@@ -55,6 +55,33 @@ def test_files_folders_and_patterns(tmp_path):
     assert missing("empty")[0].startswith("no image in this folder")
 
 
+@pytest.mark.parametrize(
+    "paths",
+    [
+        ["**"],  # every folder, and every file of each
+        ["**/*"],
+        [".", "cats/sub"],
+        ["{cats,cats/sub,dogs}"],
+        ["{cats/sub/b.png,**}"],
+        ["cats/a.png", "c*s", "*/*.png", "cats/sub/b.png", "."],
+    ],
+)
+def test_what_several_paths_or_one_pattern_have_in_common_comes_once(tmp_path, monkeypatch, paths):
+    for name in ("cats/a.png", "cats/sub/b.png", "dogs/c.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    monkeypatch.chdir(tmp_path)
+    found = [os.path.normpath(item.path) for item in find_items(paths) if not item.error]
+    assert sorted(found) == ["cats/a.png", "cats/sub/b.png", "dogs/c.png"]
+
+
+def test_a_list_may_name_an_image_twice_beside_other_paths(tmp_path):
+    (tmp_path / "a.png").touch()
+    (tmp_path / "l.txt").write_text("a.png\na.png\n")
+    found = find_items([tmp_path / "l.txt", tmp_path / "a.png", tmp_path / "*.png"])
+    assert [item.path for item in found] == [str(tmp_path / "a.png")] * 3
+
+
 def test_a_folder_is_gone_through_without_being_held(tmp_path):
     deep = tmp_path
     for _ in range(300):

@@ -1,0 +1,237 @@
+"""Parquet as published data sets lay it out: columns, labels, row groups, and what is refused."""
+
+import json
+import os
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from dgsnet.data import parquet
+from dgsnet.data.images import ImageError
+from dgsnet.data.items import find_items, find_labelled, find_samples
+from dgsnet.data.loading import epoch_order
+from dgsnet.errors import UserError
+
+from tests.support.pictures import encode, picture
+
+PICTURES = [picture(30 + 2 * i, 44 - 3 * i, seed=i) for i in range(4)]
+FILES = [encode(pixels, "png") for pixels in PICTURES]
+STRUCTS = [{"bytes": data, "path": f"{i}.png"} for i, data in enumerate(FILES)]
+
+
+def write(path, columns, names=None, **options):
+    """A file; `names`: the class names of columns, as Hugging Face's datasets writes them down."""
+    table = pa.table(columns)
+    if names:
+        features = {column: {"names": words, "_type": "ClassLabel"} for column, words in names.items()}
+        table = table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
+    pq.write_table(table, path, **options)
+    return path
+
+
+LAYOUTS = {
+    "Community Forensics": (
+        {
+            "image_name": list("abcd"),
+            "image_data": FILES,
+            "model_name": ["sdxl", "real", "dalle", "sdxl"],
+            "prompt": ["a cat", None, "", "a dog"],
+            "label": [1, 0, 1, 1],
+        },
+        None,
+        [(1, "sdxl", "a cat"), (0, "real", None), (1, "dalle", None), (1, "sdxl", "a dog")],
+    ),
+    "OpenFake": (
+        {
+            "image": STRUCTS,
+            "prompt": ["a", "b", "c", None],
+            "label": ["real", "fake", "fake", "real"],
+            "model": ["real", "flux", "imagen", None],
+            "type": ["x"] * 4,
+        },
+        None,
+        [(0, "real", "a"), (1, "flux", "b"), (1, "imagen", "c"), (0, "photos", None)],
+    ),
+    "OpenSDI": (
+        {"key": list("abcd"), "image": STRUCTS, "mask": STRUCTS[::-1], "label": [1, 0, 0, 1]},
+        {"label": ["real", "fake"]},
+        [(1, "photos", None), (0, "photos", None), (0, "photos", None), (1, "photos", None)],
+    ),
+    "Tiny-GenImage": (
+        {"image": STRUCTS, "label": [1, 0, 1, 1], "generator": [2, 0, 1, 2]},
+        {"label": ["nature", "ai"], "generator": ["real", "ADM", "BigGAN"]},
+        [(1, "BigGAN", None), (0, "real", None), (1, "ADM", None), (1, "BigGAN", None)],
+    ),
+    "labels the other way round": (
+        {"image": FILES, "label": [1, 0, 0, 1]},
+        {"label": ["fake", "real"]},
+        [(0, "photos", None), (1, "photos", None), (1, "photos", None), (0, "photos", None)],
+    ),
+    "yes and no": (
+        {"image": pa.array(FILES, pa.large_binary()), "label": [True, False, False, True]},
+        None,
+        [(1, "photos", None), (0, "photos", None), (0, "photos", None), (1, "photos", None)],
+    ),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_published_layouts(layout, tmp_path):
+    columns, names, expected = LAYOUTS[layout]
+    source = write(tmp_path / "photos-00.parquet", columns, names, row_group_size=3)
+    samples = find_samples(source)
+    assert [(sample.label, sample.generator, sample.caption) for sample in samples] == expected
+    assert [sample.path for sample in samples] == [f"{source}/{i}" for i in range(4)]
+    for i in (3, 0, 2, 1):
+        np.testing.assert_array_equal(samples[i].read(), PICTURES[i])
+
+
+def test_columns_may_be_named(tmp_path):
+    columns = {"a": FILES, "b": FILES[::-1], "bad": [0, 1, 1, 0], "who": list("wxyz"), "told": list("stuv")}
+    write(tmp_path / "photos-0.parquet", columns)
+    source = f"{tmp_path}/photos-*.parquet#image=b,label=bad,generator=who,caption=told"
+    samples = find_samples(source)
+    assert [(s.label, s.generator, s.caption) for s in samples] == [
+        (0, "w", "s"),
+        (1, "x", "t"),
+        (1, "y", "u"),
+        (0, "z", "v"),
+    ]
+    assert find_labelled(source) == samples
+    np.testing.assert_array_equal(samples[1].read(), PICTURES[2])
+    items = list(find_items([f"{tmp_path}/photos-0.parquet#image=b"]))
+    assert [item.path for item in items] == [f"{tmp_path}/photos-0.parquet/{i}" for i in range(4)]
+    np.testing.assert_array_equal(items[3].read(), PICTURES[0])
+    for named, reason in {
+        "#image=c": "no column c, but a, b, bad, who, told",
+        "#image=who": "call the one of the images image, or name it",
+        "#img=a": "img is none of image, label, generator, caption",
+        "": r"several columns of bytes \(a, b\)",
+        "#image=a": "photos-0.parquet/0: label None is unknown",
+    }.items():
+        with pytest.raises(UserError, match=reason) as error:
+            find_samples(f"{tmp_path}/photos-0.parquet{named}")
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("columns", "reason"),
+    [
+        ({"image": FILES, "label": [0, 1, 2, 0]}, r"t\.parquet/2: label 2 is unknown"),
+        ({"image": FILES, "label": [0, 1, None, 0]}, r"t\.parquet/2: label None is unknown"),
+        ({"image": FILES, "label": [0, 1, 1, 0], "caption": [1, 2, 3, 4]}, "0: caption is not text"),
+        (
+            {"image": FILES, "label": [0, 1, 1, 0], "prompt": ["a" * (2**20 + 1)] * 4},
+            "a caption of more than",
+        ),
+        ({"label": [0, 1]}, "no column of bytes"),
+        ({"image": pa.array([], pa.binary()), "label": pa.array([], pa.int64())}, "holds no images"),
+    ],
+)
+def test_what_cannot_be_used_is_named_in_one_line(columns, reason, tmp_path):
+    with pytest.raises(UserError, match=reason) as error:
+        find_samples(write(tmp_path / "t.parquet", columns))
+    assert "\n" not in str(error.value) and str(tmp_path / "t.parquet") in str(error.value)
+
+
+def test_rows_without_an_image_of_their_own(tmp_path):
+    (tmp_path / "beside.png").write_bytes(FILES[1])
+    (tmp_path / "sub").mkdir()
+    kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    rows = [
+        {"bytes": None, "path": "../beside.png"},
+        {"bytes": None, "path": "inside.png"},
+        {"bytes": None, "path": None},
+        None,
+        {"bytes": bytes(2**26 + 1), "path": None},
+    ]
+    (tmp_path / "sub" / "inside.png").write_bytes(FILES[0])
+    source = write(tmp_path / "sub" / "t.parquet", {"image": pa.array(rows, kind), "label": [0, 1, 1, 0, 1]})
+    nothing, large = "no image in this row", "larger than 67,108,864 bytes"
+    reasons = ["a link out of", "", nothing, nothing, large]
+    for items in (find_samples(source), list(find_items([str(source)]))):
+        for item, reason in zip(items, reasons, strict=True):
+            if reason:
+                with pytest.raises(ImageError, match=f"{item.path}: {reason}"):
+                    item.read()
+            else:
+                np.testing.assert_array_equal(item.read(), PICTURES[0])
+
+
+def test_large_row_groups_are_refused_from_the_footer_and_scored_all_the_same(tmp_path, monkeypatch):
+    monkeypatch.setattr(parquet, "MAX_GROUP", 5 * len(FILES[0]))
+    columns = {"image": FILES * 4, "label": [0, 1] * 8}
+    source = write(tmp_path / "t.parquet", columns, row_group_size=16, use_dictionary=False)
+    with pytest.raises(UserError, match=r"image of row group 0 takes more than .* row_group_size=100"):
+        find_samples(source)
+    assert [item.data for item in find_items([str(source)])] == FILES * 4
+    # A dictionary's footer tells little of what its rows become.
+    source = write(tmp_path / "d.parquet", {"image": FILES[:1] * 40, "label": [1] * 40})
+    samples = find_samples(source)
+    with pytest.raises(ImageError, match=r"d\.parquet/7: .*takes more than"):
+        samples[7].read()
+
+
+def test_long_texts_of_a_row_group_are_refused_from_the_footer(tmp_path, monkeypatch):
+    monkeypatch.setattr(parquet, "MAX_TEXTS", 1000)
+    columns = {"image": FILES, "label": [0, 1, 1, 0], "prompt": [letter * 400 for letter in "abcd"]}
+    with pytest.raises(UserError, match=r"prompt of row group 0 takes more than 1,000 bytes"):
+        find_samples(write(tmp_path / "t.parquet", columns))
+
+
+def test_a_row_group_is_read_once_while_it_is_kept(tmp_path, monkeypatch):
+    opened, once = [], pq.ParquetFile
+
+    def counted(*words, **options):
+        opened.append(words)
+        return once(*words, **options)
+
+    monkeypatch.setattr(pq, "ParquetFile", counted)
+    columns = {"image": FILES * 3, "label": [0, 1] * 6}
+    samples = find_samples(write(tmp_path / "t.parquet", columns, row_group_size=4, use_dictionary=False))
+    opened.clear()
+    for i in (0, 1, 5, 2, 4, 3, 6):
+        samples[i].read()
+    assert len(opened) == 2
+    monkeypatch.setattr(parquet, "KEPT_BYTES", 1)  # the last one alone
+    opened.clear()
+    for i in (8, 9, 0, 8):
+        np.testing.assert_array_equal(samples[i].read(), PICTURES[i % 4])
+    assert len(opened) == 3
+
+
+def test_a_file_that_changes_later_damages_only_images(tmp_path):
+    samples = find_samples(write(tmp_path / "t.parquet", {"image": FILES, "label": [0, 1, 1, 0]}))
+    np.testing.assert_array_equal(samples[2].read(), PICTURES[2])
+    write(tmp_path / "t.parquet", {"image": FILES[:1] + FILES[:1], "label": [0, 1]})
+    os.utime(tmp_path / "t.parquet", ns=(1, 1))
+    np.testing.assert_array_equal(samples[1].read(), PICTURES[0])
+    with pytest.raises(ImageError, match="its row is gone"):
+        samples[2].read()
+    (tmp_path / "t.parquet").write_bytes(b"PAR1 and no more")
+    with pytest.raises(ImageError, match=r"t\.parquet/0: not readable as Parquet"):
+        samples[0].read()
+    (tmp_path / "t.parquet").unlink()
+    with pytest.raises(ImageError, match="No such file"):
+        samples[0].read()
+
+
+def test_an_epoch_reads_few_row_groups_at_a_time(tmp_path, monkeypatch):
+    columns = {"image": FILES * 100, "label": [0, 1] * 200}
+    source = write(tmp_path / "t.parquet", columns, row_group_size=10, use_dictionary=False)
+    samples = find_samples(source)
+    groups = np.array([sample.group for sample in samples])
+    assert groups.tolist() == [i // 10 for i in range(400)]
+
+    def at_a_time():
+        order = epoch_order(samples, np.random.default_rng(5))
+        assert sorted(order) == list(range(400))
+        met = groups[order]
+        return max(
+            sum((met[:i] == g).any() and (met[i:] == g).any() for g in range(40)) for i in range(0, 400, 7)
+        )
+
+    assert at_a_time() == 14  # 40 row groups in three windows of at most SHARDS_MIXED
+    monkeypatch.setattr("dgsnet.data.loading.KEPT_GROUPS", 4 * max(sample.size for sample in samples))
+    assert at_a_time() == 4
