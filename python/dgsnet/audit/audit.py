@@ -78,8 +78,10 @@ def audit(
     """
     from dgsnet.audit.shortcuts import FEWEST, find_shortcuts, read_nuisances
 
-    drawn = np.random.default_rng(0).permutation(len(samples))[:most]
-    chosen = [samples[i] for i in drawn]
+    chosen = [samples[i] for i in np.random.default_rng(0).permutation(len(samples))[:most]]
+    # What is read together comes together, in the order in which the first of it was drawn.
+    groups: dict[str, int] = {}
+    chosen.sort(key=lambda item: 0 if item.group is None else groups.setdefault(item.shard, len(groups)))
     rows, damaged = read_nuisances(chosen, seconds=seconds, progress=progress)
     sound = ~np.isnan(rows).any(axis=1)
     read = [sample for sample, whole in zip(chosen, sound) if whole]
@@ -110,7 +112,7 @@ def audit_command(data: list[str], out: str, captions: str | None = None, split:
     Prints a verdict, and writes audit.html and audit.json. Needs no model.
 
     Args:
-        data: dataset folders, JSON/CSV lists of path and label, or .tar shards, taken together.
+        data: dataset folders, JSON/CSV lists of path and label, .tar shards or .parquet files, taken together.
         out: folder for the results.
         captions: JSON file of image path to caption, or auto for captions.json of each folder; captions are
             not measured if not given.

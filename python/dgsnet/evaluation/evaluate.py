@@ -223,7 +223,7 @@ def find_suites(sources: Sequence[str], split: str | None = None) -> dict[str, l
     suites: dict[str, list[Item]] = {}
     for source in sources:
         name, equals, path = source.partition("=")
-        if not equals or os.path.exists(source):
+        if not equals or "#" in name or os.path.exists(source):  # columns of Parquet come after a #
             path = source
             parts = [part for part in Path(path).absolute().parts if part not in SPLIT_FOLDERS]
             name = Path(path).stem if os.path.isfile(path) else parts[-1]

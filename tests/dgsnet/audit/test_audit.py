@@ -5,9 +5,12 @@ import re
 import tarfile
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from dgsnet import cli
 from dgsnet.audit.audit import audit, load_model
+from dgsnet.data import parquet
 from dgsnet.data.items import find_samples
 from dgsnet.data.nuisances import NUISANCES
 from dgsnet.errors import UserError
@@ -101,6 +104,24 @@ def test_shards(tmp_path):
             tar.add(path, f"{path.parent.name}/{path.name}")
     plain = audit(find_samples(root)).shortcuts
     assert audit(find_samples(tmp_path / "s-0.tar")).shortcuts == plain
+
+
+def test_parquet_is_read_a_row_group_at_a_time(tmp_path, monkeypatch):
+    root = data_set(tmp_path / "d", "format")
+    (root / "1_fake" / "broken.png").unlink()
+    samples = find_samples(root)
+    columns = {"image": [s.read_bytes() for s in samples], "label": [s.label for s in samples]}
+    pq.write_table(pa.table(columns), tmp_path / "d.parquet", row_group_size=7)
+    monkeypatch.setattr(parquet, "KEPT_BYTES", 1)
+    rows = find_samples(tmp_path / "d.parquet")
+    opened, once = [], pq.ParquetFile
+    monkeypatch.setattr(pq, "ParquetFile", lambda *a, **options: opened.append(a) or once(*a, **options))
+    found = audit(rows, most=40)
+    assert len(opened) == 7 and len(found.labels) == 40
+    assert found.shortcuts.verdict == "shortcut"
+    # The same images as of files, though in another order.
+    of_files = audit(samples, most=40)
+    assert sorted(map(tuple, found.nuisances)) == sorted(map(tuple, of_files.nuisances))
 
 
 def test_only_so_many_are_drawn(tmp_path):

@@ -7,6 +7,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from dgsnet import cli
 from dgsnet.data import parquet
 from dgsnet.data.images import ImageError
 from dgsnet.data.items import find_items, find_labelled, find_samples
@@ -14,6 +15,7 @@ from dgsnet.data.loading import epoch_order
 from dgsnet.errors import UserError
 
 from tests.support.pictures import encode, picture
+from tests.support.tables import read_csv
 
 PICTURES = [picture(30 + 2 * i, 44 - 3 * i, seed=i) for i in range(4)]
 FILES = [encode(pixels, "png") for pixels in PICTURES]
@@ -235,3 +237,41 @@ def test_an_epoch_reads_few_row_groups_at_a_time(tmp_path, monkeypatch):
     assert at_a_time() == 14  # 40 row groups in three windows of at most SHARDS_MIXED
     monkeypatch.setattr("dgsnet.data.loading.KEPT_GROUPS", 4 * max(sample.size for sample in samples))
     assert at_a_time() == 4
+
+
+def test_every_command_takes_it(tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 24), ("test", 60)):
+        labels = rng.permutation(count) % 2
+        noise = [rng.integers(0, 256, (36 + i % 3, 40 - i % 5, 3), dtype=np.uint8) for i in range(count)]
+        columns = {
+            "image": [encode(pixels // (1 + 3 * label), "png") for pixels, label in zip(noise, labels)],
+            "label": labels,
+            "model": [f"generator {i % 3 // 2}" for i in range(count)],
+            "prompt": ["noise"] * count,
+        }
+        write(tmp_path / f"{split}.parquet", columns, row_group_size=7)
+    train, test, run = (str(tmp_path / name) for name in ("train.parquet", "test.parquet", "run"))
+    settings = {
+        "data.train": train,
+        "data.val": test,
+        "data.workers": "1",
+        "model.name": "dgsnet-tiny",
+        "model.pretrained": "",
+        "preprocess.mode": "crop",
+        "preprocess.image_size": "32",
+        "optim.batch_size": "6",
+        "optim.epochs": "1",
+    }
+    cli.main(["train", "--out", run, *(f"--{name}={value}" for name, value in settings.items())])
+    cli.main(["audit", "--data", f"{test}#caption=prompt", "--out", str(tmp_path / "audit")])
+    cli.main(["evaluate", "--data", f"{test}#label=label", "--model", run, "--out", str(tmp_path / "report")])
+    cli.main(["calibrate", "--reals", test, "--generated", test, "--model", run, "--fpr", "0.2"])
+    cli.main(["predict", test, "--model", run, "--out", str(tmp_path / "scores.csv")])
+    assert "its 30 real images are taken, its 30 generated ones are not" in capsys.readouterr().out
+    metrics = json.loads((tmp_path / "report" / "metrics.json").read_text())
+    assert "generator 1" in json.dumps(metrics)
+    report = {row["path"]: row["probability"] for row in read_csv(tmp_path / "report" / "scores.csv")}
+    scores = {row["path"]: row["error"] for row in read_csv(tmp_path / "scores.csv")}
+    assert report.keys() == scores.keys() == {f"{test}/{i}" for i in range(60)}
+    assert set(scores.values()) == {""} and "" not in report.values()
