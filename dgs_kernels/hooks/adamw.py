@@ -105,12 +105,12 @@ class SurgeryAdamW(torch.optim.AdamW):
             with torch.enable_grad():
                 loss = closure()
         groups = {p: group for group in self.param_groups for p in group["params"]}
-        work = self.surgery.take()
-        operated = [] if work is None else work.params()
-        if work is not None:
+        parts = self.surgery.take()
+        operated = [p for part in parts for p in part.params]
+        if parts:
             # A layer that lies in one part and one parameter group is operated on in a single pass.
-            sums, due = self.surgery.sums(work, len({id(groups[p]) for p in operated}) == 1)
-            for part, group in itertools.product(work.parts, self.param_groups):
+            sums, due = self.surgery.sums(parts, len({id(groups[p]) for p in operated}) == 1)
+            for part, group in itertools.product(parts, self.param_groups):
                 at = [i for i, p in enumerate(part.params) if groups[p] is group]
                 if at:
                     self._step_with_surgery(part, at, group, part.of(sums), due)
@@ -121,25 +121,14 @@ class SurgeryAdamW(torch.optim.AdamW):
 
     def _step_with_surgery(self, part: Part, at: list[int], group: dict, sums: Tensor, due: str) -> None:
         """Step the parameters of a part that stand at these places, of one group."""
-        params = [part.params[i] for i in at]
-        averages, squares, steps = self._state(params)
+        params, layers = [part.params[i] for i in at], [part.groups[i] for i in at]
+        *averages, steps = self._state(params)
+        written = [[local(t) for t in tensors] for tensors in (params, *averages)]
         grads, *directions = ([tensors[i] for i in at] if tensors else [] for tensors in part.lists)
+        hyper = (*map(float, (group["lr"], *group["betas"])), group["weight_decay"], group["eps"])
         surgery_adamw_.run(
-            [local(p) for p in params],
-            grads,
-            [local(t) for t in averages],
-            [local(t) for t in squares],
-            steps,
-            *directions,
-            [part.groups[i] for i in at],
-            sums,
-            *self.surgery.options,
-            due,
-            float(group["lr"]),
-            *map(float, group["betas"]),
-            group["weight_decay"],
-            group["eps"],
-            group["maximize"],
+            *(written[0], grads, *written[1:], steps, *directions, layers, sums),
+            *(*self.surgery.options, due, *hyper, group["maximize"]),
         )
         increment_version(params)  # of distributed ones, too, whose local parts were written
 

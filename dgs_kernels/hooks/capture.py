@@ -277,16 +277,16 @@ class Part:
     def fill(self, shared: bool) -> None:
         """Zeros where a loss does not reach a parameter: views of a common tensor, or own ones."""
         missing = [(tensors, i) for tensors in self.lists for i, t in enumerate(tensors) if t is None]
-        sizes = [self.lists[0][i].numel() for _, i in missing]
+        most = max((self.lists[0][i].numel() for _, i in missing), default=0)
         zeros: dict[torch.dtype, Tensor] = {}
-        for (tensors, i), size in zip(missing, sizes):
+        for tensors, i in missing:
             like = self.lists[0][i]
-            if not shared:
+            if shared:
+                if like.dtype not in zeros:
+                    zeros[like.dtype] = like.new_zeros(most)
+                tensors[i] = zeros[like.dtype][: like.numel()].view(like.shape)
+            else:
                 tensors[i] = torch.zeros_like(like)
-                continue
-            if like.dtype not in zeros:
-                zeros[like.dtype] = like.new_zeros(max(sizes))
-            tensors[i] = zeros[like.dtype][:size].view(like.shape)
 
     def of(self, sums: Tensor) -> Tensor:
         """Sums of all layers, on the device and of the type that kernels ask for here."""

@@ -248,12 +248,9 @@ class ObjectiveSurgery(Capture):
     def _weights(self, layers: list[str], products: Tensor) -> Tensor:
         if not isinstance(self.weighting, list):
             return weigh(self.weighting, products, self.generator)
-        every = self._all_layers()
-        rows = [
-            weigh(self.weighting[every.index(layer)], products[g : g + 1], self.generator)
-            for g, layer in enumerate(layers)
-        ]
-        return torch.cat(rows)
+        of = dict(zip(self._all_layers(), self.weighting))
+        each = zip((of[layer] for layer in layers), products.split(1))
+        return torch.cat([weigh(weighting, its, self.generator) for weighting, its in each])
 
     def _all_layers(self) -> list[str]:
         return list(dict.fromkeys(map(self.layer, self.parameters())))

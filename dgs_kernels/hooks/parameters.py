@@ -15,17 +15,6 @@ from dgs_kernels.ops.arguments import check_options
 from dgs_kernels.ops.project_align_ import SUMS, run, sums_dtype
 
 
-@dataclass
-class Work:
-    """One step's surgery: lists of task, harmful and beneficial gradients, the last maybe empty."""
-
-    parts: list[Part]
-    layers: list[str]  # G names
-
-    def params(self) -> list[Tensor]:
-        return [p for part in self.parts for p in part.params]
-
-
 @dataclass(kw_only=True, eq=False, repr=False)
 class ReferenceSurgery(Capture):
     """Surgery with captured reference gradients, as far as `OptimizerSurgery` and `SurgeryAdamW` share it."""
@@ -40,6 +29,7 @@ class ReferenceSurgery(Capture):
         check_options(self.caller, None, self.alignment, self.eps, self.order, self.rule)
         super().__post_init__()
         self._last: tuple[list[str], Tensor, tuple] | None = None
+        self._names: list[str] = []
 
     def harmful(self) -> AbstractContextManager[None]:
         """A context: what `backward()` inside computes becomes the direction to remove; `.grad` stays."""
@@ -57,10 +47,10 @@ class ReferenceSurgery(Capture):
         return None, self.alignment, self.eps, self.order, self.rule
 
     @torch.no_grad()
-    def take(self) -> Work | None:
-        """The surgery that is due, and forget what was captured; None if there is nothing to do.
+    def take(self) -> list[Part]:
+        """The surgery that is due: task, harmful and beneficial gradients, the last list maybe empty.
 
-        A parameter takes part that has a gradient and a captured one.
+        A parameter takes part that has a gradient and a captured one. What was captured is forgotten.
         """
         self._last = None
         captured = self.release()
@@ -69,30 +59,28 @@ class ReferenceSurgery(Capture):
         # Through `process_group` another rank's loss may have reached what none of this one's has.
         everyone = bool(captured) and self.process_group is not None
         task = {p: p.grad for p in self.parameters() if p.grad is not None and (everyone or p in reached)}
-        if not task:
-            return None
-        parts, layers = self.parts([task, harmful, beneficial] if beneficial else [task, harmful])
+        parts, self._names = self.parts([task, harmful, beneficial] if beneficial else [task, harmful])
         for part in parts:
             if self.process_group is not None:
                 for tensors in part.lists[1:]:
                     average(tensors, self.process_group)
             part.lists += [[]] * (3 - len(part.lists))
-        return Work(parts, layers)
+        return parts
 
-    def sums(self, work: Work, at_once: bool = True) -> tuple[Tensor, str]:
+    def sums(self, parts: list[Part], at_once: bool = True) -> tuple[Tensor, str]:
         """The layers' inner products [G, 6], over devices and processes, and the pass that is now due.
 
         That is "apply", or "all" where one pass can do everything (`at_once`: as far as the caller knows) and
         writes them. Metrics are computed from them.
         """
-        at_once &= len(work.parts) == 1 and not work.parts[0].meshes and self._ranks_checked
-        dtype = sums_dtype(*(tensors for part in work.parts for tensors in part.lists))
-        total = torch.zeros(len(work.layers), SUMS, dtype=dtype, device=work.parts[0].device)
+        at_once &= len(parts) == 1 and not parts[0].meshes and self._ranks_checked
+        dtype = sums_dtype(*(tensors for part in parts for tensors in part.lists))
+        total = torch.zeros(len(self._names), SUMS, dtype=dtype, device=parts[0].device)
         scale, *rest = self.options
-        self._last = work.layers, total, (None if scale is None else scale.detach().clone(), *rest)
+        self._last = self._names, total, (None if scale is None else scale.detach().clone(), *rest)
         if at_once:
             return total, "all"
-        for part in work.parts:
+        for part in parts:
             sums = torch.zeros_like(total, device=part.device, dtype=sums_dtype(*part.lists))
             task, harmful, beneficial = part.lists
             run(task, harmful, beneficial, part.groups, sums, *self.options, "sums")
@@ -175,10 +163,9 @@ class OptimizerSurgery(ReferenceSurgery):
         self.clear()
 
     def _edit(self) -> None:
-        work = self.take()
-        if work is None:
+        if not (parts := self.take()):
             return
-        sums, due = self.sums(work)
-        for part in work.parts:
+        sums, due = self.sums(parts)
+        for part in parts:
             task, harmful, beneficial = part.lists
             run(task, harmful, beneficial, part.groups, part.of(sums), *self.options, due)

@@ -60,6 +60,11 @@ def test_two_ranks(two_ranks, kind, loop, scenarios):
     works(loop, kind)
 
 
+@hooks
+def test_ranks_that_do_not_train_together(two_ranks, kind):
+    assert_same(two_ranks["ranks_that_do_not_train_together", kind], plain(kind))
+
+
 @on_parameters
 @pytest.mark.parametrize(
     "loop, scenarios, remedy",

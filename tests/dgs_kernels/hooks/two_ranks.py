@@ -196,6 +196,19 @@ def fsdp2_task_unreduced(kind, rank):
     return weights(model)
 
 
+def ranks_that_do_not_train_together(kind, rank):
+    """Each has a model of its own, and data of its own; both tell what the first one learned."""
+    model = Net()
+    hook = Hook(kind, model, **({} if kind == "features" else {"check_ranks": False}))
+    for step in range(STEPS):
+        hook.backward(model, batch(step + 10 * rank))
+        hook.optimizer.step()
+        hook.optimizer.zero_grad()
+    for p in model.parameters():
+        dist.broadcast(p.detach(), 0)
+    return weights(model)
+
+
 def fsdp2_without_model(kind, rank):
     model, _ = shard("features")
     hook = Hook(kind, model)
@@ -290,6 +303,7 @@ SCENARIOS = {
     "ddp_two_backwards_remedy": ddp_two_backwards_remedy,
     "process_group_of_one": process_group_of_one,
     "ddp_captures_without_the_wrapper": ddp_captures_without_the_wrapper,
+    "ranks_that_do_not_train_together": ranks_that_do_not_train_together,
     "fsdp2": sharded("tensor"),
     "fsdp2_layer": sharded("layer"),
     "fsdp2_model": sharded("model"),
