@@ -105,11 +105,18 @@ def drawn(dtype, *sizes: float) -> tuple[torch.nn.Parameter, list[torch.Tensor]]
     return torch.nn.Parameter(torch.zeros(3, dtype=dtype)), [v.to(dtype) for v in scaled]
 
 
-def holds(dtype, *gradients: torch.Tensor) -> bool:
-    """Whether the type that inner products are made in holds these gradients' squared lengths."""
+def matches(number: torch.Tensor, value: torch.Tensor, dtype, *gradients: torch.Tensor) -> bool:
+    """Whether a number is known, and then right; otherwise NaN, or 0 where the inner product is.
+
+    It is known if the type that inner products are made in holds the gradients' squared lengths.
+    """
     range_of = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32)
-    squares = [g.double().square().sum() for g in gradients]
-    return all(range_of.tiny <= square <= range_of.max for square in squares)
+    one, other = (g.double() for g in gradients)
+    if all(range_of.tiny <= g.square().sum() <= range_of.max for g in (one, other)):
+        torch.testing.assert_close(number.double(), value, rtol=1e-5, atol=1e-7)
+        return True
+    assert number.isnan() or (number == 0 and (one * other).abs().sum() < range_of.tiny)
+    return False
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -135,15 +142,10 @@ def test_numbers_of_parameters_do_not_depend_on_size(dtype, make_surgery):
         want = {
             "cosine": (cosine, (task, harmful)),
             "removed": (cosine.square(), (task, harmful)),
-            "alignment": (beneficial.double().norm() / task.double().norm(), (task, beneficial)),
+            "alignment": (beneficial.double().norm() / task.double().norm(), (beneficial, task)),
         }
         for name, (value, of) in want.items():
-            number = getattr(found, name)[0].double()
-            if holds(dtype, *of):
-                known += 1
-                torch.testing.assert_close(number, value, rtol=1e-5, atol=1e-7)
-            else:
-                assert number.isnan() or number == 0, (name, task_size, harmful_size)
+            known += matches(getattr(found, name)[0], value, dtype, *of)
     assert known >= {torch.float64: 500, torch.float16: 3}.get(dtype, 100)
 
 
@@ -160,14 +162,10 @@ def test_cosines_of_objectives_do_not_depend_on_size(dtype):
             with surgery.objective():
                 (w * gradient).sum().backward()
         optimizer.step()
-        found = surgery.metrics().cosine[0].double()
+        found = surgery.metrics().cosine[0]
         for (i, one), (j, other) in itertools.product(enumerate(gradients), enumerate(gradients)):
             one, other = one.double() / one.double().norm(), other.double() / other.double().norm()
-            if holds(dtype, gradients[i], gradients[j]):
-                known += 1
-                torch.testing.assert_close(found[i, j], one @ other, rtol=1e-5, atol=1e-7)
-            else:
-                assert found[i, j].isnan() or found[i, j] == 0, (sizes, i, j)
+            known += matches(found[i, j], one @ other, dtype, gradients[i], gradients[j])
     assert known >= {torch.float64: 400, torch.float16: 9}.get(dtype, 100)
 
 
