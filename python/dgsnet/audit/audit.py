@@ -112,7 +112,7 @@ def audit_command(data: list[str], out: str, captions: str | None = None, split:
     Prints a verdict, and writes audit.html and audit.json. Needs no model.
 
     Args:
-        data: dataset folders, JSON/CSV lists of path and label, tar shards or Parquet files, taken together.
+        data: dataset folders, JSON/CSV lists, .tar shards or .parquet files, taken together.
         out: folder for the results.
         captions: JSON file of image path to caption, or auto for captions.json of each folder; captions are
             not measured if not given.

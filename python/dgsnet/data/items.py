@@ -5,7 +5,7 @@ from __future__ import annotations
 import glob
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -74,20 +74,13 @@ class Item:
                 return self.data
             if self.group is None:
                 return read_file(self.file, folder=self.folder, offset=self.offset, size=self.size)
-            content = parquet.read_row(self.container, self.group, self.offset)
-            return content if isinstance(content, bytes) else _beside(self.file, content)
+            return parquet.read_row(self.container, self.group, self.offset)
         except ImageError as error:
             raise ImageError(f"{self.path}: {error}") from None
 
     def read(self) -> np.ndarray:
         """Decode it to uint8 [H, W, 3]; images.ImageError, with its name, if it cannot be."""
         return read_image(self.read_bytes(), name=self.path)
-
-
-def _beside(file: str, path: str) -> bytes:
-    """The image that a row of a Parquet file names, which must lie in the file's folder."""
-    folder = os.path.dirname(file)
-    return read_file(os.path.join(folder, path), folder=folder or ".")
 
 
 def find_items(paths: Sequence[str | os.PathLike]) -> Iterator[Item]:
@@ -126,7 +119,8 @@ def find_items(paths: Sequence[str | os.PathLike]) -> Iterator[Item]:
 
 def find_images(paths: Sequence[str | os.PathLike]) -> tuple[list[Item], dict[str, str]]:
     """`find_items` all at once: the images; and for every path that stands for none, why."""
-    items = list(find_items(paths))
+    # Rows of Parquet are read again when they are needed rather than held, all of them.
+    items = [item if item.group is None else replace(item, data=None) for item in find_items(paths)]
     missing = {item.path: item.error for item in items if item.missing}
     return [item for item in items if not item.missing], missing
 
@@ -174,20 +168,13 @@ def _of_file(path: str) -> Iterator[Item]:
                 yield Item(f"{path}/{name}", container=path, offset=offset, size=size, error=error)
         elif kind == ".parquet":
             file = parquet.split_source(path)[0]
-            for number, content in enumerate(parquet.stream(path)):
-                yield _streamed(f"{file}/{number}", os.path.dirname(file), content)
+            for number, (group, row, size, data, error) in enumerate(parquet.stream(path)):
+                place = {"container": path, "offset": row, "size": size, "group": group}
+                yield Item(f"{file}/{number}", **place, data=data, error=error)
         else:
             yield Item(path)
     except ImageError as error:
         yield Item(path, error=str(error))
-
-
-def _streamed(name: str, folder: str, content: bytes | str | ImageError) -> Item:
-    if isinstance(content, bytes):
-        return Item(name, data=content)
-    if isinstance(content, str):
-        return Item(name, container=os.path.join(folder, content), folder=folder or ".")
-    return Item(name, error=str(content))
 
 
 def _nothing(argument: str) -> str:
@@ -242,12 +229,8 @@ def find_samples(source: str | Path, split: str | None = None) -> list[Item]:
         return _of_split(Path(source), split)
     items = [item for file in _files(str(source)) for item in _labelled(file)]
     if not items:
-        empty = (
-            "the list is empty; expected rows of path and label"
-            if _is_list(str(source))
-            else "holds no images"
-        )
-        raise UserError(f"{source}: {empty}")
+        listed = "the list is empty; expected rows of path and label"
+        raise UserError(f"{source}: {listed if _is_list(str(source)) else 'holds no images'}")
     if bad := [item for item in items if item.label is None]:
         # An image that lacks what others have is a mistake; where none has it, it is no dataset.
         raise (lists.Unlabelled if len(bad) == len(items) else UserError)(bad[0].error)
@@ -279,7 +262,7 @@ def _of_folder(root: Path) -> list[Item]:
 
 def _folders(root: Path, path: str) -> tuple[str, ...]:
     """The folders between root and an image."""
-    return Path(path).relative_to(root).parts[:-1]
+    return tuple(path[len(str(root)) :].strip(os.sep).split(os.sep)[:-1])
 
 
 def _of_split(root: Path, split: str | None) -> list[Item]:

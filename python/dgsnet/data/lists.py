@@ -59,7 +59,7 @@ def _csv_rows(path: str, labelled: bool) -> Rows:
                 columns = (
                     "the columns path and label (and generator, caption)" if labelled else "a column path"
                 )
-                raise UserError(f"{path}: its first line must name {columns}")
+                raise Unlabelled(f"{path}: its first line must name {columns}")
             for row in reader:
                 yield f"line {reader.line_num}", row
     except (csv.Error, UnicodeDecodeError) as error:

@@ -13,7 +13,7 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from typing import Any
 
-from dgsnet.data.images import ImageError, check_regular
+from dgsnet.data.images import ImageError, check_regular, read_file
 from dgsnet.errors import UserError
 
 # Images in Parquet are held, and sent between processes, as they are: large ones must not add up.
@@ -70,29 +70,30 @@ def places(source: str) -> Iterator[tuple[int, int, int, dict[str, Any]]]:
         image = columns.pop("image")
         names = _class_names(file.schema_arrow)
         for group in range(file.num_row_groups):
-            size = _size(file, group, image)
+            size = _checked_size(file, group, image, MAX_GROUP)
             for row, told in enumerate(_told(file, group, columns, names)):
                 yield group, row, size, told
 
 
-def stream(source: str) -> Iterator[bytes | str | ImageError]:
-    """The image of every row as `read_row` gives it, or why not; one is held at a time, of any group.
+def stream(source: str) -> Iterator[tuple[int, int, int, bytes | None, str]]:
+    """Every row, without reading further than it is taken: its row group, number there, the group's bytes of
+    images, and its image or why there is none.
 
     Raises:
         ImageError: it is not readable.
     """
     with _opened(source) as (file, columns):
-        for value in _values(file, columns["image"]):
-            try:
-                yield _content(value)
-            except ImageError as error:
-                yield error
+        for group in range(file.num_row_groups):
+            size = _size(file, group, columns["image"])
+            for row, value in enumerate(_values(file, columns["image"], group)):
+                try:
+                    yield group, row, size, _content(value, source), ""
+                except ImageError as error:
+                    yield group, row, size, None, str(error)
 
 
-def read_row(source: str, group: int, row: int) -> bytes | str:
-    """The encoded image of a row, or the path, relative to the file's folder, that stands in its place.
-
-    Its row group is read and kept, as far as KEPT_BYTES allow.
+def read_row(source: str, group: int, row: int) -> bytes:
+    """The encoded image of a row. Its row group is read and kept, as far as KEPT_BYTES allow.
 
     Raises:
         ImageError: there is none, or it or its row group is too large or not readable.
@@ -104,7 +105,7 @@ def read_row(source: str, group: int, row: int) -> bytes | str:
     values = _kept.get((source, group, state.st_mtime_ns, state.st_size))
     if row >= len(values):
         raise ImageError("its row is gone")
-    return _content(values[row])
+    return _content(values[row], source)
 
 
 class _Kept:
@@ -118,9 +119,9 @@ class _Kept:
         """The images of a row group of a file in this state."""
         if key not in self.groups:
             with _opened(key[0]) as (file, columns):
-                _size(file, key[1], columns["image"])
+                _checked_size(file, key[1], columns["image"], MAX_GROUP)
                 values, size = [], 0
-                for value in _values(file, columns["image"], [key[1]]):
+                for value in _values(file, columns["image"], key[1]):
                     values.append(value)
                     size += len(_bytes(value) or b"")
                     # A dictionary's few bytes can stand for many times as much.
@@ -189,14 +190,17 @@ def _class_names(schema: Any) -> dict[str, list[str]]:
     return {}
 
 
-def _size(file: Any, group: int, column: str, most: int = MAX_GROUP) -> int:
+def _checked_size(file: Any, group: int, column: str, most: int) -> int:
     """Bytes of a column in a row group, as the file's footer tells; ImageError if they are too many."""
-    found = file.metadata.row_group(group)
-    columns = [found.column(i) for i in range(found.num_columns)]
-    size = sum(c.total_uncompressed_size for c in columns if c.path_in_schema.split(".")[0] == column)
-    if size > most:
+    if (size := _size(file, group, column)) > most:
         raise ImageError(_too_large(group, column, most))
     return size
+
+
+def _size(file: Any, group: int, column: str) -> int:
+    found = file.metadata.row_group(group)
+    columns = [found.column(i) for i in range(found.num_columns)]
+    return sum(c.total_uncompressed_size for c in columns if c.path_in_schema.split(".")[0] == column)
 
 
 def _too_large(group: int, column: str, most: int) -> str:
@@ -213,7 +217,7 @@ def _told(
         yield from ({} for _ in range(file.metadata.row_group(group).num_rows))
         return
     for column in columns.values():
-        _size(file, group, column, MAX_TEXTS)
+        _checked_size(file, group, column, MAX_TEXTS)
     chosen = list(columns.values())
     for batch in file.iter_batches(TEXT_ROWS, row_groups=[group], columns=chosen, use_threads=False):
         for values in batch.to_pylist():
@@ -229,9 +233,9 @@ def _told(
             yield told
 
 
-def _values(file: Any, column: str, groups: list[int] | None = None) -> Iterator[Any]:
+def _values(file: Any, column: str, group: int) -> Iterator[Any]:
     # Threads of a pool do not outlive a fork, and loaders fork.
-    for batch in file.iter_batches(1, row_groups=groups, columns=[column], use_threads=False):
+    for batch in file.iter_batches(1, row_groups=[group], columns=[column], use_threads=False):
         for value in batch.column(0):
             yield value.as_py()
 
@@ -240,11 +244,13 @@ def _bytes(value: Any) -> bytes | None:
     return value.get("bytes") if isinstance(value, dict) else value
 
 
-def _content(value: Any) -> bytes | str:
+def _content(value: Any, source: str) -> bytes:
+    """The image that a cell holds, or that it names, which must lie in the file's folder."""
     if (data := _bytes(value)) is not None:
         if len(data) > MAX_IMAGE:
             raise ImageError(f"larger than {MAX_IMAGE:,} bytes, the most of an image in Parquet")
         return data
     if isinstance(value, dict) and (path := value.get("path")):
-        return path
+        folder = os.path.dirname(split_source(source)[0])
+        return read_file(os.path.join(folder, path), folder=folder or ".")
     raise ImageError("no image in this row")

@@ -10,7 +10,7 @@ import pytest
 from dgsnet import cli
 from dgsnet.data import parquet
 from dgsnet.data.images import ImageError
-from dgsnet.data.items import find_items, find_labelled, find_samples
+from dgsnet.data.items import find_images, find_items, find_labelled, find_samples
 from dgsnet.data.loading import epoch_order
 from dgsnet.errors import UserError
 
@@ -104,7 +104,8 @@ def test_columns_may_be_named(tmp_path):
     np.testing.assert_array_equal(samples[1].read(), PICTURES[2])
     items = list(find_items([f"{tmp_path}/photos-0.parquet#image=b"]))
     assert [item.path for item in items] == [f"{tmp_path}/photos-0.parquet/{i}" for i in range(4)]
-    np.testing.assert_array_equal(items[3].read(), PICTURES[0])
+    for item in (items[3], find_images([f"{tmp_path}/photos-0.parquet#image=b"])[0][3]):
+        np.testing.assert_array_equal(item.read(), PICTURES[0])
     for named, reason in {
         "#image=c": "no column c, but a, b, bad, who, told",
         "#image=who": "call the one of the images image, or name it",
@@ -168,6 +169,8 @@ def test_large_row_groups_are_refused_from_the_footer_and_scored_all_the_same(tm
     with pytest.raises(UserError, match=r"image of row group 0 takes more than .* row_group_size=100"):
         find_samples(source)
     assert [item.data for item in find_items([str(source)])] == FILES * 4
+    held, _ = find_images([str(source)])
+    assert {item.data for item in held} == {None}
     # A dictionary's footer tells little of what its rows become.
     source = write(tmp_path / "d.parquet", {"image": FILES[:1] * 40, "label": [1] * 40})
     samples = find_samples(source)
