@@ -36,7 +36,12 @@ def locked(folder: Path) -> Iterator[None]:
     made = [parent for parent in (folder, *folder.parents) if not parent.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / LOCK_FILE
-    file = _lock_file(path)
+    file = open_locked(path)
+    if file is None:
+        holder = "another process"
+        with contextlib.suppress(OSError):  # it is gone meanwhile
+            holder = path.read_text() or holder
+        raise UserError(f"{folder} is in use by {holder}: wait for its end, or give another folder")
     try:
         file.truncate(0)
         file.write(f"process {os.getpid()} on {platform.node()}".encode())
@@ -51,20 +56,22 @@ def locked(folder: Path) -> Iterator[None]:
                 break
 
 
-def _lock_file(path: Path) -> IO[bytes]:
+def open_locked(path: Path) -> IO[bytes] | None:
+    """Open a file, made where there is none, to append to it; None where another process has it open so.
+
+    It has no buffer, and is locked until it is closed or this process ends.
+    """
     while True:
         file = open(path, "a+b", buffering=0)  # noqa: SIM115 - held by the caller
-        if not lock(file):
-            file.seek(0)
-            holder = file.read().decode() or "another process"
+        if not _lock(file):
             file.close()
-            raise UserError(f"{path.parent} is in use by {holder}: wait for its end, or give another folder")
+            return None
         if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
             return file
         file.close()  # whoever held it has removed it meanwhile
 
 
-def lock(file: IO[Any]) -> bool:
+def _lock(file: IO[Any]) -> bool:
     """Lock an open file until this process ends or closes it; False where another process has done so."""
     try:
         import fcntl

@@ -5,9 +5,11 @@ from __future__ import annotations
 import csv
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
+
+import pytest
 
 
 def read_csv(path: str | Path) -> list[dict[str, str]]:
@@ -33,3 +35,19 @@ def measure(model: Path, data: Any, out: Path, **options: Any) -> Any:
     sources = data if isinstance(data, list) else [data]
     evaluate_command([str(source) for source in sources], str(model), str(out), **options)
     return json.loads((out / "metrics.json").read_text())
+
+
+def interrupted(command: Callable[..., object], *arguments: Any, rows: int, **options: Any) -> None:
+    """Call a command and press Ctrl-C when so many rows are in its table."""
+    from dgsnet.data.tables import Table
+
+    add, left = Table.add, iter(range(rows))
+
+    def add_or_stop(self: Table, row: dict[str, Any]) -> None:
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+        add(self, row)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Table, "add", add_or_stop)
+        command(*arguments, **options)

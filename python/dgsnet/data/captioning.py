@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from dgsnet.data.captions import CAPTIONS_FILE
 from dgsnet.data.items import Item, find_samples
-from dgsnet.data.tables import Partial, read_rows, replacing
+from dgsnet.data.tables import Table, partial, replacing
 from dgsnet.errors import UserError
 from dgsnet.processes import default_workers, start_worker
 
@@ -127,17 +127,20 @@ def caption_command(
     if not samples:
         raise UserError(f"{data}: every image has a caption already")
     captioner = _quietly(model, device)
+
+    from dgsnet.model.checkpoint import sampled_hash
+
     settings = {
         "model": model,
-        "weights": _fingerprint(captioner),
+        "weights": sampled_hash(captioner.model.state_dict().values()),
         "generation": [PROMPT, GENERATION],
         "batch_size": batch_size,
         "images": _digest("\n".join(sample.path for sample in samples).encode(errors="surrogateescape")),
     }
-    with Partial(target, settings, resume=resume) as table:
-        done = {row["path"] for row in read_rows(table.path, COLUMNS)}
+    with Table(partial(target), settings, COLUMNS, resume=resume) as table:
+        done = {row["path"] for row in table.rows()}
         _fill(table, captioner, samples, done, batch_size, workers)
-        rows = list(read_rows(table.path, COLUMNS))
+        rows = list(table.rows())
         # Relative to the JSON, so that both can be moved; an image that cannot be read has no words, and
         # training, which asks for captions of all images, will leave it out for itself.
         captions = {os.path.relpath(row["path"], target.parent): row["caption"] for row in rows}
@@ -148,7 +151,7 @@ def caption_command(
 
 
 def _fill(
-    table: Partial,
+    table: Table,
     captioner: Captioner,
     samples: Sequence[Item],
     done: set[str],
@@ -213,12 +216,6 @@ def _quietly(model: str, device: str | None) -> Captioner:
         logging.set_verbosity(level)
         if bars:
             logging.enable_progress_bar()
-
-
-def _fingerprint(captioner: Captioner) -> str:
-    """A hash of some values of every tensor: tells one set of weights from another."""
-    sampled = (t.flatten()[:: max(1, t.numel() // 64)] for t in captioner.model.state_dict().values())
-    return _digest(b"".join(t.cpu().float().numpy().tobytes() for t in sampled))
 
 
 def _digest(data: bytes) -> str:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Iterable, Iterator, Sequence, Sized
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -123,6 +125,16 @@ class Detector:
             raise UserError(f"device {device} cannot be used here ({error}); try cpu") from None
         calibration = load_calibration(run) if calibrated else None
         return cls(*load_model(Path(run), device=device, pretrained=pretrained), calibration, views)
+
+    def settings(self) -> dict[str, Any]:
+        """What logits depend on besides the image, as JSON values: model (a hash), preprocessing, views."""
+        from dgsnet.model.checkpoint import fingerprint, trained_state
+
+        model = hashlib.sha256(fingerprint(self.model).encode())
+        for name, tensor in sorted(trained_state(self.model).items()):
+            model.update(name.encode() + tensor.float().numpy().tobytes())
+        preprocessing = asdict(self.config.preprocess)
+        return {"model": model.hexdigest()[:16], "preprocessing": preprocessing, "views": self.views}
 
     def predict(self, images: Any, *, workers: int | None = None, consistency: bool = False) -> np.ndarray:
         """Probability that each image was generated, float32 [N]; calibrated where the model is.

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dgsnet.detection.detector import Detector, Prepared
-from dgsnet.detection.rows import Score, Todo
+from dgsnet.detection.rows import Row, Todo
 from dgsnet.errors import UserError
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ def score_on_ray(
     *,
     workers: int | None = None,
     consistency: bool = False,
-) -> Iterator[Score]:
+) -> Iterator[Row]:
     """`scoring.score` on a Ray cluster: the same rows in the same order.
 
     Uses the cluster that `ray.init` was called for or that RAY_ADDRESS names; without either, Ray is started
@@ -188,7 +188,7 @@ class _Scorer:
                 views = np.frombuffer(pixels.as_py(), np.float32).reshape(-1, 3, size, size).copy()
                 logits = self.detector.mean_logits(torch.from_numpy(views))
                 answer = self.detector.probabilities(logits).tolist()
-            rows.append(pickle.dumps(Score.of(self.detector, item, answer, error)))
+            rows.append(pickle.dumps(Row.of(self.detector, item, answer, error)))
         return _table(row=rows)
 
 

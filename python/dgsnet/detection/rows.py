@@ -15,7 +15,7 @@ from dgsnet.detection.detector import Detector
 from dgsnet.detection.provenance import Provenance
 
 
-class Score(NamedTuple):
+class Row(NamedTuple):
     """An image's row.
 
     Attributes:
@@ -38,7 +38,7 @@ class Score(NamedTuple):
     provenance_note: str = ""
 
     @classmethod
-    def of(cls, detector: Detector, item: Item, answer: float | Sequence[float], error: str) -> Score:
+    def of(cls, detector: Detector, item: Item, answer: float | Sequence[float], error: str) -> Row:
         """The row of one of the detector's answers: a probability, or those of the image and its copies."""
         if error:
             return cls(item.path, None, "", error)
@@ -49,7 +49,7 @@ class Score(NamedTuple):
 
 
 def columns(*, consistency: bool = False, provenance: bool = False) -> tuple[str, ...]:
-    """The columns of a table, which are fields of `Score`."""
+    """The columns of a table, which are fields of `Row`."""
     return (
         *("path", "probability", "decision", "error"),
         *(("spread",) if consistency else ()),
@@ -72,7 +72,7 @@ class Todo:
     end: int
 
     def __iter__(self) -> Iterator[Item]:
-        rows = read_rows(self.table, Score._fields, self.end)
+        rows = read_rows(self.table, Row._fields, self.end)
         # Rows and items usually come in the same order, and then no more than one row is ever held.
         unmatched: Counter[str] = Counter()
         for item in find_items(self.paths):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import functools
 import hashlib
 import itertools
 import json
@@ -15,18 +16,18 @@ import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import partial
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
 from dgsnet.data.items import Item, find_items
 from dgsnet.data.parquet import import_pyarrow
-from dgsnet.data.tables import Partial, read_rows, replacing
+from dgsnet.data.tables import Table, partial, replacing
 from dgsnet.detection.decisions import DECIMALS
 from dgsnet.detection.detector import MIN_IMAGES_FOR_WORKERS, Detector
 from dgsnet.detection.provenance import ProvenanceReader
 from dgsnet.detection.ray_engine import score_on_ray
-from dgsnet.detection.rows import Score, Todo, columns
+from dgsnet.detection.rows import Row, Todo, columns
 from dgsnet.errors import UserError
 
 # Rows of a Parquet table that are in memory at a time and become one row group.
@@ -40,8 +41,8 @@ def score(
     workers: int | None = None,
     consistency: bool = False,
     provenance: ProvenanceReader | None = None,
-    on_score: Callable[[Item, Score], None] | None = None,
-) -> Iterator[Score]:
+    on_score: Callable[[Item, Row], None] | None = None,
+) -> Iterator[Row]:
     """Score images one after the other, whatever becomes of the processes that read them.
 
     Args:
@@ -83,7 +84,7 @@ def score(
                 waiting.popleft()
 
     for item, answer, error in answers():
-        row = Score.of(detector, item, answer, error)
+        row = Row.of(detector, item, answer, error)
         if provenance and not error:
             row = row._replace(**provenance(item)._asdict())
         if on_score and not error:
@@ -142,7 +143,7 @@ def predict_command(
         device: torch device; the GPU where there is one if not given.
         views: mosaics averaged per image; if not given, what the model was calibrated with, else 1.
         workers: processes that read and prepare images, or with ray that score them; chosen if not given.
-        resume: go on where a run with the same words was stopped or killed.
+        resume: go on where a call with the same words was stopped or killed.
         engine: local scores on this machine's device, ray on all of a Ray cluster's.
         heatmaps: folder for a picture and a .json per image of what made its score; 50 times the work.
         consistency: score re-encoded and resized copies too, in a further column how far apart they are, and
@@ -164,22 +165,21 @@ def predict_command(
     if write is _write_parquet:
         import_pyarrow()
     _check_found(paths)
+    load = functools.partial(Detector.load, model, device, views=views, pretrained=pretrained)
     with ProvenanceReader(trust) if provenance else contextlib.nullcontext() as reader:
-        load = partial(Detector.load, model, device, views=views, pretrained=pretrained)
         detector = load()
         begun = settings(detector, paths, consistency=consistency, provenance=reader)
-        table = Partial(target, begun, resume=resume)
-        todo = Todo(paths, table.path, table.end)
-        if engine == "ray":
-            rows = score_on_ray(detector, load, todo, workers=workers, consistency=consistency)
-        else:
-            on_score = partial(_save_heatmap, detector, heatmaps) if heatmaps else None
-            options: Any = {"consistency": consistency, "provenance": reader, "on_score": on_score}
-            rows = score(detector, todo, workers=workers, **options)
-        with table:
+        with Table(partial(target), begun, Row._fields, resume=resume) as table:
+            todo = Todo(paths, table.path, table.end)
+            if engine == "ray":
+                rows = score_on_ray(detector, load, todo, workers=workers, consistency=consistency)
+            else:
+                on_score = functools.partial(_save_heatmap, detector, heatmaps) if heatmaps else None
+                options: Any = {"consistency": consistency, "provenance": reader, "on_score": on_score}
+                rows = score(detector, todo, workers=workers, **options)
             rate = _fill(table, rows)
             counts: Counter[str] = Counter()
-            scores = _counted((Score(**row) for row in read_rows(table.path, Score._fields)), counts)
+            scores = _counted((Row(**row) for row in table.rows()), counts)
             write(target, scores, columns(consistency=consistency, provenance=provenance))
             table.remove()
     read = ", ".join(
@@ -192,7 +192,7 @@ def predict_command(
         print(f"the column error of {target} says why", file=sys.stderr)
 
 
-def _save_heatmap(detector: Detector, folder: str, item: Item, row: Score) -> None:
+def _save_heatmap(detector: Detector, folder: str, item: Item, row: Row) -> None:
     from dgsnet.detection.heatmaps import save
 
     save(detector, item.path, item.read(), folder)
@@ -216,23 +216,16 @@ def settings(
     consistency: bool = False,
     provenance: ProvenanceReader | None = None,
 ) -> dict[str, Any]:
-    """What the rows depend on, each as a word to compare."""
-    from dgsnet.model.checkpoint import fingerprint, trained_state
-
-    model = hashlib.sha256(repr((fingerprint(detector.model), detector.config.preprocess)).encode())
-    for name, tensor in sorted(trained_state(detector.model).items()):
-        model.update(name.encode() + tensor.float().numpy().tobytes())
-    return {
-        "model": model.hexdigest()[:16],
-        "calibration": repr(detector.calibration),
-        "views": detector.views,
+    """What the rows depend on, as JSON values."""
+    return detector.settings() | {
+        "calibration": detector.calibration and asdict(detector.calibration),
         "paths": list(paths),
         "consistency": consistency,
         "provenance": hashlib.sha256(provenance.anchors.encode()).hexdigest()[:16] if provenance else "",
     }
 
 
-def _fill(table: Partial, rows: Iterator[Score]) -> str:
+def _fill(table: Table, rows: Iterator[Row]) -> str:
     """Take down every row; returns how fast, in words."""
     from tqdm import tqdm
 
@@ -247,13 +240,13 @@ def _fill(table: Partial, rows: Iterator[Score]) -> str:
     return f"; {new / seconds:.1f} images per second" if new else ""
 
 
-def _counted(rows: Iterator[Score], counts: Counter[str]) -> Iterator[Score]:
+def _counted(rows: Iterator[Row], counts: Counter[str]) -> Iterator[Row]:
     for row in rows:
         counts[row.decision] += 1
         yield row
 
 
-def _write_csv(target: Path, rows: Iterator[Score], columns: Sequence[str]) -> None:
+def _write_csv(target: Path, rows: Iterator[Row], columns: Sequence[str]) -> None:
     # surrogateescape writes file names that are not UTF-8 as the bytes they are.
     with replacing(target, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
         writer = csv.writer(file)
@@ -269,13 +262,13 @@ def _cell(value: object) -> object:
     return value.replace("\0", "\ufffd") if isinstance(value, str) else value
 
 
-def _write_jsonl(target: Path, rows: Iterator[Score], columns: Sequence[str]) -> None:
+def _write_jsonl(target: Path, rows: Iterator[Row], columns: Sequence[str]) -> None:
     with replacing(target, "w", encoding="ascii") as file:
         for row in rows:
             file.write(json.dumps(_with_nulls(row, columns)) + "\n")
 
 
-def _write_parquet(target: Path, rows: Iterator[Score], columns: Sequence[str]) -> None:
+def _write_parquet(target: Path, rows: Iterator[Row], columns: Sequence[str]) -> None:
     pa = import_pyarrow()
     words = pa.dictionary(pa.int8(), pa.string())
     kinds = {"probability": pa.float64(), "spread": pa.float64(), "decision": words, "provenance": words}
@@ -289,7 +282,7 @@ def _write_parquet(target: Path, rows: Iterator[Score], columns: Sequence[str]) 
             writer.write_table(pa.Table.from_pylist(rows_of_group, schema))
 
 
-def _with_nulls(row: Score, columns: Sequence[str]) -> dict[str, Any]:
+def _with_nulls(row: Row, columns: Sequence[str]) -> dict[str, Any]:
     values = {column: getattr(row, column) for column in columns}
     return {column: None if value == "" else value for column, value in values.items()}
 

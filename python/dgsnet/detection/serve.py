@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import math
 import os
@@ -21,7 +22,7 @@ from dgsnet.detection.decisions import THRESHOLD
 from dgsnet.detection.detector import Detector
 from dgsnet.detection.heatmaps import draw, heatmap
 from dgsnet.detection.provenance import ProvenanceReader
-from dgsnet.detection.rows import Score
+from dgsnet.detection.rows import Row
 from dgsnet.errors import UserError
 from dgsnet.pages import page
 
@@ -147,7 +148,7 @@ def create_app(
         ((answer, error),) = stream([image], workers=0)
         if error:
             raise ImageError(f"{name}: {error}")
-        score = Score.of(detector, Item(name), answer, "")
+        score = Row.of(detector, Item(name), answer, "")
         row = {"name": name, "probability": score.probability, "decision": score.decision}
         if consistency:
             row["spread"] = score.spread
@@ -272,24 +273,24 @@ def serve_command(
             raise UserError(f"--{name} is {value}; it must be 1 or more")
     if host not in LOOPBACK:
         print(f"dgsnet: warning: anybody who can reach {host} can use the page", file=sys.stderr)
-    reader = ProvenanceReader(trust) if provenance else None
-    detector = Detector.load(model, device, views=views, pretrained=pretrained)
-    try:
-        listening = socket.create_server(
-            (host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET
+    with ProvenanceReader(trust) if provenance else contextlib.nullcontext() as reader:
+        detector = Detector.load(model, device, views=views, pretrained=pretrained)
+        try:
+            listening = socket.create_server(
+                (host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET
+            )
+        except (OSError, OverflowError) as error:
+            raise UserError(f"cannot listen on {host} port {port}: {error}; give another --port") from None
+        app = create_app(
+            detector,
+            hosts=LOOPBACK if host in LOOPBACK else ("*",),
+            max_bytes=max_megabytes * 2**20,
+            per_minute=per_minute,
+            consistency=consistency,
+            provenance=reader,
         )
-    except (OSError, OverflowError) as error:
-        raise UserError(f"cannot listen on {host} port {port}: {error}; give another --port") from None
-    app = create_app(
-        detector,
-        hosts=LOOPBACK if host in LOOPBACK else ("*",),
-        max_bytes=max_megabytes * 2**20,
-        per_minute=per_minute,
-        consistency=consistency,
-        provenance=reader,
-    )
-    shown = f"[{host}]" if ":" in host else host
-    print(f"http://{shown}:{listening.getsockname()[1]} (Ctrl-C stops it)", flush=True)
-    config = uvicorn.Config(app, log_level="warning", server_header=False, access_log=False)
-    with listening:
-        uvicorn.Server(config).run(sockets=[listening])
+        shown = f"[{host}]" if ":" in host else host
+        print(f"http://{shown}:{listening.getsockname()[1]} (Ctrl-C stops it)", flush=True)
+        config = uvicorn.Config(app, log_level="warning", server_header=False, access_log=False)
+        with listening:
+            uvicorn.Server(config).run(sockets=[listening])

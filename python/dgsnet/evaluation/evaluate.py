@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import hashlib
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -10,14 +13,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dgsnet.audit.audit import load_model
+from dgsnet.data.tables import Table, damaged
 from dgsnet.detection.decisions import DECIMALS
 from dgsnet.detection.detector import Detector
 from dgsnet.detection.overlap import warn_of_training_images
 from dgsnet.errors import UserError
 from dgsnet.evaluation import false_positives, robustness, shortcut_tables
-from dgsnet.evaluation.frozen import FROZEN, frozen_detector
-from dgsnet.evaluation.frozen import rows as frozen_rows
-from dgsnet.evaluation.journal import Journal
+from dgsnet.evaluation.baseline import FROZEN, frozen_detector
+from dgsnet.evaluation.baseline import rows as frozen_rows
 from dgsnet.evaluation.metrics import THRESHOLD
 from dgsnet.evaluation.report import published_methods, write_page, write_tables
 from dgsnet.evaluation.results import Evaluation, Score, text_table
@@ -27,8 +30,9 @@ if TYPE_CHECKING:
     from dgsnet.data.distortions import Distortion
     from dgsnet.data.items import Item
 
-# Scores as they are made, one line each: what a killed evaluation goes on from.
+# Logits as they are made: what a killed evaluation goes on from. Calibration and threshold are applied later.
 JOURNAL = "scores.jsonl"
+COLUMNS = ("distortion", "index", "path", "logit", "error")
 
 
 def evaluate(
@@ -67,14 +71,17 @@ def evaluate(
     if not isinstance(samples, Mapping):
         samples = {"": samples}
     listed = [(suite, sample) for suite, members in samples.items() for sample in members]
-    kept = Journal(journal, detector, listed) if journal else None
-    scores = []
     variants = [("", detector), *((d.name, _distorting(detector, d)) for d in distortions)]
     if frozen:
         variants.append((FROZEN, frozen_detector(detector)))
-    with tqdm(total=len(variants) * len(listed), unit="image", disable=None if progress else True) as bar:
+    scores = []
+    with contextlib.ExitStack() as stack:
+        table = stack.enter_context(_journal(Path(journal), detector, listed)) if journal else None
+        kept = _kept(table, listed) if table else {}
+        total = len(variants) * len(listed)
+        bar = stack.enter_context(tqdm(total=total, unit="image", disable=None if progress else True))
         for name, scorer in variants:
-            done = dict(kept.rows.get(name, {})) if kept else {}
+            done = kept.get(name, {})
             bar.update(len(done))
             if not bar.disable:
                 bar.initial += len(done)  # not part of the speed shown
@@ -82,8 +89,9 @@ def evaluate(
             stream = scorer.stream_logits([listed[i][1] for i in missing], workers=workers)
             for index, (logit, error) in zip(missing, stream):
                 done[index] = logit, error
-                if kept:
-                    kept.add(name, index, logit, error)
+                if table:
+                    row = {"distortion": name, "index": index, "path": listed[index][1].path}
+                    table.add(row | {"logit": None if error else logit, "error": error})
                 bar.update()
             probabilities = _probabilities(scorer, [done[i][0] for i in range(len(listed))])
             scores += [
@@ -98,8 +106,6 @@ def evaluate(
                 )
                 for i, ((suite, sample), probability) in enumerate(zip(listed, probabilities))
             ]
-    if kept:
-        kept.close()
     calibration = detector.calibration
     calibrated_threshold, promised = (calibration.threshold, calibration.fpr) if calibration else (None, None)
     nuisances, _ = read_nuisances([sample for _, sample in listed], progress=progress)
@@ -113,6 +119,28 @@ def evaluate(
         promised,
         Evaluation(beside, threshold) if frozen else None,
     )
+
+
+def _journal(path: Path, detector: Detector, listed: Sequence[tuple[str, Sample]]) -> Table:
+    """The logits that are there, and more to come."""
+    images = hashlib.sha256()
+    for suite, sample in listed:
+        images.update(repr((suite, sample.path, sample.label, sample.generator)).encode())
+    return Table(path, detector.settings() | {"images": images.hexdigest()[:16]}, COLUMNS)
+
+
+def _kept(table: Table, listed: Sequence[tuple[str, Sample]]) -> dict[str, dict[int, tuple[float, str]]]:
+    """Distortion to index of the image to (logit, error)."""
+    kept: dict[str, dict[int, tuple[float, str]]] = {}
+    for number, row in enumerate(table.rows(), 2):
+        try:
+            logit = math.nan if row["error"] else float(row["logit"])
+            if row["path"] != listed[row["index"]][1].path:
+                raise ValueError
+        except (TypeError, IndexError, ValueError):
+            raise damaged(table.path, number) from None
+        kept.setdefault(row["distortion"], {})[row["index"]] = logit, row["error"]
+    return kept
 
 
 def _distorting(detector: Detector, distortion: Distortion) -> Detector:

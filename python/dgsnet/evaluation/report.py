@@ -18,7 +18,7 @@ from PIL import Image
 
 from dgsnet.data.images import ImageError, read_image
 from dgsnet.detection.decisions import DECIMALS
-from dgsnet.evaluation import false_positives, frozen, shortcut_tables
+from dgsnet.evaluation import baseline, false_positives, shortcut_tables
 from dgsnet.evaluation.metrics import CONFIDENCE, RESAMPLES, reliability, roc
 from dgsnet.evaluation.published import AUTHORS_LOG, OFFICIAL, Comparison
 from dgsnet.evaluation.results import COUNTS, Evaluation, Result, Score, between, bounded, images, percent
@@ -120,7 +120,7 @@ def markdown(evaluation: Evaluation) -> str:
     if rates := false_positives.rows(evaluation):
         lines += ["", "## False positives by source", "", false_positives.caption(evaluation), ""]
         lines += _markdown_table(rates)
-    if beside := frozen.rows(evaluation):
+    if beside := baseline.rows(evaluation):
         lines += ["", "## Beside the frozen backbone", "", FROZEN_CAPTION, "", *_markdown_table(beside)]
     if evaluation.distortions:
         rows = [[name or "none", *cells(evaluation.mean_of(name))] for name in ("", *evaluation.distortions)]
@@ -186,7 +186,7 @@ def write_page(path: str | Path, evaluation: Evaluation, *, model: str, views: i
         suites=suites,
         caption=_caption(evaluation),
         pooled=_pooled_figures(evaluation),
-        frozen=frozen.rows(evaluation),
+        frozen=baseline.rows(evaluation),
         frozen_caption=FROZEN_CAPTION,
         robustness=_robustness(evaluation),
         false_positives=false_positives.rows(evaluation),

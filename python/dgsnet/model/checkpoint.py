@@ -13,6 +13,7 @@ import hashlib
 import io
 import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -91,15 +92,19 @@ def load_trained_state(model: DGSNet, state: dict[str, torch.Tensor]) -> None:
 
 
 def fingerprint(model: DGSNet) -> str:
-    """A short hash of the frozen image encoder that tells one set of weights from another.
+    """`sampled_hash` of the frozen image encoder."""
+    state = model.visual.state_dict().items()
+    return sampled_hash(tensor for name, tensor in state if "lora_" not in name)
 
-    64 evenly spaced values of every frozen tensor are hashed, rounded to bf16 so that a model kept in that
+
+def sampled_hash(tensors: Iterable[Tensor]) -> str:
+    """A short hash that tells one set of weights from another.
+
+    64 evenly spaced values of every tensor are hashed, rounded to bf16 so that a model kept in that
     type has the same one, and the digests sorted, so that neither parameter names nor their order matter.
     """
     digests = []
-    for name, tensor in model.visual.state_dict().items():
-        if "lora_" in name:
-            continue
+    for tensor in tensors:
         values = tensor.detach().flatten()
         sample = values[:: max(1, values.numel() // 64)][:64].cpu().bfloat16().contiguous()
         digests.append(

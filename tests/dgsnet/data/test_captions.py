@@ -138,7 +138,7 @@ def test_a_killed_run_goes_on_to_the_same_captions(blip, data, tmp_path):
     assert not out.exists() and 4 <= kept.count(b"\n") - 1 < 20
     part.write_bytes(kept[: kept.rstrip().rindex(b"\n") + 9])  # in the middle of a batch and of a line
 
-    with pytest.raises(UserError, match="rows of a stopped run: go on with --resume"):
+    with pytest.raises(UserError, match="rows already: go on with --resume"):
         caption_command(str(data), str(out), **options)
     with pytest.raises(UserError, match=r"begun with other settings \(batch_size\)"):
         caption_command(str(data), str(out), resume=True, **options | {"batch_size": 4})

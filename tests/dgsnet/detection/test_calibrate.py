@@ -24,9 +24,9 @@ def folder(tmp_path_factory):
     """Smooth images and the same kind with a checkerboard, and a model whose head tells them apart."""
     root = tmp_path_factory.mktemp("calibration")
     rng = np.random.default_rng(0)
-    for kind, strength in (("real", 0), ("fake", 14)):
+    for kind, strength, count in (("real", 0, 110), ("fake", 14, 90)):
         (root / kind).mkdir()
-        for i in range(110):
+        for i in range(count):
             coarse = rng.integers(40, 216, (6, 6, 3), dtype=np.uint8)
             picture = np.asarray(Image.fromarray(coarse).resize((48, 48), Image.Resampling.BICUBIC)).astype(
                 int
@@ -56,21 +56,23 @@ def test_from_images_to_decisions(folder, tmp_path, capsys):
     (folder / "real" / "broken.png").write_bytes(b"no picture")
     (folder / "real" / "twin.png").write_bytes((folder / "real" / "000.png").read_bytes())
     command = ["calibrate", "--model", str(folder / "run"), "--reals", str(folder / "real"), "--workers", "0"]
-    main([*command, "--generated", str(folder / "fake"), "--fpr", "0.05", "--views", "2"])
+    command += ["--generated", str(folder / "fake"), "--fpr", "0.05", "--miss-rate", "0.2", "--views", "2"]
+    main(command)
     printed = capsys.readouterr().out
     assert "broken.png" in printed and "above" in printed and "temperature" in printed
 
     detector = Detector.load(folder / "run", device="cpu")
     c = detector.calibration
-    assert (c.n_reals, c.n_generated, c.views, detector.views) == (110, 110, 2, 2)
-    assert c.fpr_upper <= 0.05 and c.tpr_observed > 0.5
+    assert (c.n_reals, c.n_generated, c.views, detector.views) == (110, 90, 2, 2)
+    assert (c.fpr, c.miss_rate) == (0.05, 0.2)
+    assert c.fpr_upper <= 0.05 < c.miss_upper <= 0.2 and c.tpr_observed > 0.5
 
     (folder / "real" / "broken.png").unlink()
     reals = detector.predict(sorted((folder / "real").iterdir()), workers=0)
     fakes = detector.predict(sorted((folder / "fake").iterdir()), workers=0)
     calls = detector.decide(reals)
     assert calls.count("generated") == round(c.fpr_observed * 110) <= 1
-    assert detector.decide(fakes).count("generated") == round(c.tpr_observed * 110)
+    assert detector.decide(fakes).count("generated") == round(c.tpr_observed * 90)
     # At 0.5 the same model calls far more real images generated.
     plain = Detector.load(folder / "run", device="cpu", calibrated=False)
     assert plain.decide(plain.predict(sorted((folder / "real").iterdir()), workers=0)).count("generated") > 10
@@ -78,7 +80,7 @@ def test_from_images_to_decisions(folder, tmp_path, capsys):
     with pytest.raises(UserError, match=r"calibrated for views=2.*views=3"):
         Detector.load(folder / "run", device="cpu", views=3)
     # Calibrating again starts from the model, not from the calibration.
-    main([*command, "--generated", str(folder / "fake"), "--fpr", "0.05", "--views", "2", "--replace"])
+    main([*command, "--replace"])
     assert load_calibration(folder / "run") == c
 
 
@@ -173,7 +175,7 @@ def test_of_a_labelled_dataset_each_option_takes_its_class(folder, tmp_path, cap
     main([*command, "--replace", "--reals", str(folder / "real"), "--generated", str(folder / "fake")])
     assert load_calibration(run) == found
     count = len(list((folder / "real").iterdir())) * len(splits)
-    assert f"its {count} real images are taken, its {110 * len(splits)} generated ones are not" in said
+    assert f"its {count} real images are taken, its {90 * len(splits)} generated ones are not" in said
 
     listed, shard = str(tmp_path / "list.csv"), str(tmp_path / "shard.tar")
     with open(listed, "w") as file, tarfile.open(shard, "w") as tar:

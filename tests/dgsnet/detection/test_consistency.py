@@ -10,9 +10,11 @@ from dgsnet.cli import main
 from dgsnet.data import distortions
 from dgsnet.detection.decisions import Calibration, decide
 from dgsnet.detection.detector import Detector
+from dgsnet.detection.scoring import predict_command
 from dgsnet.errors import UserError
 from PIL import Image
 
+from tests.support.tables import interrupted
 from tests.support.tiny import CROP, save_noise, save_tiny
 
 N = 24
@@ -131,12 +133,7 @@ def test_the_table_has_the_spread(run, images, probabilities, tmp_path):
 
 
 def test_a_table_begun_without_copies_is_not_completed_with_them(run, images, tmp_path):
-    from dgsnet.data.tables import Partial
-    from dgsnet.detection.rows import Score
-    from dgsnet.detection.scoring import predict_command, settings
-
-    paths = [str(images[0])]
-    with Partial(tmp_path / "t.csv", settings(Detector.load(run), paths), resume=False) as table:
-        table.add(Score("a.png", 0.5, "real", "")._asdict())
+    arguments = [str(path) for path in images[:3]], str(run), str(tmp_path / "t.csv")
+    interrupted(predict_command, *arguments, rows=2)
     with pytest.raises(UserError, match=r"other settings \(consistency\)"):
-        predict_command(paths, str(run), str(tmp_path / "t.csv"), consistency=True, resume=True)
+        predict_command(*arguments, consistency=True, resume=True)

@@ -1,6 +1,7 @@
 """A heatmap points at the part of the original image that makes the score, wherever the mosaic put it."""
 
 import json
+from collections import defaultdict
 
 import numpy as np
 import pytest
@@ -8,8 +9,8 @@ import torch
 from dgsnet.cli import main
 from dgsnet.config import Config, PreprocessConfig
 from dgsnet.data.images import read_image
-from dgsnet.detection.detector import Detector
-from dgsnet.detection.heatmaps import draw, heatmap, save
+from dgsnet.detection.detector import Detector, view_generator
+from dgsnet.detection.heatmaps import Heatmap, draw, heatmap, save
 from PIL import Image
 
 from tests.support.tiny import PATCHES, save_tiny
@@ -108,6 +109,34 @@ def test_contributions_are_those_of_painting_over_the_original(tiny_run):
     assert np.abs(result.contributions).max() > 1e-4
     again = heatmap(detector, image)
     np.testing.assert_array_equal(again.contributions, result.contributions)
+
+
+def test_of_several_views_it_is_their_mean(tiny_run):
+    detector = Detector.load(tiny_run, device="cpu", views=3)
+    image = np.random.default_rng(1).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    expected, logits = defaultdict(list), []
+    for view in range(3):
+        pixels = detector.preprocess(image, rng=view_generator(image, view))
+        cells, boxes = detector.preprocess.boxes(image, rng=view_generator(image, view))
+        logits.append(detector.logits(pixels[None]).item())
+        for (l, t, r, b), box in zip(cells.tolist(), boxes.tolist()):
+            painted = pixels.clone()
+            painted[:, t:b, l:r] = painted[:, t:b, l:r].mean(dim=(1, 2), keepdim=True)
+            expected[tuple(box)].append(logits[-1] - detector.logits(painted[None]).item())
+    assert len({round(logit, 4) for logit in logits}) == 3
+    result = heatmap(detector, image)
+    assert result.logit == pytest.approx(np.mean(logits), abs=1e-6)
+    assert result.logit == pytest.approx(next(detector.stream_logits([image]))[0], abs=1e-6)
+    found = dict(zip(map(tuple, result.boxes.tolist()), result.contributions))
+    assert found.keys() == expected.keys() and all(len(values) == 3 for values in expected.values())
+    assert found == pytest.approx({box: np.mean(values) for box, values in expected.items()}, abs=1e-4)
+
+
+def test_where_boxes_overlap_a_pixel_has_their_mean():
+    boxes = np.array([[0, 0, 4, 2], [2, 0, 6, 2]], float)
+    values = Heatmap(boxes, np.array([1.0, -3.0]), 0.0).pixels(3, 7)
+    np.testing.assert_array_equal(values[0], [1, 1, -1, -1, -3, -3, np.nan])
+    assert np.isnan(values[2]).all()
 
 
 def test_what_was_not_looked_at_is_hatched_and_not_zero(tmp_path):

@@ -6,23 +6,21 @@ import http.server
 import io
 import json
 import os
-import signal
 import threading
 import time
 import zlib
-from dataclasses import dataclass
 
 import numpy as np
 import pytest
 from dgsnet.cli import main
 from dgsnet.data.images import read_image
-from dgsnet.data.items import Item
 from dgsnet.detection import provenance
 from dgsnet.detection.provenance import Provenance, ProvenanceReader
 from dgsnet.errors import UserError
 from PIL import Image
 
 from tests.support.credentials import Authority, picture, signed
+from tests.support.tables import interrupted
 
 KNOWN, STRANGE = Authority(), Authority("Another Authority")
 # The type of a box that holds credentials, and of one that holds a panorama's angles.
@@ -243,31 +241,6 @@ def test_nothing_is_fetched(server, tmp_path):
     assert "/credentials" in asked and len({*asked}) == 2
 
 
-@dataclass(frozen=True, slots=True)
-class Deadly(Item):
-    """An image that takes the process with it that reads it."""
-
-    def read_bytes(self):
-        os.kill(os.getpid(), signal.SIGSEGV)
-
-
-@dataclass(frozen=True, slots=True)
-class Endless(Item):
-    """An image at which the process that reads it hangs."""
-
-    def read_bytes(self):
-        time.sleep(60)
-
-
-def test_an_image_that_stops_the_library_costs_one_answer(read, photograph, monkeypatch):
-    assert read(Deadly("a.jpg")) == Provenance("invalid", "", "", "the process that read it died")
-    assert read(photograph).provenance == "verified"
-    monkeypatch.setattr(provenance, "MAX_SECONDS", 0.5)
-    assert read(Endless("b.jpg")) == Provenance("invalid", "", "", "not read within 0.5 seconds")
-    monkeypatch.undo()
-    assert read(photograph).provenance == "verified"
-
-
 def test_what_cannot_be_read_or_has_no_place_for_credentials(read, tmp_path):
     assert read(picture("BMP")) == Provenance("absent", provenance_note="none is looked for in BMP files")
     huge = tmp_path / "huge.jpg"
@@ -367,28 +340,12 @@ def test_mistakes_are_told_in_one_line(run, folder, trust, tmp_path, capsys, mon
     assert not (tmp_path / "t.csv").exists()
 
 
-def test_a_library_that_does_not_work_is_told_at_once(monkeypatch):
-    monkeypatch.setattr(provenance, "PROGRAM", "import sys; {path}; sys.exit(1)")
-    with pytest.raises(UserError, match="c2pa-python does not work here: its process ends at once"):
-        ProvenanceReader()
-
-
-def test_other_anchors_are_other_settings(run, folder, trust, tmp_path, monkeypatch):
-    """Rows of a stopped run must not be completed by what other certificates say."""
-    from dgsnet.data.tables import Partial
+def test_other_anchors_are_other_settings(run, folder, trust, tmp_path):
+    """Rows of a stopped call must not be completed by what other certificates say."""
     from dgsnet.detection.scoring import predict_command
 
     arguments = ([str(folder)], run, str(tmp_path / "t.csv"))
-    add, rows = Partial.add, iter(range(9))
-
-    def stopped(self, row):
-        add(self, row)
-        if next(rows) == 1:
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(Partial, "add", stopped)
-        predict_command(*arguments, provenance=True, trust=str(trust))
+    interrupted(predict_command, *arguments, rows=2, provenance=True, trust=str(trust))
     for other in ({}, {"provenance": True}):
         with pytest.raises(UserError, match=r"other settings \(provenance\)"):
             predict_command(*arguments, **other, resume=True)

@@ -5,9 +5,9 @@ import os
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from dgsnet.data.tables import Partial
+from dgsnet.data.tables import Table, partial
 from dgsnet.detection.detector import Detector
-from dgsnet.detection.rows import Score
+from dgsnet.detection.rows import Row
 from dgsnet.detection.scoring import predict_command, settings
 from dgsnet.errors import UserError
 
@@ -28,10 +28,10 @@ def test_ray_gives_the_same_table(run, images, table, tmp_path, monkeypatch, cap
     assert {"real", "unsure", ""} <= {row["decision"] for row in expected}
 
     begun = settings(Detector.load(run), paths, consistency=True)
-    with Partial(tmp_path / "ray.csv", begun, resume=False) as part:
+    with Table(partial(tmp_path / "ray.csv"), begun, Row._fields) as part:
         for row in expected[10:20]:
             score, spread = float(row["probability"]), float(row["spread"])
-            part.add(Score(row["path"], score, row["decision"], row["error"], spread)._asdict())
+            part.add(Row(row["path"], score, row["decision"], row["error"], spread)._asdict())
     monkeypatch.setenv("RAY_DEFAULT_OBJECT_STORE_MEMORY_PROPORTION", "0.01")
     monkeypatch.setenv("RAY_worker_niceness", "0")  # or other tests would leave its processes next to nothing
     capfd.readouterr()

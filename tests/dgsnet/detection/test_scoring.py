@@ -39,7 +39,9 @@ def test_the_table(run, images, table, tmp_path, capsys):
     same(written[:-2], table)
     assert not list(out.parent.glob("*.partial"))
     printed = capsys.readouterr()
-    assert "2 could not be read; " in printed.out and "images per second" in printed.out
+    found = [row["decision"] for row in table.values()]
+    counts = f"{found.count('generated')} generated, {found.count('real')} real, 2 could not be read; "
+    assert f"{out}: {counts}" in printed.out and "images per second" in printed.out
 
     alone = tmp_path / "alone.csv"
     predict_command([written[7]["path"]], run, str(alone))

@@ -1,29 +1,28 @@
 """A killed `dgsnet predict` goes on with the rows that it has, and with no others."""
 
+import json
 import os
+import shutil
 import signal
 import time
-from dataclasses import fields
+from dataclasses import fields, replace
 
+import numpy as np
 import psutil
-import pyarrow.parquet as pq
 import pytest
-from dgsnet.data.tables import Partial
-from dgsnet.detection.decisions import Calibration
-from dgsnet.detection.detector import Detector
-from dgsnet.detection.rows import Score
-from dgsnet.detection.scoring import predict_command, settings
+from dgsnet.detection.decisions import Calibration, calibrate, save_calibration
+from dgsnet.detection.scoring import predict_command
 from dgsnet.errors import UserError
+from dgsnet.evaluation.evaluate import evaluate_command
+from dgsnet.model.checkpoint import build_model, load_model, load_trained_state, save_model, trained_state
 
 from tests.support.fresh import FORKSERVER
-from tests.support.tables import read_csv, same
-from tests.support.tiny import CROP, save_tiny
+from tests.support.tables import interrupted, read_csv, same
 
 
-@pytest.mark.parametrize("suffix", [".csv", ".parquet"])
-def test_a_killed_run_goes_on_without_losing_or_repeating_a_row(run, images, table, tmp_path, suffix):
-    out = tmp_path / f"scores{suffix}"
-    part = tmp_path / f"scores{suffix}.partial"
+def test_a_killed_run_goes_on_without_losing_or_repeating_a_row(run, images, table, tmp_path):
+    out = tmp_path / "scores.csv"
+    part = tmp_path / "scores.csv.partial"
     arguments = ([str(images)], run, str(out))
     options = {"workers": 1, "resume": True}
     kept = [0]
@@ -42,19 +41,16 @@ def test_a_killed_run_goes_on_without_losing_or_repeating_a_row(run, images, tab
             file.write(b'{"path": "half a li')  # what a kill in the middle of a write leaves
     assert 0 < kept[1] < kept[2] < len(table)
 
-    with pytest.raises(UserError, match=f"holds {kept[2]} rows of a stopped run: go on with --resume"):
+    with pytest.raises(UserError, match=f"holds {kept[2]} rows already: go on with --resume"):
         predict_command(*arguments)
     predict_command(*arguments, **options)
     assert not part.exists()
-    if suffix == ".csv":
-        written = read_csv(out)
-        assert [row["path"] for row in written] == [f"{images}/{name}" for name in sorted(table)]
-        same(written, table)
-    else:
-        assert pq.read_table(out)["path"].to_pylist() == [f"{images}/{name}" for name in sorted(table)]
+    written = read_csv(out)
+    assert [row["path"] for row in written] == [f"{images}/{name}" for name in sorted(table)]
+    same(written, table)
 
 
-def test_what_changed_since_the_kill(run, images, tmp_path, monkeypatch):
+def test_what_changed_since_the_kill(run, images, tmp_path):
     """Rows that are there stay; images that came since get theirs; a list's repetitions are counted."""
     folder = tmp_path / "images"
     folder.mkdir()
@@ -64,17 +60,7 @@ def test_what_changed_since_the_kill(run, images, tmp_path, monkeypatch):
     listed.write_text("images/b.png\n" * 3)
     arguments = ([str(folder), str(listed)], run, str(tmp_path / "s.csv"))
 
-    done, add = iter(range(5)), Partial.add
-
-    def interrupted(self, row):
-        if next(done) == 4:
-            raise KeyboardInterrupt
-        add(self, row)
-
-    monkeypatch.setattr(Partial, "add", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        predict_command(*arguments)
-    monkeypatch.undo()
+    interrupted(predict_command, *arguments, rows=4)
     (folder / "a.png").write_bytes((images / "01.png").read_bytes())
     (folder / "c.png").write_bytes((images / "01.png").read_bytes())
     (folder / "e.png").unlink()
@@ -83,41 +69,97 @@ def test_what_changed_since_the_kill(run, images, tmp_path, monkeypatch):
     assert written == ["b.png", "d.png", "e.png", "b.png", "a.png", "c.png", "b.png", "b.png"]
 
 
-def test_a_partial_table_that_does_not_fit_is_refused(run, images, tmp_path):
-    out, part = tmp_path / "s.csv", tmp_path / "s.csv.partial"
-    detector = Detector.load(run, device="cpu")
+@pytest.fixture
+def calibrated(run, tmp_path):
+    """A copy of the model with a calibration no two numbers of which are equal."""
+    copy = shutil.copytree(run, tmp_path / "calibrated")
+    rng = np.random.default_rng(0)
+    sources = {"phones": rng.normal(-2, 1, 200), "scans": rng.normal(-1, 1, 90)}
+    calibration = calibrate(sources, rng.normal(2, 1, 150), fpr=0.05, miss_rate=0.1)
+    save_calibration(copy, calibration)
+    return copy, calibration
 
-    ours = settings(detector, [str(images)])
 
-    def begun(by=ours):
-        part.unlink(missing_ok=True)
-        with Partial(out, by, resume=False) as table:
-            table.add(Score("a.png", 0.5, "real", "")._asdict())
+def test_whatever_part_of_a_calibration_changes_the_rows_are_refused(calibrated, images, tmp_path):
+    model, calibration = calibrated
+    arguments = [f"{images}/0*.png"], str(model), str(tmp_path / "s.csv")
+    interrupted(predict_command, *arguments, rows=3)
+    before = (tmp_path / "s.csv.partial").read_bytes()
+    for part in fields(Calibration):
+        value = getattr(calibration, part.name)
+        other = value[::-1] if part.name == "sources" else value + (1 if isinstance(value, int) else 0.001)
+        save_calibration(model, replace(calibration, **{part.name: other}))
+        named = r"views, calibration" if part.name == "views" else "calibration"
+        with pytest.raises(UserError, match=rf"begun with other settings \({named}\)"):
+            predict_command(*arguments, resume=True)
+    assert (tmp_path / "s.csv.partial").read_bytes() == before
+    save_calibration(model, calibration)
+    predict_command(*arguments, resume=True)
+    assert len(read_csv(tmp_path / "s.csv")) == 10
 
-    def refused(match, paths=(str(images),), model=run, **options):
-        before = part.read_bytes()
-        with pytest.raises(UserError, match=match) as error:
-            predict_command(list(paths), model, str(out), resume=True, **options)
-        assert "\n" not in str(error.value) and part.read_bytes() == before
 
-    begun()
-    refused(r"begun with other settings \(paths\)", paths=[str(images / "00.png")])
-    refused(r"begun with other settings \(views\)", views=2)
-    refused(r"begun with other settings \(model\)", model=str(save_tiny(tmp_path, CROP, seed=1)))
-    numbers = {field.name: 0.5 for field in fields(Calibration)}
-    detector.calibration = Calibration(**numbers | {"views": 1})
-    begun(settings(detector, [str(images)]))
-    refused(r"begun with other settings \(calibration\)")
-    begun({"of": "another program"})
-    refused("is no partial table of this version")
-    begun()
-    lines = part.read_bytes().splitlines(keepends=True)
-    for damage in (b"noise\n", b"[]\n", b'{"path": 1}\n'):
-        part.write_bytes(b"".join([*lines, damage, *lines[1:]]))
-        refused("line 3 is damaged")
-    part.write_bytes(b"noise\n" + lines[1])
-    refused("line 1 is damaged")
-    begun()
-    with Partial(out, ours, resume=True) as table:
-        assert table.done == 1
-        refused("is being written by another process")
+def parts_of(model):
+    """Copies of a model folder, in each of which one part is another, and what names it."""
+    loaded, config = load_model(model)
+    names = trained_state(loaded)
+    (first, *_, last) = [name for name in names if not name.startswith("head.")]
+    for name in (first, last, "head.image_head.weight", "head.image_head.bias"):
+        state = trained_state(loaded)
+        state[name] = state[name] + 0.01
+        other, _ = load_model(model)
+        load_trained_state(other, state)
+        yield "model", other, config
+    yield "model", build_model(replace(config, seed=1), with_text=False), replace(config, seed=1)
+    for change in (
+        {"flip": False},
+        {"normalization": "inception"},
+        {"mode": "patches", "patch_size": 8, "num_patches": 16},
+    ):
+        yield "preprocessing", loaded, replace(config, preprocess=replace(config.preprocess, **change))
+
+
+def test_whatever_part_of_a_model_changes_the_rows_are_refused(run, images, tmp_path):
+    """Of a table and of an evaluation's logits: adapters, head, backbone and preprocessing."""
+    model = shutil.copytree(run, tmp_path / "model")
+    arguments = [f"{images}/0*.png"], str(model), str(tmp_path / "s.csv")
+    interrupted(predict_command, *arguments, rows=3)
+    listed = tmp_path / "list.csv"
+    listed.write_text(f"path,label\n{images}/00.png,0\n{images}/01.png,1\n{images}/02.png,1\n")
+    measured = [str(listed)], str(model), str(tmp_path / "o")
+    interrupted(evaluate_command, *measured, rows=2)
+    for named, other, config in parts_of(model):
+        save_model(model / "best", other, config)
+        for command, words, options in (
+            (predict_command, arguments, {"resume": True}),
+            (evaluate_command, measured, {}),
+        ):
+            with pytest.raises(UserError, match=rf"begun with other settings \({named}.*\)"):
+                command(*words, **options)
+    with pytest.raises(UserError, match=r"other settings \(views\)"):
+        predict_command(arguments[0], run, arguments[2], resume=True, views=2)
+    with pytest.raises(UserError, match=r"other settings \(paths\)"):
+        predict_command([f"{images}/0?.png"], run, arguments[2], resume=True)
+    predict_command(arguments[0], run, arguments[2], resume=True)
+    assert len(read_csv(arguments[2])) == 10
+
+
+def test_a_partial_table_of_version_0_1_is_refused_in_one_line(run, images, tmp_path):
+    """As commit fe9af9e left it: its hash of the model was another one, with the preprocessing in it."""
+    part = tmp_path / "s.csv.partial"
+    settings = {"model": "25855c3d7fd70c5f", "calibration": "None", "views": 1, "paths": [str(images)]}
+    row = {
+        "path": f"{images}/00.png",
+        "probability": 0.386235,
+        "decision": "real",
+        "error": "",
+        "spread": None,
+    }
+    row |= {"provenance": "", "issuer": "", "source_type": "", "provenance_note": ""}
+    lines = [settings | {"consistency": False, "provenance": ""}, row]
+    part.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    before = part.read_bytes()
+    with pytest.raises(
+        UserError, match=r"s.csv.partial is no table of this command and version.*delete it$"
+    ) as e:
+        predict_command([str(images)], run, str(tmp_path / "s.csv"), resume=True)
+    assert "\n" not in str(e.value) and part.read_bytes() == before

@@ -9,6 +9,7 @@ import sys
 
 import httpx
 import numpy as np
+import psutil
 import pytest
 from dgsnet.cli import main
 from dgsnet.data.images import read_image
@@ -98,15 +99,19 @@ def test_a_calibrated_model_decides_by_its_calibration(run, images, tmp_path):
     copy = tmp_path / "run"
     shutil.copytree(run, copy)
     rng = np.random.default_rng(0)
-    calibration = calibrate(rng.normal(40, 0.1, 500), rng.normal(50, 0.1, 500), fpr=0.05)
+    calibration = calibrate(rng.normal(40, 3, 500), rng.normal(44, 3, 300), fpr=0.05, miss_rate=0.1)
     save_calibration(copy, calibration)
     client = TestClient(create_app(Detector.load(copy, device="cpu")), base_url="http://localhost")
     row = client.post("/api/score", content=(images / "0.png").read_bytes()).json()
     assert row["decision"] == "real"
     facts = client.get("/api/model").json()
-    assert facts["calibrated"] and facts["threshold"] == calibration.threshold and facts["n_reals"] == 500
+    shown = ("threshold", "low", "fpr", "fpr_upper", "confidence", "n_reals", "n_generated")
+    values = {name: getattr(calibration, name) for name in shown}
+    assert facts["calibrated"] and {name: facts[name] for name in shown} == values
+    assert len({*values.values()}) == len(shown)  # none could stand for another
     page = client.get("/").text
-    assert "not calibrated" not in page and "500" in page
+    assert "not calibrated" not in page and "500 it was" in page
+    assert f"at most {100 * calibration.fpr_upper:.2g}% are called so" in page
 
 
 def test_copies_and_credentials_where_they_are_asked_for(detector, images, client):
@@ -220,8 +225,10 @@ def test_rates_are_of_each_client_and_recover():
 def test_mistakes_are_told_in_one_line(run, capsys):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
+        before = psutil.Process().children()
         with pytest.raises(SystemExit) as exit:
-            main(["serve", "--model", str(run), "--port", port, "--device", "cpu"])
+            main(["serve", "--model", str(run), "--port", port, "--device", "cpu", "--provenance"])
+        assert psutil.Process().children() == before
     error = capsys.readouterr().err
     assert exit.value.code == 2 and port in error and "--port" in error and error.count("\n") == 1
     with pytest.raises(SystemExit):

@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 import pytest
-from dgsnet.evaluation.changes import Change, compare, per_image, table
+from dgsnet.evaluation.changes import Change, Group, compare, per_image, table
 from dgsnet.evaluation.results import Score
 from scipy.stats import binom
 
@@ -47,6 +47,31 @@ def test_counts():
     assert values["difference"] == 1 / 8 and (values["gained_real"], values["lost_generated"]) == (1, 1)
     lines = table([a, b, whole]).splitlines()
     assert lines[2].split()[:4] == ["s/a", "6", "50.0", "50.0"] and "2 (0 + 2)" in lines[2]
+
+
+def test_every_count_has_its_own_name():
+    real, generated = Change(9, 1, 4, 0), Change(3, 2, 5, 7)
+    values = Group("s", "g", Change(12, 3, 9, 7), real, generated).to_dict()
+    low, high = Change(12, 3, 9, 7).interval()
+    assert values == {
+        "suite": "s",
+        "generator": "g",
+        "n": 31,
+        "accuracy_before": 21 / 31,
+        "accuracy_after": 15 / 31,
+        "difference": -6 / 31,
+        "difference_low": low,
+        "difference_high": high,
+        "gained": 3,
+        "lost": 9,
+        "mcnemar_p": pytest.approx(2 * binom.cdf(3, 12, 0.5)),
+        "n_real": 14,
+        "gained_real": 1,
+        "lost_real": 4,
+        "n_generated": 17,
+        "gained_generated": 2,
+        "lost_generated": 5,
+    }
 
 
 def test_a_row_for_every_image():

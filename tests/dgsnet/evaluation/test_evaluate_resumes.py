@@ -1,15 +1,20 @@
 """A killed `dgsnet evaluate` goes on with the logits that it has, and with no others."""
 
+import hashlib
 import json
+import shutil
 import time
+from dataclasses import asdict
 
 import pytest
 from dgsnet import cli
+from dgsnet.data.samples import find_samples
 from dgsnet.detection.detector import Detector
 from dgsnet.errors import UserError
+from dgsnet.model.checkpoint import fingerprint, trained_state
 
 from tests.support.fresh import FORKSERVER
-from tests.support.tables import measure
+from tests.support.tables import interrupted, measure, read_csv
 from tests.support.tiny import CROP, save_tiny
 
 
@@ -60,11 +65,11 @@ def test_a_killed_evaluation_goes_on(model, data, tmp_path):
 def test_scores_of_other_settings_are_refused(model, data, tmp_path, capsys):
     measure(model, data, tmp_path / "o")
     other = save_tiny(tmp_path, CROP, seed=1)
-    with pytest.raises(UserError, match=r"scores.jsonl holds scores that were made with another model: give"):
+    with pytest.raises(UserError, match=r"scores.jsonl was begun with other settings \(model\): give"):
         measure(other, data, tmp_path / "o")
-    with pytest.raises(UserError, match="made with another number of views"):
+    with pytest.raises(UserError, match=r"other settings \(views\)"):
         measure(model, data, tmp_path / "o", views=2)
-    with pytest.raises(UserError, match="made with other images, or other names of suites"):
+    with pytest.raises(UserError, match=r"other settings \(images\)"):
         measure(model, [f"renamed={data}"], tmp_path / "o")
     paths = sorted((data / "alpha").rglob("*.png"))
     for labels in ((0, 1), (1, 0)):
@@ -72,7 +77,7 @@ def test_scores_of_other_settings_are_refused(model, data, tmp_path, capsys):
         (tmp_path / "list.csv").write_text("path,label\n" + "".join(lines))
         if labels == (0, 1):
             measure(model, tmp_path / "list.csv", tmp_path / "listed")
-    with pytest.raises(UserError, match="made with other images"):
+    with pytest.raises(UserError, match=r"other settings \(images\)"):
         measure(model, tmp_path / "list.csv", tmp_path / "listed")
     (data / "alpha/1_fake/0.png").unlink()
     before = (tmp_path / "o/scores.jsonl").read_bytes()
@@ -80,7 +85,7 @@ def test_scores_of_other_settings_are_refused(model, data, tmp_path, capsys):
     with pytest.raises(SystemExit) as end:
         cli.main(["evaluate", "--data", str(data), "--model", str(model), "--out", str(tmp_path / "o")])
     message = capsys.readouterr().err
-    assert end.value.code == 2 and "other images" in message and len(message.splitlines()) == 1
+    assert end.value.code == 2 and "other settings (images)" in message and len(message.splitlines()) == 1
     assert (tmp_path / "o/scores.jsonl").read_bytes() == before
 
 
@@ -101,31 +106,67 @@ def test_what_is_already_scored_is_used(model, data, tmp_path, monkeypatch):
     assert sum(seen) == 23
 
 
-@pytest.mark.parametrize(
-    "content", [b"path,probability\na.png,0.5\n", b'{"path": "a.png"}\n', b"no end of line"]
-)
-def test_a_file_that_is_no_journal_is_left_alone(model, data, tmp_path, content):
-    (tmp_path / "o").mkdir()
-    (tmp_path / "o/scores.jsonl").write_bytes(content)
-    with pytest.raises(UserError, match="not the journal of an evaluation"):
-        measure(model, data, tmp_path / "o")
-    assert (tmp_path / "o/scores.jsonl").read_bytes() == content
+def test_what_was_interrupted_goes_on_in_the_same_process(model, data, tmp_path):
+    interrupted(measure, model, data, tmp_path / "o", rows=9)
+    assert (tmp_path / "o/scores.jsonl").read_text().count("\n") == 10
+    assert measure(model, data, tmp_path / "o") == measure(model, data, tmp_path / "whole")
 
 
-def test_rows_from_where_one_is_of_another_image_are_made_anew(model, data, tmp_path):
+def test_each_part_of_an_images_place_is_a_setting(model, data, tmp_path):
+    """The generator alone, the label alone, the path alone, the suite's name alone."""
+    rows = [("a.png", 0, "g"), ("b.png", 1, "g"), ("c.png", 1, "h")]
+    for name, *_ in [*rows, ("d.png",)]:
+        shutil.copy(data / "alpha/0_real/0.png", tmp_path / name)
+
+    def listed(rows, name="list"):
+        lines = [f"{tmp_path}/{path},{label},{generator}\n" for path, label, generator in rows]
+        (tmp_path / f"{name}.csv").write_text("path,label,generator\n" + "".join(lines))
+        return tmp_path / f"{name}.csv"
+
+    first = measure(model, listed(rows), tmp_path / "o")
+    for place, other in ((0, "d.png"), (1, 1), (2, "i")):
+        changed = [list(row) for row in rows]
+        changed[0][place] = other
+        with pytest.raises(UserError, match=r"other settings \(images\)"):
+            measure(model, listed(changed), tmp_path / "o")
+    with pytest.raises(UserError, match=r"other settings \(images\)"):
+        measure(model, listed(rows, "renamed"), tmp_path / "o")
+    assert measure(model, listed(rows), tmp_path / "o") == first
+
+
+def test_a_row_of_another_image_is_refused(model, data, tmp_path):
     first = measure(model, data, tmp_path / "o")
     journal = tmp_path / "o/scores.jsonl"
     whole = journal.read_text()
     lines = whole.splitlines(keepends=True)
     row = json.loads(lines[4])
-    lines[4] = json.dumps(row | {"path": "elsewhere.png", "logit": 99.0}) + "\n"
-    journal.write_text("".join(lines))
-    assert measure(model, data, tmp_path / "o") == first and journal.read_text() == whole
+    for wrong in ({"path": "elsewhere.png", "logit": 99.0}, {"index": 23}, {"index": "3"}, {"logit": None}):
+        lines[4] = json.dumps(row | wrong) + "\n"
+        journal.write_text("".join(lines))
+        with pytest.raises(UserError, match=r"scores.jsonl: line 5 is damaged: delete it and go on"):
+            measure(model, data, tmp_path / "o")
+    journal.write_text("".join(lines[:4] + lines[5:]))
+    assert measure(model, data, tmp_path / "o") == first and sorted(journal.read_text()) == sorted(whole)
 
 
-@pytest.mark.parametrize("part", [0, 40])
-def test_a_journal_killed_within_its_first_line_begins_anew(model, data, tmp_path, part):
-    first = measure(model, data, tmp_path / "a")
-    (tmp_path / "b").mkdir()
-    (tmp_path / "b/scores.jsonl").write_bytes((tmp_path / "a/scores.jsonl").read_bytes()[:part])
-    assert measure(model, data, tmp_path / "b") == first
+def test_logits_of_version_0_1_are_gone_on_with(model, data, tmp_path):
+    """As commit fe9af9e wrote them, hash of the model included."""
+    first = measure(model, data, tmp_path / "o")
+    detector = Detector.load(model, "cpu")
+    digest = hashlib.sha256(fingerprint(detector.model).encode())
+    for name, tensor in sorted(trained_state(detector.model).items()):
+        digest.update(name.encode() + tensor.numpy().tobytes())
+    images = hashlib.sha256()
+    for sample in find_samples(str(data)):
+        images.update(repr(("data", sample.path, sample.label, sample.generator)).encode())
+    settings = {"model": digest.hexdigest()[:16], "preprocessing": asdict(detector.config.preprocess)}
+    settings |= {"views": 1, "images": images.hexdigest()[:16]}
+    path = find_samples(str(data))[2].path
+    row = {"distortion": "", "index": 2, "path": path, "logit": 3.25, "error": ""}
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old/scores.jsonl").write_text(json.dumps(settings) + "\n" + json.dumps(row) + "\n")
+    assert measure(model, data, tmp_path / "old") != first
+    scores = read_csv(tmp_path / "old/scores.csv")
+    assert scores[2]["path"] == path and float(scores[2]["probability"]) == pytest.approx(0.962673)
+    rest = [row for row in read_csv(tmp_path / "o/scores.csv") if row["path"] != path]
+    assert [row for row in scores if row["path"] != path] == rest

@@ -1,13 +1,17 @@
 """The page of an evaluation, and the sentences on it."""
 
+import math
 import re
 from html.parser import HTMLParser
 
-from dgsnet.evaluation.report import verdict
+import numpy as np
+from dgsnet.evaluation.report import verdict, write_page
 from dgsnet.evaluation.results import Evaluation, Score
 
 from tests.support.tables import measure
 from tests.support.tiny import save_picture
+
+RNG = np.random.default_rng(0)
 
 
 def test_the_page_is_complete_and_self_contained(model, data, tmp_path):
@@ -47,6 +51,45 @@ def test_the_page_is_complete_and_self_contained(model, data, tmp_path):
     parser = Balance()
     parser.feed(text)
     assert parser.open_tags == []
+
+
+def test_the_mistakes_furthest_from_the_threshold_come_first(tmp_path):
+    """Eight of either class, of more than eight, and none that was decided rightly."""
+    wrong = {
+        0: [round(0.41 + 0.05 * i, 3) for i in range(11)],
+        1: [round(0.4 - 0.03 * i, 3) for i in range(10)],
+    }
+    right = {0: [0.1, 0.2, 0.4], 1: [0.41, 0.8, 0.9, 0.99, 1.0]}
+    found = [
+        Score(f"{label}/{value}.png", "g", label, value)
+        for label in (0, 1)
+        for value in RNG.permutation([*wrong[label], *right[label]]).tolist()
+    ]
+    found += [Score("0/unread.png", "g", 0, math.nan, "unread")]
+    found += [Score(s.path, "g", s.label, 1.0 - s.label, distortion="jpeg:50") for s in found[:5]]
+    write_page(tmp_path / "r.html", Evaluation(found, threshold=0.4), model="m")
+    text = (tmp_path / "r.html").read_text()
+    assert "<h3>Real, called generated: 11 of 14</h3>" in text
+    assert "<h3>Generated, called real: 10 of 15</h3>" in text
+    shown = re.findall(r"<b>([0-9.]+)</b> g\s*<small>(.*?)</small>", text)
+    expected = [*sorted(wrong[0], reverse=True)[:8], *sorted(wrong[1])[:8]]
+    assert shown == [(f"{value:.3f}", f"{value}.png") for value in expected]
+
+
+def test_the_verdict_names_the_worst_first():
+    def scores(generator, real, generated):
+        values = [(0, p) for p in real] + [(1, p) for p in generated]
+        return [Score(f"{generator}{i}", generator, label, p) for i, (label, p) in enumerate(values)]
+
+    found = scores("half", [0.2, 0.8], [0.2, 0.8]) + scores("worse", [0.7, 0.8], [0.6, 0.75])
+    found += scores("good", [0.1] * 97 + [0.6] * 3, [0.05] * 2 + [0.5] * 5 + [0.9] * 3)
+    sentences = verdict(Evaluation([*found, Score("x", "good", 1, math.nan, "unread")], threshold=0.3))
+    assert "Not told apart (AUC below 75.0): worse (AUC 25.0), half (AUC 50.0)." in sentences
+    assert sentences[0].startswith("Over 3 generators: accuracy ") and "at the threshold 0.3" in sentences[0]
+    assert sentences[-1] == "1 image could not be read and is in no figure."
+    one, five = re.findall(r"(\d+\.\d) \(", sentences[1])
+    mean = Evaluation(found, threshold=0.3).mean()
+    assert (one, five) == (f"{100 * mean['tpr_at_1']:.1f}", f"{100 * mean['tpr_at_5']:.1f}") and one != five
 
 
 def test_the_verdict_follows_the_numbers():

@@ -1,10 +1,11 @@
 """Results by generator and suite, and their means."""
 
+import math
 import pickle
 
 import numpy as np
 import pytest
-from dgsnet.evaluation.results import Evaluation, Score
+from dgsnet.evaluation.results import COUNTS, Evaluation, Score
 
 RNG = np.random.default_rng(0)
 
@@ -22,6 +23,36 @@ def test_mean_leaves_out_generators_without_the_measure():
     mean = Evaluation(scores).mean()
     assert mean["auc"] == 1.0
     assert mean["accuracy"] == 0.5
+
+
+def test_suites_keep_their_order_and_generators_are_sorted():
+    """Two suites that share a generator's name, given out of order, as they are and distorted."""
+    found = [
+        Score(f"{suite}{generator}{label}{i}", generator, label, (i + label) / 7, "", suite, distortion)
+        for distortion in ("", "jpeg:50")
+        for suite, generator, counts in (("z", "b", (2, 3)), ("a", "b", (4, 5)), ("z", "a", (1, 2)))
+        for label, count in enumerate(counts)
+        for i in range(count)
+    ]
+    found.append(Score("bad", "a", 0, math.nan, "unread", "z"))
+    evaluation = Evaluation(found)
+    plain = [(r.suite, r.generator, r.is_mean) for r in evaluation.results if not r.distortion]
+    z, a = (
+        [("z", "a", False), ("z", "b", False), ("z", "mean", True)],
+        [("a", "b", False), ("a", "mean", True)],
+    )
+    assert plain == [*z, *a, ("", "mean", True)]
+    assert list(evaluation.by_generator("jpeg:50")) == ["z/a", "z/b", "a/b"]
+    counts = {
+        r.suite: [r.values[key] for key in COUNTS]
+        for r in evaluation.results
+        if r.is_mean and not r.distortion
+    }
+    assert counts == {"z": [3, 5, 1], "a": [4, 5, 0], "": [7, 10, 1]}
+    assert evaluation.mean("jpeg:50")["n_damaged"] == 0
+    lines = evaluation.table().splitlines()
+    names = [line.rsplit(maxsplit=9)[0].strip() for line in lines[2:8]]
+    assert names == ["z/a", "z/b", "a/b", "mean of z", "mean of a", "mean"]
 
 
 def test_the_mean_is_surer_than_its_parts():

@@ -10,10 +10,7 @@ from dgsnet import cli
 from dgsnet.audit.audit import audit_command
 from dgsnet.audit.shortcuts import FileModel
 from dgsnet.data.nuisances import NUISANCES
-from dgsnet.evaluation import shortcut_tables
 from dgsnet.evaluation.metrics import SHORTCUT_MEASURES, metrics
-from dgsnet.evaluation.report import document, markdown, verdict
-from dgsnet.evaluation.results import Evaluation, Score
 from dgsnet.evaluation.shortcuts import file_shortcut
 from PIL import Image
 
@@ -106,45 +103,6 @@ def test_what_cannot_be_told():
     found[:] = found[-1]
     alike = file_shortcut(found, labels, rng.random(80), 0.5)
     assert math.isnan(alike.values["file_auc"]) and alike.values["explained_real"] == 0
-
-
-def evaluation(nuisances=True):
-    """Two generators, a detector that follows the files, and distorted scores."""
-    scores, rows = [], []
-    for generator, share in (("biased", 0.8), ("balanced", 0.5)):
-        found, labels, rng = images(100, share)
-        values = probability(1 - 2 * found[:, JPEG] + labels + rng.normal(0, 0.5, 200))
-        for i, (label, value) in enumerate(zip(labels, values)):
-            scores.append(Score(f"{generator}/{i}", generator, int(label), float(value)))
-        rows.append(found)
-    scores.append(Score("biased/bad", "biased", 1, math.nan, "cannot be read"))
-    scores += [Score(s.path, s.generator, s.label, 0.5, "", "", "jpeg:50") for s in scores]
-    rows.append(np.full((1, len(NUISANCES)), np.nan))
-    return Evaluation(scores, nuisances=np.concatenate(rows) if nuisances else None)
-
-
-def test_reports_tell_of_it():
-    result = evaluation()
-    saved = document(result)
-    biased = saved["generators"]["biased"]["shortcut"]
-    assert biased["conflict_auc"] < biased["agree_auc"] and biased["worst_group"].endswith("conflict")
-    assert biased["intervals"]["conflict_auc"][0] <= biased["conflict_auc"]
-    both = [saved["generators"][name]["shortcut"] for name in ("biased", "balanced")]
-    assert saved["mean"]["shortcut"]["agree_auc"] == pytest.approx(np.mean([g["agree_auc"] for g in both]))
-    assert saved["mean"]["shortcut"]["n_agree"] == sum(g["n_agree"] for g in both)
-    assert "shortcut" not in saved["robustness"]["jpeg:50"]["mean"]
-    (sentence,) = (s for s in verdict(result) if "Files alone" in s)
-    assert "biased (AUC" in sentence and "balanced" not in sentence
-    assert "## Beside what the files alone say" in markdown(result)
-    assert len(shortcut_tables.text(result).splitlines()) == 5
-
-
-def test_evaluations_without_files_are_as_before():
-    result = evaluation(nuisances=False)
-    assert (
-        result.shortcuts == {} and shortcut_tables.text(result) == "" and shortcut_tables.rows(result) == []
-    )
-    assert "shortcut" not in document(result)["mean"] and "Beside" not in markdown(result)
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
     from dgsnet.detection.detector import Detector
 
-# Its name among an evaluation's variants, in the journal.
+# Its name among an evaluation's variants, in the table of logits.
 FROZEN = "frozen backbone"
 MEASURES = {"accuracy": "accuracy", "auc": "AUC", "tpr_at_1": "TPR@1%", "tpr_at_5": "TPR@5%"}
 
