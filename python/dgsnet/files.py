@@ -112,9 +112,22 @@ def replace_folder(folder: Path, fill: Callable[[Path], None]) -> Path:
 
 def write_file(path: Path, data: bytes) -> None:
     """Write a file in one atomic step."""
+    with replacing(path, "wb") as file:
+        file.write(data)
+
+
+@contextlib.contextmanager
+def replacing(path: Path, mode: str, **options: Any) -> Iterator[IO[Any]]:
+    """A new file that takes the place of `path` when it is complete and on the disk; an error removes it."""
     new = path.with_name(f".{path.name}.new")
-    write_synced(new, data)
-    os.replace(new, path)
+    try:
+        with open(new, mode, **options) as file:
+            yield file
+            sync(file)
+        os.replace(new, path)
+    except BaseException:
+        new.unlink(missing_ok=True)
+        raise
     sync_folder(path.parent)
 
 

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from dgsnet.data.captions import CAPTIONS_FILE
 from dgsnet.data.items import Item, find_samples
-from dgsnet.data.tables import Table, partial, replacing
+from dgsnet.data.tables import Table, partial
 from dgsnet.errors import UserError
+from dgsnet.files import replacing
 from dgsnet.processes import default_workers, start_worker
 
 if TYPE_CHECKING:

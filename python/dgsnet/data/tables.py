@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from dgsnet.errors import UserError
 from dgsnet.files import open_locked
@@ -163,14 +162,3 @@ def _parse(line: bytes) -> dict[str, Any] | None:
     except ValueError:
         return None
     return values if isinstance(values, dict) else None
-
-
-@contextmanager
-def replacing(target: Path, mode: str, **options: Any) -> Iterator[IO]:
-    """A new file that takes the place of `target` when it is complete and on the disk."""
-    new = target.with_name(f".{target.name}.new")
-    with open(new, mode, **options) as file:
-        yield file
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(new, target)

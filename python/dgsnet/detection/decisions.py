@@ -94,11 +94,6 @@ class Calibration:
         if self.views < 1:
             raise ValueError(f"views={self.views} must be at least 1")
 
-    @property
-    def high(self) -> float:
-        """Upper end of the band: the threshold."""
-        return self.threshold
-
     def to_json(self) -> str:
         """The text of calibration.json."""
         return json.dumps(asdict(self), indent=2) + "\n"
@@ -307,7 +302,7 @@ def decide(probabilities: Any, calibration: Calibration | None = None) -> list[s
     >>> decide([[0.7, 0.9], [0.7, 0.4]])
     ['generated', 'unsure']
     """
-    low, high = (calibration.low, calibration.high) if calibration else (THRESHOLD, THRESHOLD)
+    low, high = (calibration.low, calibration.threshold) if calibration else (THRESHOLD, THRESHOLD)
     rounded = np.round(np.atleast_1d(np.asarray(probabilities, dtype=np.float64)), DECIMALS)
     names = np.select(
         [np.isnan(rounded), rounded > high, rounded <= low], ["", "generated", "real"], "unsure"

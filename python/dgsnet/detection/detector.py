@@ -151,7 +151,7 @@ class Detector:
         does one of which a copy cannot be made.
 
         Raises:
-            TypeError: something that is no image, told before any is scored.
+            TypeError: something that is no image; raised before any is scored.
             ValueError: an array of another shape or type.
         """
         from dgsnet.data.distortions import COPIES

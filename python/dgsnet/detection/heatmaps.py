@@ -11,10 +11,11 @@ import re
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from dgsnet.detection.decisions import DECIMALS
 from dgsnet.detection.detector import Detector, view_generator
 
 if TYPE_CHECKING:
@@ -37,14 +38,6 @@ class Heatmap:
     boxes: np.ndarray
     contributions: np.ndarray
     logit: float
-
-    def to_json(self, **extra: Any) -> str:
-        """The text of a heatmap's .json, with what else is given."""
-        patches = [
-            {"box": [round(x, 3) for x in box], "contribution": value}
-            for box, value in zip(self.boxes.tolist(), self.contributions.tolist())
-        ]
-        return json.dumps(extra | {"logit": self.logit, "patches": patches}, indent=1) + "\n"
 
     def pixels(self, height: int, width: int, scale: float = 1.0) -> np.ndarray:
         """float64 [height, width], the mean contribution of the boxes on a pixel; NaN where there is none.
@@ -165,15 +158,21 @@ def save(detector: Detector, name: str, image: np.ndarray, folder: str | Path) -
     # Legible, legal on any file system, and different for different images.
     digest = hashlib.sha256(name.encode(errors="surrogateescape")).hexdigest()[:8]
     path = folder / f"{re.sub(r'[^A-Za-z0-9.-]+', '_', name)[-80:]}-{digest}.png"
-    text = result.to_json(
-        path=name,
-        width=image.shape[1],
-        height=image.shape[0],
-        probability=round(probability, 6),
-        decision=detector.decide(probability)[0],
-        method="logit minus logit with the patch painted over in its mean colour",
-    )
-    path.with_suffix(".json").write_text(text, encoding="utf-8", errors="backslashreplace")
-    title = f"{Path(name).name[-40:]}: {detector.decide(probability)[0]}, {probability:.3f}"
+    decision = detector.decide(probability)[0]
+    content = {
+        "path": name,
+        "width": image.shape[1],
+        "height": image.shape[0],
+        "probability": round(probability, DECIMALS),
+        "decision": decision,
+        "method": "logit minus logit with the patch painted over in its mean colour",
+        "logit": result.logit,
+        "patches": [
+            {"box": [round(x, 3) for x in box], "contribution": value}
+            for box, value in zip(result.boxes.tolist(), result.contributions.tolist())
+        ],
+    }
+    path.with_suffix(".json").write_text(json.dumps(content, indent=1) + "\n", encoding="ascii")
+    title = f"{Path(name).name[-40:]}: {decision}, {probability:.3f}"
     draw(result, image, title.encode(errors="replace").decode()).savefig(path)
     return path

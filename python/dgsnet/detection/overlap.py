@@ -40,5 +40,5 @@ def warn_of_training_images(model: str | Path, items: Sequence[Item]) -> None:
 def _hash(item: Item) -> int:
     try:
         return file_hash(item.read_bytes())
-    except ImageError:  # told where it is scored
+    except ImageError:  # whoever scores it says why
         return 0

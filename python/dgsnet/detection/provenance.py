@@ -165,19 +165,17 @@ def answer() -> None:
             answers.flush()
 
         try:
-            context = _context(pickle.load(questions))
+            from c2pa import Context
+
+            anchors = pickle.load(questions)
+            trust = {"trust": {"trust_anchors": anchors}} if anchors else {}
+            context = Context.from_dict(SETTINGS | trust)
         except Exception as error:
             return tell([one_line(error) or type(error).__name__])
         tell([""])
         with contextlib.suppress(EOFError):
             while True:
                 tell(_of_item(pickle.load(questions), context))
-
-
-def _context(anchors: str) -> Context:
-    from c2pa import Context
-
-    return Context.from_dict(SETTINGS | ({"trust": {"trust_anchors": anchors}} if anchors else {}))
 
 
 def _of_item(item: Item, context: Context) -> Provenance:

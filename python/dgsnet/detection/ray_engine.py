@@ -119,12 +119,7 @@ def _dataset(
     # keep it for good, and preparing might have none left.
     return (
         ray.data.read_datasource(_listing(ray, todo), override_num_blocks=1, num_cpus=0)
-        .map_batches(
-            _prepare,
-            fn_args=(prepare, threads, folder),
-            batch_size=BATCH,
-            batch_format="pyarrow",
-        )
+        .map_batches(_prepare, fn_args=(prepare, threads, folder), batch_size=BATCH, batch_format="pyarrow")
         .map_batches(
             _Scorer,
             fn_constructor_args=(load, threads, folder),

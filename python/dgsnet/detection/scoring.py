@@ -22,13 +22,15 @@ from typing import Any, Literal
 
 from dgsnet.data.items import Item, find_items
 from dgsnet.data.parquet import import_pyarrow
-from dgsnet.data.tables import Table, partial, replacing
+from dgsnet.data.tables import Table, partial
 from dgsnet.detection.decisions import DECIMALS
 from dgsnet.detection.detector import MIN_IMAGES_FOR_WORKERS, Detector
+from dgsnet.detection.heatmaps import save
 from dgsnet.detection.provenance import ProvenanceReader
 from dgsnet.detection.ray_engine import score_on_ray
 from dgsnet.detection.rows import Row, Todo, columns
 from dgsnet.errors import UserError
+from dgsnet.files import replacing
 
 # Rows of a Parquet table that are in memory at a time and become one row group.
 ROW_GROUP = 2**16
@@ -174,13 +176,14 @@ def predict_command(
             if engine == "ray":
                 rows = score_on_ray(detector, load, todo, workers=workers, consistency=consistency)
             else:
-                on_score = functools.partial(_save_heatmap, detector, heatmaps) if heatmaps else None
-                options: Any = {"consistency": consistency, "provenance": reader, "on_score": on_score}
+                options: Any = {"consistency": consistency, "provenance": reader}
+                if heatmaps:
+                    options["on_score"] = lambda item, _: save(detector, item.path, item.read(), heatmaps)
                 rows = score(detector, todo, workers=workers, **options)
             rate = _fill(table, rows)
-            counts: Counter[str] = Counter()
-            scores = _counted((Row(**row) for row in table.rows()), counts)
-            write(target, scores, columns(consistency=consistency, provenance=provenance))
+            counts = Counter(row["decision"] for row in table.rows())
+            finished = (Row(**row) for row in table.rows())
+            write(target, finished, columns(consistency=consistency, provenance=provenance))
             table.remove()
     read = ", ".join(
         f"{counts[d]} {d}" for d in ("generated", "real", "unsure") if counts[d] or d != "unsure"
@@ -190,12 +193,6 @@ def predict_command(
         raise UserError(f"none of the images could be read; {target} says why for each")
     if counts[""]:
         print(f"the column error of {target} says why", file=sys.stderr)
-
-
-def _save_heatmap(detector: Detector, folder: str, item: Item, row: Row) -> None:
-    from dgsnet.detection.heatmaps import save
-
-    save(detector, item.path, item.read(), folder)
 
 
 def _check_found(paths: Sequence[str]) -> None:
@@ -240,12 +237,6 @@ def _fill(table: Table, rows: Iterator[Row]) -> str:
     return f"; {new / seconds:.1f} images per second" if new else ""
 
 
-def _counted(rows: Iterator[Row], counts: Counter[str]) -> Iterator[Row]:
-    for row in rows:
-        counts[row.decision] += 1
-        yield row
-
-
 def _write_csv(target: Path, rows: Iterator[Row], columns: Sequence[str]) -> None:
     # surrogateescape writes file names that are not UTF-8 as the bytes they are.
     with replacing(target, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
@@ -273,10 +264,7 @@ def _write_parquet(target: Path, rows: Iterator[Row], columns: Sequence[str]) ->
     words = pa.dictionary(pa.int8(), pa.string())
     kinds = {"probability": pa.float64(), "spread": pa.float64(), "decision": words, "provenance": words}
     schema = pa.schema([(column, kinds.get(column, pa.string())) for column in columns])
-    with (
-        replacing(target, "wb") as file,
-        pa.parquet.ParquetWriter(file, schema) as writer,
-    ):
+    with replacing(target, "wb") as file, pa.parquet.ParquetWriter(file, schema) as writer:
         while group := list(itertools.islice(rows, ROW_GROUP)):
             rows_of_group = [_utf8(_with_nulls(row, columns)) for row in group]
             writer.write_table(pa.Table.from_pylist(rows_of_group, schema))

@@ -5,8 +5,9 @@ from __future__ import annotations
 import csv
 import io
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from dgsnet.evaluation.metrics import CONFIDENCE
 from dgsnet.evaluation.results import Score, bounded, percent, text_table
@@ -97,10 +98,10 @@ class Group:
     real: Change
     generated: Change
 
-    def to_dict(self) -> dict:
+    def to_dict(self) -> dict[str, Any]:
         """Counts, accuracies, the difference with its interval and McNemar's p, as JSON holds them."""
         low, high = self.images.interval()
-        return {
+        values: dict[str, Any] = {
             "suite": self.suite,
             "generator": self.generator,
             "n": self.images.n,
@@ -112,13 +113,10 @@ class Group:
             "gained": self.images.gained,
             "lost": self.images.lost,
             "mcnemar_p": self.images.p_value,
-            "n_real": self.real.n,
-            "gained_real": self.real.gained,
-            "lost_real": self.real.lost,
-            "n_generated": self.generated.n,
-            "gained_generated": self.generated.gained,
-            "lost_generated": self.generated.lost,
         }
+        for name, part in (("real", self.real), ("generated", self.generated)):
+            values |= {f"n_{name}": part.n, f"gained_{name}": part.gained, f"lost_{name}": part.lost}
+        return values
 
 
 def compare(before: Sequence[Score], after: Sequence[Score], threshold: float) -> list[Group]:
@@ -147,25 +145,16 @@ def compare(before: Sequence[Score], after: Sequence[Score], threshold: float) -
 
 def table(groups: Sequence[Group]) -> str:
     """Groups as lines of text: percentages, and counts of gains and losses (real + generated)."""
-    head = ["", "images", "before", "after", "difference", "gained", "lost", "McNemar's p"]
-    rows = []
+    rows = [["", "images", "before", "after", "difference", "gained", "lost", "McNemar's p"]]
     for group in groups:
-        change = group.images
-        rows.append(
-            [
-                f"{group.suite}/{group.generator}" if group.suite else group.generator,
-                str(change.n),
-                percent(change.before),
-                percent(change.after),
-                bounded(change.difference, change.interval()),
-                *(
-                    f"{getattr(change, key)} ({getattr(group.real, key)} + {getattr(group.generated, key)})"
-                    for key in ("gained", "lost")
-                ),
-                f"{change.p_value:.2g}",
-            ]
-        )
-    return text_table([head, *rows])
+        name = f"{group.suite}/{group.generator}" if group.suite else group.generator
+        change, real, generated = group.images, group.real, group.generated
+        row = [name, str(change.n), percent(change.before), percent(change.after)]
+        row += [bounded(change.difference, change.interval())]
+        row += [f"{change.gained} ({real.gained} + {generated.gained})"]
+        row += [f"{change.lost} ({real.lost} + {generated.lost})", f"{change.p_value:.2g}"]
+        rows.append(row)
+    return text_table(rows)
 
 
 def per_image(before: Sequence[Score], after: Sequence[Score], threshold: float) -> str:
@@ -190,17 +179,11 @@ def _pairs(before: Sequence[Score], after: Sequence[Score]) -> Iterable[tuple[Sc
 
 
 def _group(suite: str, generator: str, pairs: Sequence[tuple[Score, Score]], threshold: float) -> Group:
-    def counted(wanted: Callable[[int], bool]) -> Change:
-        words = [_change(old, new, threshold) for old, new in pairs if wanted(old.label)]
+    def counted(*labels: int) -> Change:
+        words = [_change(old, new, threshold) for old, new in pairs if old.label in labels]
         return Change(*(words.count(word) for word in ("kept", "gained", "lost", "wrong")))
 
-    return Group(
-        suite,
-        generator,
-        counted(lambda _: True),
-        counted(lambda label: label == 0),
-        counted(lambda label: label == 1),
-    )
+    return Group(suite, generator, counted(0, 1), counted(0), counted(1))
 
 
 def _change(old: Score, new: Score, threshold: float) -> str:

@@ -18,12 +18,13 @@ from dgsnet.detection.decisions import DECIMALS
 from dgsnet.detection.detector import Detector
 from dgsnet.detection.overlap import warn_of_training_images
 from dgsnet.errors import UserError
-from dgsnet.evaluation import false_positives, robustness, shortcut_tables
+from dgsnet.evaluation import false_positives, shortcut_tables
 from dgsnet.evaluation.baseline import FROZEN, frozen_detector
 from dgsnet.evaluation.baseline import rows as frozen_rows
 from dgsnet.evaluation.metrics import THRESHOLD
 from dgsnet.evaluation.report import published_methods, write_page, write_tables
 from dgsnet.evaluation.results import Evaluation, Score, text_table
+from dgsnet.evaluation.robustness import Distorted, parse
 
 if TYPE_CHECKING:
     from dgsnet.audit.shortcuts import FileModel
@@ -64,6 +65,7 @@ def evaluate(
     Raises:
         UserError: the journal is of another model or of other images, or there is no frozen head.
     """
+    import torch
     from tqdm import tqdm
 
     from dgsnet.audit.shortcuts import read_nuisances
@@ -93,19 +95,12 @@ def evaluate(
                     row = {"distortion": name, "index": index, "path": listed[index][1].path}
                     table.add(row | {"logit": None if error else logit, "error": error})
                 bar.update()
-            probabilities = _probabilities(scorer, [done[i][0] for i in range(len(listed))])
-            scores += [
-                Score(
-                    sample.path,
-                    sample.generator,
-                    int(sample.label == 1),
-                    probability,
-                    done[i][1],
-                    suite,
-                    name,
-                )
-                for i, ((suite, sample), probability) in enumerate(zip(listed, probabilities))
-            ]
+            logits = torch.tensor([done[i][0] for i in range(len(listed))], dtype=torch.float64)
+            for i, probability in enumerate(scorer.probabilities(logits).tolist()):
+                suite, sample = listed[i]
+                # Rounded as in every table, so that the metrics can be recomputed from scores.csv.
+                place = sample.path, sample.generator, int(sample.label == 1), round(probability, DECIMALS)
+                scores.append(Score(*place, done[i][1], suite, name))
     calibration = detector.calibration
     calibrated_threshold, promised = (calibration.threshold, calibration.fpr) if calibration else (None, None)
     nuisances, _ = read_nuisances([sample for _, sample in listed], progress=progress)
@@ -146,16 +141,8 @@ def _kept(table: Table, listed: Sequence[tuple[str, Sample]]) -> dict[str, dict[
 def _distorting(detector: Detector, distortion: Distortion) -> Detector:
     """The same detector, which distorts every image before its preprocessing."""
     result: Any = copy.copy(detector)  # Distorted stands in for a Preprocessor
-    result.preprocess = robustness.Distorted(distortion, detector.preprocess)
+    result.preprocess = Distorted(distortion, detector.preprocess)
     return result
-
-
-def _probabilities(detector: Detector, logits: list[float]) -> list[float]:
-    import torch
-
-    values = detector.probabilities(torch.tensor(logits, dtype=torch.float64)).tolist()
-    # Rounded as in scores.csv and by `dgsnet predict`, so that the metrics can be recomputed from the file.
-    return [round(value, DECIMALS) for value in values]
 
 
 def evaluate_command(
@@ -194,7 +181,7 @@ def evaluate_command(
         pretrained: weights file of the model's backbone, in place of what the folder names; TorchScript, such
             as OpenAI's own file, has to be named here.
     """
-    distortions = _distortions(robustness or ())
+    distortions = parse(robustness or ())
     file_model = load_model(audit) if audit else None
     suites = find_suites(data, split)
     detector = Detector.load(model, device, views=views, pretrained=pretrained)
@@ -216,8 +203,8 @@ def evaluate_command(
         print(f"\n{false_positives.caption(result)}\n{text_table(rates)}")
     for sentence in false_positives.sentences(result):
         print(f"warning: {sentence}")
-    if shortcuts := shortcut_tables.text(result):
-        print(f"\nbeside what the files alone say:\n{shortcuts}")
+    if shortcuts := shortcut_tables.rows(result, detailed=False):
+        print(f"\nbeside what the files alone say:\n{text_table(shortcuts)}")
     if beside := frozen_rows(result):
         print(f"\nbeside the frozen backbone with a linear head:\n{text_table(beside)}")
     for suite, comparison in result.comparisons().items():
@@ -229,13 +216,6 @@ def evaluate_command(
     if unread == total:
         raise UserError(f"none of the {total} images could be read")
     print(f"{unread} of {total} images could not be read; results in {out}")
-
-
-def _distortions(words: Sequence[str]) -> list[Distortion]:
-    """What --robustness asks for; "default" is the default sweep."""
-    return robustness.parse(
-        [w for word in words for w in (robustness.DEFAULT if word == "default" else (word,))]
-    )
 
 
 def find_suites(sources: Sequence[str], split: str | None = None) -> dict[str, list[Item]]:

@@ -161,10 +161,11 @@ def compare(suite: str, measured: Mapping[str, Mapping[str, float]]) -> Comparis
     published = find(suite)
     if published is None:
         return None
-    rows = []
-    for name, values in measured.items():
-        if figures := published.generator(name):
-            rows.append((name, 100 * values["accuracy"], 100 * values["ap"], *figures[:2]))
+    rows = [
+        (name, 100 * values["accuracy"], 100 * values["ap"], *figures[:2])
+        for name, values in measured.items()
+        if (figures := published.generator(name))
+    ]
     if not rows:
         return None
     have = {_plain(row[0]) for row in rows}

@@ -21,7 +21,7 @@ from dgsnet.detection.decisions import DECIMALS
 from dgsnet.evaluation import baseline, false_positives, shortcut_tables
 from dgsnet.evaluation.metrics import CONFIDENCE, RESAMPLES, reliability, roc
 from dgsnet.evaluation.published import AUTHORS_LOG, OFFICIAL, Comparison
-from dgsnet.evaluation.results import COUNTS, Evaluation, Result, Score, between, bounded, images, percent
+from dgsnet.evaluation.results import COUNTS, Evaluation, Result, Score, between, images, percent
 from dgsnet.files import write_file
 from dgsnet.pages import page, plots
 
@@ -29,10 +29,6 @@ from dgsnet.pages import page, plots
 POOR_AUC, GOOD_AUC = 0.75, 0.95
 # Accuracy that a good ranking falls short of where the threshold is wrong.
 LOW_ACCURACY = 0.9
-FROZEN_CAPTION = (
-    "The image tower without adapters and the linear head that stage 1 of training fitted to it, on the same "
-    "images, uncalibrated: what fine-tuning added, or took."
-)
 MISTAKES = 8
 THUMBNAIL = 112
 
@@ -106,7 +102,7 @@ def markdown(evaluation: Evaluation) -> str:
     columns = [*evaluation.measures.values(), "images"]
 
     def cells(result: Result) -> list[str]:
-        return [*(_with_interval(result, key) for key in evaluation.measures), str(images(result.values))]
+        return [*(result.bounded(key) for key in evaluation.measures), str(images(result.values))]
 
     lines = ["# Evaluation", "", _caption(evaluation)]
     for suite in evaluation.suites:
@@ -117,18 +113,12 @@ def markdown(evaluation: Evaluation) -> str:
     if len(evaluation.suites) > 1:
         rows = [["mean", *cells(evaluation.mean_of())]]
         lines += ["", "## All suites", "", *_markdown_table([["generator", *columns], *rows])]
-    if rates := false_positives.rows(evaluation):
-        lines += ["", "## False positives by source", "", false_positives.caption(evaluation), ""]
-        lines += _markdown_table(rates)
-    if beside := baseline.rows(evaluation):
-        lines += ["", "## Beside the frozen backbone", "", FROZEN_CAPTION, "", *_markdown_table(beside)]
+    for title, caption, table in _sections(evaluation):
+        lines += ["", f"## {title}", "", caption, "", *_markdown_table(table)]
     if evaluation.distortions:
         rows = [[name or "none", *cells(evaluation.mean_of(name))] for name in ("", *evaluation.distortions)]
         lines += ["", "## Robustness", "", "Means over all generators.", ""]
         lines += _markdown_table([["distortion", *columns], *rows])
-    if shortcuts := shortcut_tables.rows(evaluation):
-        lines += ["", "## Beside what the files alone say", "", shortcut_tables.caption(evaluation), ""]
-        lines += _markdown_table(shortcuts)
     for suite, comparison in evaluation.comparisons().items():
         lines += ["", f"## {suite}: published results", "", _source(comparison), ""]
         lines += [*_markdown_table(published_methods(comparison)), ""]
@@ -179,20 +169,15 @@ def write_page(path: str | Path, evaluation: Evaluation, *, model: str, views: i
         evaluation=evaluation,
         verdict=verdict(evaluation),
         tiles=[
-            {"title": title, "value": percent(mean.values[key]), "interval": _brackets(mean, key)}
+            {"title": title, "value": percent(mean.values[key]), "interval": between(mean.interval(key))}
             for key, title in evaluation.measures.items()
         ],
         mean=mean,
         suites=suites,
         caption=_caption(evaluation),
         pooled=_pooled_figures(evaluation),
-        frozen=baseline.rows(evaluation),
-        frozen_caption=FROZEN_CAPTION,
+        sections=_sections(evaluation),
         robustness=_robustness(evaluation),
-        false_positives=false_positives.rows(evaluation),
-        false_positives_caption=false_positives.caption(evaluation),
-        shortcuts=shortcut_tables.rows(evaluation),
-        shortcut_caption=shortcut_tables.caption(evaluation),
         mistakes=_mistakes(evaluation),
         images=images(mean.values),
         source=AUTHORS_LOG,
@@ -206,13 +191,13 @@ def verdict(evaluation: Evaluation) -> list[str]:
     generators, mean = evaluation.of(), evaluation.mean_of()
     count = f"{len(generators)} generators" if len(generators) > 1 else "one generator"
     sentences = [
-        f"Over {count}: accuracy {_with_interval(mean, 'accuracy')} at the threshold "
-        f"{evaluation.threshold:g}, AUC {_with_interval(mean, 'auc')}, AP {_with_interval(mean, 'ap')}."
+        f"Over {count}: accuracy {mean.bounded('accuracy')} at the threshold "
+        f"{evaluation.threshold:g}, AUC {mean.bounded('auc')}, AP {mean.bounded('ap')}."
     ]
     if not math.isnan(mean.values["tpr_at_1"]):
         sentences.append(
-            f"With one false alarm per hundred real images, {_with_interval(mean, 'tpr_at_1')} of generated "
-            f"images are found; with five, {_with_interval(mean, 'tpr_at_5')}."
+            f"With one false alarm per hundred real images, {mean.bounded('tpr_at_1')} of generated "
+            f"images are found; with five, {mean.bounded('tpr_at_5')}."
         )
 
     def names(test: Callable[[dict[str, float]], bool]) -> str:
@@ -228,8 +213,8 @@ def verdict(evaluation: Evaluation) -> list[str]:
     if evaluation.frozen:
         beside = evaluation.frozen.mean_of()
         sentences.append(
-            f"The frozen backbone with a linear head: accuracy {_with_interval(beside, 'accuracy')}, AUC "
-            f"{_with_interval(beside, 'auc')}."
+            f"The frozen backbone with a linear head: accuracy {beside.bounded('accuracy')}, AUC "
+            f"{beside.bounded('auc')}."
         )
     if evaluation.distortions and not math.isnan(mean.values["auc"]):
         drops = {name: mean.values["auc"] - evaluation.mean(name)["auc"] for name in evaluation.distortions}
@@ -245,6 +230,18 @@ def verdict(evaluation: Evaluation) -> list[str]:
         )
         sentences.append(f"{which} in no figure.")
     return sentences
+
+
+def _sections(evaluation: Evaluation) -> list[tuple[str, str, list[list[str]]]]:
+    """Title, caption and rows, under a head, of the tables that not every evaluation has."""
+    parts = {
+        "False positives by source": false_positives,
+        "Beside the frozen backbone": baseline,
+        "Beside what the files alone say": shortcut_tables,
+    }
+    return [
+        (name, of.caption(evaluation), rows) for name, of in parts.items() if (rows := of.rows(evaluation))
+    ]
 
 
 def _caption(evaluation: Evaluation) -> str:
@@ -286,7 +283,7 @@ def _suite(evaluation: Evaluation, suite: str) -> dict[str, Any]:
             {
                 "name": r.generator,
                 "mean": r.is_mean,
-                "cells": [(percent(r.values[k]), _brackets(r, k)) for k in evaluation.measures],
+                "cells": [(percent(r.values[k]), between(r.interval(k))) for k in evaluation.measures],
                 "images": images(r.values),
                 "damaged": int(r.values["n_damaged"]),
             }
@@ -397,18 +394,9 @@ def _svg(figure: Any, description: str) -> Markup:
     return Markup(plots.svg(figure, description))
 
 
-def _brackets(result: Result, key: str) -> str:
-    return between(result.interval(key))
-
-
-def _with_interval(result: Result, key: str) -> str:
-    return bounded(result.values[key], result.interval(key))
-
-
 def _row(evaluation: Evaluation, result: Result) -> dict[str, Any]:
     """A line of metrics.csv."""
-    suite = result.suite if len(evaluation.suites) > 1 or result.suite else ""
-    row: dict[str, Any] = {"suite": suite, "generator": result.generator, "distortion": result.distortion}
+    row: dict[str, Any] = {key: getattr(result, key) for key in ("suite", "generator", "distortion")}
     for key in evaluation.measures:
         low, high = result.interval(key)
         row |= {key: result.values[key], f"{key}_low": low, f"{key}_high": high}
@@ -429,16 +417,10 @@ def _one_decimal(values: Sequence[float]) -> list[str]:
 
 
 def _json(value: Any) -> bytes:
-    return (json.dumps(_null_for_nan(value), indent=2) + "\n").encode()
-
-
-def _null_for_nan(value: Any) -> Any:
-    """JSON has no NaN."""
-    if isinstance(value, dict):
-        return {k: _null_for_nan(v) for k, v in value.items()}
-    if isinstance(value, list):
-        return [_null_for_nan(v) for v in value]
-    return None if isinstance(value, float) and math.isnan(value) else value
+    """JSON, which has no NaN: null."""
+    return (
+        json.dumps(json.loads(json.dumps(value), parse_constant=lambda _: None), indent=2) + "\n"
+    ).encode()
 
 
 def _csv(rows: list[dict[str, Any]]) -> bytes:

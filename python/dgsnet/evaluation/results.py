@@ -42,7 +42,7 @@ class Result:
         generator: the generator, "mean" for a mean.
         distortion: what was done to the images; "" for nothing.
         values: measures as fractions, and n_real, n_generated, n_damaged.
-        is_mean: told from a generator of that name.
+        is_mean: whether it is a mean; a generator may have that name.
     """
 
     suite: str
@@ -56,6 +56,10 @@ class Result:
     def samples(self) -> dict[str, np.ndarray]:
         """Measure to its values in every bootstrap resample."""
         return self.draw()
+
+    def bounded(self, key: str) -> str:
+        """A measure in percent, with its interval in brackets."""
+        return bounded(self.values[key], self.interval(key))
 
     def interval(self, key: str) -> tuple[float, float]:
         """Percentile interval of a measure; NaN for ece, which resampling raises above its value."""

@@ -35,6 +35,8 @@ class Distorted:
 def parse(words: Sequence[str]) -> list[Distortion]:
     """The distortions that words such as `jpeg:90,50` and `jpeg:90+resize:0.5` stand for, each once.
 
+    The word `default` stands for those of DEFAULT.
+
     Raises:
         UserError: an unknown operation, or a value that is missing or out of range.
 
@@ -42,7 +44,7 @@ def parse(words: Sequence[str]) -> list[Distortion]:
     ['jpeg:90', 'jpeg:50', 'blur:1+jpeg:70']
     """
     distortions: dict[Distortion, None] = {}
-    for word in words:
+    for word in itertools.chain.from_iterable(DEFAULT if word == "default" else [word] for word in words):
         # Every combination, where several steps of a chain have several values.
         for steps in itertools.product(*(_parse_step(step, word) for step in word.split("+"))):
             distortions[Distortion(steps)] = None

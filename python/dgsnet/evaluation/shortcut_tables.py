@@ -6,32 +6,27 @@ import math
 from typing import Any
 
 from dgsnet.evaluation.metrics import SHORTCUT_COUNTS, SHORTCUT_MEASURES
-from dgsnet.evaluation.results import Evaluation, Result, Score, bounded, percent, text_table
+from dgsnet.evaluation.results import Evaluation, Result, Score, bounded, percent
 
 NO_INTERVAL = (math.nan, math.nan)
 
 
-def rows(evaluation: Evaluation) -> list[list[str]]:
-    """Rows of generator and its measures with intervals, the mean last, under a head; [] without files."""
+def rows(evaluation: Evaluation, *, detailed: bool = True) -> list[list[str]]:
+    """Rows of generator and its measures, the mean last, under a head; [] without files.
+
+    `detailed`: with intervals, and the worst group's name.
+    """
     result = [["generator", *SHORTCUT_MEASURES.values(), "conflict"]]
-    for of in _measured(evaluation):
-        values, more = evaluation.shortcut_of(of), details(evaluation, of)
-        intervals, worst = more.get("intervals", {}), more.get("worst_group")
-        cells = {key: bounded(values[key], intervals.get(key, NO_INTERVAL)) for key in SHORTCUT_MEASURES}
-        if worst:
-            cells["worst_group_accuracy"] += f": {worst}"
-        result.append([evaluation.title(of), *cells.values(), _conflict(values)])
+    for of in (*evaluation.of(), evaluation.mean_of()):
+        if values := evaluation.shortcut_of(of):
+            more = details(evaluation, of) if detailed else {}
+            intervals, worst = more.get("intervals", {}), more.get("worst_group")
+            cells = {key: bounded(values[key], intervals.get(key, NO_INTERVAL)) for key in SHORTCUT_MEASURES}
+            if worst:
+                cells["worst_group_accuracy"] += f": {worst}"
+            agree, conflict = (int(values[key]) for key in SHORTCUT_COUNTS)
+            result.append([evaluation.title(of), *cells.values(), f"{conflict} of {agree + conflict}"])
     return result if len(result) > 1 else []
-
-
-def text(evaluation: Evaluation) -> str:
-    """The same as lines of text, without intervals; "" without files."""
-    result = [["generator", *SHORTCUT_MEASURES.values(), "conflict"]]
-    for of in _measured(evaluation):
-        values = evaluation.shortcut_of(of)
-        cells = [percent(values[key]) for key in SHORTCUT_MEASURES]
-        result.append([evaluation.title(of), *cells, _conflict(values)])
-    return text_table(result) if len(result) > 1 else ""
 
 
 def columns(evaluation: Evaluation, result: Result) -> dict[str, float]:
@@ -66,7 +61,7 @@ def file_probabilities(evaluation: Evaluation) -> dict[int, float]:
 
 
 def sentences(evaluation: Evaluation) -> list[str]:
-    """What the figures say, of the generators whose files tell something of the label."""
+    """What the figures say, of the generators whose files say something of the label."""
     names = [
         f"{evaluation.title(of)} (AUC {percent(values['conflict_auc'])} and {percent(values['agree_auc'])})"
         for of in evaluation.of()
@@ -90,12 +85,3 @@ def caption(evaluation: Evaluation) -> str:
         "variance of a class's logits that files explain. A detector that does not follow the files is as "
         "good on images that conflict, and has 0 explained. Percent; in brackets 95% intervals."
     )
-
-
-def _measured(evaluation: Evaluation) -> list[Result]:
-    return [of for of in (*evaluation.of(), evaluation.mean_of()) if evaluation.shortcut_of(of)]
-
-
-def _conflict(values: dict[str, float]) -> str:
-    agree, conflict = (int(values[key]) for key in SHORTCUT_COUNTS)
-    return f"{conflict} of {agree + conflict}"

@@ -181,7 +181,7 @@ def test_the_temperature_minimises_the_log_loss():
 
 def test_decide():
     c = calibrate(np.random.default_rng(0).normal(-2, 1, 400), fpr=0.05)
-    low, high = c.low, c.high
+    low, high = c.low, c.threshold
     assert 0 < low < high < 1
     assert decide([0, low, low + 2e-6, high, high + 2e-6, 1, math.nan], c) == [
         "real",
