@@ -150,7 +150,7 @@ def calibrate(
         views: what the logits were averaged over; recorded.
 
     Raises:
-        UserError: too few images for the rates, or scores that tell nothing.
+        UserError: too few images for the rates, or generated images that score no higher than real ones.
 
     >>> rng = np.random.default_rng(0)
     >>> result = calibrate(rng.normal(-2, 1, 1000), rng.normal(2, 1, 1000), fpr=0.05)

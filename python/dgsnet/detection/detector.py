@@ -60,11 +60,7 @@ class Detector:
     """
 
     def __init__(
-        self,
-        model: DGSNet,
-        config: Config,
-        calibration: Calibration | None = None,
-        views: int | None = None,
+        self, model: DGSNet, config: Config, calibration: Calibration | None = None, views: int | None = None
     ):
         from dgsnet.data.preprocess import Preprocessor
 

@@ -226,14 +226,12 @@ def _fill(table: Table, rows: Iterator[Row]) -> str:
     """Take down every row; returns how fast, in words."""
     from tqdm import tqdm
 
-    before, seconds = table.done, 0.0
+    before, begin = table.done, time.monotonic()
     with tqdm(initial=before, unit="image", disable=None) as progress:
-        begin = time.monotonic()
         for row in rows:
             table.add(row._asdict())
             progress.update()
-        seconds = time.monotonic() - begin
-    new = table.done - before
+    new, seconds = table.done - before, time.monotonic() - begin
     return f"; {new / seconds:.1f} images per second" if new else ""
 
 

@@ -132,9 +132,9 @@ def _kept(table: Table, listed: Sequence[tuple[str, Sample]]) -> dict[str, dict[
             logit = math.nan if row["error"] else float(row["logit"])
             if row["path"] != listed[row["index"]][1].path:
                 raise ValueError
+            kept.setdefault(row["distortion"], {})[row["index"]] = logit, row["error"]
         except (TypeError, IndexError, ValueError):
             raise damaged(table.path, number) from None
-        kept.setdefault(row["distortion"], {})[row["index"]] = logit, row["error"]
     return kept
 
 

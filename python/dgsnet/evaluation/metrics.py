@@ -52,10 +52,7 @@ CHUNK = 300_000
 
 
 def metrics(
-    labels: Any,
-    probabilities: Any,
-    threshold: float = THRESHOLD,
-    calibrated_threshold: float | None = None,
+    labels: Any, probabilities: Any, threshold: float = THRESHOLD, calibrated_threshold: float | None = None
 ) -> dict[str, float]:
     """Every measure of labelled scores.
 

@@ -41,9 +41,8 @@ def write_tables(out: str | Path, evaluation: Evaluation) -> None:
     write_file(out / "metrics.csv", _csv([_row(evaluation, result) for result in evaluation.results]))
     write_file(out / "metrics.md", markdown(evaluation).encode(errors="surrogateescape"))
     said = shortcut_tables.file_probabilities(evaluation)
-    beside = (
-        {id(s): f for s, f in zip(_plain(evaluation), evaluation.frozen.scores)} if evaluation.frozen else {}
-    )
+    frozen = evaluation.frozen.scores if evaluation.frozen else []
+    beside = {id(s): f for s, f in zip(_plain(evaluation), frozen)}
     rows = (
         vars(s)
         | {"probability": _probability(s)}
@@ -289,8 +288,8 @@ def _suite(evaluation: Evaluation, suite: str) -> dict[str, Any]:
             }
             for r in [*members, mean]
         ],
-        "figure": _svg(figure, f"accuracy and AP {title}"),
-        "roc": _svg(
+        "figure": plots.svg(figure, f"accuracy and AP {title}"),
+        "roc": plots.svg(
             plots.roc_curves(curves, {r.generator: r.values["auc"] for r in both}), f"ROC curves {title}"
         )
         if both
@@ -335,7 +334,7 @@ def _pooled_figures(evaluation: Evaluation) -> Markup | None:
     if evaluation.calibrated_threshold is not None:
         thresholds["calibrated"] = evaluation.calibrated_threshold
     figure = plots.calibration(labels, probabilities, reliability(labels, probabilities), thresholds)
-    return _svg(figure, "distribution of scores, and how often images of a score are generated")
+    return plots.svg(figure, "distribution of scores, and how often images of a score are generated")
 
 
 def _robustness(evaluation: Evaluation) -> dict[str, Any] | None:
@@ -359,7 +358,7 @@ def _robustness(evaluation: Evaluation) -> dict[str, Any] | None:
         span = max(auc[0] - 0.5, 0.05)
         shades = [0 if math.isnan(a) else round(100 * min(max((auc[0] - a) / span, 0), 1)) for a in auc]
         rows.append({"name": evaluation.title(plain), "cells": list(zip(map(percent, auc), shades))})
-    return {"figure": _svg(figure, "measures under distortions"), "names": list(means), "rows": rows}
+    return {"figure": plots.svg(figure, "measures under distortions"), "names": list(means), "rows": rows}
 
 
 def _mistakes(evaluation: Evaluation) -> list[dict[str, Any]]:
@@ -388,10 +387,6 @@ def _thumbnail(path: str) -> str | None:
     buffer = io.BytesIO()
     picture.save(buffer, "JPEG", quality=85)
     return base64.b64encode(buffer.getvalue()).decode()
-
-
-def _svg(figure: Any, description: str) -> Markup:
-    return Markup(plots.svg(figure, description))
 
 
 def _row(evaluation: Evaluation, result: Result) -> dict[str, Any]:

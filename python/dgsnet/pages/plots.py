@@ -11,6 +11,7 @@ from typing import Any
 
 import matplotlib
 import numpy as np
+from markupsafe import Markup
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
@@ -321,7 +322,7 @@ def save(figure: Figure, path: str | Path) -> None:
     figure.savefig(path, dpi=150, facecolor="white")
 
 
-def svg(figure: Figure, description: str) -> str:
+def svg(figure: Figure, description: str) -> Markup:
     """The figure as an inline SVG with the page's text colour as ink; screen readers read `description`."""
     text = io.StringIO()
     # A salt of its own makes the ids of two figures on one page differ, and the file reproducible.
@@ -334,7 +335,7 @@ def svg(figure: Figure, description: str) -> str:
         f'<svg xmlns:xlink="http://www.w3.org/1999/xlink" {box} role="img" '
         f'aria-label="{html.escape(description)}">{body}'
     )
-    return body.replace(INK, "currentColor")
+    return Markup(body.replace(INK, "currentColor"))
 
 
 def _histograms(axes: Any, values: np.ndarray, labels: np.ndarray, edges: np.ndarray) -> None:

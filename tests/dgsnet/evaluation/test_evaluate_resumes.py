@@ -140,7 +140,8 @@ def test_a_row_of_another_image_is_refused(model, data, tmp_path):
     whole = journal.read_text()
     lines = whole.splitlines(keepends=True)
     row = json.loads(lines[4])
-    for wrong in ({"path": "elsewhere.png", "logit": 99.0}, {"index": 23}, {"index": "3"}, {"logit": None}):
+    other = {"path": "elsewhere.png", "logit": 99.0}
+    for wrong in (other, {"index": 23}, {"index": "3"}, {"logit": None}, {"distortion": []}):
         lines[4] = json.dumps(row | wrong) + "\n"
         journal.write_text("".join(lines))
         with pytest.raises(UserError, match=r"scores.jsonl: line 5 is damaged: delete it and go on"):

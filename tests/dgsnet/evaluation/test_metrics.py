@@ -52,8 +52,8 @@ def test_ranking_against_scikit_learn(ties):
     ("n", "rate", "key"), [(300, 0.05, "tpr_at_5"), (100, 0.01, "tpr_at_1"), (40, 0.01, "tpr_at_1")]
 )
 def test_tpr_is_the_best_of_all_thresholds_within_the_rate(ties, n, rate, key):
-    labels = np.arange(2 * n) % 2
-    scores = (0.4 * RNG.random(2 * n) + 0.3 * labels).round(2 if ties else 9)
+    labels = RNG.permutation(np.repeat([0, 1], [n, n // 2 + 3]))
+    scores = (0.4 * RNG.random(len(labels)) + 0.3 * labels).round(2 if ties else 9)
     allowed = [
         np.mean(scores[labels == 1] > threshold)
         for threshold in [-1, *scores]

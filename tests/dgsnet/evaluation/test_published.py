@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from dgsnet.errors import UserError
 from dgsnet.evaluation import published
+from dgsnet.evaluation.report import published_generators, published_methods
 
 from tests.support.tables import measure
 from tests.support.tiny import save_picture
@@ -18,6 +19,24 @@ def test_published_figures_agree_with_their_published_means():
     assert published.find("AIGCDetectBenchmark").name == "GenImage"
     assert published.find("mine") is None
     assert published.compare("AIGIBench", {"mine": {"accuracy": 1.0, "ap": 1.0}}) is None
+
+
+def test_own_and_published_figures_stand_in_their_columns():
+    own = {"ProGAN": (0.61, 0.72), "mine": (0.9, 0.8), "DALLE-3": (0.5, 0.25)}
+    measured = {name: {"accuracy": accuracy, "ap": ap} for name, (accuracy, ap) in own.items()}
+    comparison = published.compare("AIGIBench", measured)
+    assert published_generators(comparison) == [
+        ["generator", "accuracy", "published", "AP", "published"],
+        ["DALLE-3", "50.0", "41.5", "25.0", "40.8"],
+        ["ProGAN", "61.0", "99.7", "72.0", "100.0"],
+    ]
+    assert published_methods(comparison)[:4] == [
+        ["method", "generators", "accuracy", "AP"],
+        ["this model", "2 of 25", "55.5", "48.5"],
+        ["DGS-Net, published", "the same 2", "70.6", "70.4"],
+        ["DGS-Net, published", "all 25", "82.3", "87.8"],
+    ]
+    assert len(comparison.missing) == 23 and comparison.missing[:3] == ["BLIP", "BlendFace", "CommunityAI"]
 
 
 def test_three_layouts_at_once(model, tmp_path, capsys):

@@ -5,7 +5,7 @@ import re
 from html.parser import HTMLParser
 
 import numpy as np
-from dgsnet.evaluation.report import verdict, write_page
+from dgsnet.evaluation.report import markdown, verdict, write_page
 from dgsnet.evaluation.results import Evaluation, Score
 
 from tests.support.tables import measure
@@ -74,6 +74,21 @@ def test_the_mistakes_furthest_from_the_threshold_come_first(tmp_path):
     shown = re.findall(r"<b>([0-9.]+)</b> g\s*<small>(.*?)</small>", text)
     expected = [*sorted(wrong[0], reverse=True)[:8], *sorted(wrong[1])[:8]]
     assert shown == [(f"{value:.3f}", f"{value}.png") for value in expected]
+
+
+def test_a_distortion_is_shaded_by_how_far_it_leads_to_guessing(tmp_path):
+    found = [
+        Score(f"{label}{i}", "a|b", label, p, distortion=distortion)
+        for distortion, below in (("", 1), ("jpeg:50", 3), ("blur:1", 6), ("crop:0.9", 0))
+        for label, scores in ((0, [0.5] * 4), (1, [0.2] * below + [0.8] * (10 - below)))
+        for i, p in enumerate(scores)
+    ]
+    evaluation = Evaluation(found)
+    write_page(tmp_path / "r.html", evaluation, model="m")
+    cells = re.findall(r'style="--loss:(\d+)">([0-9.]+)<', (tmp_path / "r.html").read_text())
+    assert cells == [("0", "90.0"), ("50", "70.0"), ("100", "40.0"), ("0", "100.0")]
+    assert "Of the distortions blur:1 costs most: \N{MINUS SIGN}50.0 points of AUC." in verdict(evaluation)
+    assert "| a\\|b | " in markdown(evaluation)
 
 
 def test_the_verdict_names_the_worst_first():

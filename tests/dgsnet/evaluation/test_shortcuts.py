@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from dgsnet import cli
 from dgsnet.audit.audit import audit_command
-from dgsnet.audit.shortcuts import FileModel
+from dgsnet.audit.shortcuts import FileModel, interval
 from dgsnet.data.nuisances import NUISANCES
-from dgsnet.evaluation.metrics import SHORTCUT_MEASURES, metrics
+from dgsnet.evaluation.metrics import CONFIDENCE, SHORTCUT_MEASURES, metrics
 from dgsnet.evaluation.shortcuts import file_shortcut
 from PIL import Image
 
@@ -76,6 +76,20 @@ def test_the_measures_are_those_of_their_images():
     }
     worst = min(groups, key=groups.get)
     assert (result.worst_group, result.values["worst_group_accuracy"]) == (worst, groups[worst])
+
+
+def test_the_files_auc_is_as_sure_as_its_images_are_many():
+    """Of other data's model nothing is learned here; of few images of one class little is known."""
+    training, labels, _ = images(100, share=0.9)
+    model = FileModel.fit(training, labels)
+    found, labels, rng = images(200, seed=1)
+    part = np.r_[:200, 200:230]
+    for known, trained in ((model, False), (None, True)):
+        result = file_shortcut(found[part], labels[part], rng.random(230), 0.5, known)
+        auc = result.values["file_auc"]
+        expected = interval(auc, 200, 30, trained=trained, confidence=CONFIDENCE)
+        assert 0.6 < auc < 1 and result.intervals["file_auc"] == expected[1:]
+        assert interval(auc, 30, 200, trained=trained, confidence=CONFIDENCE) != expected
 
 
 def test_the_word_of_other_data():
