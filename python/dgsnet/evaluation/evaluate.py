@@ -116,7 +116,7 @@ def evaluate(
     )
 
 
-def _journal(path: Path, detector: Detector, listed: Sequence[tuple[str, Sample]]) -> Table:
+def _journal(path: Path, detector: Detector, listed: Sequence[tuple[str, Item]]) -> Table:
     """The logits that are there, and more to come."""
     images = hashlib.sha256()
     for suite, sample in listed:
@@ -124,7 +124,7 @@ def _journal(path: Path, detector: Detector, listed: Sequence[tuple[str, Sample]
     return Table(path, detector.settings() | {"images": images.hexdigest()[:16]}, COLUMNS)
 
 
-def _kept(table: Table, listed: Sequence[tuple[str, Sample]]) -> dict[str, dict[int, tuple[float, str]]]:
+def _kept(table: Table, listed: Sequence[tuple[str, Item]]) -> dict[str, dict[int, tuple[float, str]]]:
     """Distortion to index of the image to (logit, error)."""
     kept: dict[str, dict[int, tuple[float, str]]] = {}
     for number, row in enumerate(table.rows(), 2):

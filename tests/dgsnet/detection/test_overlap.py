@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 from dgsnet.data.images import file_hash
-from dgsnet.data.sources import Item
+from dgsnet.data.items import Item
 from dgsnet.detection.overlap import in_training, warn_of_training_images
 from dgsnet.evaluation.evaluate import evaluate_command
 
@@ -16,19 +16,19 @@ def trained(tmp_path):
     run, paths = save_tiny(tmp_path, CROP), sorted(save_noise(tmp_path, 7).glob("*.png"))
     known = [file_hash(paths[i].read_bytes()) for i in (2, 3, 5)]
     np.save(run / "best" / "training_images.npy", np.unique(known))
-    return run, [Item(str(path), str(path)) for path in paths]
+    return run, [Item(str(path)) for path in paths]
 
 
 def test_a_copy_is_known_under_any_name(trained, tmp_path):
     run, items = trained
     copy = tmp_path / "copy.png"
     copy.write_bytes((tmp_path / "03.png").read_bytes())
-    items = [Item("gone.png", str(tmp_path / "gone.png")), *items[::-1], Item("copy", str(copy))]
-    assert [item.name.rpartition("/")[2] for item in in_training(run, items)] == [
+    items = [Item(str(tmp_path / "gone.png")), *items[::-1], Item(str(copy))]
+    assert [item.path.rpartition("/")[2] for item in in_training(run, items)] == [
         "05.png",
         "03.png",
         "02.png",
-        "copy",
+        "copy.png",
     ]
     (run / "best" / "training_images.npy").unlink()
     assert in_training(run, items) == []
@@ -41,7 +41,7 @@ def test_one_line_says_how_many(trained, capsys, end, said):
     error = capsys.readouterr().err
     assert error.count("\n") == bool(said)
     if said:
-        assert f"warning: {said} in this model's training, such as {items[2].name}: " in error
+        assert f"warning: {said} in this model's training, such as {items[2].path}: " in error
 
 
 def test_an_evaluation_on_them_says_so(trained, tmp_path, capsys):

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import psutil
 import pytest
-from dgsnet.data.sources import Item
+from dgsnet.data.items import Item
 from dgsnet.detection import provenance
 from dgsnet.detection.provenance import Provenance, ProvenanceReader
 from dgsnet.errors import UserError

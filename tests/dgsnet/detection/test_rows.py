@@ -1,7 +1,7 @@
 """A score as a row, and the images that have none yet."""
 
 import pytest
-from dgsnet.data.sources import Item
+from dgsnet.data.items import Item
 from dgsnet.data.tables import Table
 from dgsnet.detection.detector import Detector
 from dgsnet.detection.rows import Row, Todo, columns
@@ -52,4 +52,4 @@ def test_images_without_a_row_come_in_their_order(tmp_path, done, left):
     with Table(tmp_path / "t", {"s": 1}, Row._fields) as table:
         table.add(Row(f"{tmp_path}/d", 0.5, "real", "")._asdict())  # later than what was there
         todo = Todo([str(tmp_path / "l.txt")], table.path, table.end)
-        assert [item.name.rpartition("/")[2] for item in todo] == list(left)
+        assert [item.path.rpartition("/")[2] for item in todo] == list(left)

@@ -8,7 +8,7 @@ from dataclasses import asdict
 
 import pytest
 from dgsnet import cli
-from dgsnet.data.samples import find_samples
+from dgsnet.data.items import find_samples
 from dgsnet.detection.detector import Detector
 from dgsnet.errors import UserError
 from dgsnet.model.checkpoint import fingerprint, trained_state
