@@ -28,8 +28,9 @@ from dgsnet.builtin.photographs import PHOTOGRAPHS
 from dgsnet.config import Config, DataConfig, ModelConfig, OptimConfig, PreprocessConfig, SurgeryConfig
 from dgsnet.data.captions import attach_captions
 from dgsnet.data.items import find_samples
-from dgsnet.training import run
+from dgsnet.training.plan import Job
 from dgsnet.training.setup import accelerator_for
+from dgsnet.training.trainer import Trainer
 from PIL import Image
 
 IN_STEPS, ONCE, PLAIN = "tower in every step", "features computed once", "plain LoRA, stage 2 alone"
@@ -75,7 +76,7 @@ def time_of(config: Config, threads: int, answer: multiprocessing.connection.Con
             contextlib.redirect_stdout(silence),
             contextlib.redirect_stderr(silence),
         ):
-            whole = run._Run(config, Path(folder), accelerator, samples, [], None)
+            whole = Trainer(Job(config, Path(folder), samples, []), accelerator)
             start, cpu = time.perf_counter(), time.process_time()
             whole.train()
             seconds = {"s": time.perf_counter() - start, "cpu_s": time.process_time() - cpu}

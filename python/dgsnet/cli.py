@@ -41,7 +41,7 @@ COMMANDS = {
         "tell how much of the label files and captions give away", "dgsnet.audit.audit", "audit_command"
     ),
     "train": Command("train a detector", "dgsnet.cli", "train_command"),
-    "update": Command("teach a detector new generators", "dgsnet.training.update", "update_command"),
+    "update": Command("teach a detector new generators", "dgsnet.training.update", "update"),
     "evaluate": Command(
         "measure a detector on labelled images", "dgsnet.evaluation.evaluate", "evaluate_command"
     ),

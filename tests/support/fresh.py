@@ -19,7 +19,7 @@ FORKSERVER.set_forkserver_preload(
         "dgsnet.audit.shortcuts",
         "dgsnet.detection.scoring",
         "dgsnet.evaluation.evaluate",
-        "dgsnet.training.run",
+        "dgsnet.training.trainer",
         "docstring_parser",
         "pyarrow.parquet",
         "sklearn.metrics",

@@ -1,4 +1,4 @@
-"""What can be told of a run before anything heavy is imported: about its folder, settings and data."""
+"""Checks of a run's folder, settings and data, made before anything heavy is imported."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def check_folder(config: Config, out: Path, resume: bool) -> None:
 
 
 def check_experts(config: Config) -> None:
-    """Refuse captions that no tower reads, and experts or a pull to the teacher that nothing would use."""
+    """Refuse captions without a text tower, and experts or distillation without the three branches."""
     given = {
         f"surgery.text={config.surgery.text}": config.surgery.text != "project",
         f"surgery.distillation={config.surgery.distillation:g}": config.surgery.distillation > 0,
@@ -94,9 +94,9 @@ def training_samples(config: Config, roots: list[str] | str, split: str) -> list
 
 
 def warn_of_shortcuts(config: Config, samples: list[Item]) -> None:
-    """One line on stderr where the files give labels away and no expert takes that off the student.
+    """Warn in one line on stderr if the files give the labels away and there is no expert on files.
 
-    A sample of the files is read, for seconds at most; what so few do not show is left to `dgsnet audit`.
+    A sample of the files is read, for seconds at most; `dgsnet audit` reads all.
     """
     if uses_nuisances(config):
         return
@@ -104,7 +104,7 @@ def warn_of_shortcuts(config: Config, samples: list[Item]) -> None:
 
     try:
         found = audit(samples, most=SHORTCUT_IMAGES, seconds=SHORTCUT_SECONDS)
-    except UserError:  # too few that can be read: training tells of them
+    except UserError:  # too few can be read; training will report them
         return
     files, names = found.shortcuts.files, found.shortcuts.strongest
     if files.found or names:

@@ -57,7 +57,7 @@ def moments(
 
 
 def summary(moments: Tensor) -> dict[str, float]:
-    """What the moments say; NaN where they do not (no expert, batches below 4, a single class).
+    """Measures from the moments; NaN without an expert, with batches below 4 or with a single class.
 
     - prior/drift: ||mean f - mean f_T|| / ||mean f_T||, of student's and teacher's features.
     - prior/cka: linear centred kernel alignment of the two, 1 for features equal but for rotation and scale.

@@ -17,11 +17,11 @@ from dgsnet.data.images import ImageError
 from dgsnet.data.items import Item
 from dgsnet.data.nuisances import NUISANCES, file_nuisances
 
-# Adam's rate for numbers of unit variance, whatever suits the backbone: the expert has to be ahead of the
-# student to take anything off it.
+# Adam's rate for numbers of unit variance, whatever suits the backbone: the expert has to learn faster than
+# the student, or the student learns from the files first.
 LEARNING_RATE = 1e-2
 MOST_FILES = 2**14  # enough for a mean and a deviation; a training set may have millions
-LEAST_DEVIATION = 0.05  # so that a rare yes is no huge number
+LEAST_DEVIATION = 0.05  # a rare yes, divided by its deviation, must not become a huge number
 
 
 class FileExpert(nn.Module):
@@ -47,7 +47,7 @@ class FileExpert(nn.Module):
     def standardise(self, samples: list[Item], *, progress: bool = False) -> None:
         """Take mean and deviation from the files, of many from MOST_FILES evenly spaced ones.
 
-        Files that cannot be read are left out here; training tells of them when it comes to them.
+        Files that cannot be read are left out; training reports them when it reads them.
         """
         rows = []
         chosen = samples[:: math.ceil(len(samples) / MOST_FILES)]

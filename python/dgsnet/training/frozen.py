@@ -1,4 +1,4 @@
-"""What frozen towers say, computed once, so that they need not run in a training step.
+"""Features of the frozen towers, computed once, so that the towers need not run in a training step.
 
 The features are kept on disk, in immutable `.npy` files of rows, which are memory-mapped. New ones go to a
 new file that appears complete, so several processes may share a folder, and a kill costs at most one file.
@@ -7,12 +7,13 @@ Captions have a folder per text encoder; images one per set of images, views, pr
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import sys
 import zlib
-from collections.abc import Iterable, Set
+from collections.abc import Iterable, Iterator, Set
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,6 +40,32 @@ CHUNK = 1024  # images of a file
 def default_folder() -> Path:
     """$XDG_CACHE_HOME/dgsnet, or ~/.cache/dgsnet."""
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "dgsnet"
+
+
+@contextlib.contextmanager
+def _kept(folder: str | Path, kind: str, identity: str) -> Iterator[Path]:
+    """A store's folder in the cache, made if missing; UserError if it cannot be written."""
+    store = Path(folder or default_folder()).expanduser() / kind / identity
+    try:
+        store.mkdir(parents=True, exist_ok=True)
+        yield store
+    except OSError as error:
+        raise UserError(
+            f"features cannot be kept in {store} ({error.strerror or error}): set data.cache to another "
+            "folder"
+        ) from None
+
+
+def _load(path: Path) -> np.ndarray:
+    """A file of a store, memory-mapped; UserError if it is damaged."""
+    try:
+        return np.load(path, mmap_mode="r")
+    except (ValueError, EOFError) as error:
+        raise _unusable(path, f"damaged ({error})") from None
+
+
+def _unusable(path: Path, why: str) -> UserError:
+    return UserError(f"{path} is {why}: remove it, it will be computed again")
 
 
 class CaptionFeatures:
@@ -69,29 +96,22 @@ class CaptionFeatures:
         if model.text is None:
             raise ValueError("the model was built with with_text=False and has no text tower")
         keys = {_key(caption): caption for caption in captions}
-        folder = Path(folder or default_folder()).expanduser() / "text" / encoder_identity(model.text)
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            self._places: dict[bytes, tuple[np.ndarray, int]] = {}
-            for path in sorted(folder.glob("*.npy")):
+        self._places: dict[bytes, tuple[np.ndarray, int]] = {}
+        with _kept(folder, "text", encoder_identity(model.text)) as store:
+            for path in sorted(store.glob("*.npy")):
                 self._add(path, keys.keys())
             missing = sorted(keys.keys() - self._places.keys(), key=lambda k: (len(keys[k]), keys[k]))
             if missing:
-                path = _encode(model, [keys[key] for key in missing], missing, folder, progress)
+                path = _encode(model, [keys[key] for key in missing], missing, store, progress)
                 self._add(path, keys.keys())
-        except OSError as error:
-            raise UserError(
-                f"text features cannot be kept in {folder} ({error.strerror or error}): set data.cache to "
-                "another folder"
-            ) from None
 
     def _add(self, path: Path, wanted: Set[bytes]) -> None:
+        rows = _load(path)
         try:
-            rows = np.load(path, mmap_mode="r")
             found = {key.tobytes(): i for i, key in enumerate(rows["key"])}
             features = rows["feature"]
-        except (ValueError, IndexError, EOFError) as error:
-            raise UserError(f"{path} is damaged ({error}): remove it, it will be computed again") from None
+        except (ValueError, IndexError) as error:
+            raise _unusable(path, f"damaged ({error})") from None
         self._places |= {key: (features, found[key]) for key in wanted & found.keys()}
 
     def __call__(self, captions: list[str]) -> Tensor:
@@ -148,7 +168,7 @@ class ImageFeatures:
         accelerator: of the processes, which share the work.
         workers: decoding processes.
         folder: the cache's folder; "" is `default_folder()`.
-        encoder: tells the model's weights and precision from others.
+        encoder: a name for the model's weights and precision, part of the store's key.
 
     Raises:
         UserError: the store is damaged or foreign or cannot be written.
@@ -167,23 +187,16 @@ class ImageFeatures:
         self._identity = _views_identity(dataset, encoder)
         self._dtype = np.dtype([("check", "<u4"), ("hash", "<i8"), ("feature", "<f4", (model.dim,))])
         self._files: dict[int, np.ndarray] = {}
-        self._folder = Path(folder or default_folder()).expanduser() / "images" / self._identity
         # All processes share the work; where they have no common disk, those of a machine do what is left.
         local, here = accelerator.local_process_index, int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         shares = ((accelerator.process_index, accelerator.num_processes), (local % here, here))
-        try:
-            self._folder.mkdir(parents=True, exist_ok=True)
+        with _kept(folder, "images", self._identity) as self._folder:
             for first, step in shares:
                 mine = self._missing()[first::step]
                 accelerator.wait_for_everyone()  # all have seen the same files
                 if mine:
                     self._compute(mine, model, accelerator, workers)
                 accelerator.wait_for_everyone()
-        except OSError as error:
-            raise UserError(
-                f"image features cannot be kept in {self._folder} ({error.strerror or error}): set "
-                "data.cache to another folder"
-            ) from None
 
     def __call__(self, index: Tensor, epoch: int, hashes: Tensor) -> Tensor:
         """Features [n, D], float32, on the CPU, of images as an epoch sees them.
@@ -217,8 +230,7 @@ class ImageFeatures:
             self._files[file] = self._open(file)
         found = self._files[file][place]
         if found["check"] != self._check(row, found):
-            path = self._path(file)
-            raise UserError(f"{path} is damaged or of another store: remove it, it will be computed again")
+            raise _unusable(self._path(file), "damaged or of another store")
         return found
 
     def _check(self, row: int, content: np.void) -> int:
@@ -233,13 +245,9 @@ class ImageFeatures:
         return range(file * CHUNK, min((file + 1) * CHUNK, len(self.dataset) * self.dataset.views))
 
     def _open(self, file: int) -> np.ndarray:
-        path = self._path(file)
-        try:
-            rows = np.load(path, mmap_mode="r")
-        except (ValueError, EOFError) as error:
-            raise UserError(f"{path} is damaged ({error}): remove it, it will be computed again") from None
+        rows = _load(self._path(file))
         if rows.dtype != self._dtype or rows.shape != (len(self._places(file)),):
-            raise UserError(f"{path} is of another store: remove it, it will be computed again")
+            raise _unusable(self._path(file), "of another store")
         return rows
 
     def _missing(self) -> list[int]:
@@ -266,7 +274,7 @@ class ImageFeatures:
         for file in tqdm(files, desc="frozen features", unit_scale=CHUNK, unit=" images", disable=not shown):
             rows = self._places(file)
             content = np.zeros(len(rows), self._dtype)
-            content["feature"] = np.nan  # of what cannot be read, of which training tells
+            content["feature"] = np.nan  # where the image cannot be read, which training reports
             for _ in range(0, len(rows), BATCH):
                 batch = next(loaded)
                 if len(batch["labels"]):
@@ -308,14 +316,14 @@ class _WithoutPixels(Dataset):
     def __getitem__(self, index: int) -> dict[str, Any]:
         row = self.features._row(index, epoch=0)
         if np.isnan(row["feature"]).all():
-            return self.dataset[index]  # which tells why it cannot be read
+            return self.dataset[index]  # with the error, since it cannot be read
         sample = self.dataset.samples[index]
         item = {"label": sample.label, "caption": sample.caption or "", "index": index}
         return item | {"pixels": torch.empty(0), "hash": int(row["hash"])}
 
 
 def _views_identity(dataset: ImageDataset, encoder: str) -> str:
-    """A hash of all that decides the features; for the content of a file its size and time stand."""
+    """A hash of all that decides the features; size and time of a file stand for its content."""
     digest = hashlib.sha256()
     settings = (encoder, asdict(dataset.preprocess.config), dataset.seed, dataset.views)
     digest.update(json.dumps(settings).encode())

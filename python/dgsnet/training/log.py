@@ -1,4 +1,4 @@
-"""What a run tells of itself: metrics.csv, TensorBoard and its progress."""
+"""The records of a run: metrics.csv, TensorBoard, and its progress on stderr."""
 
 from __future__ import annotations
 
@@ -29,24 +29,29 @@ class Log:
     Args:
         out: the run's folder.
         accelerator: carries the tracker.
-        size: bytes of metrics.csv that count, None for a new run.
-        step: the run's step; TensorBoard hides what it had after it.
     """
 
-    def __init__(self, out: Path, accelerator: Accelerator, size: int | None, step: int) -> None:
-        self.accelerator = accelerator
-        accelerator.init_trackers("tensorboard", init_kwargs={"tensorboard": {"purge_step": step + 1}})
+    def __init__(self, out: Path, accelerator: Accelerator) -> None:
+        self.out, self.accelerator = out, accelerator
         self.file: io.TextIOWrapper | None = None
-        if not accelerator.is_main_process:
+
+    def open(self, size: int | None, step: int) -> None:
+        """Begin to write: after `size` bytes of metrics.csv (None: it is new), after `step` in TensorBoard.
+
+        UserError if metrics.csv has fewer bytes.
+        """
+        trackers = {"tensorboard": {"purge_step": step + 1}}
+        self.accelerator.init_trackers("tensorboard", init_kwargs=trackers)
+        if not self.accelerator.is_main_process:
             return
-        path = out / METRICS_FILE
+        path = self.out / METRICS_FILE
         if size is None:
             write_file(path, (",".join(COLUMNS) + "\n").encode())
         elif path.is_file() and path.stat().st_size >= size:
             os.truncate(path, size)
         else:
             raise UserError(
-                f"cannot resume {out}: {path} is shorter than it was; put it back or start a new run"
+                f"cannot resume {self.out}: {path} is shorter than it was; put it back or start a new run"
             )
         self.file = open(path, "a", newline="", encoding="utf-8")  # noqa: SIM115 - open as long as the run
         self.writer = csv.DictWriter(self.file, COLUMNS, restval="", lineterminator="\n")
@@ -68,7 +73,7 @@ class Log:
 
 
 class Progress:
-    """How far an epoch is, on stderr: a bar on a terminal, a line for every `tell` in a log.
+    """How far an epoch is, on stderr: a bar on a terminal, a line for every `show` in a log.
 
     Args:
         place: stage and epoch in words.
@@ -100,7 +105,7 @@ class Progress:
         """Images per second since the epoch was begun or gone on with."""
         return self.images / (time.monotonic() - self.begun)
 
-    def tell(self, loss: float) -> None:
+    def show(self, loss: float) -> None:
         """Show the loss, the speed and, as the bar does by itself, the time that is left of the epoch."""
         self.bar.set_postfix_str(f"loss {loss:.4f}, {self.speed:.1f} images/s")
         if self.lines:

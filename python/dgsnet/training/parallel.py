@@ -1,4 +1,4 @@
-"""Several processes: weights sharded over them (FSDP2), and states that do not tell how many there were.
+"""Several processes: weights sharded over them (FSDP2), and states that any number of them can load.
 
 PyTorch's own functions are used rather than accelerate's plugin: that has no effect without a GPU, so that
 nothing about it could be tested on a CPU, and a model is sharded once here for two stages.

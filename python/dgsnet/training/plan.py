@@ -1,14 +1,38 @@
-"""Who sees what when: stages, the position of a run, and optimiser steps cut into even micro-batches."""
+"""Stages, the position of a run, and optimiser steps cut into even micro-batches."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
+from dgsnet.config import Config
+from dgsnet.data.items import Item
+from dgsnet.training.replay import Update
+
 HEAD, BRANCHES = 1, 2  # the stages
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is to be trained, and where.
+
+    Args:
+        config: the settings.
+        out: the folder, which no other job writes to.
+        samples: images to train on.
+        val: images to validate on; may be empty.
+        update: what makes it an update of a detector.
+    """
+
+    config: Config
+    out: Path
+    samples: list[Item]
+    val: list[Item]
+    update: Update | None = None
 
 
 @dataclass

@@ -29,7 +29,7 @@ class Update:
         rule: of WEIGHTINGS, or "none".
         ratio: replayed images for each new one of a step.
         seed: decides which old images a step replays.
-        told: what is stored with the model of it; anything JSON can hold.
+        record: what is stored of it with the model; anything JSON can hold.
     """
 
     start: dict[str, Tensor]
@@ -38,7 +38,7 @@ class Update:
     rule: str
     ratio: float
     seed: int
-    told: dict[str, str]
+    record: dict[str, str]
 
     @property
     def replayed(self) -> list[Item]:

@@ -54,10 +54,10 @@ def largest_batch(config: Config, device: torch.device, start: int = LARGEST_BAT
         text = torch.zeros(batch_size, model.dim, device=device) if step.captioned else None
         nuisances = torch.zeros(batch_size, len(NUISANCES), device=device) if expert else None
         with torch.autocast(device.type, torch.float16, enabled=config.optim.precision == "fp16"):
-            loss, _, harmful, _ = step(pixels, torch.zeros(batch_size, device=device), text, nuisances)
-        loss.backward(retain_graph=harmful is not None)
-        if harmful is not None:
-            harmful.backward()
+            found = step(pixels, torch.zeros(batch_size, device=device), text, nuisances)
+        found.loss.backward(retain_graph=found.harmful is not None)
+        if found.harmful is not None:
+            found.harmful.backward()
         step.zero_grad()
         return batch_size
 

@@ -1,16 +1,16 @@
-"""One forward pass of a stage, from images to losses, and what its optimiser is told."""
+"""One forward pass of a stage, from images to losses, and what its optimiser trains."""
 
 from __future__ import annotations
 
 import re
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dgs_kernels import OptimizerSurgery
+from dgs_kernels import OptimizerSurgery, SurgeryHeadOutput
 from dgsnet.config import OptimConfig, SurgeryConfig
 from dgsnet.data.nuisances import NUISANCES
 from dgsnet.model.dgsnet import DGSNet
@@ -29,6 +29,44 @@ def speed_up(model: DGSNet, optim: OptimConfig) -> DGSNet:
     if optim.compile != "no":
         model.compile_blocks(optim.compile)
     return model
+
+
+class Batch(NamedTuple):
+    """What a step is given.
+
+    Args:
+        pixels: normalised images [B, 3, S, S].
+        labels: [B], 0 or 1.
+        text: text features [B, D], if the step is captioned.
+        nuisances: [B, len(NUISANCES)], if there is an expert on files.
+        frozen: the frozen tower's features [B, D], where they are known.
+    """
+
+    pixels: Tensor
+    labels: Tensor
+    text: Tensor | None = None
+    nuisances: Tensor | None = None
+    frozen: Tensor | None = None
+
+
+class Found(NamedTuple):
+    """What a step finds; all are means over the batch.
+
+    Args:
+        loss: to differentiate.
+        values: TRAIN_COLUMNS, detached [5].
+        harmful: the harmful reference loss of layer-wise surgery, where there are captions.
+        moments: `drift.moments`, of three branches.
+    """
+
+    loss: Tensor
+    values: Tensor
+    harmful: Tensor | None = None
+    moments: Tensor | None = None
+
+
+# What the head finds, the experts' logits as constants, and the harmful reference loss.
+Branches = tuple[SurgeryHeadOutput, Tensor | None, Tensor | None]
 
 
 class Step(nn.Module):
@@ -51,7 +89,9 @@ class Step(nn.Module):
         expert: FileExpert | None = None,
     ) -> None:
         super().__init__()
-        self.model, self.surgery, self.captioned, self.expert = model, surgery, captioned, expert
+        self.model, self.expert = model, expert
+        self.surgery = surgery or SurgeryConfig(mode="none")
+        self.captioned = captioned and surgery is not None
         self.enter(stage)
 
     def enter(self, stage: int) -> None:
@@ -62,9 +102,7 @@ class Step(nn.Module):
                 parameter.requires_grad_(stage == BRANCHES)
         self.model.head.teacher_head.requires_grad_(stage == HEAD)
         # Without captions the text head has no gradient, and data parallelism must not wait for one.
-        self.model.head.text_head.requires_grad_(
-            stage == BRANCHES and self.surgery is not None and self.captioned
-        )
+        self.model.head.text_head.requires_grad_(stage == BRANCHES and self.captioned)
         if self.expert is not None:
             self.expert.requires_grad_(stage == BRANCHES)
 
@@ -75,10 +113,8 @@ class Step(nn.Module):
         text: Tensor | None = None,
         nuisances: Tensor | None = None,
         frozen: Tensor | None = None,
-    ) -> tuple[Tensor | None, ...] | Tensor:
-        """The loss to differentiate, TRAIN_COLUMNS as one detached tensor [5], for layer-wise surgery the
-        harmful reference loss, and with three branches `drift.moments`; means over the batch. Without labels,
-        the logits of the head in training. `frozen` [B, D]: the frozen tower's features, where known.
+    ) -> Found | Tensor:
+        """The losses of a `Batch`, given in its parts; of pixels alone, logits [B] of the head that trains.
 
         An empty batch (all its images damaged, or none for this process in an epoch's last step) counts as a
         black image of no weight, so that this process takes part in what the processes exchange.
@@ -88,92 +124,89 @@ class Step(nn.Module):
             pixels = pixels.new_zeros(1, 3, self.model.image_size, self.model.image_size)
         if labels is None:
             return (self.model.teacher_logits if self.stage == HEAD else self.model.logits)(pixels)
-        if not empty:
-            return self._losses(pixels, labels, text, nuisances, frozen)
-        text = pixels.new_zeros(1, self.model.dim) if self.captioned else None
-        nuisances = None if self.expert is None else pixels.new_zeros(1, len(NUISANCES))
-        found = self._losses(pixels, labels.new_zeros(1), text, nuisances, None)
-        return tuple(None if value is None else value * 0 for value in found)
+        if empty:
+            labels, frozen = labels.new_zeros(1), None
+            text = pixels.new_zeros(1, self.model.dim) if self.captioned else None
+            nuisances = None if self.expert is None else pixels.new_zeros(1, len(NUISANCES))
+        trained = "head" if self.stage == HEAD else self.surgery.mode
+        found = LOSSES[trained](self, Batch(pixels, labels, text, nuisances, frozen))
+        return Found._make(x if x is None else x * 0 for x in found) if empty else found
 
-    def _losses(
-        self,
-        pixels: Tensor,
-        labels: Tensor,
-        text: Tensor | None,
-        nuisances: Tensor | None,
-        frozen: Tensor | None,
-    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-        if self.stage == HEAD or self.surgery is None:
-            return self._one_branch(pixels, labels, frozen)
-        surgery = self.surgery
-        # Before the student, while no activations are kept for backward.
-        teacher = self.model.teacher_features(pixels) if frozen is None else frozen
-        student = self.model.student_features(pixels)
-        options = {k: getattr(surgery, k) for k in ("order", "eps", "reference_batch_size", "distillation")}
-        harmful = text_logits = offsets = None
-        with torch.autocast(pixels.device.type, enabled=False):  # heads and losses stay in fp32
+    def _teacher_alone(self, batch: Batch) -> Found:
+        features = self.model.teacher_features(batch.pixels) if batch.frozen is None else batch.frozen
+        return _one_branch(self.model.head.teacher_head, features, batch.labels)
+
+    def _student_alone(self, batch: Batch) -> Found:
+        features = batch.frozen
+        if features is None or self.model.config.lora_rank:  # without adapters it is the frozen tower
+            features = self.model.student_features(batch.pixels)
+        return _one_branch(self.model.head.image_head, features, batch.labels)
+
+    def _branches(self, batch: Batch, by: Callable[..., Branches]) -> Found:
+        """The three branches and, if there is one, the expert on files; `by` runs the head."""
+        # The teacher comes first, while no activations are kept for backward.
+        teacher = self.model.teacher_features(batch.pixels) if batch.frozen is None else batch.frozen
+        student = self.model.student_features(batch.pixels)
+        with torch.autocast(student.device.type, enabled=False):  # heads and losses stay in fp32
             student, teacher = _wide(student), _wide(teacher)
-            nuisance_loss = student.new_zeros(())
-            if self.expert is not None and nuisances is not None:
-                logits = self.expert(nuisances)
-                nuisance_loss = F.binary_cross_entropy_with_logits(logits, labels)
+            nuisance_loss, offsets = student.new_zeros(()), None
+            if self.expert is not None and batch.nuisances is not None:
+                logits = self.expert(batch.nuisances)
+                nuisance_loss = F.binary_cross_entropy_with_logits(logits, batch.labels)
                 offsets = logits.detach()
-            expert_logits = offsets
-            if surgery.mode == "layer":
-                text_loss = None
-                if text is not None:
-                    text_loss, text_logits, harmful = self._harmful(student, text, labels)
-                    expert_logits = _sum(text_logits, offsets)
-                # Without text features nothing is projected here; the alignment stays.
-                offsets = expert_logits if surgery.text == "both" else offsets
-                out = self.model.head(student, teacher, None, labels, offsets=offsets, **options)
-                out = out if text_loss is None else out._replace(text_loss=text_loss)
-            else:
-                out = self.model.head(
-                    student, teacher, text, labels, text=surgery.text, offsets=offsets, **options
-                )
-                expert_logits = _sum(out.text_logits, offsets)
-            loss = out.image_loss + out.text_loss + surgery.alignment * out.alignment_loss
+            out, experts, harmful = by(student, teacher, batch, offsets)
+            loss = out.image_loss + out.text_loss + self.surgery.alignment * out.alignment_loss
             loss = loss + out.distillation_loss + nuisance_loss
-            moments = drift.moments(
-                (out.distillation_loss, nuisance_loss),
-                student,
-                teacher,
-                out.image_logits,
-                expert_logits,
-                labels,
-            )
-        losses = (loss, out.image_loss, out.text_loss, out.alignment_loss)
-        return loss, _values(losses, out.image_logits, labels), harmful, moments
+            losses = (loss, out.image_loss, out.text_loss, out.alignment_loss)
+            extra = (out.distillation_loss, nuisance_loss)
+            moments = drift.moments(extra, student, teacher, out.image_logits, experts, batch.labels)
+        return Found(loss, _values(losses, out.image_logits, batch.labels), harmful, moments)
 
-    def _harmful(self, student: Tensor, text: Tensor, labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The text loss, its logits as constants, and <student, h> with the constant harmful directions
-        h = relu(dL_text/dt).
+    def _by_feature(self, student: Tensor, teacher: Tensor, batch: Batch, offsets: Tensor | None) -> Branches:
+        """The head itself projects the gradient of the features."""
+        options = self._options() | {"text": self.surgery.text, "offsets": offsets}
+        out = self.model.head(student, teacher, batch.text, batch.labels, **options)
+        return out, _sum(out.text_logits, offsets), None
 
-        The gradient of the latter is every layer's harmful reference: the vector-Jacobian product of the
-        features with h. The beneficial one is that of the alignment loss, and needs no pass of its own.
+    def _by_layer(self, student: Tensor, teacher: Tensor, batch: Batch, offsets: Tensor | None) -> Branches:
+        """The optimiser's hook projects the gradient of every layer; the head aligns.
+
+        The gradient of <student, h>, with the constant harmful directions h = relu(dL_text/dt), is every
+        layer's harmful reference: the vector-Jacobian product of the features with h. The beneficial one is
+        that of the alignment loss, and needs no pass of its own.
         """
-        head = self.model.head.text_head
-        logits = head(text).squeeze(-1)
-        with torch.no_grad():
-            residuals = (torch.sigmoid(logits) - labels) / len(labels)
-            directions = torch.relu(residuals[:, None] * head.weight)
-        loss = F.binary_cross_entropy_with_logits(logits, labels)
-        return loss, logits.detach(), (student * directions).sum()
+        head, text_head, labels = self.model.head, self.model.head.text_head, batch.labels
+        experts, harmful, text_loss = offsets, None, student.new_zeros(())
+        if batch.text is not None:
+            logits = text_head(batch.text).squeeze(-1)
+            text_loss = F.binary_cross_entropy_with_logits(logits, labels)
+            with torch.no_grad():
+                residuals = (torch.sigmoid(logits) - labels) / len(labels)
+                directions = torch.relu(residuals[:, None] * text_head.weight)
+            harmful = (student * directions).sum()
+            experts = _sum(logits.detach(), offsets)
+        added = experts if self.surgery.text == "both" else offsets
+        out = head(student, teacher, None, labels, offsets=added, **self._options())
+        return out._replace(text_loss=text_loss), experts, harmful
 
-    def _one_branch(
-        self, pixels: Tensor, labels: Tensor, frozen: Tensor | None
-    ) -> tuple[Tensor, Tensor, None, None]:
-        teaching = self.stage == HEAD
-        if frozen is not None and (teaching or not self.model.config.lora_rank):
-            features = frozen
-        else:
-            features = (self.model.teacher_features if teaching else self.model.student_features)(pixels)
-        head = self.model.head.teacher_head if teaching else self.model.head.image_head
-        with torch.autocast(pixels.device.type, enabled=False):
-            logits = head(_wide(features)).squeeze(-1)
-            loss = F.binary_cross_entropy_with_logits(logits, labels)
-        return loss, _values((loss, *loss.new_zeros(3)), logits, labels), None, None
+    def _options(self) -> dict[str, Any]:
+        return {k: getattr(self.surgery, k) for k in ("order", "eps", "reference_batch_size", "distillation")}
+
+
+# What a step computes: in stage HEAD, and in stage BRANCHES by mode of surgery.
+LOSSES: dict[str, Callable[[Step, Batch], Found]] = {
+    "head": Step._teacher_alone,
+    "none": Step._student_alone,
+    "feature": lambda step, batch: step._branches(batch, step._by_feature),
+    "layer": lambda step, batch: step._branches(batch, step._by_layer),
+}
+
+
+def _one_branch(head: nn.Linear, features: Tensor, labels: Tensor) -> Found:
+    with torch.autocast(features.device.type, enabled=False):
+        logits = head(_wide(features)).squeeze(-1)
+        loss = F.binary_cross_entropy_with_logits(logits, labels)
+    return Found(loss, _values((loss, *loss.new_zeros(3)), logits, labels))
 
 
 def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
@@ -200,24 +233,15 @@ def parameter_groups(model: DGSNet, expert: FileExpert | None) -> list[dict[str,
 
 
 def layer_surgery(
-    optimizer: torch.optim.Optimizer,
-    surgery: SurgeryConfig,
-    scaler: torch.amp.GradScaler | None = None,
-    process_group: dist.ProcessGroup | None = None,
+    optimizer: torch.optim.Optimizer, surgery: SurgeryConfig, **processes: Any
 ) -> OptimizerSurgery:
     """Project every adapter's harmful reference out of its gradient before each step.
 
-    Positive parts are taken where signs mean something, at the features, hence the "full" rule here: the
-    signs of an adapter's A and B are arbitrary.
+    The rule is "full": the signs of an adapter's A and B are arbitrary, so that a positive part of their
+    gradients means nothing. Positive parts are taken of the features' directions. `processes`: the hook's
+    `scaler` and `process_group`.
     """
-    return OptimizerSurgery(
-        optimizer,
-        eps=surgery.eps,
-        rule="full",
-        granularity="layer",
-        scaler=scaler,
-        process_group=process_group,
-    )
+    return OptimizerSurgery(optimizer, eps=surgery.eps, rule="full", granularity="layer", **processes)
 
 
 def _values(losses: tuple[Tensor, ...], logits: Tensor, labels: Tensor) -> Tensor:

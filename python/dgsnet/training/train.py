@@ -56,7 +56,8 @@ def train(config: Config, out: str | Path, *, resume: bool = False) -> Path:
         if not announced_rank():
             warn_of_shortcuts(config, samples)
 
-        from dgsnet.training.run import run
+        from dgsnet.training.plan import Job
+        from dgsnet.training.trainer import fit
 
-        run(config, out, samples, val_samples)
+        fit(Job(config, out, samples, val_samples))
     return out

@@ -34,11 +34,12 @@ NEW, OLD = "new", "old"  # names of what is reported on, unless it is given
 CHANGES_FILE, IMAGES_FILE = "changes.json", "changes.csv"
 
 
-def update_command(
-    model: str,
+def update(
+    model: str | Path,
     data: list[str],
     replay: list[str],
-    out: str,
+    out: str | Path,
+    *,
     rule: Rule = "conflict",
     test: list[str] | None = None,
     lr: float | None = None,
@@ -47,10 +48,13 @@ def update_command(
     seed: int | None = None,
     resume: bool = False,
     pretrained: str | None = None,
-) -> None:
-    """Teach a trained detector new generators, without losing the old ones.
+) -> Path:
+    """Teach a trained detector new generators, without losing the old ones; report what changed.
 
-    Writes a run as `dgsnet train` does, and what the update gained and lost.
+    Writes a run as `dgsnet train` does, without a calibration, and what the update gained and lost. Adapters
+    and the student's head are trained on its own loss, the binary cross-entropy of the image branch, with a
+    new optimiser and otherwise the settings of the model's training. Every step takes a batch of new images
+    and, beside it, replayed ones. docs/updating.md has the rules.
 
     Args:
         model: a model folder, or the folder of a training run; it is left as it is.
@@ -60,7 +64,8 @@ def update_command(
         rule: what the replayed images do to a step. gem - no old generator's loss may rise; conflict - new
             and old gradients lose what conflicts; replay - the mean of both losses; none - nothing.
         test: labelled images to report gains and losses on, none of them trained on; NAME=PATH names a suite.
-            A fifth of --data and --replay is kept out for it if not given.
+            A fifth of --data and --replay is kept out for it if not given; of an empty list, in Python,
+            nothing is reported.
         lr: learning rate; that of the model's training if not given.
         steps: optimiser steps; one pass over the new images if not given.
         replay_share: share of a step's images that are replayed.
@@ -70,51 +75,9 @@ def update_command(
             in --out.
         pretrained: weights file of the model's backbone, in place of what the folder names; TorchScript, such
             as OpenAI's own file, has to be named here.
-    """
-    update(
-        model,
-        data,
-        replay,
-        out,
-        rule=rule,
-        test=test,
-        lr=lr,
-        steps=steps,
-        replay_share=replay_share,
-        seed=seed,
-        resume=resume,
-        pretrained=pretrained,
-    )
-
-
-def update(
-    model: str | Path,
-    data: Sequence[str],
-    replay: Sequence[str],
-    out: str | Path,
-    *,
-    rule: Rule = "conflict",
-    test: Sequence[str] | None = None,
-    lr: float | None = None,
-    steps: int | None = None,
-    replay_share: float = REPLAY_SHARE,
-    seed: int | None = None,
-    resume: bool = False,
-    pretrained: str | None = None,
-) -> Path:
-    """Train a detector further on new images, and report what changed; docs/updating.md has the rules.
-
-    Adapters and the student's head are trained on its own loss, the binary cross-entropy of the image branch,
-    with a new optimiser and otherwise the settings of the model's training. Every step takes a batch of new
-    images and, beside it, replayed ones.
-
-    Args:
-        model, data, replay, out, rule, lr, steps, replay_share, seed, resume, pretrained: as `dgsnet update`
-            has them.
-        test: test suites; None keeps a part of `data` and `replay` out; none at all: nothing is reported.
 
     Returns:
-        `out`, a run like those of `dgsnet.training.train.train`, without a calibration.
+        `out`, which every command takes as --model.
 
     Raises:
         UserError: model, data or settings cannot be used, `out` is taken or in use; one line with the remedy.
@@ -140,18 +103,19 @@ def update(
             suites = {name: kept for name, kept in ((NEW, new_out), (OLD, old_out)) if kept}
         if steps is not None:
             config = _limited(config, steps, len(new))
-        told = {
+        record = {
             "model": str(model),
             "weights": hashlib.sha256((folder / WEIGHTS_FILE).read_bytes()).hexdigest()[:16],
             "rule": rule,
             "replay_share": f"{replay_share:g}",
         }
-        _check_folder(config, out, told, resume)
+        _check_folder(config, out, record, resume)
         check_model(config.model, config.preprocess.image_size)
 
         from dgsnet.model.checkpoint import load_model, trained_on, trained_state
+        from dgsnet.training.plan import Job
         from dgsnet.training.replay import Update
-        from dgsnet.training.run import run
+        from dgsnet.training.trainer import fit
 
         started = Update(
             trained_state(load_model(folder, pretrained=config.model.pretrained)[0]),
@@ -160,10 +124,10 @@ def update(
             rule,
             ratio=replay_share / (1 - replay_share),
             seed=config.seed,
-            told=told,
+            record=record,
         )
-        write_file(out / UPDATE_FILE, (json.dumps(told, indent=2) + "\n").encode())
-        run(config, out, new, [], started)
+        write_file(out / UPDATE_FILE, (json.dumps(record, indent=2) + "\n").encode())
+        fit(Job(config, out, new, [], started))
         if suites:
             report(model, out, suites, pretrained=config.model.pretrained)
     return out
@@ -210,7 +174,7 @@ def _limited(config: Config, steps: int, images: int) -> Config:
 def _samples(
     config: Config, data: Sequence[str], replay: Sequence[str], rule: Rule
 ) -> tuple[list[Item], list[Item]]:
-    """New and old images. Nothing but old ones can hold back a detector that sees a single class."""
+    """New and old images. Without replayed ones the new images have to be of both classes."""
     old = training_samples(config, list(replay), "train")
     if rule == "none":
         new = training_samples(config, list(data), "train")
@@ -242,20 +206,20 @@ def hold_out(samples: list[Item], seed: int) -> tuple[list[Item], list[Item]]:
     return kept, [samples[place] for place in sorted(out)]
 
 
-def _check_folder(config: Config, out: Path, told: dict[str, str], resume: bool) -> None:
+def _check_folder(config: Config, out: Path, record: dict[str, str], resume: bool) -> None:
     """As check_folder, and that what is there is this update."""
     path = out / UPDATE_FILE
     if resume and path.is_file():
         try:
             before = json.loads(path.read_text())
-            other = [name for name in told if name != "model" and before[name] != told[name]]
+            other = [name for name in record if name != "model" and before[name] != record[name]]
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(f"{path} is damaged ({one_line(error)}): start in a new folder") from None
         if other:
             name = other[0]
             raise UserError(
-                f"cannot resume {out} with {name}={told[name]}, it was started with {before[name]}: give the "
-                "same options, or start in a new folder"
+                f"cannot resume {out} with {name}={record[name]}, it was started with {before[name]}: give "
+                "the same options, or start in a new folder"
             )
     elif resume and (out / CONFIG_FILE).is_file():
         raise UserError(f"--out {out} holds a run that is no update: give another folder")

@@ -1,15 +1,18 @@
 """What training says of its data before it begins."""
 
+import re
 import time
+import typing
 
 import numpy as np
 import pytest
 import torch
 from dgsnet import cli
-from dgsnet.config import Config, DataConfig
+from dgsnet.config import Config, DataConfig, PreprocessConfig
 from dgsnet.data.items import find_samples
+from dgsnet.errors import UserError
 from dgsnet.training import checks
-from dgsnet.training.checks import warn_of_shortcuts
+from dgsnet.training.checks import check_folder, warn_of_shortcuts
 from PIL import Image
 
 
@@ -64,3 +67,38 @@ def test_training_begins_with_it(data, tmp_path, capsys):
     warning, error = capsys.readouterr().err.splitlines()
     assert "the files give the label away" in warning and "fp16 needs a GPU" in error
     assert not (tmp_path / "o").exists()
+
+
+def another(value, kind):
+    """A value of a setting that is not this one."""
+    if typing.get_origin(kind) is typing.Literal:
+        return next(choice for choice in typing.get_args(kind) if choice != value)
+    if isinstance(value, list):
+        return [x / 2 for x in value] if value and isinstance(value[0], float) else [*value, "more"]
+    if isinstance(value, str):
+        return f"{value}-other"
+    if isinstance(value, float):
+        return value / 2 + 0.01
+    return not value if isinstance(value, bool) else (value or 0) + 1
+
+
+def test_a_resumed_run_may_change_what_does_not_decide_its_weights_and_nothing_else(tmp_path):
+    config = Config(data=DataConfig(train=["a"]), preprocess=PreprocessConfig(mode="crop"))
+    (tmp_path / "config.json").write_text(config.to_json())
+    check_folder(config, tmp_path, resume=True)
+    free = set()
+    hints = typing.get_type_hints(Config)
+    for name, value in config.flat().items():
+        section, _, key = name.rpartition(".")
+        kind = typing.get_type_hints(hints[section])[key] if section else hints[key]
+        values = config.to_dict()
+        (values[section] if section else values)[key] = another(value, kind)
+        try:
+            check_folder(Config.from_dict(values), tmp_path, resume=True)
+            free.add(name)
+        except UserError as error:
+            assert re.search(rf"cannot resume .* with {name}=", str(error))
+    assert free == {
+        *("data.workers", "data.prefetch", "data.cache", "optim.parallel"),
+        *("checkpoint_every", "log_every"),
+    }

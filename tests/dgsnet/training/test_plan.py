@@ -1,0 +1,44 @@
+"""Optimiser steps cut into micro-batches: the mean over their images, whatever the split."""
+
+import itertools
+
+import numpy as np
+import pytest
+from dgsnet.training.plan import StepPlan, dropout_seed
+
+
+def test_dropout_differs_with_seed_step_and_process():
+    keys = list(itertools.product(range(4), repeat=3))
+    assert len({dropout_seed(*key) for key in keys}) == len(keys)
+
+
+@pytest.mark.parametrize(
+    ("images", "batch_size", "accumulation", "world"),
+    [(32, 8, 1, 1), (33, 8, 1, 1), (33, 4, 2, 3), (50, 8, 2, 2), (7, 32, 4, 2), (1, 8, 1, 1)],
+)
+def test_a_step_is_the_mean_over_its_images(images, batch_size, accumulation, world):
+    order = list(np.random.default_rng(0).permutation(images))
+    per_step = batch_size * accumulation * world
+    plans = [StepPlan(per_step, batch_size, rank, world) for rank in range(world)]
+    for plan in plans:
+        plan.set(order)
+    steps = len(plans[0].steps)
+    assert all(len(plan.steps) == steps for plan in plans)
+    seen = 0
+    for number in range(steps):
+        size = plans[0].steps[number][0]
+        micro = [plan.steps[number][1] for plan in plans]
+        assert len({len(batches) for batches in micro}) == 1  # processes run in step
+        weight = {i: m.weight / len(m.indices) / world for ms in micro for m in ms for i in m.indices}
+        assert sorted(weight) == sorted(order[seen : seen + size])
+        assert list(weight.values()) == pytest.approx([1 / size] * size)
+        assert max(len(m.indices) for ms in micro for m in ms) <= batch_size
+        shares = [sum(len(m.indices) for m in ms) for ms in micro]
+        assert max(shares) - min(shares) <= 1
+        seen += size
+    assert seen == images
+    for plan in plans:
+        assert [m.indices for _, ms in plan.steps for m in ms] == list(plan)
+        for limit in (1, steps - 1, steps + 1):
+            plan.set(order, limit=limit)
+            assert len(plan.steps) == min(limit, steps)
