@@ -1,4 +1,4 @@
-"""Which models there are and what their settings must be, told before anything heavy is imported."""
+"""Which models there are and what their settings must be, found without importing anything heavy."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ def check_model(model: ModelConfig, image_size: int) -> None:
     """Refuse a model that does not exist, takes other images or can have no such weights.
 
     This reads open_clip's files and does not import it. What needs open_clip itself, such as the tags of its
-    weights, is told when the model is built.
+    weights, is checked when the model is built.
 
     Raises:
         UserError: one line with the remedy.

@@ -10,7 +10,7 @@ import torch
 from peft import get_peft_model_state_dict
 from torch import Tensor, nn
 
-from dgs_kernels import SurgeryHead, SurgeryHeadOutput
+from dgs_kernels import SurgeryHead
 from dgsnet.config import ModelConfig
 from dgsnet.errors import UserError
 from dgsnet.model.adapters import adapters_skipped, inject_lora
@@ -69,30 +69,6 @@ class DGSNet(nn.Module):
         self.image_size = height
         self.head = SurgeryHead(self.dim)
         self.train()
-
-    def forward(
-        self, pixels: Tensor, captions: list[str] | None = None, labels: Tensor | None = None, **surgery: Any
-    ) -> Tensor | SurgeryHeadOutput:
-        """Student logits [N]; or, given labels [N], the losses and logits of the three branches.
-
-        All trained parameters are used inside this one call, as data-parallel wrappers require.
-
-        Args:
-            pixels: normalised images [N, 3, S, S].
-            captions: one caption per image; None leaves the text branch out.
-            labels: 0 real, 1 generated.
-            surgery: `order`, `eps` and `reference_batch_size` of `dgs_kernels.surgery_head`.
-        """
-        if labels is None:
-            return self.logits(pixels)
-        teacher = self.teacher_features(pixels)  # first, while no activations are kept for backward
-        return self.head(
-            self.student_features(pixels),
-            teacher,
-            None if captions is None else self.text_features(captions),
-            labels,
-            **surgery,
-        )
 
     def student_features(self, pixels: Tensor) -> Tensor:
         """Features [N, D] of normalised images [N, 3, S, S], with adapters."""

@@ -16,13 +16,15 @@ from dgsnet.errors import UserError
 from dgsnet.model import checkpoint, pretrained
 from dgsnet.model.adapters import Adapter, merge_adapters
 from dgsnet.model.backbones import Timm, backbone_of
-from dgsnet.model.catalogue import TIMM, has_text, own_settings
+from dgsnet.model.catalogue import TIMM, check_tower, has_text, own_settings
 from dgsnet.model.dgsnet import DGSNet
+from dgsnet.training.step import TRAIN_COLUMNS
 from safetensors.torch import save_file
 from timm.layers import Attention, AttentionRope, LayerNorm
 from timm.models.eva import EvaAttention
 
 from tests.support import official, towers
+from tests.support.tiny_clip import step
 
 CAPTIONS = ["a dog", "a very blurred photograph of a cat"]
 TARGETS = {
@@ -170,11 +172,12 @@ def test_step_equals_the_naive_algorithm(name, which, order):
     scaling = model.config.lora_alpha / math.sqrt(model.config.lora_rank)
     expected = official.step(student, frozen, lora, scaling, heads, pixels, tokens, labels, order=order)
 
-    out = model(pixels, captions, labels, order=order)
-    (out.image_loss + out.text_loss + 0.2 * out.alignment_loss).backward()
+    found = step(model, pixels, captions, labels, order=order, alignment=0.2)
+    found.loss.backward()
+    losses = dict(zip(TRAIN_COLUMNS, found.values))
     gradients = {key.replace(".default", ""): p.grad for key, p in model.visual.named_parameters()}
     kinds = ("image", "text") if captions else ("image",)
-    pairs = [(getattr(out, f"{kind}_loss"), expected[kind]) for kind in (*kinds, "alignment")]
+    pairs = [(losses[f"{kind}_loss"], expected[kind]) for kind in (*kinds, "alignment")]
     pairs += [(getattr(model.head, f"{kind}_head").weight.grad, heads[kind].weight.grad) for kind in kinds]
     pairs += [(gradients[key], lora[key].grad) for key in lora]
     for ours, reference in pairs:
@@ -218,7 +221,7 @@ def test_half_precision_and_checkpointing(name):
     for enable in (False, True):
         model.zero_grad()
         model.set_grad_checkpointing(enable)
-        model(pixels, labels=labels).image_loss.backward()
+        step(model, pixels, None, labels).loss.backward()
         gradients.append([p.grad for p in model.visual.parameters() if p.requires_grad])
     assert gradients[0] and all(torch.equal(a, b) for a, b in zip(*gradients))
     assert len(calls) == 2 + 3  # teacher and student; the student's once more in backward
@@ -254,14 +257,14 @@ def test_attention_is_fused_where_the_towers_own_is(monkeypatch):
 
 
 def test_every_accepted_model_of_open_clip_is_of_a_family():
-    """Of timm's towers, without memory for their weights; open_clip's own are in test_model.py."""
+    """Of timm's towers, without memory for their weights; open_clip's own are in test_pretrained.py."""
     accepted, refused = {}, set()
     for name in open_clip.list_models():
         trunk = open_clip.get_model_config(name)["vision_cfg"].get("timm_model_name")
         if trunk is None or name.startswith("nano-"):
             continue
         try:
-            pretrained._model_config(name)
+            check_tower(name, open_clip.get_model_config(name))
         except UserError:
             refused.add(trunk)
         else:
