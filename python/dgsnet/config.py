@@ -282,15 +282,6 @@ def read_config(path: Path) -> Config:
         raise UserError(f"{path} is damaged or of another version of dgsnet: {one_line(error)}") from None
 
 
-_SECTIONS = {
-    "model": ModelConfig,
-    "preprocess": PreprocessConfig,
-    "data": DataConfig,
-    "optim": OptimConfig,
-    "surgery": SurgeryConfig,
-}
-
-
 def _flatten(values: dict[str, Any], prefix: str) -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for name, value in values.items():
@@ -311,15 +302,14 @@ def _fraction(**values: float) -> None:
 
 
 def _build(cls: type, values: dict[str, Any], where: str) -> Any:
-    known = {f.name for f in dataclasses.fields(cls)}
-    unknown = sorted(set(values) - known)
+    known = {f.name: f for f in dataclasses.fields(cls)}
+    unknown = sorted(set(values) - known.keys())
     if unknown:
         raise ValueError(f"unknown setting {where}{unknown[0]}; known: {', '.join(sorted(known))}")
     arguments = {}
     for name, value in values.items():
-        if cls is Config and name in _SECTIONS:
-            value = _build(_SECTIONS[name], value, f"{name}.")
-        elif name == "betas":
-            value = tuple(value)
-        arguments[name] = value
+        section = known[name].default_factory
+        if dataclasses.is_dataclass(section):
+            value = _build(section, value, f"{name}.")
+        arguments[name] = tuple(value) if name == "betas" else value
     return cls(**arguments)
