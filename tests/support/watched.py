@@ -1,0 +1,193 @@
+"""Commands of dgsnet, called with stand-ins that note what they are given."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import inspect
+import itertools
+import json
+import shutil
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import uvicorn
+from dgsnet.audit.shortcuts import FileModel
+from dgsnet.cli import COMMANDS, main
+from dgsnet.data.nuisances import NUISANCES
+from dgsnet.detection.detector import Detector
+from dgsnet.detection.provenance import Provenance
+from dgsnet.detection.scoring import score
+from dgsnet.errors import UserError
+from dgsnet.exchange.convert import Official
+
+from tests.support.tiny import CROP, save_noise, save_tiny
+
+# Loaded before anything is replaced: what is imported while it is would keep the replacement.
+FUNCTIONS = {name: command.load() for name, command in COMMANDS.items()}
+FILE_MODEL = FileModel([0.5], [1.5, 2.5], 3.5)
+# Real and generated images by folder.
+IMAGES = {"old/train": (1, 2), "old/val": (12, 14), "new/train": (3, 4), "new/val": (16, 19)}
+
+
+def write_files(root: Path) -> Path:
+    """A model, images of which no two are alike, and the other files that options name."""
+    save_tiny(root / "mine", CROP)
+    folders = {"noise": 3}
+    for name, counts in IMAGES.items():
+        folders |= {f"{name}/0_real": counts[0], f"{name}/1_fake": counts[1]}
+    (root / "all").mkdir()
+    pictures = iter(sorted(save_noise(root / "all", sum(folders.values()), (32, 40)).iterdir()))
+    captions = {}
+    for name, count in folders.items():
+        (root / name).mkdir(parents=True)
+        for picture in itertools.islice(pictures, count):
+            captions[f"{name}/{picture.name}"] = "sea" if "fake" in name else "sky"
+            picture.rename(root / name / picture.name)
+    for name, text in {
+        "words.json": json.dumps(captions),
+        "run.yaml": "seed: 77",
+        "audit.json": json.dumps({"model": {**vars(FILE_MODEL), "of": NUISANCES}}),
+    }.items():
+        (root / name).write_text(text)
+    return root
+
+
+class Watched:
+    """Calls commands in the current folder, with stand-ins for what they call in turn.
+
+    Args:
+        files: a folder from `write_files`.
+        monkeypatch: takes the stand-ins away again.
+
+    Attributes:
+        seen: of the last command, arguments as "function.parameter", and what its stand-ins noted besides.
+    """
+
+    def __init__(self, files: Path, monkeypatch: pytest.MonkeyPatch):
+        self.seen: dict[str, Any] = {}
+        self._monkeypatch = monkeypatch
+        self._stop = sys.maxsize
+        for entry in files.iterdir():
+            Path(entry.name).symlink_to(entry)
+        Path("mine").unlink()
+        shutil.copytree(files / "mine", "mine")
+        self._detector = Detector.load("mine", "cpu")
+        monkeypatch.setattr(torch.utils.data, "DataLoader", self._loader())
+        monkeypatch.setattr(
+            uvicorn.Server, "run", lambda server, **_: self.seen.update(app=server.config.app)
+        )
+        for home, name, answer in [
+            ("dgsnet.detection.detector", "Detector.load", self._load),
+            ("dgsnet.detection.provenance", "ProvenanceReader", lambda _, **__: Reader()),
+            ("dgsnet.detection.ray_engine", "score_on_ray", self._score_on_ray),
+            ("dgsnet.data.captioning", "Captioner", lambda _, **__: Captioner(self.seen)),
+            ("dgsnet.training.train", "train", lambda _, **__: None),
+            ("dgsnet.training.update", "update", lambda _, **__: None),
+            ("dgsnet.evaluation.evaluate", "evaluate", _evaluate_plainly),
+            ("dgsnet.exchange.convert", "convert", lambda _, **__: Official({}, {}, {}, 0, 1, False, "0")),
+            ("dgsnet.exchange.export", "export", lambda _, **__: Path("card")),
+            ("dgsnet.builtin", "write_dataset", _end),
+            ("socket", "create_server", lambda real, **_: real(("127.0.0.1", 0))),
+        ]:
+            self._replace(home, name, answer)
+
+    def call(self, words: list[str], interrupt_after: int = sys.maxsize) -> int:
+        """Call one command, interrupted after so many images or batches; returns its exit code."""
+        self.seen.clear()
+        self._stop = interrupt_after
+        try:
+            main(words)
+        except SystemExit as ended:
+            return int(ended.code or 0)
+        return 0
+
+    def _replace(self, home: str, name: str, answer: Callable[..., Any]) -> None:
+        """Note what a module's function or method is called with; `answer` gets it, and that by name."""
+        owner: Any = importlib.import_module(home)
+        *outer, last = name.split(".")
+        for part in outer:
+            owner = getattr(owner, part)
+        real = getattr(owner, last)
+        signature = inspect.signature(real)
+
+        def stand_in(*words: Any, **named: Any) -> Any:
+            given = signature.bind(*words, **named)
+            given.apply_defaults()
+            self.seen |= {f"{last}.{key}": value for key, value in given.arguments.items()}
+            return answer(real, **given.arguments)
+
+        if outer:
+            self._monkeypatch.setattr(owner, last, staticmethod(stand_in))
+            return
+        # Wherever it has been imported to.
+        for module in [owner, *(m for key, m in sys.modules.items() if key.startswith("dgsnet"))]:
+            if getattr(module, last, None) is real:
+                self._monkeypatch.setattr(module, last, stand_in)
+
+    def _load(self, _: Any, views: int | None, **__: Any) -> Detector:
+        return Detector(self._detector.model, self._detector.config, None, views)
+
+    def _score_on_ray(self, _: Any, detector: Detector, todo: Any, **__: Any) -> Iterator[Any]:
+        self.seen["ray"] = True
+        return score(detector, todo)
+
+    def _loader(self) -> type:
+        watched = self
+
+        class Loader(torch.utils.data.DataLoader):
+            """Works without processes, and interrupts the command when it has loaded enough."""
+
+            def __init__(self, data: Any, *, sampler: Any, num_workers: int, **_: Any):
+                watched.seen.setdefault("workers", set()).add(num_workers)
+                super().__init__(data, sampler=sampler, batch_size=None)
+
+            def __iter__(self) -> Iterator[Any]:
+                for count, loaded in enumerate(super().__iter__()):
+                    if count == watched._stop:
+                        signal.raise_signal(signal.SIGINT)
+                    watched.seen["loaded"] = count + 1
+                    yield loaded
+
+        return Loader
+
+
+class Reader(contextlib.AbstractContextManager):
+    """Finds no Content Credentials in any file."""
+
+    anchors = ""
+
+    def __call__(self, _: Any) -> Provenance:
+        return Provenance("absent")
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+
+class Captioner:
+    """Captions an image with its mean colour, and notes the largest batch."""
+
+    model = torch.nn.Linear(2, 1)
+
+    def __init__(self, seen: dict[str, Any]):
+        self.seen = seen
+
+    def prepare(self, image: Any) -> torch.Tensor:
+        return torch.tensor(image.mean((0, 1)))
+
+    def __call__(self, pixels: torch.Tensor) -> list[str]:
+        self.seen["batch"] = max(len(pixels), self.seen.get("batch", 0))
+        return [str(pixel.tolist()) for pixel in pixels]
+
+
+def _evaluate_plainly(real: Any, detector: Any, samples: Any, journal: Any, workers: Any, **_: Any) -> Any:
+    return real(detector, samples, journal=journal, workers=workers)
+
+
+def _end(*_: Any, **__: Any) -> None:
+    raise UserError("far enough")
