@@ -3,7 +3,7 @@ no load or store of matrix data narrower than 16 bytes. Needs a build with CUDA,
 
 `make install` builds for one architecture and this machine's cards, `pip install` for all of them.
 
-`python -m tests.csrc.test_cuda_machine_code` writes the table in docs/kernels.md anew.
+`python -m tests.csrc.test_cuda_machine_code` writes the table in docs/evidence.md anew.
 """
 
 import functools
@@ -135,7 +135,7 @@ PART_REGISTERS, PARTS, MOST_THREADS, MOST_BLOCKS = 16384, 4, 2048, 32
 TYPES = {"f": "fp32", "d": "fp64", "13__nv_bfloat16": "bf16", "6__half": "fp16"}
 # What a kernel that is compiled for several numbers has a number of.
 NUMBERS = {"rows_in_registers": "packs a thread", "chunk_products": "objectives"}
-TABLE = ROOT / "docs" / "kernels.md"
+TABLE = ROOT / "docs" / "evidence.md"
 HEADING = "| kernel | fp32 | fp64 | bf16 | fp16 |"
 
 
@@ -219,7 +219,7 @@ def written_table():
 def test_documented_resources():
     made = table()
     if f"nvcc {nvcc_version()}" not in TABLE.read_text():
-        pytest.skip("the table in docs/kernels.md was made by another release of nvcc")
+        pytest.skip("the table in docs/evidence.md was made by another release of nvcc")
     assert made == written_table(), "python -m tests.csrc.test_cuda_machine_code writes it anew"
 
 
