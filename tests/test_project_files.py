@@ -75,8 +75,10 @@ def test_pre_commit_calls_the_tools_of_the_lint():
     assert {repository["repo"] for repository in config["repos"]} == {"local"}
 
 
-def test_citation_has_the_version_of_the_package():
-    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+def test_one_version():
     version = re.search(r'^version = "(.*)"', (ROOT / "pyproject.toml").read_text(), flags=re.MULTILINE)[1]
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    releases = re.findall(r"^## \[(.*)\] - (\S+)$", (ROOT / "CHANGELOG.md").read_text(), flags=re.MULTILINE)
+    assert releases[0] == (version, citation["date-released"].isoformat())
     assert citation["version"] == version
     assert any("2511.13108" in reference["url"] for reference in citation["references"])

@@ -63,7 +63,7 @@ GROUPS = list[list[str]]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run one command line; ends the process with 0, 2 (wrong input, told in one line) or 130 (interrupted).
+    """Run one command line; ends the process with 0, 2 (wrong input, reported in one line) or 130 (Ctrl-C).
 
     Args:
         argv: the arguments after the program's name; sys.argv's by default.
@@ -75,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     argv = [_option(word) for word in argv]
     warnings.formatwarning = lambda message, *_, **__: f"dgsnet: warning: {message}\n"  # without code
     try:
-        _run(argv)
+        _call(argv)
     except UserError as error:
         _fail(str(error))
     except ArgumentError as error:
@@ -101,7 +101,7 @@ def train_command(config: Config, out: Path, resume: bool = False) -> None:
     train(config, out, resume=resume)
 
 
-def _run(argv: list[str]) -> None:
+def _call(argv: list[str]) -> None:
     name = next((word for word in argv if not word.startswith("-")), "")
     command = COMMANDS.get(name)
     parser = ArgumentParser(
@@ -177,7 +177,7 @@ def _train(parser: ArgumentParser, train_parser: ArgumentParser, argv: list[str]
     words = [word for word in argv if not word.startswith("--print_config")]
     ahead = parser.parse_args(words if words == argv else [*words, "--out", ""]).train
     saved = Path(ahead.out) / CONFIG_FILE
-    # What goes with a run or a model becomes the defaults: only what is said otherwise differs from it.
+    # The settings of the run or the model become the defaults; the command line changes what it names.
     if ahead.resume and saved.is_file():
         train_parser.set_defaults(read_config(saved).flat())
     else:

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from importlib.metadata import version
 
 import pytest
 import yaml
@@ -22,7 +23,7 @@ def test_help_lists_every_command(capsys):
 
 
 @pytest.mark.parametrize(
-    "words, told",
+    "words, expected",
     [
         (["fly"], "fly"),
         (["predict", "--model", "m"], "PATHS"),
@@ -34,10 +35,10 @@ def test_help_lists_every_command(capsys):
         (["train", "--optim.lr", "fast", "--out", "o"], "optim.lr"),
     ],
 )
-def test_mistakes_end_in_one_line(words, told, capsys):
+def test_mistakes_end_in_one_line(words, expected, capsys):
     code, said = ends(capsys, *words)
     assert code == 2
-    assert told in said.err and said.err.count("\n") == 1 and "Traceback" not in said.err
+    assert expected in said.err and said.err.count("\n") == 1 and "Traceback" not in said.err
 
 
 # In a process of its own: a command line's exit code, its words and the processor time until they came; and
@@ -56,14 +57,14 @@ for words in json.load(sys.stdin):
 """
 
 
-def test_mistakes_are_told_before_the_heavy_imports(tmp_path):
+def test_mistakes_are_reported_before_the_heavy_imports(tmp_path):
     for name in ("train/0_real", "train/1_fake", "val/0_real", "one/0_real", "results"):
         (tmp_path / "data" / name).mkdir(parents=True)
         Image.new("RGB", (8, 8)).save(tmp_path / "data" / name / "a.png")
     (tmp_path / "file").touch()
     tiny = "--model.name dgsnet-tiny --data.train data --data.captions none --out new"
-    told = {
-        "--version": "dgsnet ",
+    expected = {
+        "--version": f"dgsnet {version('dgs-kernels')}\n",
         "train --out new": "no training images",
         "train --data.train nowhere --out new": "nowhere: no such file",
         f"train {tiny} --preprocess.image_size 64": "takes images of 32 pixels",
@@ -92,14 +93,15 @@ def test_mistakes_are_told_before_the_heavy_imports(tmp_path):
     }
     found = subprocess.run(
         [sys.executable, "-c", TELL],
-        input=json.dumps([line.split() for line in told]),
+        input=json.dumps([line.split() for line in expected]),
         cwd=tmp_path,
         stdout=subprocess.PIPE,
         text=True,
         check=True,
     )
     before = 0.0
-    for (line, words), answer in zip(told.items(), map(json.loads, found.stdout.splitlines()), strict=True):
+    answers = map(json.loads, found.stdout.splitlines())
+    for (line, words), answer in zip(expected.items(), answers, strict=True):
         code, said, seconds, heavy = answer
         assert words in said and said.count("\n") == 1, line
         assert code == (0 if line == "--version" else 2), line

@@ -195,7 +195,7 @@ def _stage1(state: State, name: str) -> Official:
 
 def _stage2(state: State, name: str, alpha: float) -> Official:
     if not _holds(state, TEACHER):
-        raise ValueError(f"it lacks the teacher, {TEACHER}*, without which merged adapters cannot be told")
+        raise ValueError(f"it lacks the teacher, {TEACHER}*, so merged adapters cannot be recognised")
     heads = _heads(
         state,
         {IMAGE_HEAD: "image_head", TEXT_HEAD: "text_head", TEACHER + TEACHER_HEAD: "teacher_head"},

@@ -86,8 +86,8 @@ def export(model: str | Path, out: str | Path, format: Format, *, pretrained: st
         new = Path(folder) / out.name
         with warnings.catch_warnings(), _no_progress_bars():
             warnings.simplefilter("ignore")  # exporters announce their successors
-            run = _WRITERS[format](detector, new)
-        _check(run, _pixels(detector), expected, format)
+            forward = _WRITERS[format](detector, new)
+        _check(forward, _pixels(detector), expected, format)
         card = new / "README.md" if format == "hf" else new.with_name(f"{out.name}.md")
         card.write_text(model_card(detector, read_extra(model), contract(detector), out, format))
         if format == "hf":
@@ -248,11 +248,11 @@ def _write_hf(detector: Detector, folder: Path) -> Callable[[Tensor], Any]:
     loaded.eval()
     head = load_file(folder / "head.safetensors")
 
-    def run(pixels: Tensor) -> Tensor:
+    def forward(pixels: Tensor) -> Tensor:
         features = getattr(loaded(pixel_values=pixels), form.output)
         return _linear(features, head["weight"], head["bias"])
 
-    return run
+    return forward
 
 
 @contextlib.contextmanager
@@ -283,13 +283,13 @@ def _pixels(detector: Detector) -> Tensor:
     return torch.randn(3, 3, size, size, generator=torch.Generator().manual_seed(0))
 
 
-def _check(run: Callable[[Tensor], Any], pixels: Tensor, expected: Tensor, format: str) -> None:
+def _check(forward: Callable[[Tensor], Any], pixels: Tensor, expected: Tensor, format: str) -> None:
     """Compare probabilities of the exported model, reloaded, with the original's, in two batch sizes."""
     import torch
 
     with torch.inference_mode():
         for batch in (pixels, pixels[:1]):
-            logits = run(batch).float()
+            logits = forward(batch).float()
             difference = (logits.sigmoid() - expected[: len(batch)].sigmoid()).abs().max().item()
             if logits.shape != batch.shape[:1] or not difference <= TOLERANCE:
                 raise UserError(

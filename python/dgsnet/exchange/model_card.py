@@ -89,7 +89,7 @@ def _training(config: Config, extra: dict[str, Any]) -> str:
     if update := extra.get("update"):
         surgery = (
             f"an update, rule {update['rule']}, of the detector `{Path(update['model']).name}`, whose own "
-            "training is not told here"
+            "training is not recorded here"
         )
     return (
         f"Data: {sources}. Method: {surgery}; epochs: {config.optim.epochs}"

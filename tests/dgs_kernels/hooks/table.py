@@ -37,7 +37,7 @@ LOOPS = {
         "fsdp2": "FSDP2",
         "fsdp2_scaler": "FSDP2 with `GradScaler`",
         "fsdp2_no_sync": "FSDP2, `set_requires_gradient_sync(False)`",
-        "fsdp2_without_model": "FSDP2, hook not told of the model",
+        "fsdp2_without_model": "FSDP2, hook without `model=`",
     },
     "test_frameworks.py": {
         "accelerate": "accelerate, accumulation and clipping",

@@ -227,7 +227,7 @@ def test_half_merged_files_are_refused(tmp_path, mixed, merged):
         read(tmp_path / "c.pth", name=NAME, alpha=ALPHA)
 
 
-def test_a_published_file_is_told_from_others(tmp_path, capsys, monkeypatch):
+def test_a_published_file_is_recognised(tmp_path, capsys, monkeypatch):
     (published,) = PUBLISHED
     assert published == "89b96a586a6b9f2e5626b03aa27e8063bbe6aaae00f4d0cf97fd3ced2379c216"
     torch.save(official(NAME), tmp_path / "c.pth")

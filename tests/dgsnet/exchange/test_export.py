@@ -174,14 +174,14 @@ def test_the_contract_suffices_to_score_an_image(run, tmp_path, format):
     }
     # From the contract's numbers alone to the detector's input.
     image = np.random.default_rng(3).integers(0, 256, (70, 90, 3), dtype=np.uint8)
-    told = contract["preprocess"]
+    preprocess = contract["preprocess"]
     mosaic = select_patches(
         torch.from_numpy(image).permute(2, 0, 1)[None],
-        told["patch_size"],
-        told["num_patches"],
+        preprocess["patch_size"],
+        preprocess["num_patches"],
         seed=content_seed(image),
     )[0]
-    mean, std = (torch.tensor(told[key])[:, None, None] for key in ("mean", "std"))
+    mean, std = (torch.tensor(preprocess[key])[:, None, None] for key in ("mean", "std"))
     torch.testing.assert_close((mosaic / 255 - mean) / std, detector.preprocess(image), atol=1e-5, rtol=0)
 
 
