@@ -26,9 +26,10 @@ test: lint docs install
 	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(addprefix --ignore ,$(LAST)) $(TESTS)
 	$(BIN)/python -m pytest $(LAST) $(TESTS)
 
-# Plants faults in a copy, one at a time, and writes down which of them the tests notice; not part of `make test`.
+# Plants a sample of faults in copies, two at a time, and counts those that the tests notice; not part of `make test`.
+# FILES= takes words, of which a path must have one.
 mutants: install
-	$(BIN)/python tests/mutants/run.py $(FILES)
+	@$(BIN)/python -m tests.mutants --sample $(or $(SAMPLE),80) --seed $(or $(SEED),0) --files "$(FILES)"
 
 # On a machine with a CUDA device; takes the packages of $(PYTHON), installs nothing, leaves everything in OUT.
 gpu:
