@@ -27,8 +27,7 @@ from pathlib import Path
 from tests.mutants import reach
 from tests.mutants.population import Equivalents, Mutant, draw
 
-HERE = Path(__file__).resolve().parent
-ROOT = HERE.parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 OUT = ROOT / "build" / "mutants"
 TO_BUILD, TO_CHECK = 600, 300  # seconds
 CMAKE = ("-G", "Ninja", "-DCMAKE_BUILD_TYPE=None", "-DCMAKE_CXX_FLAGS=-O1", "-DDGS_PYTHON=ON")
@@ -151,9 +150,11 @@ class Worker:
         if native and self.reference is None:
             self.intact = self.library.read_bytes()
             self.reference = self.built()
+            if not self.reference:
+                raise RuntimeError(f"the library cannot be built\n{self.tail()}")
         path.write_text(mutant.text, encoding="utf-8")
         try:
-            if native and self.built() == self.reference:
+            if native and self.built() in (None, self.reference):
                 raise NoMutant
             yield
         finally:
@@ -161,10 +162,9 @@ class Worker:
             if native:
                 self.library.write_bytes(self.intact)
 
-    def built(self) -> bytes:
-        if not self.call(TO_BUILD, sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"):
-            raise NoMutant
-        return self.library.read_bytes()
+    def built(self) -> bytes | None:
+        built = self.call(TO_BUILD, sys.executable, "setup.py", "--quiet", "build_ext", "--inplace")
+        return self.library.read_bytes() if built else None
 
     def of_native_tests(self, mutant: Mutant) -> tuple[str, str]:
         """What the kernels' own tests in C++ say, and those of their NumPy module."""
@@ -206,8 +206,8 @@ class Worker:
 class Tally:
     """Outcomes as they come: in files, on standard error, and counted by room."""
 
-    def __init__(self) -> None:
-        OUT.mkdir(parents=True, exist_ok=True)
+    def __init__(self, root: Path) -> None:
+        self.root = root
         self.lines = (OUT / "outcome.txt").open("w", encoding="utf-8")
         self.diffs = (OUT / "survivors.diff").open("w", encoding="utf-8")
         self.counts: dict[str, Counter[str]] = {}
@@ -221,7 +221,7 @@ class Tally:
             say(f"{sum(sum(c.values()) for c in self.counts.values())}: {line}")
             print(line, file=self.lines, flush=True)
             if outcome == "survived":
-                old = (ROOT / mutant.file).read_text(encoding="utf-8").splitlines()
+                old = (self.root / mutant.file).read_text(encoding="utf-8").splitlines()
                 new = mutant.text.splitlines()
                 diff = difflib.unified_diff(old, new, place, mutant.operator, n=3, lineterm="")
                 print(f"{line}", *diff, "", sep="\n", file=self.diffs, flush=True)
@@ -240,8 +240,8 @@ class Tally:
 class Sample:
     """Mutants to try, for several workers; one of native code that is none is followed by the next."""
 
-    def __init__(self, count: int, seed: int, files: str) -> None:
-        self.python, self.native, share = draw(ROOT, files, seed)
+    def __init__(self, root: Path, count: int, seed: int, files: str) -> None:
+        self.python, self.native, share = draw(root, files, seed)
         self.of_native = round(count * share)
         self.of_python = count - self.of_native
         self.lock = threading.Lock()
@@ -268,19 +268,22 @@ def main() -> int:
     parser.add_argument("--preload", default=PACKAGES, help="what tests need not import for each mutant anew")
     options = parser.parse_args()
     begin = time.monotonic()
-    equivalents = Equivalents(HERE / "equivalent.yaml")
-    for entry in equivalents.unmatched(ROOT):
-        say(f"equivalent.yaml: no mutant of today's code: {entry}")
+    OUT.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
         Path(folder).chmod(0o755)
-        roots = [Path(folder, f"tree{i}") for i in range(options.workers)]
+        # One stays as it is: the project may change meanwhile.
+        intact, *roots = (Path(folder, f"tree{i}") for i in range(options.workers + 1))
+        copy(intact)
         for root in roots:
-            copy(root)
-        known = Known(reach.make(roots[0], OUT / "reach"))
+            shutil.copytree(intact, root)
+        equivalents = Equivalents(intact / "tests/mutants/equivalent.yaml")
+        for entry in equivalents.unmatched(intact):
+            say(f"equivalent.yaml: no mutant of today's code: {entry}")
+        known = Known(reach.make(intact, OUT / "reach"))
         say(f"the map of {len(known.map.tests)} tests after {time.monotonic() - begin:.0f} s")
         for name in known.map.failed:
             say(f"left out, fails without a mutant: {name}")
-        sample, tally = Sample(options.sample, options.seed, options.files), Tally()
+        sample, tally = Sample(intact, options.sample, options.seed, options.files), Tally(intact)
         workers = [Worker(root, known, options.preload) for root in roots]
 
         def work(worker: Worker) -> None:

@@ -138,19 +138,23 @@ def digest(root: Path, files: Iterable[str]) -> str:
 
 
 def make(root: Path, cache: Path) -> Reach:
-    """The map of a tree, from the cache where neither the code nor a file of tests has changed since."""
-    shared = [
+    """The map of a tree, from the cache where neither the code nor a file of tests has changed since.
+
+    What tests the kernels does not know the detector.
+    """
+    read = [
         str(path.relative_to(root))
-        for folder in ("dgs_kernels", "python", "csrc", "tests")
+        for folder in ("dgs_kernels", "csrc", "python", "tests")
         for path in (root / folder).rglob("*")
-        if path.is_file()
-        and "__pycache__" not in path.parts
-        and path.suffix in (".py", ".h", ".cpp", ".cu", ".cuh", ".html", ".json")
-        and not path.name.startswith("test_")
-        and not str(path.relative_to(root)).startswith(LEFT_OUT)
+        if path.is_file() and path.suffix not in (".pyc", ".so", ".md") and not path.name.startswith("test_")
     ]
-    base = digest(root, shared)
-    units = {file: cache / f"{base}-{digest(root, [file])}.json" for file in test_files(root)}
+    read = [file for file in read if not file.startswith(LEFT_OUT)]
+    kernels = digest(root, [file for file in read if not file.startswith(("python/", "tests/dgsnet/"))])
+    everything = digest(root, read)
+    units = {}
+    for file in test_files(root):
+        code = kernels if file.startswith("tests/dgs_kernels/") else everything
+        units[file] = cache / f"{code}-{digest(root, [file])}.json"
     missing = [file for file, unit in units.items() if not unit.exists()]
     if missing:
         cache.mkdir(parents=True, exist_ok=True)
