@@ -272,12 +272,20 @@ class Reach:
         return [name for name, test in self.tests.items() if not test["passed"]]
 
     def reaching(self, file: str, line: int) -> list[str]:
-        """Tests that passed and reach a line's statement; any of the module, if that is run on import."""
+        """Tests that passed and reach a line's statement.
+
+        Those that reach any line of the file, where it is carried out on import, and where coverage saw none:
+        it does not see processes that are killed.
+        """
         found = statement((self.root / file).read_text(encoding="utf-8"), line)
-        mask = -1 if found.imported else (1 << found.last + 1) - (1 << found.first)
-        contexts = [context for context, bits in self._lines.get(file, {}).items() if bits & mask]
-        names = {name for context in contexts for name in self.users.get(context, [])}
-        return [name for name in self.tests if name in names and self.tests[name]["passed"]]
+        of_statement = (1 << found.last + 1) - (1 << found.first)
+        lines = self._lines.get(file, {})
+        for mask in ([] if found.imported else [of_statement]) + [-1]:
+            contexts = [context for context, bits in lines.items() if bits & mask]
+            names = {name for context in contexts for name in self.users.get(context, [])}
+            if reaching := [name for name in names if self.tests[name]["passed"]]:
+                return sorted(reaching)
+        return []
 
     def on_library(self) -> list[str]:
         """Tests of the operations on the kernels of csrc/cpu."""

@@ -33,6 +33,7 @@ def larger(x):
 def unseen(x):
     return x - 5
 """
+FAR = "def far(x):\n    return x + 1\n"
 NATIVE = """
 // a < b
 int half(int a) {
@@ -57,6 +58,7 @@ def project(tmp_path) -> Path:
     """What the tool needs of a project, and the tool itself."""
     for name, text in {
         FILE: SOURCE,
+        "dgs_kernels/far.py": FAR,
         "dgs_kernels/__init__.py": "",
         "python/dgsnet/__init__.py": "",
         "tests/__init__.py": "",
@@ -120,14 +122,15 @@ def test_planted_in_a_package(project):
     assert done.returncode == 0, done.stderr
     assert f"no mutant of today's code: {FILE}: if y < 0: -> if x < 1:" in done.stderr
     lines = (project / "build/mutants/outcome.txt").read_text().splitlines()
-    outcomes = [re.search(r":(\d+)  (\w+)  (\w+) (.*)  \d+ s", line).groups() for line in lines]
-    by = {(int(line), operator.partition("_")[0]): rest for line, operator, *rest in outcomes}
+    outcomes = [re.search(r"(\w+).py:(\d+)  (\w+)  (\w+) (.*)  \d+ s", line).groups() for line in lines]
+    by = {(file, int(line), change.partition("_")[0]): rest for file, line, change, *rest in outcomes}
     test = "by tests/dgs_kernels/test_numbers.py::test_{}".format
-    assert by[3, "AddNot"] == ["killed", test("sign")]
-    assert by[9, "NumberReplacer"] == ["killed", test("larger")]
-    assert by[13, "ReplaceBinaryOperator"] == ["survived", "no test reaches it"]
-    survived = [line for line, _, outcome, _ in outcomes if outcome == "survived"]
-    count = sum(outcome != "equivalent" for _, _, outcome, _ in outcomes)
+    assert by["numbers", 3, "AddNot"] == ["killed", test("sign")]
+    assert by["numbers", 9, "NumberReplacer"] == ["killed", test("larger")]
+    assert by["numbers", 13, "ReplaceBinaryOperator"] == ["survived", "2 tests"]
+    assert by["far", 2, "ReplaceBinaryOperator"] == ["survived", "no test reaches it"]
+    survived = [outcome for *_, outcome, _ in outcomes if outcome == "survived"]
+    count = sum(outcome != "equivalent" for *_, outcome, _ in outcomes)
     last = f"killed {count - len(survived)} of {count} ({len(outcomes) - count} equivalent)"
     assert done.stdout.splitlines()[-1] == last
     diffs = (project / "build/mutants/survivors.diff").read_text()
