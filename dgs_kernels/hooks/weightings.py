@@ -6,7 +6,10 @@ objectives solve their quadratic programmes on the host, with `scipy.optimize.nn
 
 What all promise: a Gramian that holds a NaN or an infinity gives NaN weights, for its layer. A zero gradient
 gets no say, and takes none of the others'. Linearly dependent gradients are no error: where weights are not
-unique, the sum that they make of the gradients is, and that is what is defined.
+unique, the sum that they make of the gradients is, and that is what is defined. For gradients that nearly
+depend on each other, exact weights can be so large that their sum is rounding alone. So `gem`, `mgda` and
+`upgrad` pay for large weights (RIDGE), and no sum is longer than the sum of the lengths (`gem`) or the
+longest gradient (`mgda`, `upgrad`).
 """
 
 from __future__ import annotations
@@ -18,6 +21,9 @@ import torch
 from torch import Tensor
 
 Weighting = Callable[[Tensor], Tensor]
+# What the square of a weight costs, gradients being of length one, by the Gramian's dtype. Weights stay below
+# 1 / sqrt(RIDGE), and constraints are missed by at most sqrt(RIDGE) / 2 of the lengths.
+RIDGE = {torch.float32: 1e-6, torch.float64: 1e-12}
 
 
 def weigh(weighting: str | Weighting, gramian: Tensor, generator: torch.Generator) -> Tensor:
@@ -146,20 +152,31 @@ def _marked(weights: Tensor, gramian: Tensor) -> Tensor:
 
 
 def _on_the_host(solve: Callable, gramian: Tensor) -> Tensor:
-    """`solve(root, norms)` for every layer that can be solved: root.T @ root is the Gramian at length one."""
+    """`solve(root, norms)` for every layer that can be solved: root.T @ root is the Gramian at length one.
+
+    Below the root's K rows there are K more, the ridge: what is solved with them by least squares pays for
+    its weights.
+    """
     host = gramian.cpu()  # the one wait for the device
     cosines, norms = (x.numpy() for x in _cosines(host))
-    tolerance = gramian.shape[1] * torch.finfo(gramian.dtype).eps
+    count = gramian.shape[1]
+    rounding = count * torch.finfo(gramian.dtype).eps
+    ridge = np.sqrt(RIDGE[gramian.dtype]) * np.eye(count)
     weights = np.full(norms.shape, np.nan)
     for g in np.flatnonzero(host.isfinite().all(2).all(1).numpy()):
         values, vectors = np.linalg.eigh(cosines[g])
-        values[values <= tolerance * values[-1]] = 0  # of rounding
-        weights[g] = solve(np.sqrt(values)[:, None] * vectors.T, norms[g])
+        values[values <= rounding * values[-1]] = 0
+        weights[g], longest = solve(np.vstack([np.sqrt(values)[:, None] * vectors.T, ridge]), norms[g])
+        parts = weights[g] * norms[g]
+        # At most so long is the sum: what rounding hides grows with the weights.
+        length = np.sqrt(max(parts @ cosines[g] @ parts, 0.0) + rounding * (parts @ parts))
+        if length > (1 + rounding) * longest:
+            weights[g] *= longest / length
     return torch.from_numpy(weights).to(gramian.device)
 
 
 def _nnls(matrix: np.ndarray, vector: np.ndarray) -> np.ndarray:
-    """The x >= 0 that minimises ||matrix @ x - vector||."""
+    """The x >= 0 that minimises ||matrix @ x - vector||, of which the ridge's zeros are left out."""
     try:
         from scipy.optimize import nnls
     except ImportError as error:
@@ -167,30 +184,30 @@ def _nnls(matrix: np.ndarray, vector: np.ndarray) -> np.ndarray:
             'the weightings "gem", "mgda" and "upgrad" solve three and more objectives with scipy: '
             "pip install scipy"
         ) from error
-    return nnls(matrix, vector)[0]
+    return nnls(matrix, np.pad(vector, (0, len(matrix) - len(vector))))[0]
 
 
 def _per_norm(x: np.ndarray, norms: np.ndarray) -> np.ndarray:
     return np.divide(x, norms, out=np.zeros_like(x), where=norms > 0)
 
 
-def _gem(root: np.ndarray, norms: np.ndarray) -> np.ndarray:
-    away = _nnls(root[:, 1:], -root[:, 0]) * norms[0]
-    return np.concatenate([[1.0], _per_norm(away, norms[1:])])
+def _gem(root: np.ndarray, norms: np.ndarray) -> tuple[np.ndarray, float]:
+    away = _nnls(root[:, 1:], -root[: len(norms), 0]) * norms[0]
+    return np.concatenate([[1.0], _per_norm(away, norms[1:])]), norms.sum()
 
 
-def _mgda(root: np.ndarray, norms: np.ndarray) -> np.ndarray:
+def _mgda(root: np.ndarray, norms: np.ndarray) -> tuple[np.ndarray, float]:
     if not norms.all():
-        return (norms == 0) / np.count_nonzero(norms == 0)
+        return (norms == 0) / np.count_nonzero(norms == 0), norms.max()
     # The sum of the weights joins the squares: their optimum is a multiple of the one where the sum is one.
     sums = norms.min() / norms
-    weights = _nnls(np.vstack([root, sums]), np.append(np.zeros(len(root)), 1.0)) / norms
-    return weights / weights.sum()
+    weights = _nnls(np.vstack([sums, root]), np.ones(1)) / norms
+    return weights / weights.sum(), norms.max()
 
 
-def _upgrad(root: np.ndarray, norms: np.ndarray) -> np.ndarray:
+def _upgrad(root: np.ndarray, norms: np.ndarray) -> tuple[np.ndarray, float]:
     count = len(norms)
     weights = np.eye(count)
     for i in range(count):
-        weights[i] += _per_norm(_nnls(root, -root[:, i]) * norms[i], norms)
-    return weights.mean(0)
+        weights[i] += _per_norm(_nnls(root, -root[:count, i]) * norms[i], norms)
+    return weights.mean(0), norms.max()
