@@ -16,7 +16,8 @@ import dgs_kernels
 from benchmarks import harness
 from benchmarks.project_align_ import layers, lists, numbers, shapes
 from dgs_kernels import reference
-from dgs_kernels.ops import eager
+from dgs_kernels.eager.combine_ import combine_ as eager_combine_
+from dgs_kernels.eager.gramian import gramian as eager_gramian
 
 
 def pcgrad_weights(products: Tensor) -> Tensor:
@@ -38,8 +39,8 @@ def foreach(*tensors: Tensor) -> None:
     products = torch.empty(
         groups[-1] + 1, 2, 2, dtype=reference.compute_dtype(*grads), device=grads[0].device
     )
-    eager.gramian(first + second, groups, products)
-    eager.combine_(grads, list(tensors[count:]), pcgrad_weights(products), groups)
+    eager_gramian(first + second, groups, products)
+    eager_combine_(grads, list(tensors[count:]), pcgrad_weights(products), groups)
 
 
 def formula(*tensors: Tensor) -> None:

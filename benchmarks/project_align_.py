@@ -14,7 +14,7 @@ from torch import Tensor
 import dgs_kernels
 from benchmarks import harness
 from dgs_kernels import reference
-from dgs_kernels.ops import eager
+from dgs_kernels.eager.project_align_ import project_align_ as eager
 
 TENSORS_PER_LAYER = 12
 
@@ -52,7 +52,7 @@ def foreach(*tensors: Tensor) -> None:
     grads, harmful, beneficial = lists(tensors, 3)
     groups = layers(len(grads))
     sums = grads[0].new_zeros(groups[-1] + 1, 6, dtype=reference.compute_dtype(*grads))
-    eager.project_align_(grads, harmful, beneficial, groups, sums, None, 0.2, 1e-6, 0, 0, 0)
+    eager(grads, harmful, beneficial, groups, sums, None, 0.2, 1e-6, 0, 0, 0)
 
 
 def loop(*tensors: Tensor, groups: list[int] | None = None) -> None:

@@ -13,7 +13,6 @@ from torch import Tensor
 import dgs_kernels
 from benchmarks import harness
 from dgs_kernels import reference
-from dgs_kernels.ops import eager
 
 SIZE = 32
 
@@ -42,7 +41,7 @@ def case(rows: int, dim: int, dtype: torch.dtype, device: str) -> harness.Case:
         bytes_moved=3 * rows * dim,
         variants={
             **harness.per_backend("spectral_entropy", device, dgs_kernels.spectral_entropy),
-            harness.EAGER: lambda images: eager.spectral_entropy(images, SIZE),
+            harness.EAGER: harness.through("eager", dgs_kernels.spectral_entropy),
             harness.COMPILED: torch.compile(reference.spectral_entropy, dynamic=False),
             "NumPy loop": numpy_loop,
         },

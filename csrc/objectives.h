@@ -1,7 +1,8 @@
 // What gramian and combine_ are given: several gradients of the same list of tensors, the same on every device.
 #pragma once
 
-#include "project_align.h"
+#include "surgery_math.h"
+#include "types.h"
 
 namespace dgs {
 

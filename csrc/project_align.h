@@ -1,13 +1,10 @@
 // What a project_align kernel is given: raw pointers, sizes and options, the same on every device.
 #pragma once
 
-#include <cstdint>
-
 #include "surgery_math.h"
+#include "types.h"
 
 namespace dgs {
-
-enum class DType { f32, f64, bf16, f16 };
 
 // Rows are contiguous inside; the strides, in elements, lead from one row to the next (0: one row for all).
 struct ProjectAlign {
@@ -26,9 +23,6 @@ struct ProjectAlign {
 };
 
 namespace cpu {
-
-// Runs body(begin, end, context) over ranges that cover [0, count), each of at least `grain` where it can.
-using ParallelFor = void (*)(int64_t count, int64_t grain, void (*body)(int64_t, int64_t, void*), void* context);
 
 void project_align(const ProjectAlign&, ParallelFor);
 

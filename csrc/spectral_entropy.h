@@ -1,7 +1,7 @@
 // What a spectral_entropy kernel is given.
 #pragma once
 
-#include "project_align.h"
+#include "types.h"
 
 namespace dgs {
 

@@ -1,7 +1,8 @@
 // What the surgery_head kernels are given: shapes as in dgs_kernels/ops/surgery_head.py.
 #pragma once
 
-#include "project_align.h"
+#include "surgery_math.h"
+#include "types.h"
 
 namespace dgs {
 

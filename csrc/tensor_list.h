@@ -3,7 +3,8 @@
 
 #include <cmath>
 
-#include "project_align.h"
+#include "surgery_math.h"
+#include "types.h"
 
 namespace dgs {
 

@@ -8,13 +8,14 @@ from dgs_kernels.hooks.objectives import ObjectiveSurgery
 from dgs_kernels.hooks.parameters import OptimizerSurgery
 from dgs_kernels.module import SurgeryHead
 from dgs_kernels.ops.combine_ import combine_
-from dgs_kernels.ops.gramian import gramian
+from dgs_kernels.ops.gramian import MAX_OBJECTIVES, gramian
 from dgs_kernels.ops.project_align import project_align
 from dgs_kernels.ops.project_align_ import project_align_
 from dgs_kernels.ops.spectral_entropy import spectral_entropy
 from dgs_kernels.ops.surgery_head import SurgeryHeadOutput, surgery_head
 
 __all__ = [
+    "MAX_OBJECTIVES",
     "BackendError",
     "ObjectiveSurgery",
     "OptimizerSurgery",

@@ -15,6 +15,7 @@ import types
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -44,6 +45,11 @@ class BackendError(RuntimeError):
     """The backend that was asked for cannot serve the call."""
 
 
+# `os.environ` encodes a name at every look, a tenth of a small call; what it looks into is read here.
+_read = getattr(os.environ, "_data", os.environ).get
+_KEY = os.environ.encodekey(VARIABLE) if hasattr(os.environ, "_data") else VARIABLE
+
+
 def implementation(operation: str, device_type: str, case: str | None = None) -> Callable:
     """The function that serves `operation` on tensors of this device type.
 
@@ -52,12 +58,13 @@ def implementation(operation: str, device_type: str, case: str | None = None) ->
     Raises:
         BackendError: `DGS_KERNELS_BACKEND` names a backend that does not exist or cannot serve the call.
     """
-    return _implementation(operation, device_type, os.environ.get(VARIABLE), case)
+    return _implementation(operation, device_type, _read(_KEY), case)
 
 
 @functools.cache
-def _implementation(operation: str, device_type: str, forced: str | None, case: str | None) -> Callable:
+def _implementation(operation: str, device_type: str, forced: Any, case: str | None) -> Callable:
     if forced:
+        forced = os.fsdecode(forced)
         if forced not in BACKENDS:
             raise BackendError(f"{VARIABLE}={forced}: expected one of {', '.join(BACKENDS)}")
         if reason := obstacle(forced, operation, device_type, case):
@@ -99,40 +106,14 @@ def obstacle(backend: str, operation: str, device_type: str, case: str | None = 
     return None
 
 
-def watched() -> bool:
-    """Whether torch wants to see each operator: tracing, a dispatch mode, the profiler."""
-    return bool(
-        torch.compiler.is_compiling()
-        or torch.jit.is_tracing()
-        or torch._C._len_torch_dispatch_stack()
-        or torch.autograd._profiler_enabled()
-    )
-
-
-def is_native(implementation: Callable) -> bool:
-    """Whether it is a function of the native library.
-
-    Such a function checks its arguments itself, in a fraction of the time that Python takes, and returns
-    whether it served the call. It touches nothing where tensors are not the usual ones: dense, of one dtype
-    and device, of shapes that fit, and of no subclass.
-    """
+def looks_by_itself(implementation: Callable) -> bool:
+    """Whether it is a native function, which takes any arguments and says why it does not serve."""
     return isinstance(implementation, types.BuiltinFunctionType)
 
 
-def plain(x: torch.Tensor) -> torch.Tensor:
-    """The same tensor, of no subclass; a copy where memory does not hold its numbers as they are.
-
-    In the imaginary part of a conjugate, torch changes the signs as it reads them.
-    """
-    return (x if type(x) in (torch.Tensor, torch.nn.Parameter) else x.as_subclass(torch.Tensor)).resolve_neg()
-
-
 def _load(backend: str, operation: str) -> Callable:
-    if backend == "eager":
-        return getattr(importlib.import_module("dgs_kernels.ops.eager"), operation)
-    if backend == "triton":
-        return getattr(importlib.import_module(_triton_file(operation)), operation)
-    return getattr(importlib.import_module("dgs_kernels._native"), operation)
+    file = "dgs_kernels._native" if backend in ("cpu", "cuda") else f"dgs_kernels.{backend}.{operation}"
+    return getattr(importlib.import_module(file), operation)
 
 
 @functools.cache
@@ -151,17 +132,13 @@ def _native_obstacle() -> str | None:
 def _triton_obstacle(operation: str, device_type: str) -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
-    if importlib.util.find_spec(_triton_file(operation)) is None:
+    if importlib.util.find_spec(f"dgs_kernels.triton.{operation}") is None:
         return "it has no such kernel"
     if device_type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         return "triton serves CPU tensors only in its interpreter (TRITON_INTERPRET=1)"
     if device_type not in ("cpu", "cuda", "xpu"):
         return f"triton has no {device_type} support here"
     return None
-
-
-def _triton_file(operation: str) -> str:
-    return f"dgs_kernels.triton.{operation}"
 
 
 def explain() -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from dgs_kernels.ops.arguments import check_whole
+from dgs_kernels.arguments import check_whole
 from dgs_kernels.ops.surgery_head import SurgeryHeadOutput, surgery_head
 
 

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+import dgs_kernels
+
 ROOT = Path(__file__).parents[1]
 PACKAGES = {"dgs_kernels": ROOT / "dgs_kernels", "dgsnet": ROOT / "python" / "dgsnet"}
 MOST_LINES = 500
@@ -91,6 +93,31 @@ def test_kernels_know_nothing_of_the_detector():
                 else []
             )
         ), path
+
+
+def imported(path: Path, package: str) -> set[str]:
+    """What a file imports of a package, as `package.module.name`, wherever it does so."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return {name for name in names if name.split(".")[0] == package}
+
+
+def test_the_detector_uses_public_names_of_the_kernels_alone():
+    public = {"dgs_kernels"} | {f"dgs_kernels.{name}" for name in dgs_kernels.__all__}
+    for path in modules("dgsnet", PACKAGES["dgsnet"]).values():
+        assert imported(path, "dgs_kernels") <= public, path
+
+
+@pytest.mark.parametrize(
+    "text", ["import house.lower.rules\n", "def f():\n    from house.lower import rules\n"]
+)
+def test_planted_import_of_what_is_not_public(tmp_path, text):
+    (tmp_path / "file.py").write_text(text)
+    assert not imported(tmp_path / "file.py", "house") <= {"house", "house.public"}
 
 
 @pytest.mark.parametrize("package", PACKAGES)

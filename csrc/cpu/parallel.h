@@ -3,7 +3,7 @@
 
 #include <type_traits>
 
-#include "../project_align.h"
+#include "../types.h"
 #include "simd.h"
 
 namespace dgs::cpu {

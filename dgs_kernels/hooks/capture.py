@@ -17,8 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from dgs_kernels.ops.arguments import check_choice, check_class
-from dgs_kernels.ops.project_align_ import sums_dtype
+from dgs_kernels.arguments import check_choice, check_class
+from dgs_kernels.tensors import sums_dtype
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dgs_kernels import reference
-from dgs_kernels.ops.arguments import refuse_forward_mode
+from dgs_kernels.arguments import refuse_forward_mode
 from dgs_kernels.ops.project_align import check, project_align
 
 

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dgs_kernels.arguments import WHOLE, check_choice
 from dgs_kernels.hooks.capture import (
     BeforeStep,
     Capture,
@@ -24,7 +25,6 @@ from dgs_kernels.hooks.capture import (
 )
 from dgs_kernels.hooks.metrics import ObjectiveMetrics
 from dgs_kernels.hooks.weightings import NAMES, Weighting, weigh
-from dgs_kernels.ops.arguments import WHOLE, check_choice
 from dgs_kernels.ops.combine_ import combine_
 from dgs_kernels.ops.gramian import MAX_OBJECTIVES, gramian
 

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from dgs_kernels.hooks.capture import BeforeStep, Capture, Part, average
 from dgs_kernels.hooks.metrics import SurgeryMetrics, cosine, length
-from dgs_kernels.ops.arguments import check_options
-from dgs_kernels.ops.project_align_ import SUMS, run, sums_dtype
+from dgs_kernels.ops.project_align_ import SUMS, run
+from dgs_kernels.options import check_options
+from dgs_kernels.tensors import sums_dtype
 
 
 @dataclass(kw_only=True, eq=False, repr=False)

@@ -1,6 +1,6 @@
 """Weighted sums of gradients, layer by layer: `dgs::combine_`, what `gramian`'s weights are applied with.
 
-What an implementation has to do (`dgs_kernels._native.combine_`, `dgs_kernels.triton.combine_`)::
+What an implementation has to do::
 
     combine_(Tensor(a!)[] grads, Tensor[] objectives, Tensor weights, int[] groups) -> ()
 
@@ -11,37 +11,28 @@ tensors). It writes, adding in the order of k and rounding once,
 
     grads[i] = sum over k of weights[groups[i], k] * objectives[k * T + i]
 
-One launch, no host synchronisation; K reads and 1 write. The native function alone checks all of this, and
-returns whether it served the call.
+One launch, no host synchronisation; K reads and 1 write.
 """
 
 from __future__ import annotations
 
-import bisect
-import itertools
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import increment_version
 
-from dgs_kernels import backends
-from dgs_kernels.ops.arguments import check_items
-from dgs_kernels.ops.gramian import check_objectives, in_one_list, refuse_what_is_no_tensor
-from dgs_kernels.ops.project_align_ import (
+from dgs_kernels.arguments import check_items
+from dgs_kernels.operation import Called, Named, Operation
+from dgs_kernels.ops.gramian import in_lists, in_one_list, laid_out, refuse_what_is_no_tensor
+from dgs_kernels.tensors import (
     check_list,
-    common_layout,
+    common_dtype,
     dense,
     in_a_row,
     number_layers,
-    span,
+    numbers,
+    refuse_overlaps,
     sums_dtype,
-)
-
-_library = torch.library.Library("dgs", "FRAGMENT")
-_library.define(
-    "combine_(Tensor(a!)[] grads, Tensor[] objectives, Tensor weights, int[] groups) -> ()",
-    tags=(torch.Tag.pt2_compliant_tag,),
 )
 
 
@@ -88,87 +79,56 @@ def combine_(
             f"combine_: weights must be [{num_layers}, {len(objectives)}] or [{len(objectives)}], layers and "
             f"objectives, got {tuple(weights.shape)}"
         )
-    arguments = (list(grads), flat, weights, layers)
     with torch.no_grad():
-        if backends.watched() or not _served_as_it_is(*arguments):
-            refuse_what_is_no_tensor("combine_", flat, count)
-            check_items("combine_", grads=arguments[0])
-            _op(*arguments)
+        _operation(list(grads), flat, weights, layers)
 
 
-def _check(
-    grads: list[Tensor], objectives: list[Tensor], weights: Tensor, groups: list[int]
-) -> list[list[Tensor]]:
-    lists = check_objectives("combine_", objectives, groups, weights.shape[-1])
-    check_list("combine_", "grads", grads, "objectives[0]", lists[0], lists[0][0].device)
-    if weights.device != grads[0].device:
+def _kinds(a: Named) -> None:
+    refuse_what_is_no_tensor("combine_", a.objectives, len(a.groups))
+    check_items("combine_", grads=a.grads)
+
+
+def _check(a: Named) -> None:
+    if not (a.grads or a.objectives):
+        return
+    first = in_lists("combine_", a.objectives, a.groups, a.weights.shape[-1])[0]
+    check_list("combine_", "grads", a.grads, "objectives[0]", first, first[0].device)
+    if a.weights.device != first[0].device:
         raise ValueError(
-            f"combine_: weights must be on {grads[0].device} as the tensors are, got {weights.device}"
+            f"combine_: weights must be on {first[0].device} as the tensors are, got {a.weights.device}"
         )
-    return lists
 
 
-def _refuse_overlaps(grads: list[Tensor], lists: list[list[Tensor]]) -> None:
-    """Of tensors without gaps: what is written to may be read at the same place only."""
-    gapless = torch.ops.aten.is_non_overlapping_and_dense
-    spans = sorted((*span(g), i) for i, g in enumerate(grads) if g.numel() and gapless(g))
-    for (_, end, i), (begin, _, j) in itertools.pairwise(spans):
-        if begin < end:
-            raise ValueError(f"combine_: grads[{i}] and grads[{j}] share memory; write to distinct tensors")
-    for k, tensors in enumerate(lists):
-        for i, t in enumerate(tensors):
-            if not t.numel() or not gapless(t):
-                continue
-            begin, end = span(t)
-            place = bisect.bisect_left(spans, (end, 0, 0))  # spans before it begin before t ends
-            if place and spans[place - 1][1] > begin and spans[place - 1] != (begin, end, i):
-                raise ValueError(
-                    f"combine_: grads[{spans[place - 1][2]}] and objectives[{k}][{i}] share memory; only "
-                    f"grads[{i}] may be objectives[{k}][{i}], and the same tensor then"
-                )
+def _call(a: Named) -> Called:
+    return (a.grads, a.objectives, a.weights, a.groups), ()
 
 
-def _served_as_it_is(
-    grads: list[Tensor], objectives: list[Tensor], weights: Tensor, groups: list[int]
-) -> bool:
-    serve = backends.implementation("combine_", weights.device.type)
-    if not (backends.is_native(serve) and serve(grads, objectives, weights, groups)):
-        return False
-    increment_version(grads)
-    return True
-
-
-def _kernel(grads: list[Tensor], objectives: list[Tensor], weights: Tensor, groups: list[int]) -> None:
-    if _served_as_it_is(grads, objectives, weights, groups):
-        return
-    if not grads and not objectives:
-        return
-    lists = _check(grads, objectives, weights, groups)
-    _refuse_overlaps(grads, lists)
-    # Kernels read one type: mixed types meet in their common type, and the results return to grads'.
-    types = {t.dtype for t in (*grads, *objectives)}
-    dtype = types.pop() if len(types) == 1 else sums_dtype(grads, objectives)
-    like = dense(grads)
+def _lay_out(a: Named) -> tuple[Called, list[tuple[Tensor, Tensor]]] | None:
+    if not a.grads:
+        return None
+    count = len(a.grads)
+    refuse_overlaps(
+        "combine_", a.grads, [a.objectives[i : i + count] for i in range(0, len(a.objectives), count)]
+    )
+    dtype = common_dtype(a.grads, a.objectives)
+    like = dense(a.grads)
     work = [
         g if g is grad and g.dtype == dtype else torch.empty_like(g, dtype=dtype)
-        for grad, g in zip(grads, like)
+        for grad, g in zip(a.grads, like)
     ]
-    laid_out = [t for tensors in lists for t in in_a_row(common_layout(dtype, tensors, like))]
-    weights = backends.plain(weights.to(sums_dtype(work)).contiguous())
-    serve = backends.implementation("combine_", weights.device.type)
-    served = serve(in_a_row(work), laid_out, weights, groups)
-    assert served is not False, "a native function takes what has been checked and laid out"
-    increment_version(grads)
-    for grad, combined in zip(grads, work):
-        if combined is not grad:
-            grad.copy_(combined)
+    ready = a._replace(
+        grads=in_a_row(work),
+        objectives=laid_out(a.objectives, count, dtype, like),
+        weights=numbers(a.weights, sums_dtype(work)),
+    )
+    return _call(ready), [(grad, w) for grad, w in zip(a.grads, work) if w is not grad]
 
 
-def _fake(grads: list[Tensor], objectives: list[Tensor], weights: Tensor, groups: list[int]) -> None:
-    if grads or objectives:
-        _check(grads, objectives, weights, groups)
-
-
-_library.impl("combine_", _kernel, "CompositeExplicitAutograd")
-torch.library.register_fake("dgs::combine_", _fake, lib=_library)
-_op = torch.ops.dgs.combine_.default
+_operation = Operation(
+    "combine_(Tensor(a!)[] grads, Tensor[] objectives, Tensor weights, int[] groups) -> ()",
+    kinds=_kinds,
+    check=_check,
+    call=_call,
+    lay_out=_lay_out,
+    written=lambda a: a.grads,
+)

@@ -1,6 +1,6 @@
 """Inner products of gradients, layer by layer: `dgs::gramian`, every pair of K lists from one reading.
 
-What an implementation has to do (`dgs_kernels._native.gramian`, `dgs_kernels.triton.gramian`)::
+What an implementation has to do::
 
     gramian(Tensor[] objectives, int[] groups, Tensor(a!) out) -> ()
 
@@ -13,9 +13,6 @@ may be empty. With X [K, D] the tensors of a group, end to end, as they are in e
 
 in float32 (float64 for float64 tensors), contiguous, in a fixed order of summation, reading each list once.
 No host synchronisation, no atomics.
-
-The native function alone checks all of this, and returns whether it served the call; so the usual one passes
-through Python, and past torch's dispatcher, without any tensor being looked at.
 """
 
 from __future__ import annotations
@@ -25,9 +22,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dgs_kernels import backends
-from dgs_kernels.ops.project_align_ import (
+from dgs_kernels.operation import Called, Named, Operation
+from dgs_kernels.tensors import (
     check_list,
+    common_dtype,
     common_layout,
     dense,
     in_a_row,
@@ -36,12 +34,6 @@ from dgs_kernels.ops.project_align_ import (
 )
 
 MAX_OBJECTIVES = 16
-
-_library = torch.library.Library("dgs", "FRAGMENT")
-_library.define(
-    "gramian(Tensor[] objectives, int[] groups, int num_objectives) -> Tensor",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
 
 
 def gramian(objectives: Sequence[Sequence[Tensor]], *, groups: Sequence[int] | None = None) -> Tensor:
@@ -76,91 +68,80 @@ def gramian(objectives: Sequence[Sequence[Tensor]], *, groups: Sequence[int] | N
     if not count:
         return torch.zeros(0, len(objectives), len(objectives))
     with torch.no_grad():
-        if not backends.watched():
-            out = _served_as_it_is(flat, layers, len(objectives))
-            if out is not None:
-                return out
-        refuse_what_is_no_tensor("gramian", flat, count)
-        return _op(flat, layers, len(objectives))
+        return _operation(flat, layers, len(objectives))
 
 
-def in_one_list(name: str, objectives: Sequence[Sequence[Tensor]]) -> tuple[list[Tensor], int]:
+def in_one_list(caller: str, objectives: Sequence[Sequence[Tensor]]) -> tuple[list[Tensor], int]:
     """K lists of T tensors one after the other, and T."""
     if not 2 <= len(objectives) <= MAX_OBJECTIVES:
-        raise ValueError(f"{name}: objectives must be 2 to {MAX_OBJECTIVES} lists, got {len(objectives)}")
+        raise ValueError(f"{caller}: objectives must be 2 to {MAX_OBJECTIVES} lists, got {len(objectives)}")
     count = len(objectives[0])
     for k, tensors in enumerate(objectives):
         if len(tensors) != count:
             raise ValueError(
-                f"{name}: objectives[{k}] must have {count} tensors as objectives[0] has, got {len(tensors)}"
+                f"{caller}: objectives[{k}] must have {count} tensors as objectives[0] has, "
+                f"got {len(tensors)}"
             )
     return [t for tensors in objectives for t in tensors], count
 
 
-def refuse_what_is_no_tensor(name: str, objectives: list[Tensor], count: int) -> None:
+def refuse_what_is_no_tensor(caller: str, objectives: list[Tensor], count: int) -> None:
     for n, t in enumerate(objectives):
         if not isinstance(t, Tensor):
             raise TypeError(
-                f"{name}: objectives[{n // count}][{n % count}] must be a tensor, got {type(t).__name__}; "
+                f"{caller}: objectives[{n // count}][{n % count}] must be a tensor, got {type(t).__name__}; "
                 "where a loss does not reach a parameter, pass zeros"
             )
 
 
-def check_objectives(
-    name: str, objectives: list[Tensor], groups: list[int], num_objectives: int
+def in_lists(
+    caller: str, objectives: list[Tensor], groups: list[int], num_objectives: int
 ) -> list[list[Tensor]]:
-    """Raise what the docstrings promise; returns the K lists."""
+    """The K lists again; raises what the docstrings promise of them."""
     count = len(groups)
     if len(objectives) != num_objectives * count or not count:
         raise ValueError(
-            f"{name}: objectives must be {num_objectives} lists of {count} tensors, got {len(objectives)}"
+            f"{caller}: objectives must be {num_objectives} lists of {count} tensors, got {len(objectives)}"
         )
     if min(groups) < 0:
-        raise ValueError(f"{name}: groups must not be negative")
+        raise ValueError(f"{caller}: groups must not be negative")
     lists = [objectives[i : i + count] for i in range(0, len(objectives), count)]
     for k, tensors in enumerate(lists):
-        check_list(name, f"objectives[{k}]", tensors, "objectives[0]", lists[0], lists[0][0].device)
+        check_list(caller, f"objectives[{k}]", tensors, "objectives[0]", lists[0], lists[0][0].device)
     return lists
 
 
-def _empty(objectives: list[Tensor], groups: list[int], num_objectives: int) -> Tensor:
-    """Room for the result, of the type that the first tensor asks for."""
-    shape = (max(groups) + 1, num_objectives, num_objectives)
-    return torch.empty(shape, dtype=sums_dtype(objectives[:1]), device=objectives[0].device)
+def laid_out(objectives: list[Tensor], count: int, dtype: torch.dtype, like: list[Tensor]) -> list[Tensor]:
+    """Every list with the strides of `like`, and then in a row."""
+    lists = (objectives[i : i + count] for i in range(0, len(objectives), count))
+    return [t for tensors in lists for t in in_a_row(common_layout(dtype, tensors, like))]
 
 
-def _served_as_it_is(objectives: list[Tensor], groups: list[int], num_objectives: int) -> Tensor | None:
-    """The result of a native function; None if there is none or it does not take these tensors."""
-    if not isinstance(objectives[0], Tensor):
-        return None
-    serve = backends.implementation("gramian", objectives[0].device.type)
-    if not backends.is_native(serve):
-        return None
-    out = _empty(objectives, groups, num_objectives)
-    return out if serve(objectives, groups, out) else None
+def _check(a: Named) -> None:
+    in_lists("gramian", a.objectives, a.groups, a.num_objectives)
 
 
-def _kernel(objectives: list[Tensor], groups: list[int], num_objectives: int) -> Tensor:
-    out = _served_as_it_is(objectives, groups, num_objectives)
-    if out is not None:
-        return out
-    lists = check_objectives("gramian", objectives, groups, num_objectives)
-    # Kernels read one type: mixed types meet in their common type.
-    types = {t.dtype for t in objectives}
-    dtype = types.pop() if len(types) == 1 else sums_dtype(objectives)
-    like = dense(lists[0])
-    laid_out = [t for tensors in lists for t in in_a_row(common_layout(dtype, tensors, like))]
-    out = _empty(laid_out, groups, num_objectives)
-    served = backends.implementation("gramian", out.device.type)(laid_out, groups, out)
-    assert served is not False, "a native function takes what has been checked and laid out"
-    return out
+def _empty(a: Named, dtype: torch.dtype) -> Tensor:
+    shape = (max(a.groups) + 1, a.num_objectives, a.num_objectives)
+    return torch.empty(shape, dtype=dtype, device=a.objectives[0].device)
 
 
-def _fake(objectives: list[Tensor], groups: list[int], num_objectives: int) -> Tensor:
-    check_objectives("gramian", objectives, groups, num_objectives)
-    return _empty(objectives, groups, num_objectives).to(sums_dtype(objectives))
+def _call(a: Named) -> Called:
+    out = _empty(a, sums_dtype(a.objectives[:1]))
+    return (a.objectives, a.groups, out), out
 
 
-_library.impl("gramian", _kernel, "CompositeExplicitAutograd")
-torch.library.register_fake("dgs::gramian", _fake, lib=_library)
-_op = torch.ops.dgs.gramian.default
+def _lay_out(a: Named) -> tuple[Called, tuple]:
+    count, dtype = len(a.groups), common_dtype(a.objectives)
+    like = dense(a.objectives[:count])
+    return _call(a._replace(objectives=laid_out(a.objectives, count, dtype, like))), ()
+
+
+_operation = Operation(
+    "gramian(Tensor[] objectives, int[] groups, int num_objectives) -> Tensor",
+    kinds=lambda a: refuse_what_is_no_tensor("gramian", a.objectives, len(a.groups)),
+    check=_check,
+    call=_call,
+    lay_out=_lay_out,
+    fake=lambda a: _empty(a, sums_dtype(a.objectives)),
+)

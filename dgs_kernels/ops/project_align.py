@@ -1,26 +1,30 @@
-"""Gradient surgery on rows: `dgs::project_align`, its schema, shape rules, fake kernel and autograd."""
+"""Gradient surgery on rows: `dgs::project_align`.
+
+What an implementation has to do::
+
+    project_align(Tensor grad, Tensor harmful, Tensor? beneficial, Tensor? scale, float alignment, float eps,
+                  int order, int rule, Tensor(a!) out) -> ()
+
+The matrices are [rows, D], D >= 1, of one dtype and device, with unit stride inside a row and any stride
+between rows (0: one row for all); out is contiguous. scale is 0-dim, of the computing type (float64 for
+float64, else float32); alignment * scale is the weight of the alignment, None stands for 1. order and rule
+are places in `reference.ORDERS` and `RULES`. Of a native function, out and grad may have any leading axes,
+and a direction may be one row, [D] or [1, D].
+"""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from dgs_kernels import backends, reference
-from dgs_kernels.ops.arguments import check_options, check_tensors, in_forward_mode
-from dgs_kernels.reference import ORDERS, RULES, compute_dtype
-
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-
-_library = torch.library.Library("dgs", "FRAGMENT")
-_library.define(
-    "project_align(Tensor grad, Tensor harmful, Tensor? beneficial, Tensor? scale, "
-    "float alignment, float eps, str order, str rule) -> Tensor",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
+from dgs_kernels import private_torch, reference
+from dgs_kernels.arguments import check_tensors
+from dgs_kernels.operation import Called, Named, Operation
+from dgs_kernels.options import Surgery, check_options, split
+from dgs_kernels.reference import compute_dtype
+from dgs_kernels.tensors import check_dtype, common_rows, number
 
 
 def project_align(
@@ -65,27 +69,13 @@ def project_align(
         >>> dgs_kernels.project_align(torch.tensor([[3.0, 4.0]]), torch.tensor([1.0, -1.0]), eps=1e-12)
         tensor([[0., 4.]])
     """
-    strength, scale = (1.0, alignment) if isinstance(alignment, Tensor) else (alignment, None)
-    arguments = (grad, harmful, beneficial, scale, strength, eps, order, rule)
-    transformed = torch._C._are_functorch_transforms_active() or in_forward_mode()
-    differentiated = torch.is_grad_enabled() and (
-        getattr(grad, "requires_grad", False) or (scale is not None and scale.requires_grad)
-    )
-    below_autograd = not (transformed or differentiated or backends.watched())
-    if below_autograd and isinstance(grad, Tensor) and grad.layout == torch.strided:
-        serve = backends.implementation("project_align", grad.device.type)
-        if backends.is_native(serve):
-            out = _native(serve, *arguments)
-            if out is not None:
-                return out
-    check(grad, harmful, beneficial, alignment, eps, order, rule)
-    if transformed:  # operators with an autograd formula know neither function transforms nor tangents
+    scale, strength = split(alignment)
+    if private_torch.transformed() or private_torch.forward_mode():
+        # Operators with an autograd formula know neither function transforms nor tangents.
+        check(grad, harmful, beneficial, alignment, eps, order, rule)
         constants = (harmful.detach(), None if beneficial is None else beneficial.detach())
         return reference.project_align(grad, *constants, alignment=alignment, eps=eps, order=order, rule=rule)
-    # The autograd formula is Python: entering it to find that there is nothing to do would double the
-    # host time of a small call.
-    with torch._C._AutoDispatchBelowAutograd() if below_autograd else contextlib.nullcontext():
-        return _op(*arguments)
+    return _operation(grad, harmful, beneficial, scale, strength, eps, order, rule)
 
 
 def check(
@@ -108,8 +98,7 @@ def check(
     check_options(caller, device, alignment, eps, order, rule)
     if not shape or shape[-1] == 0:
         raise ValueError(f"{caller}: {name} must be [..., D] with D >= 1, got shape {tuple(shape)}")
-    if grad.dtype not in DTYPES:
-        raise TypeError(f"{caller}: {name} must be of {', '.join(map(str, DTYPES))}, got {grad.dtype}")
+    check_dtype(caller, name, grad.dtype)
     for which, direction in (("harmful", harmful), ("beneficial", beneficial)):
         if direction is None:
             continue
@@ -118,10 +107,7 @@ def check(
                 f"{caller}: {which} must broadcast to {name}'s shape {tuple(shape)}, "
                 f"got {tuple(direction.shape)}"
             )
-        if direction.dtype not in DTYPES:
-            raise TypeError(
-                f"{caller}: {which} must be of {', '.join(map(str, DTYPES))}, got {direction.dtype}"
-            )
+        check_dtype(caller, which, direction.dtype)
         if direction.device != device:
             raise ValueError(f"{caller}: {which} is on {direction.device} and {name} on {device}")
 
@@ -133,110 +119,52 @@ def _broadcasts(shape: torch.Size, target: torch.Size) -> bool:
     return all(n in (1, m) for n, m in zip(reversed(shape), reversed(target)))
 
 
-def rows_of(x: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-    """A [rows, D] view with unit stride inside the row; a broadcast keeps stride 0 between rows."""
-    if x.dtype != dtype:
-        x = x.to(dtype)
-    if x.stride(-1) != 1:
-        x = x.contiguous()
-    if x.shape != shape:
-        x = x.expand(shape)
-    return backends.plain(x if x.dim() == 2 else x.reshape(-1, shape[-1]))
-
-
-def _native(
-    serve: Callable,
-    grad: Tensor,
-    harmful: Tensor,
-    beneficial: Tensor | None,
-    scale: Tensor | None,
-    alignment: float,
-    eps: float,
-    order: str,
-    rule: str,
-) -> Tensor | None:
-    """The result of a native function; None if it does not take these tensors."""
-    out = torch.empty_like(grad, memory_format=torch.contiguous_format)
-    options = (alignment, eps, code(ORDERS, order), code(RULES, rule))
-    return out if serve(grad, harmful, beneficial, scale, out, *options) else None
-
-
-def number(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """A 0-dim tensor as kernels take it, of this type and no subclass; `check` sees to complex ones."""
-    return None if x is None else backends.plain(x if x.is_complex() else x.to(dtype))
-
-
-def code(names: tuple[str, ...], name: str) -> int:
-    """An option as kernels are told it: its place; -1 if there is no such option."""
-    return names.index(name) if name in names else -1
-
-
-def _kernel(
-    grad: Tensor,
-    harmful: Tensor,
-    beneficial: Tensor | None,
-    scale: Tensor | None,
-    alignment: float,
-    eps: float,
-    order: str,
-    rule: str,
-) -> Tensor:
-    check(grad, harmful, beneficial, alignment if scale is None else scale, eps, order, rule)
-    shape, dtype = grad.shape, grad.dtype
-    # Kernels read one type; mixed types meet in their common type, and the result returns to grad's.
-    if harmful.dtype != dtype or (beneficial is not None and beneficial.dtype != dtype):
-        dtype = compute_dtype(grad, harmful, beneficial)
-    scale = number(scale, compute_dtype(grad, harmful, beneficial))
-    rows = (
-        rows_of(grad, shape, dtype),
-        rows_of(harmful, shape, dtype),
-        None if beneficial is None else rows_of(beneficial, shape, dtype),
+def _kinds(a: Named) -> None:
+    tensors = {"grad": a.grad, "harmful": a.harmful}
+    check_tensors(
+        "project_align", **tensors, **({} if a.beneficial is None else {"beneficial": a.beneficial})
     )
-    serve = backends.implementation("project_align", grad.device.type)
-    if backends.is_native(serve):
-        out = _native(serve, *rows, scale, alignment, eps, order, rule)
-        assert out is not None, "a native function takes what has been checked and laid out"
-    else:
-        out = serve(*rows, scale, alignment, eps, ORDERS.index(order), RULES.index(rule))
-    if out.shape != shape:
-        out = out.view(shape)
-    return out if out.dtype == grad.dtype else out.to(grad.dtype)
+    alignment = a.alignment if a.scale is None else a.scale
+    check_options("project_align", a.grad.device, alignment, a.eps, a.order, a.rule)
 
 
-def _fake(
-    grad: Tensor,
-    harmful: Tensor,
-    beneficial: Tensor | None,
-    scale: Tensor | None,
-    alignment: float,
-    eps: float,
-    order: str,
-    rule: str,
-) -> Tensor:
-    check(grad, harmful, beneficial, alignment if scale is None else scale, eps, order, rule)
-    return grad.new_empty(grad.shape)
+def _check(a: Named) -> None:
+    alignment = a.alignment if a.scale is None else a.scale
+    check(a.grad, a.harmful, a.beneficial, alignment, a.eps, a.order, a.rule)
 
 
-def _setup_context(ctx: Any, inputs: Sequence[Any], output: Tensor) -> None:
-    grad, harmful, beneficial, scale, ctx.alignment, ctx.eps, ctx.order, ctx.rule = inputs
-    ctx.save_for_backward(grad if ctx.rule == "conflict" else None, harmful, beneficial, scale)
+def _call(a: Named) -> Called:
+    surgery = Surgery.of("project_align", a.alignment, a.eps, a.order, a.rule)
+    out = torch.empty_like(a.grad, memory_format=torch.contiguous_format)
+    return (a.grad, a.harmful, a.beneficial, a.scale, *surgery.codes, out), out
+
+
+def _lay_out(a: Named) -> tuple[Called, tuple]:
+    grad, harmful, beneficial = common_rows(a.grad, a.harmful, a.beneficial)
+    scale = number(a.scale, compute_dtype(grad))
+    return _call(a._replace(grad=grad, harmful=harmful, beneficial=beneficial, scale=scale)), ()
+
+
+def _setup_context(ctx: Any, a: Named, output: Tensor) -> None:
+    ctx.alignment, ctx.eps, ctx.order, ctx.rule = a.alignment, a.eps, a.order, a.rule
+    ctx.save_for_backward(a.grad if a.rule == "conflict" else None, a.harmful, a.beneficial, a.scale)
 
 
 def _backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:
     """The forward is P grad + alignment * scale * P b (or b): linear, and the projection P is symmetric."""
     grad, harmful, beneficial, scale = ctx.saved_tensors
-    wants_grad, _, _, wants_scale = ctx.needs_input_grad[:4]
+    wants = _operation.arguments(*ctx.needs_input_grad)
     rule = "full" if ctx.rule == "conflict" else ctx.rule
-    projected = _op(cotangent, harmful, None, None, 1.0, ctx.eps, ctx.order, rule)
+    projected = _operation(cotangent, harmful, None, None, 1.0, ctx.eps, ctx.order, rule)
     if ctx.rule == "conflict":
         projected = torch.where(_conflicts(ctx, grad, harmful, beneficial, scale), projected, cotangent)
     grad_scale = None
-    if wants_scale and beneficial is not None:
+    if wants.scale and beneficial is not None:
         dtype = compute_dtype(cotangent, beneficial)
         through = projected if ctx.order == "align_first" else cotangent
         pull = beneficial.detach().to(dtype).clamp(max=0)
         grad_scale = (ctx.alignment * (through.to(dtype) * pull).sum()).to(scale.dtype)
-    return (projected if wants_grad else None), None, None, grad_scale, None, None, None, None
+    return _operation.gradients(grad=projected if wants.grad else None, scale=grad_scale)
 
 
 def _conflicts(
@@ -251,7 +179,15 @@ def _conflicts(
     return (x * harmful.detach().to(dtype)).sum(-1, keepdim=True) < 0
 
 
-_library.impl("project_align", _kernel, "CompositeExplicitAutograd")
-torch.library.register_fake("dgs::project_align", _fake, lib=_library)
-torch.library.register_autograd("dgs::project_align", _backward, setup_context=_setup_context, lib=_library)
-_op = torch.ops.dgs.project_align.default
+_operation = Operation(
+    "project_align(Tensor grad, Tensor harmful, Tensor? beneficial, Tensor? scale, "
+    "float alignment, float eps, str order, str rule) -> Tensor",
+    kinds=_kinds,
+    check=_check,
+    call=_call,
+    lay_out=_lay_out,
+    fake=lambda a: a.grad.new_empty(a.grad.shape),
+    finish=lambda a, out: out.view(a.grad.shape).to(a.grad.dtype),
+    gradient=(_setup_context, _backward),
+    differentiable=("grad", "scale"),
+)

@@ -1,6 +1,6 @@
 """Gradient surgery on layers: `dgs::project_align_`, in place over many tensors at once.
 
-What an implementation has to do (`dgs_kernels._native.project_align_`, `dgs_kernels.triton.project_align_`)::
+What an implementation has to do::
 
     project_align_(Tensor(a!)[] grads, Tensor[] harmful, Tensor[] beneficial, int[] groups, Tensor(b!) sums,
                    Tensor? scale, float alignment, float eps, int order, int rule, int part) -> ()
@@ -23,38 +23,33 @@ in float32 (float64 for float64 gradients), in a fixed order of summation. The s
 
 `part` 0 does both (a layer that fits on chip is then read once), 1 only the first, 2 only the second with
 the sums it is given: between the two, sharded training adds up its sums. No host synchronisation, no atomics.
-
-The native function alone checks all of this, and returns whether it served the call; so the usual one passes
-through Python, and past torch's dispatcher, without any tensor being looked at.
 """
 
 from __future__ import annotations
 
-import operator
-import sys
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import increment_version
 
-from dgs_kernels import backends
-from dgs_kernels.ops.arguments import check_choice, check_items, check_options, refuse_forward_mode
-from dgs_kernels.ops.project_align import DTYPES, code, number
-from dgs_kernels.reference import ORDERS, RULES
+from dgs_kernels.arguments import check_choice, check_items, refuse_forward_mode
+from dgs_kernels.operation import Called, Named, Operation
+from dgs_kernels.options import Surgery, check_options, split
+from dgs_kernels.tensors import (
+    check_groups,
+    check_list,
+    common_dtype,
+    common_layout,
+    dense,
+    in_a_row,
+    number,
+    number_layers,
+    refuse_shared_memory,
+    sums_dtype,
+)
 
 PARTS = ("all", "sums", "apply")
 SUMS = 6
-_GAPLESS = torch.ops.aten.is_non_overlapping_and_dense
-_KIND = operator.attrgetter("device", "dtype", "layout")
-
-_library = torch.library.Library("dgs", "FRAGMENT")
-_library.define(
-    "project_align_(Tensor(a!)[] grads, Tensor[] harmful, Tensor[] beneficial, int[] groups, "
-    "Tensor(b!) sums, Tensor? scale, float alignment, float eps, str order, str rule, str part) -> ()",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
 
 
 def project_align_(
@@ -97,18 +92,16 @@ def project_align_(
         [tensor([0.]), tensor([4.])]
     """
     lists = _lists(grads, harmful, beneficial)
-    strength, scale = (1.0, alignment) if isinstance(alignment, Tensor) else (alignment, None)
+    scale, strength = split(alignment)
     layers, count = number_layers("project_align_", groups, len(grads))
     device = grads[0].device if grads and isinstance(grads[0], Tensor) else None
     sums = torch.zeros(count, SUMS, dtype=sums_dtype(grads[:1]), device=device)
-    options = (scale, strength, eps, order, rule, "all")
     refuse_forward_mode("project_align_", *grads)
+    options = (scale, strength, eps, order, rule, "all")
     with torch.no_grad():
-        if not _served_past_torch(*lists, layers, sums, *options):
-            check_items("project_align_", grads=lists[0], harmful=lists[1], beneficial=lists[2])
-            check_options("project_align_", device, alignment, eps, order, rule)
+        if run.past_torch((*lists, layers, sums, *options)) is None:
             sums = sums.to(sums_dtype(*lists))
-            _op(*lists, layers, sums, *options)
+            run.through_torch((*lists, layers, sums, *options))
     return sums
 
 
@@ -131,242 +124,50 @@ def _lists(grads: object, harmful: object, beneficial: object) -> tuple[list[Ten
     return tuple(lists)
 
 
-def run(
-    grads: list[Tensor],
-    harmful: list[Tensor],
-    beneficial: list[Tensor],
-    groups: list[int],
-    sums: Tensor,
-    scale: Tensor | None,
-    alignment: float,
-    eps: float,
-    order: str,
-    rule: str,
-    part: str,
-) -> None:
-    """`dgs::project_align_`, but past it where a native function takes the lists as they are."""
-    arguments = (grads, harmful, beneficial, groups, sums, scale, alignment, eps, order, rule, part)
-    if not _served_past_torch(*arguments):
-        _op(*arguments)
+def check_surgery(caller: str, a: Named, eps: float) -> None:
+    """Shapes, dtypes, devices and options of surgery on lists; `caller` is the operator's name."""
+    check_choice(caller, "part", a.part, PARTS)
+    alignment = a.alignment if a.scale is None else a.scale
+    check_options(caller, a.sums.device, alignment, eps, a.order, a.rule)
+    for name in ("grads", "harmful", *(["beneficial"] if a.beneficial else [])):
+        check_list(caller, name, getattr(a, name), "grads", a.grads, a.sums.device)
+    check_groups(caller, a.groups, len(a.grads), len(a.sums))
+    if a.sums.dim() != 2 or a.sums.shape[1] != SUMS:
+        raise ValueError(f"{caller}: sums must be [G, {SUMS}], got {tuple(a.sums.shape)}")
 
 
-def sums_dtype(*lists: Sequence[Tensor]) -> torch.dtype:
-    """float64 if any tensor is, else float32: of the tensors that `check` lets through their common type."""
-    types = {getattr(t, "dtype", None) for tensors in lists for t in tensors}
-    return torch.float64 if torch.float64 in types else torch.float32
+def _kinds(a: Named) -> None:
+    check_items("project_align_", grads=a.grads, harmful=a.harmful, beneficial=a.beneficial)
+    alignment = a.alignment if a.scale is None else a.scale
+    check_options("project_align_", a.sums.device, alignment, a.eps, a.order, a.rule)
 
 
-def number_layers(name: str, groups: Sequence[int] | None, count: int) -> tuple[list[int], int]:
-    """Layer numbers 0..G-1 in order of first appearance, and G; `name` is the operator's, for the message."""
-    if groups is None:
-        return list(range(count)), count
-    if len(groups) != count:
-        raise ValueError(f"{name}: groups must name the layer of {count} tensors, got {len(groups)}")
-    numbers: dict[int, int] = {}
-    layers = [numbers.setdefault(group, len(numbers)) for group in groups]
-    return layers, len(numbers)
+def _call(a: Named) -> Called:
+    surgery = Surgery.of("project_align_", a.alignment, a.eps, a.order, a.rule)
+    scale = number(a.scale, a.sums.dtype)
+    part = PARTS.index(a.part)
+    return (a.grads, a.harmful, a.beneficial, a.groups, a.sums, scale, *surgery.codes, part), ()
 
 
-def check(
-    name: str,
-    grads: Sequence[Tensor],
-    harmful: Sequence[Tensor],
-    beneficial: Sequence[Tensor],
-    groups: Sequence[int],
-    sums: Tensor,
-    scale: Tensor | None,
-    alignment: float,
-    eps: float,
-    order: str,
-    rule: str,
-    part: str,
-) -> None:
-    """Shapes, dtypes, devices and options; `name` is the operator's, for the messages."""
-    check_choice(name, "part", part, PARTS)
-    check_options(name, sums.device, alignment if scale is None else scale, eps, order, rule)
-    lists = [("grads", grads), ("harmful", harmful)] + ([("beneficial", beneficial)] if beneficial else [])
-    for what, tensors in lists:
-        check_list(name, what, tensors, "grads", grads, sums.device)
-    check_groups(name, groups, len(grads), len(sums))
-    if sums.dim() != 2 or sums.shape[1] != SUMS:
-        raise ValueError(f"{name}: sums must be [G, {SUMS}], got {tuple(sums.shape)}")
-
-
-def _refuse_shared_memory(grads: Sequence[Tensor]) -> None:
-    """Raise where an edit of one number would be one of another."""
-    spans = sorted((*span(x), i) for i, x in enumerate(grads) if x.numel())
-    together: list[int] = []  # whose spans cross one another; single numbers are looked at only there
-    reached = 0
-    for begin, end, i in [*spans, (sys.maxsize, sys.maxsize, -1)]:
-        if begin >= reached:
-            if len(together) > 1 or not all(map(_GAPLESS, (grads[j] for j in together))):
-                places = torch.cat([_places(grads[j]) for j in together])
-                if len(places.unique()) < len(places):
-                    names = [f"grads[{j}]" for j in sorted(together)]
-                    if len(names) > 3:
-                        names[2:] = [f"{len(names) - 2} more"]
-                    raise ValueError(
-                        f"project_align_: numbers of {' and '.join(names)} share memory: clone what overlaps"
-                    )
-            together = []
-        together.append(i)
-        reached = max(reached, end)
-
-
-def span(x: Tensor) -> tuple[int, int]:
-    """The first address of a tensor's numbers, and the one after the last."""
-    last = sum((size - 1) * stride for size, stride in zip(x.shape, x.stride()))
-    return x.data_ptr(), x.data_ptr() + (last + 1) * x.element_size()
-
-
-def _places(x: Tensor) -> Tensor:
-    """The addresses at which the numbers of a tensor begin; a CPU tensor."""
-    places = torch.tensor(0)
-    for size, stride in zip(x.shape, x.stride()):
-        places = places[..., None] + torch.arange(size) * stride
-    return places.flatten() * x.element_size() + x.data_ptr()
-
-
-def check_list(
-    name: str,
-    what: str,
-    tensors: Sequence[Tensor],
-    model_name: str,
-    model: Sequence[Tensor],
-    device: torch.device,
-) -> None:
-    """Tensors of the model's shapes, dense, on this device, of types that kernels read."""
-    if len(tensors) != len(model):
-        raise ValueError(
-            f"{name}: {what} must have {len(model)} tensors as {model_name} has, got {len(tensors)}"
-        )
-    if not all(map(Tensor.is_same_size, tensors, model)):
-        i = next(i for i, (t, m) in enumerate(zip(tensors, model)) if t.shape != m.shape)
-        raise ValueError(
-            f"{name}: {what}[{i}] must have shape {tuple(model[i].shape)} as {model_name}[{i}], "
-            f"got {tuple(tensors[i].shape)}"
-        )
-    for its_device, dtype, layout in set(map(_KIND, tensors)):
-        if its_device != device:
-            raise ValueError(f"{name}: {what} has a tensor on {its_device}; all must be on {device}")
-        if dtype not in DTYPES:
-            raise TypeError(f"{name}: {what} must be of {', '.join(map(str, DTYPES))}, got {dtype}")
-        if layout != torch.strided:
-            raise TypeError(f"{name}: {what} must be dense tensors, not sparse ones")
-
-
-def check_groups(name: str, groups: Sequence[int], count: int, num_groups: int) -> None:
-    if len(groups) != count or (groups and not 0 <= min(groups) <= max(groups) < num_groups):
-        raise ValueError(f"{name}: groups must hold a number in 0..{num_groups - 1} for each of the tensors")
-
-
-def common_layout(dtype: torch.dtype, tensors: Sequence[Tensor], like: Sequence[Tensor]) -> list[Tensor]:
-    """`tensors` in one dtype and with the strides of `like`, copied only where they are not."""
-    return [
-        t
-        if t.dtype == dtype
-        and ((t.is_contiguous() and g.is_contiguous()) or t.stride() == g.stride())
-        and not t.is_neg()
-        else torch.empty_like(g, dtype=dtype).copy_(t)
-        for t, g in zip(tensors, like)
-    ]
-
-
-def dense(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """`tensors` without holes, overlaps or changed signs, each copied only where it has some."""
-    has_none = torch.ops.aten.is_non_overlapping_and_dense
-    return [(t if t.is_contiguous() or has_none(t) else t.contiguous()).resolve_neg() for t in tensors]
-
-
-def codes(order: str, rule: str, part: str) -> tuple[int, ...]:
-    """The options as numbers, -1 for one that does not exist."""
-    return code(ORDERS, order), code(RULES, rule), code(PARTS, part)
-
-
-def in_a_row(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Dense tensors as contiguous ones of no subclass: their numbers as they follow each other in memory."""
-    plain = map(backends.plain, tensors)
-    return [t if t.is_contiguous() else t.as_strided((t.numel(),), (1,)) for t in plain]
-
-
-def _served_past_torch(*arguments: Any) -> bool:
-    return not backends.watched() and _served_as_it_is(*arguments)
-
-
-def _served_as_it_is(*arguments: Any) -> bool:
-    *lists, sums, scale, alignment, eps, order, rule, part = arguments
-    if not lists[0]:  # of no device either, which a backend could be chosen for
-        return False
-    serve = backends.implementation("project_align_", sums.device.type)
-    scale = number(scale, sums.dtype)
-    options = (alignment, eps, *codes(order, rule, part))
-    if not (backends.is_native(serve) and serve(*lists, sums, scale, *options)):
-        return False
-    if part != "sums":
-        increment_version(lists[0])
-    return True
-
-
-def _kernel(
-    grads: list[Tensor],
-    harmful: list[Tensor],
-    beneficial: list[Tensor],
-    groups: list[int],
-    sums: Tensor,
-    scale: Tensor | None,
-    alignment: float,
-    eps: float,
-    order: str,
-    rule: str,
-    part: str,
-) -> None:
-    if _served_as_it_is(grads, harmful, beneficial, groups, sums, scale, alignment, eps, order, rule, part):
-        return
-    check(
-        "project_align_", grads, harmful, beneficial, groups, sums, scale, alignment, eps, order, rule, part
-    )
-    if not grads:
-        return
-    _refuse_shared_memory(grads)
-    # Kernels read one type: mixed types meet in their common type, and the results return to grads'.
-    types = {t.dtype for tensors in (grads, harmful, beneficial) for t in tensors}
-    dtype = types.pop() if len(types) == 1 else sums.dtype
-    work = dense(grads)
+def _lay_out(a: Named) -> tuple[Called, list[tuple[Tensor, Tensor]]] | None:
+    if not a.grads:
+        return None
+    refuse_shared_memory("project_align_", "grads", a.grads)
+    dtype = common_dtype(a.grads, a.harmful, a.beneficial)
+    work = dense(a.grads)
     work = common_layout(dtype, work, work)
-    lists = (work, common_layout(dtype, harmful, work), common_layout(dtype, beneficial, work))
-    scale = number(scale, sums.dtype)
-    serve = backends.implementation("project_align_", sums.device.type)
-    options = (alignment, eps, *codes(order, rule, part))
-    served = serve(*map(in_a_row, lists), groups, sums, scale, *options)
-    assert served is not False, "a native function takes what has been checked and laid out"
-    if part != "sums":
-        increment_version(grads)
-        for grad, edited in zip(grads, work):
-            if edited is not grad:
-                grad.copy_(edited)
+    harmful, beneficial = (in_a_row(common_layout(dtype, ts, work)) for ts in (a.harmful, a.beneficial))
+    ready = a._replace(grads=in_a_row(work), harmful=harmful, beneficial=beneficial)
+    return _call(ready), [(g, w) for g, w in zip(a.grads, work) if w is not g and a.part != "sums"]
 
 
-def _fake(
-    grads: list[Tensor],
-    harmful: list[Tensor],
-    beneficial: list[Tensor],
-    groups: list[int],
-    sums: Tensor,
-    scale: Tensor | None,
-    alignment: float,
-    eps: float,
-    order: str,
-    rule: str,
-    part: str,
-) -> None:
-    check(
-        "project_align_", grads, harmful, beneficial, groups, sums, scale, alignment, eps, order, rule, part
-    )
-
-
-_library.impl("project_align_", _kernel, "CompositeExplicitAutograd")
-_library.impl(
-    "project_align_", torch.library.fallthrough_kernel, "Negative"
-)  # the kernel sees to negated views
-torch.library.register_fake("dgs::project_align_", _fake, lib=_library)
-_op = torch.ops.dgs.project_align_.default
+# `dgs::project_align_`, but past it where a native function takes the lists as they are.
+run = Operation(
+    "project_align_(Tensor(a!)[] grads, Tensor[] harmful, Tensor[] beneficial, int[] groups, "
+    "Tensor(b!) sums, Tensor? scale, float alignment, float eps, str order, str rule, str part) -> ()",
+    kinds=_kinds,
+    check=lambda a: check_surgery("project_align_", a, a.eps),
+    call=_call,
+    lay_out=_lay_out,
+    written=lambda a: () if a.part == "sums" else a.grads,
+)

@@ -1,15 +1,14 @@
-"""Spectral entropy of image patches: `dgs::spectral_entropy`, its schema, shape rules and fake kernel.
+"""Spectral entropy of image patches: `dgs::spectral_entropy`.
 
-What an implementation has to do (`dgs_kernels.triton.spectral_entropy`; that of
-`dgs_kernels._native` fills a result it is given)::
+What an implementation has to do::
 
-    spectral_entropy(Tensor images, int patch_size) -> Tensor
+    spectral_entropy(Tensor images, int patch_size, Tensor(a!) out) -> ()
 
-images [B, 3, H, W] are uint8 or float32, B >= 1, H and W at least the patch size. Channels and pixels lie
-either planar, the pixels of a row next to each other and every other stride any, or interleaved as decoders
-leave them: the three channels of a pixel next to each other, and then the next pixel's. The result is
-float32 [B, (H // patch_size) * (W // patch_size)]. patch_size is `KERNEL_PATCH_SIZE`: other sizes, and
-float64 images, are served by eager PyTorch.
+images [B, 3, H, W] are uint8 or float32. Channels and pixels lie either planar, the pixels of a row next to
+each other and every other stride any, or interleaved as decoders leave them: the three channels of a pixel
+next to each other, and then the next pixel's. out is contiguous float32 [B, (H // patch_size) * (W //
+patch_size)], and may be empty. patch_size is `KERNEL_PATCH_SIZE`: other sizes, and float64 images and
+results, are served by eager PyTorch.
 """
 
 from __future__ import annotations
@@ -17,13 +16,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dgs_kernels import backends
-from dgs_kernels.ops.arguments import check_tensors, check_whole
-
-_library = torch.library.Library("dgs", "FRAGMENT")
-_library.define(
-    "spectral_entropy(Tensor images, int patch_size) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,)
-)
+from dgs_kernels.arguments import check_tensors, check_whole
+from dgs_kernels.backends import KERNEL_PATCH_SIZE
+from dgs_kernels.operation import Called, Named, Operation
+from dgs_kernels.tensors import plain
 
 
 def spectral_entropy(images: Tensor, patch_size: int = 32) -> Tensor:
@@ -51,50 +47,54 @@ def spectral_entropy(images: Tensor, patch_size: int = 32) -> Tensor:
         >>> spectral_entropy(torch.full((1, 3, 64, 96), 255, dtype=torch.uint8)).shape
         torch.Size([1, 6])
     """
-    _check(images, patch_size)
-    return _op(images.detach(), patch_size)
+    return _operation(images.detach() if isinstance(images, Tensor) else images, patch_size)
 
 
-def _check(images: Tensor, patch_size: int) -> None:
-    check_tensors("spectral_entropy", images=images)
-    check_whole("spectral_entropy", "patch_size", patch_size)
-    if images.dim() != 4 or images.shape[1] != 3:
-        raise ValueError(f"spectral_entropy: images must be [B, 3, H, W], got {list(images.shape)}")
-    if images.dtype != torch.uint8 and not images.is_floating_point():
-        raise TypeError(f"spectral_entropy: images must be uint8 or floating-point, got {images.dtype}")
+def _check(a: Named) -> None:
+    check_tensors("spectral_entropy", images=a.images)
+    check_whole("spectral_entropy", "patch_size", a.patch_size)
+    if a.images.dim() != 4 or a.images.shape[1] != 3:
+        raise ValueError(f"spectral_entropy: images must be [B, 3, H, W], got {list(a.images.shape)}")
+    if a.images.dtype != torch.uint8 and not a.images.is_floating_point():
+        raise TypeError(f"spectral_entropy: images must be uint8 or floating-point, got {a.images.dtype}")
 
 
-def _result(images: Tensor, patch_size: int) -> Tensor:
-    """Check the arguments and allocate the result."""
-    _check(images, patch_size)
-    batch, _, height, width = images.shape
-    dtype = torch.float64 if images.dtype == torch.float64 else torch.float32
-    return images.new_empty((batch, (height // patch_size) * (width // patch_size)), dtype=dtype)
+def _case(a: Named) -> str | None:
+    if a.patch_size != KERNEL_PATCH_SIZE:
+        return f"its kernels serve patches of {KERNEL_PATCH_SIZE} pixels"
+    return "its kernels compute in float32" if a.images.dtype == torch.float64 else None
 
 
-def _kernel(images: Tensor, patch_size: int) -> Tensor:
-    out = _result(images, patch_size)
-    if not out.numel():
-        return out
-    case = None
-    if patch_size != backends.KERNEL_PATCH_SIZE:
-        case = f"its kernels serve patches of {backends.KERNEL_PATCH_SIZE} pixels"
-    elif images.dtype == torch.float64:
-        case = "its kernels compute in float32"
-    elif images.dtype != torch.uint8:
-        images = images.float()
-    _, channel, _, pixel = images.stride()
-    if case is None and pixel != 1 and (channel, pixel) != (1, 3):
-        images = images.contiguous()
-    images = backends.plain(images)
-    serve = backends.implementation("spectral_entropy", images.device.type, case)
-    if not backends.is_native(serve):
-        return serve(images, patch_size)
-    served = serve(images, out, patch_size)
-    assert served, "a native function takes what has been checked and laid out"
-    return out
+def _empty(a: Named) -> Tensor:
+    batch, _, height, width = a.images.shape
+    dtype = torch.float64 if a.images.dtype == torch.float64 else torch.float32
+    patches = (height // a.patch_size) * (width // a.patch_size)
+    return a.images.new_empty((batch, patches), dtype=dtype)
 
 
-_library.impl("spectral_entropy", _kernel, "CompositeExplicitAutograd")
-torch.library.register_fake("dgs::spectral_entropy", _result, lib=_library)
-_op = torch.ops.dgs.spectral_entropy.default
+def _call(a: Named) -> Called | None:
+    if a.images.dim() != 4 or type(a.patch_size) is not int:
+        return None
+    out = _empty(a)
+    return (a.images, a.patch_size, out), out
+
+
+def _lay_out(a: Named) -> tuple[Called, tuple]:
+    images = a.images
+    if _case(a) is None:
+        images = images if images.dtype == torch.uint8 else images.float()
+        _, channel, _, pixel = images.stride()
+        images = images if pixel == 1 or (channel, pixel) == (1, 3) else images.contiguous()
+    called = _call(a._replace(images=plain(images)))
+    assert called is not None
+    return called, ()
+
+
+_operation = Operation(
+    "spectral_entropy(Tensor images, int patch_size) -> Tensor",
+    check=_check,
+    call=_call,
+    lay_out=_lay_out,
+    fake=_empty,
+    case=_case,
+)

@@ -1,6 +1,6 @@
 """AdamW with gradient surgery inside its step, `dgs::surgery_adamw_`: no projected gradient is written.
 
-What an implementation has to do (`dgs_kernels._native.surgery_adamw_`, `dgs_kernels.triton.surgery_adamw_`)::
+What an implementation has to do::
 
     surgery_adamw_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs,
                    Tensor(d!)[] steps, Tensor[] harmful, Tensor[] beneficial, int[] groups, Tensor(e!) sums,
@@ -21,127 +21,83 @@ incremented first and then counts from 1. With the surgered gradient g kept in t
 12 streams: 6 read (5 without alignment, or 3 more in a first pass where a layer does not stay on chip), 3
 written. Scalars are made in float64 and used in the computing type. float32 results are meant to equal those
 of `project_align_` and `torch.optim.AdamW(foreach=True)` to the last bit or two.
-
-The native function checks all of this and returns whether it served the call, as `project_align_` does.
 """
 
 from __future__ import annotations
 
 import itertools
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import increment_version
 
-from dgs_kernels import backends
-from dgs_kernels.ops.project_align import number
-from dgs_kernels.ops.project_align_ import check, codes, common_layout, dense, in_a_row
-
-_library = torch.library.Library("dgs", "FRAGMENT")
-_library.define(
-    "surgery_adamw_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
-    "Tensor(d!)[] steps, Tensor[] harmful, Tensor[] beneficial, int[] groups, Tensor(e!) sums, "
-    "Tensor? scale, float alignment, float surgery_eps, str order, str rule, str part, "
-    "float lr, float beta1, float beta2, float weight_decay, float eps, bool maximize) -> ()",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
+from dgs_kernels.operation import Called, Named, Operation
+from dgs_kernels.ops.project_align_ import PARTS, check_surgery
+from dgs_kernels.options import Surgery
+from dgs_kernels.tensors import common_dtype, common_layout, dense, in_a_row, number, plain
 
 
-def _check(
-    params: list[Tensor],
-    grads: list[Tensor],
-    exp_avgs: list[Tensor],
-    exp_avg_sqs: list[Tensor],
-    steps: list[Tensor],
-    harmful: list[Tensor],
-    beneficial: list[Tensor],
-    groups: list[int],
-    sums: Tensor,
-    *rest: Any,
-) -> None:
-    scale, alignment, surgery_eps, order, rule, part, *_ = rest
+def _check(a: Named) -> None:
     name = "surgery_adamw_"
-    lists = (grads, harmful, beneficial, groups)
-    check(name, *lists, sums, scale, alignment, surgery_eps, order, rule, part)
-    if part == "sums":
+    check_surgery(name, a, a.surgery_eps)
+    if a.part == "sums":
         raise ValueError(f"{name}: part must be all or apply; project_align_ makes the sums")
-    shapes = [g.shape for g in grads]
-    for what, tensors in (("params", params), ("exp_avgs", exp_avgs), ("exp_avg_sqs", exp_avg_sqs)):
+    shapes = [g.shape for g in a.grads]
+    for what, tensors in (("params", a.params), ("exp_avgs", a.exp_avgs), ("exp_avg_sqs", a.exp_avg_sqs)):
         if [t.shape for t in tensors] != shapes:
             raise ValueError(f"{name}: {what} must have the shapes of grads")
-        if {t.device for t in tensors} - {sums.device}:
-            raise ValueError(f"{name}: {what} must be on {sums.device}")
+        if {t.device for t in tensors} - {a.sums.device}:
+            raise ValueError(f"{name}: {what} must be on {a.sums.device}")
     counts = (torch.float32, torch.float64)
-    if len(steps) != len(grads) or any(
-        s.dim() or s.device.type != "cpu" or s.dtype not in counts for s in steps
+    if len(a.steps) != len(a.grads) or any(
+        s.dim() or s.device.type != "cpu" or s.dtype not in counts for s in a.steps
     ):
-        raise ValueError(f"{name}: steps must be {len(grads)} 0-dim float tensors on the CPU")
+        raise ValueError(f"{name}: steps must be {len(a.grads)} 0-dim float tensors on the CPU")
 
 
-def run(*arguments: Any) -> None:
-    """`dgs::surgery_adamw_`, but past it where a native function takes the tensors as they are."""
-    if backends.watched() or not _served_as_it_is(*arguments):
-        _op(*arguments)
-
-
-def _served_as_it_is(*arguments: Any) -> bool:
-    *lists, sums, scale, alignment, surgery_eps, order, rule, part = arguments[:15]
-    if not lists[0]:  # of no device either, which a backend could be chosen for
-        return False
-    if sums.is_cuda and torch.cuda.is_current_stream_capturing():
+def _call(a: Named) -> Called:
+    if a.sums.is_cuda and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
             "surgery_adamw_: steps are counted on the host, so a captured graph would repeat this one; "
             "capture OptimizerSurgery on torch.optim.AdamW(capturable=True)"
         )
-    serve = backends.implementation("surgery_adamw_", sums.device.type)
-    scale = number(scale, sums.dtype)
-    options = (alignment, surgery_eps, *codes(order, rule, part), *arguments[15:])
-    if not (backends.is_native(serve) and serve(*lists, sums, scale, *options)):
-        return False
-    params, _, exp_avgs, exp_avg_sqs, steps, *_ = lists
-    increment_version(itertools.chain(params, exp_avgs, exp_avg_sqs, steps))
-    return True
+    surgery = Surgery.of("surgery_adamw_", a.alignment, a.surgery_eps, a.order, a.rule)
+    state = (a.params, a.grads, a.exp_avgs, a.exp_avg_sqs, a.steps)
+    layers = (a.harmful, a.beneficial, a.groups, a.sums, number(a.scale, a.sums.dtype))
+    adam = (a.lr, a.beta1, a.beta2, a.weight_decay, a.eps, a.maximize)
+    return (*state, *layers, *surgery.codes, PARTS.index(a.part), *adam), ()
 
 
-def _kernel(*arguments: Any) -> None:
-    if _served_as_it_is(*arguments):
-        return
-    _check(*arguments)
-    params, grads, exp_avgs, exp_avg_sqs, steps, harmful, beneficial, groups, sums, *rest = arguments
-    scale, alignment, surgery_eps, order, rule, part, *hyper = rest
-    if not grads:
-        if part == "all":
-            sums.zero_()
-        return
-    lists = (params, exp_avgs, exp_avg_sqs, steps)
-    types = {
-        t.dtype for tensors in (params, exp_avgs, exp_avg_sqs, grads, harmful, beneficial) for t in tensors
-    }
-    dtype = types.pop() if len(types) == 1 else sums.dtype
-    work = dense(params)
-    work = common_layout(dtype, work, work)
-    counts = [backends.plain(step) for step in steps]
-    averages, squares = (common_layout(dtype, tensors, work) for tensors in (exp_avgs, exp_avg_sqs))
-    read = [common_layout(dtype, tensors, work) for tensors in (grads, harmful, beneficial)]
-    params_, averages_, squares_, grads_, harmful_, beneficial_ = map(
-        in_a_row, (work, averages, squares, *read)
+def _written(a: Named) -> itertools.chain[Tensor]:
+    return itertools.chain(a.params, a.exp_avgs, a.exp_avg_sqs, a.steps)
+
+
+def _lay_out(a: Named) -> tuple[Called, list[tuple[Tensor, Tensor]]] | None:
+    if not a.grads:
+        if a.part == "all":
+            a.sums.zero_()
+        return None
+    dtype = common_dtype(a.params, a.exp_avgs, a.exp_avg_sqs, a.grads, a.harmful, a.beneficial)
+    params = dense(a.params)
+    params = common_layout(dtype, params, params)
+    lists = ("exp_avgs", "exp_avg_sqs", "grads", "harmful", "beneficial")
+    work = a._replace(
+        params=params,
+        steps=[plain(step) for step in a.steps],
+        **{name: common_layout(dtype, getattr(a, name), params) for name in lists},
     )
-    scale = number(scale, sums.dtype)
-    ready = (params_, grads_, averages_, squares_, counts, harmful_, beneficial_, groups, sums, scale)
-    options = (alignment, surgery_eps, *codes(order, rule, part), *hyper)
-    served = backends.implementation("surgery_adamw_", sums.device.type)(*ready, *options)
-    assert served is not False, "a native function takes what has been checked and laid out"
-    increment_version(itertools.chain(*lists))
-    for tensors, results in zip(lists, (work, averages, squares, counts)):
-        for tensor, result in zip(tensors, results):
-            if result is not tensor:
-                tensor.copy_(result)
+    ready = work._replace(**{name: in_a_row(getattr(work, name)) for name in ("params", *lists)})
+    return _call(ready), [(x, y) for x, y in zip(_written(a), _written(work)) if x is not y]
 
 
-_library.impl("surgery_adamw_", _kernel, "CompositeExplicitAutograd")
-_library.impl(
-    "surgery_adamw_", torch.library.fallthrough_kernel, "Negative"
-)  # the kernel sees to negated views
-torch.library.register_fake("dgs::surgery_adamw_", _check, lib=_library)
-_op = torch.ops.dgs.surgery_adamw_.default
+# `dgs::surgery_adamw_`, but past it where a native function takes the tensors as they are.
+run = Operation(
+    "surgery_adamw_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
+    "Tensor(d!)[] steps, Tensor[] harmful, Tensor[] beneficial, int[] groups, Tensor(e!) sums, "
+    "Tensor? scale, float alignment, float surgery_eps, str order, str rule, str part, "
+    "float lr, float beta1, float beta2, float weight_decay, float eps, bool maximize) -> ()",
+    kinds=lambda a: None,
+    check=_check,
+    call=_call,
+    lay_out=_lay_out,
+    written=_written,
+)

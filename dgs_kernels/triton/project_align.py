@@ -240,11 +240,11 @@ def project_align(
     eps: float,
     order: int,
     rule: int,
-) -> Tensor:
+    out: Tensor,
+) -> None:
     rows, dim = grad.shape
-    out = torch.empty((rows, dim), dtype=grad.dtype, device=grad.device)
     if rows == 0:
-        return out
+        return
     given = (grad, harmful, beneficial, None if beneficial is None else scale)
     strides = (grad.stride(0), harmful.stride(0), 0 if beneficial is None else beneficial.stride(0))
     acc, wide = (tl.float64, torch.float64) if grad.dtype == torch.float64 else (tl.float32, torch.float32)
@@ -254,11 +254,10 @@ def project_align(
             grid, block = shape
             options = (alignment, eps, order, rule)
             _row_kernel[grid](*given, out, rows, dim, *strides, *options, **constants, **block)
-            return out
+            return
         part_size, parts = cut(dim)
         partials = torch.empty((rows, parts, SUMS.value), dtype=wide, device=grad.device)
         sizes = (dim, part_size, parts, *strides, alignment)
         constants |= {"BLOCK": CHUNK, "num_warps": 8}
         _part_sums_kernel[(rows * parts,)](*given, partials, *sizes, order, rule, **constants)
         _part_kernel[(rows * parts,)](*given, partials, out, *sizes, eps, rule, **constants)
-    return out

@@ -405,15 +405,17 @@ def surgery_head(
     teacher_bias: Tensor,
     text_weight: Tensor | None,
     text_bias: Tensor | None,
-    reference_batch_size: int | None,
-    expert: bool,
     offsets: Tensor | None,
+    reference_batch_size: float,
+    expert: bool,
     distillation: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    losses: Tensor,
+    logits: Tensor,
+    residuals: Tensor,
+    head_grads: Tensor,
+    differences: Tensor,
+) -> None:
     batch, dim = features.shape
-    logits, residuals = (labels.new_empty((3, batch)) for _ in range(2))
-    losses, head_grads = labels.new_empty(LOSSES.value), labels.new_empty((2, dim + 1))
-    differences = features.new_empty((batch if distillation else 0, dim))
     shape = launch_shape(dim, features.dtype)
     rows = 1 if shape is None else shape["ROWS"]
     chunk_rows = triton.cdiv(triton.cdiv(batch, PROGRAMS), rows) * rows
@@ -453,4 +455,3 @@ def surgery_head(
             ROWS=32,
             BLOCK=64,
         )
-    return losses, logits, residuals, head_grads, differences

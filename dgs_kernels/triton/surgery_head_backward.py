@@ -169,13 +169,13 @@ def surgery_head_backward(
     text_weight: Tensor | None,
     image_scale: Tensor,
     alignment_scale: Tensor,
-    out: Tensor,
-    eps: float,
-    order: int,
-    reference_batch_size: int | None,
     differences: Tensor | None,
     distillation_scale: Tensor | None,
+    eps: float,
+    order: int,
+    reference_batch_size: float,
     distillation: float,
+    out: Tensor,
 ) -> None:
     batch, dim = out.shape
     if not batch:

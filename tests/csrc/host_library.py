@@ -1,6 +1,6 @@
 """The CUDA kernels built for the CPU (csrc/host_shim) with sanitizers on, and Python with it loaded.
 
-`python -m tests.csrc.host_library -k project` builds it and runs the chosen cases of `cuda_on_host.py`.
+`python -m tests.csrc.host_library -k project` builds it and runs the chosen cases of `cuda_on_host`.
 """
 
 from __future__ import annotations
@@ -88,9 +88,8 @@ def run(library: Path, *command: str) -> subprocess.CompletedProcess:
 
 
 def run_cases(library: Path, *selection: str) -> subprocess.CompletedProcess:
-    return run(
-        library, "-m", "pytest", "-x", "-p", "no:cacheprovider", "tests/csrc/cuda_on_host.py", *selection
-    )
+    cases = sorted(map(str, (ROOT / "tests" / "csrc" / "cuda_on_host").glob("[!_]*.py")))
+    return run(library, "-m", "pytest", "-x", "-p", "no:cacheprovider", *cases, *selection)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """Launches of every CUDA kernel as the launchers make them, recorded in the host shim.
 
 `record(library)` gives, for each, its kernel, grid, block, cluster and shared memory, the bytes of its
-parameters, and which of these point to memory. They are told of and not run: `cuda_on_host.py`, whose cases
-these are, does that.
+parameters, and which of these point to memory. They are not run: `cuda_on_host`, whose cases these are, does
+that.
 """
 
 from __future__ import annotations
@@ -53,12 +53,18 @@ def cases():
     """Every path that a launcher can choose, in a launch with a tail: its name, kernels, and a call."""
     import torch
 
-    from tests.csrc import cuda_on_host as host
+    from tests.csrc.cuda_on_host import host
+    from tests.csrc.cuda_on_host.adamw import adamw_case
+    from tests.csrc.cuda_on_host.entropy import spectral_entropy_case
+    from tests.csrc.cuda_on_host.heads import surgery_head_case
+    from tests.csrc.cuda_on_host.lists import project_align_list_case
+    from tests.csrc.cuda_on_host.objectives import objectives_case
+    from tests.csrc.cuda_on_host.rows import project_align_case
 
     f32, f64, bf16 = torch.float32, torch.float64, torch.bfloat16
     without = without_clusters(host)
-    rows = partial(host.project_align_case, order="align_first", rule="positive", aligned=True)
-    plain = partial(host.project_align_case, order="project_first", rule="conflict", aligned=False)
+    rows = partial(project_align_case, order="align_first", rule="positive", aligned=True)
+    plain = partial(project_align_case, order="project_first", rule="conflict", aligned=False)
     in_registers = "rows_in_registers"
     # A pack per thread where there are few rows, all that fits where there are many.
     yield "8 threads per row, a pack each", in_registers, partial(rows, f32, 130, 20)
@@ -79,7 +85,7 @@ def cases():
     yield "in parts", "sum_row_parts project_row_parts", partial(without, rows, f32, 1, 10001)
     yield "nothing to align with", in_registers, partial(plain, f32, 5, 36)
 
-    head = host.surgery_head_case
+    head = surgery_head_case
     more = dict(expert=True, distillation=0.3)
     forward_and_backward = "head_rows head_backward"
     yield "4 rows at a time, a warp each, staged", "head_rows", partial(head, f32, 1057, 260)
@@ -92,13 +98,13 @@ def cases():
     yield "longer rows", "head_read_twice", partial(head, f32, 3, 2049)
     yield "no text", forward_and_backward, partial(head, f32, 5, 4, with_text=False)
 
-    entropy, planar = host.spectral_entropy_case, torch.contiguous_format
+    entropy, planar = spectral_entropy_case, torch.contiguous_format
     yield "bytes, wide", "patch_entropy", partial(entropy, torch.uint8, planar, 2, 100, 64, 0)
     yield "bytes", "patch_entropy", partial(entropy, torch.uint8, planar, 1, 64, 97, 1)
     yield "floats, wide", "patch_entropy", partial(entropy, f32, planar, 1, 64, 96, 0)
     yield "floats, interleaved", "patch_entropy", partial(entropy, f32, torch.channels_last, 1, 64, 97, 0)
 
-    lists, adamw = host.project_align_list_case, host.adamw_case
+    lists, adamw = project_align_list_case, adamw_case
     wide, odd = [1000, 32], [103, 32]
     for kernel, operation in (("project_chunks", lists), ("adamw_chunks", adamw)):
         yield "a block per layer, wide", kernel, partial(operation, wide, [0, 1], f32, launched=1)
@@ -114,7 +120,7 @@ def cases():
     steps = dict(steps=(2, 3), maximize=True)
     yield "other steps for each", "adamw_chunks", partial(adamw, odd, [0, 1], f32, launched=2, **steps)
 
-    objectives = host.objectives_case
+    objectives = objectives_case
     both = "chunk_products combine_chunks"
     yield "2 objectives, wide", f"{both} add_chunk_products", partial(objectives, 2, wide, [0, 1], f32)
     yield "2 objectives", both, partial(objectives, 2, odd, [0, 1], bf16, in_place=True)
@@ -134,7 +140,7 @@ def without_clusters(host):
 
 
 def main() -> None:
-    from tests.csrc import cuda_on_host as host
+    from tests.csrc.cuda_on_host import host
 
     class Launch(ctypes.Structure):
         _fields_ = [

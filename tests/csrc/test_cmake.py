@@ -64,7 +64,7 @@ def folder(build) -> Path:
 @pytest.mark.slow
 def test_against_numpy(folder):
     pytest.importorskip("ml_dtypes")
-    script = HERE / "numpy_module.py"
+    scripts = (HERE / "numpy_module.py", HERE / "numpy_module_errors.py")
     command = (
         sys.executable,
         "-m",
@@ -76,7 +76,7 @@ def test_against_numpy(folder):
         "-o",
         "addopts=",
     )
-    assert " passed" in run(*command, script, PYTHONPATH=str(folder), OMP_NUM_THREADS="1")
+    assert " passed" in run(*command, *scripts, PYTHONPATH=str(folder), OMP_NUM_THREADS="1")
 
 
 def test_docstring_examples(folder):

@@ -1,5 +1,5 @@
 """Builds the CUDA kernels for the CPU (csrc/host_shim) with sanitizers on, and runs the cases of
-`cuda_on_host.py` through them."""
+`cuda_on_host` through them."""
 
 import pytest
 
@@ -23,7 +23,7 @@ def test_sanitizer_sees_a_write_past_the_end(library):
     done = run(
         library,
         "-c",
-        "import torch; from tests.csrc.cuda_on_host import project_align;"
+        "import torch; from tests.csrc.cuda_on_host.rows import project_align;"
         "x = torch.ones(3, 5); short = torch.empty(2, 5);"
         "project_align(x, x, None, alignment=1.0, scale=None, order='align_first', rule='full', out=short)",
     )

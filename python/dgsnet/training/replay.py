@@ -9,8 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dgs_kernels import ObjectiveSurgery
-from dgs_kernels.ops.gramian import MAX_OBJECTIVES
+from dgs_kernels import MAX_OBJECTIVES, ObjectiveSurgery
 from dgsnet.data.items import Item
 
 # Rule to what `ObjectiveSurgery` combines the gradients by; "none" replays nothing.

@@ -12,8 +12,8 @@ from torch.library import opcheck
 
 from dgs_kernels import backends, combine_, gramian, reference
 from tests.conftest import on_backends
+from tests.dgs_kernels.ops.lists import DTYPES, Marked, aligned_but_one, clones, doubles, draw
 from tests.dgs_kernels.ops.test_gramian import GROUPS, SHAPES, objectives
-from tests.dgs_kernels.ops.test_project_align_ import DTYPES, Marked, aligned_but_one, clones, doubles, draw
 
 everywhere = on_backends("combine_")
 

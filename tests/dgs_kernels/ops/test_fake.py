@@ -11,7 +11,7 @@ from torch._subclasses import FakeTensorMode
 from torch.utils._pytree import tree_flatten, tree_map_only
 
 import dgs_kernels
-from tests.dgs_kernels.ops.test_project_align_ import draw
+from tests.dgs_kernels.ops.lists import draw
 
 TYPES = (torch.float16, torch.float32, torch.float64)  # no two meet in a third
 SHAPES = ((3, 5), (7,))

@@ -12,7 +12,7 @@ from torch.library import opcheck
 
 from dgs_kernels import backends, gramian, reference
 from tests.conftest import on_backends
-from tests.dgs_kernels.ops.test_project_align_ import DTYPES, Marked, aligned_but_one, clones, doubles, draw
+from tests.dgs_kernels.ops.lists import DTYPES, Marked, aligned_but_one, clones, doubles, draw
 
 SHAPES = ((3, 41), (1,), (0,), (5,), (9000,), (64, 6), (7,))
 GROUPS = (0, 1, 1, 2, 0, 3, 1)

@@ -11,9 +11,9 @@ from torch import Tensor
 import dgs_kernels
 from dgs_kernels import backends, project_align, project_align_, reference
 from dgs_kernels.ops.surgery_adamw_ import run as surgery_adamw_
+from tests.dgs_kernels.ops.lists import assert_accurate, clones, draw
 from tests.dgs_kernels.ops.test_project_align import assert_accurate as assert_rows_accurate
 from tests.dgs_kernels.ops.test_project_align import draw as draw_rows
-from tests.dgs_kernels.ops.test_project_align_ import assert_accurate, clones, draw
 
 triton_entropy = pytest.importorskip("dgs_kernels.triton.spectral_entropy")
 pytestmark = pytest.mark.gpu
@@ -119,6 +119,21 @@ def test_a_graph_outlives_the_tables_of_its_lists():
         graph.replay()
         torch.testing.assert_close(lists[0], want, rtol=0, atol=0)
     del noise
+
+
+def test_tensors_made_under_capture():
+    """As in a graph of a whole step, whose gradients live in the graph's memory."""
+    sources = [draw(device="cuda", seed=seed) for seed in range(3)]
+    want = clones(sources[0])
+    project_align_(want, *sources[1:], groups=(0, 1, 1, 2, 0, 2, 3, 4, 3))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        grads, harmful, beneficial = ([t * 1 for t in tensors] for tensors in sources)
+        project_align_(grads, harmful, beneficial, groups=(0, 1, 1, 2, 0, 2, 3, 4, 3))
+        results = [g * 1 for g in grads]
+    for _ in range(2):
+        graph.replay()
+        assert all(map(torch.equal, results, want))
 
 
 @EVERY_OPERATION

@@ -6,7 +6,6 @@ import os
 from itertools import product
 from typing import ClassVar
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -18,45 +17,21 @@ from dgs_kernels import backends, project_align_, reference
 from dgs_kernels.ops.project_align_ import run
 from dgs_kernels.reference import ORDERS, RULES
 from tests.conftest import interpreted, on_backends
-from tests.dgs_kernels.ops.test_project_align import exact
+from tests.dgs_kernels.ops.lists import (
+    DTYPES,
+    GROUPS,
+    SHAPES,
+    Marked,
+    aligned_but_one,
+    assert_accurate,
+    clones,
+    doubles,
+    draw,
+    thrice_removed,
+)
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 OPTIONS = list(product(ORDERS, RULES))
-SHAPES = ((3, 41), (1,), (0,), (5,), (2, 3, 4), (1023,), (9001,), (64, 6), (7,))
-GROUPS = (0, 1, 1, 2, 0, 2, 3, 4, 3)
 everywhere = on_backends("project_align_")
-
-
-def draw(shapes=SHAPES, dtype=torch.float32, device="cpu", seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(s, generator=generator, dtype=torch.float64).to(device, dtype) for s in shapes]
-
-
-def doubles(tensors):
-    return None if tensors is None else [t.double() for t in tensors]
-
-
-def clones(tensors):
-    return [t.clone(memory_format=torch.preserve_format) for t in tensors]
-
-
-def assert_accurate(out, grads, harmful, beneficial, groups, **options) -> None:
-    """Layer by layer at most twice the error of the plain formula in the same dtype, plus half a unit."""
-    plain = reference.project_align_(grads, harmful, beneficial, groups, **options)
-    for layer in reference.layers(groups):
-        out_row, plain_row, g, h, b = (row(t, layer) for t in (out, plain, grads, harmful, beneficial))
-        if len(g):
-            want = exact(g, h, b, **options)
-            errors = (x.double().cpu().numpy() - want for x in (out_row, plain_row))
-            ours, theirs = (np.linalg.norm(e.astype(float)) for e in errors)
-            units = 0.5 if len(g) >= 100 else 2.0
-            size = float(g.double().norm()) + (0 if b is None else float(b.double().norm()))
-            assert ours <= 2 * theirs + units * torch.finfo(g.dtype).eps * size
-    assert [t.dtype for t in out] == [t.dtype for t in grads]
-
-
-def row(tensors, layer):
-    return None if tensors is None else torch.cat([tensors[i].reshape(-1) for i in layer])
 
 
 @everywhere
@@ -135,18 +110,6 @@ def test_layouts(backend, nan_filled):
     assert_accurate(out, base[:1], [expanded.contiguous()], None, [0])
 
 
-def aligned_but_one(*lists):
-    """The lists again and again, each time with another tensor one number behind where it could begin."""
-
-    def placed(t, offset):
-        return t.new_empty(t.numel() + offset)[offset:].view_as(t).copy_(t)
-
-    count = sum(map(len, lists))
-    for odd in range(count):
-        offsets = iter([int(i == odd) for i in range(count)])
-        yield [[placed(t, next(offsets)) for t in ts] for ts in lists]
-
-
 @everywhere
 def test_lists_of_which_one_tensor_is_not_aligned(backend, nan_filled):
     """Triton's kernels ask all tensors one question."""
@@ -185,10 +148,10 @@ def test_sums_then_apply_is_all(backend, order, rule):
     sums = project_align_(whole, harmful, beneficial, groups=GROUPS, alignment=0.3, order=order, rule=rule)
     given_sums = torch.full_like(sums, torch.nan)
     rest = (None, 0.3, 1e-6, order, rule)
-    run(halves, harmful, beneficial, list(GROUPS), given_sums, *rest, part="sums")
+    run(halves, harmful, beneficial, list(GROUPS), given_sums, *rest, "sums")
     assert all(torch.equal(a, b) for a, b in zip(halves, grads))
     torch.testing.assert_close(given_sums, sums, rtol=1e-6, atol=1e-6)
-    run(halves, harmful, beneficial, list(GROUPS), given_sums, *rest, part="apply")
+    run(halves, harmful, beneficial, list(GROUPS), given_sums, *rest, "apply")
     torch.testing.assert_close(halves, whole)
 
 
@@ -206,12 +169,6 @@ def test_apply_works_with_the_sums_it_is_given(backend):
     assert torch.equal(foreign, before)
     want = thrice_removed(grads, beneficial, whole, 0.3)
     torch.testing.assert_close(given_foreign, want, rtol=1e-5, atol=1e-5)
-
-
-def thrice_removed(grads, beneficial, edited, alignment):
-    """What surgery leaves where the inner products it is given are three times the tensors' own."""
-    aligned = [g + alignment * b.clamp(max=0) for g, b in zip(grads, beneficial)]
-    return [a - 3 * (a - e) for a, e in zip(aligned, edited)]
 
 
 @everywhere
@@ -328,10 +285,6 @@ def test_fake_tensors():
     assert "dgs.project_align_.default" in targets and not any("_native" in t for t in targets)
 
 
-class Marked(torch.Tensor):
-    """A subclass that has no say in what operators do."""
-
-
 @everywhere
 def test_subclasses_are_tensors_too(backend):
     lists = [draw(SHAPES[:3], device=backend, seed=seed) for seed in range(3)]
@@ -395,6 +348,10 @@ def test_leaves_the_graph_alone():
         ({"eps": "small"}, "eps must be a number, got str"),
         ({"harmful": [1.0] * 9}, r"harmful\[0\] must be a torch.Tensor, got float"),
         ({"alignment": torch.ones(2)}, "alignment must be a number or a 0-dim tensor"),
+        (
+            {"grads": [torch.eye(3)], "harmful": [torch.eye(3).to_sparse()]},
+            r"harmful\[0\] must be a dense tensor .*sparse_coo",
+        ),
     ],
 )
 def test_errors(change, message):
@@ -440,26 +397,3 @@ def test_numbers_reach_a_captured_graph_as_they_are():
     layers = pytest.importorskip("dgs_kernels.triton.project_align_")
     numbers = [0, 1, -7, 2**62 + 1, 2**63 - 1, *range(500)]
     assert layers.as_arguments(numbers, torch.device("cpu")).tolist() == numbers
-
-
-@pytest.mark.gpu
-def test_tensors_made_under_capture(monkeypatch):
-    """As in a graph of a whole step, whose gradients live in the graph's memory."""
-    monkeypatch.setenv(backends.VARIABLE, "cuda")
-    sources = [draw(device="cuda", seed=seed) for seed in range(3)]
-    want = clones(sources[0])
-    project_align_(want, *sources[1:], groups=GROUPS)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        grads, harmful, beneficial = ([t * 1 for t in tensors] for tensors in sources)
-        project_align_(grads, harmful, beneficial, groups=GROUPS)
-        results = [g * 1 for g in grads]
-    for _ in range(2):
-        graph.replay()
-        assert all(map(torch.equal, results, want))
-
-
-def test_sparse_gradients_are_refused():
-    sparse = torch.eye(3).to_sparse()
-    with pytest.raises(TypeError, match=r"harmful\[0\] must be a dense tensor .*sparse_coo"):
-        project_align_([torch.eye(3)], [sparse])

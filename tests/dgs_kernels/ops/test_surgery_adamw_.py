@@ -12,7 +12,7 @@ from dgs_kernels import OptimizerSurgery, SurgeryAdamW, backends, project_align_
 from dgs_kernels.ops.surgery_adamw_ import run
 from dgs_kernels.reference import ORDERS, RULES
 from tests.conftest import on_backends
-from tests.dgs_kernels.ops.test_project_align_ import (
+from tests.dgs_kernels.ops.lists import (
     GROUPS,
     SHAPES,
     aligned_but_one,

@@ -1,4 +1,4 @@
-"""surgery_head in closed form against the official graph, written naively with autograd."""
+"""surgery_head on every backend, against the published graph in float64, and its errors."""
 
 from __future__ import annotations
 
@@ -7,80 +7,15 @@ from itertools import product
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from dgs_kernels import SurgeryHead, SurgeryHeadOutput, reference, surgery_head
-from dgs_kernels.reference import ORDERS, TEXT_ROLES
+from dgs_kernels import SurgeryHead, reference, surgery_head
+from dgs_kernels.reference import ORDERS
 from tests.conftest import on_backends
+from tests.dgs_kernels.ops.surgery_heads import DIM, assert_accurate, assert_equal, outcome, problem, tensors
 from tests.dgs_kernels.ops.test_project_align import aligned_but_one
 
-DIM = 24
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 everywhere = on_backends("surgery_head")
-
-
-def problem(batch, *, labels="mixed", logits=None, dtype=torch.float64, seed=0):
-    """The ten tensors of a batch, those that are trained requiring grad; `logits` sets their size."""
-    generator = torch.Generator().manual_seed(seed)
-    features = torch.randn(3, batch, DIM, generator=generator, dtype=dtype)
-    weights = torch.randn(3, 1, DIM, generator=generator, dtype=dtype) / DIM**0.5
-    biases = torch.randn(3, 1, generator=generator, dtype=dtype) / 10
-    if logits is not None:  # bring every sample's logit to +-logits
-        biases.zero_()
-        z = (features * weights).sum(-1, keepdim=True)
-        features *= logits / z.abs()
-    y = {
-        "mixed": torch.arange(batch) % 2,
-        "real": torch.zeros(batch, dtype=torch.long),
-        "generated": torch.ones(batch, dtype=torch.long),
-    }[labels]
-    image, teacher, text = (x.clone() for x in features)
-    heads = [x.clone().requires_grad_() for pair in zip(weights, biases) for x in pair]
-    return [image.requires_grad_(), teacher, text.requires_grad_(), y, *heads]
-
-
-def outcome(function, inputs, weights=(0.9, 0.7, 0.2, 1.3), **options):
-    """Losses, logits and the gradients of the weighted sum, by name; gradients of inputs start anew."""
-    inputs = [None if x is None else x.detach().clone().requires_grad_(x.requires_grad) for x in inputs]
-    out = function(*inputs, **options)
-    sum(w * loss for w, loss in zip(weights, (*out[:3], out[6]))).backward()
-    results = {name: x.detach() for name, x in zip(SurgeryHeadOutput._fields, out) if x is not None}
-    for at, name in (
-        (0, "features"),
-        (2, "text"),
-        (4, "image_w"),
-        (5, "image_b"),
-        (8, "text_w"),
-        (9, "text_b"),
-    ):
-        if inputs[2] is not None or not name.startswith("text"):
-            results[name] = inputs[at].grad
-    return results
-
-
-def assert_equal(ours, theirs, tolerance=1e-12, loss_rounding=0.0):
-    for name, want in theirs.items():
-        assert ours[name].shape == want.shape, name
-        difference = (ours[name] - want).norm()
-        slack = loss_rounding if name.endswith("_loss") else 0.0
-        assert difference <= tolerance * want.norm() + slack, f"{name}: {difference / want.norm():.1e}"
-
-
-def test_opcheck_of_the_backward():
-    inputs = [x.float() if x.is_floating_point() else x for x in problem(3)]
-    outputs = torch.ops.dgs.surgery_head(*inputs, 1e-6, "align_first", None, "both", None, 0.3)
-    residuals, differences = outputs[2].detach(), outputs[4].detach()
-    scales = (torch.tensor(1.0), torch.tensor(0.2))
-    for dtype, pull in product(
-        (torch.float32, torch.bfloat16), ((None, None, 0.0), (differences, scales[0], 0.3))
-    ):
-        arguments = (residuals, *(inputs[i].detach() for i in (4, 6, 8)), *scales)
-        arguments += (dtype, 1e-6, "align_first", None, *pull)
-        torch.library.opcheck(torch.ops.dgs.surgery_head_backward.default, arguments)
-
-
-# Every backend
 
 
 def small_kernels(monkeypatch):
@@ -92,47 +27,6 @@ def small_kernels(monkeypatch):
         monkeypatch.setattr(forward, name, value)
     for name, value in (("TILE", 64), ("PROGRAMS", 3), ("PROGRAM_COLUMNS", 16)):
         monkeypatch.setattr(backward, name, value)
-
-
-def tensors(batch, dim, dtype, device, seed=0):
-    """The ten tensors as an implementation takes them: heads and labels in the computing type."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def draw(*shape):
-        return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
-    compute = torch.promote_types(dtype, torch.float32)
-    matrices = [draw(batch, dim).to(device, dtype).requires_grad_(i != 1) for i in range(3)]
-    labels = (torch.arange(batch) % 2).to(device)
-    heads = [(draw(1, n) / n**0.5).view(-1 if n == 1 else 1, n) for n in (dim, 1) * 3]
-    heads = [x.flatten() if i % 2 else x for i, x in enumerate(heads)]
-    return (
-        matrices
-        + [labels]
-        + [x.to(device, compute).requires_grad_(i not in (2, 3)) for i, x in enumerate(heads)]
-    )
-
-
-def assert_accurate(inputs, **options):
-    """At most twice the error of plain PyTorch in the same dtype and units of rounding, of its largest term.
-
-    Losses and bias gradients are one number, whose plain error may be small by luck: they are allowed the
-    rounding of the sums that they are made of.
-    """
-    ours = outcome(surgery_head, inputs, **options)
-    exact = [None if x is None else x.detach().cpu().double().requires_grad_(x.requires_grad) for x in inputs]
-    want = outcome(reference.official_graph, exact, **options)
-    dtype = torch.promote_types(inputs[0].dtype, torch.float32)
-    plain_inputs = [x.detach().cpu().to(dtype).requires_grad_(x.requires_grad) for x in inputs]
-    plain = outcome(reference.official_graph, plain_inputs, **options)
-    for name, exactly in want.items():
-        got = ours[name]
-        assert got.is_contiguous() or got.numel() < 2
-        error, theirs = ((x.cpu().double() - exactly).norm() for x in (got, plain[name]))
-        size = exactly.norm() if exactly.numel() > 9 else max(exactly.norm(), 1.0)
-        units = 1 if exactly.numel() >= 100 and dtype != torch.float64 else 8
-        allowed = 2 * theirs + units * torch.finfo(got.dtype).eps * size
-        assert error <= allowed, f"{name}: {error:.1e}, plain {theirs:.1e}, allowed {allowed:.1e}"
 
 
 @everywhere
@@ -270,128 +164,17 @@ def test_runs_twice_alike(backend):
     assert_equal(outcome(surgery_head, inputs), outcome(surgery_head, inputs), 0)
 
 
-# Against the official graph, in float64
-
-
-@pytest.mark.parametrize("reference_batch_size", [None, 32])
-@pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize("batch", [1, 2, 32, 257])
-@pytest.mark.parametrize("served_by", ["eager", "best"])
-def test_equals_the_official_graph(served_by, batch, order, reference_batch_size, monkeypatch):
-    # PyTorch's cross-entropy of a saturated logit is log(1 + e^-|z|), where the compiled kernels take log1p:
-    # they alone may differ by the rounding of that sum.
-    loss_rounding = torch.finfo(torch.float64).eps
-    if served_by == "eager":
-        monkeypatch.setenv("DGS_KERNELS_BACKEND", "eager")
-        loss_rounding = 0.0
-    for labels, logits in product(("mixed", "real", "generated"), (None, 50.0, 800.0)):
-        inputs = problem(batch, labels=labels, logits=logits, seed=batch)
-        options = {"order": order, "reference_batch_size": reference_batch_size}
-        ours = outcome(surgery_head, inputs, **options)
-        official = outcome(reference.official_graph, inputs, **options)
-        assert_equal(ours, official, loss_rounding=loss_rounding)
-
-
-@pytest.mark.parametrize("with_text", [True, False])
-@pytest.mark.parametrize("text", TEXT_ROLES)
-@pytest.mark.parametrize("served_by", ["eager", "best"])
-def test_experts_and_distillation_equal_the_official_graph(served_by, text, with_text, monkeypatch):
-    if served_by == "eager":
-        monkeypatch.setenv("DGS_KERNELS_BACKEND", "eager")
-    for batch, order, reference_batch_size in product((1, 37), ORDERS, (None, 32)):
-        inputs = problem(batch, seed=batch)
-        offsets = torch.linspace(-3, 3, batch, dtype=torch.float64)
-        inputs[2] = inputs[2] if with_text else None
-        for options in (
-            {"offsets": offsets, "distillation": 0.3},
-            {"offsets": offsets},
-            {"distillation": 7.0},
-            {},
-        ):
-            options |= {"text": text, "order": order, "reference_batch_size": reference_batch_size}
-            official = outcome(reference.official_graph, inputs, **options)
-            if not with_text:
-                del official["text_logits"]
-            ours = outcome(surgery_head, inputs, **options)
-            assert ours.keys() == official.keys()
-            assert_equal(ours, official)
-
-
-def test_what_experts_and_distillation_do():
-    """Each option alone, against what it promises in words."""
-    inputs = problem(12)
-    plain = outcome(surgery_head, inputs)
-    expert, both = (outcome(surgery_head, inputs, text=text) for text in ("expert", "both"))
-    for name in ("image_logits", "text_logits", "text_loss", "text", "text_w", "alignment_loss"):
-        assert torch.equal(expert[name], plain[name]) and torch.equal(both[name], plain[name]), name
-    # A text logit as a constant is an offset; so an expert is what offsets do where nothing is projected.
-    assert_equal(outcome(surgery_head, inputs, offsets=plain["text_logits"]), both)
-    without = [*inputs[:2], None, *inputs[3:]]
-    offset = outcome(surgery_head, without, offsets=plain["text_logits"])
-    torch.testing.assert_close(offset["features"], expert["features"], rtol=1e-12, atol=0)
-    # A pull to the teacher adds its own gradient to that of the features, and changes nothing else.
-    pulled = outcome(surgery_head, inputs, distillation=0.3)
-    assert torch.equal(pulled["image_loss"], plain["image_loss"])
-    difference = (inputs[0] - inputs[1]).detach()
-    assert pulled["distillation_loss"] == pytest.approx(
-        (0.3 / (2 * DIM) * difference.square().sum() / 12).item()
-    )
-    torch.testing.assert_close(pulled["features"] - plain["features"], 1.3 * 0.3 / (DIM * 12) * difference)
-    assert plain["distillation_loss"] == 0
-
-
-@given(
-    batch=st.integers(1, 9),
-    order=st.sampled_from(ORDERS),
-    eps=st.sampled_from([1e-12, 1e-6, 1e-2]),
-    reference_batch_size=st.sampled_from([None, 1, 7, 65536]),
-    weights=st.tuples(*[st.sampled_from([0.0, 0.2, 1.0, 65536.0])] * 4),
-    text=st.sampled_from(TEXT_ROLES),
-    distillation=st.sampled_from([0.0, 0.3, 100.0]),
-    seed=st.integers(0, 1000),
-)
-@settings(max_examples=60, deadline=None)
-def test_any_weights(batch, order, eps, reference_batch_size, weights, text, distillation, seed):
-    """The gradients that arrive at the losses carry weights and scales; the surgery follows them."""
-    inputs = problem(batch, seed=seed)
-    inputs[3] = torch.rand(batch, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    options = {"order": order, "eps": eps, "reference_batch_size": reference_batch_size}
-    options |= {"text": text, "distillation": distillation}
-    ours = outcome(surgery_head, inputs, weights, **options)
-    # A soft label may be all but the probability itself: their difference, which aligns, has few digits then.
-    assert_equal(ours, outcome(reference.official_graph, inputs, weights, **options), loss_rounding=1e-16)
-
-
-def test_orders_differ():
-    inputs = problem(6)
-    first, second = (outcome(surgery_head, inputs, order=order)["features"] for order in ORDERS)
-    assert (first - second).norm() > 1e-6 * first.norm()
-
-
-@pytest.mark.parametrize("order", ORDERS)
-def test_reference_batch_size_ignores_batch_ranks_and_accumulation(order):
-    inputs = problem(48)
-    options = {"order": order, "reference_batch_size": 32}
-    whole = outcome(surgery_head, inputs, **options)
-    parts = [
-        outcome(surgery_head, [x[i : i + 16] for x in inputs[:4]] + inputs[4:], **options)
-        for i in (0, 16, 32)
-    ]
-    for name in ("image_loss", "text_loss", "alignment_loss", "image_w", "text_w"):
-        torch.testing.assert_close(whole[name], sum(p[name] for p in parts) / 3, rtol=1e-12, atol=0)
-    for name in ("features", "text"):
-        torch.testing.assert_close(whole[name], torch.cat([p[name] for p in parts]) / 3, rtol=1e-12, atol=0)
-
-
-def test_reference_batch_size_is_the_official_strength_at_that_batch():
-    inputs = problem(32)
-    official = outcome(surgery_head, inputs)
-    assert_equal(outcome(surgery_head, inputs, reference_batch_size=32), official)
-    # Without it the alignment of each row fades as 1/B: a batch made of four copies pulls a quarter as much.
-    copies = [torch.cat([x] * 4) for x in inputs[:4]] + inputs[4:]
-    torch.testing.assert_close(
-        outcome(surgery_head, copies)["alignment_loss"], official["alignment_loss"] / 4
-    )
+def test_opcheck_of_the_backward():
+    inputs = [x.float() if x.is_floating_point() else x for x in problem(3)]
+    outputs = torch.ops.dgs.surgery_head(*inputs, 1e-6, "align_first", None, "both", None, 0.3)
+    residuals, differences = outputs[2].detach(), outputs[4].detach()
+    scales = (torch.tensor(1.0), torch.tensor(0.2))
+    for dtype, pull in product(
+        (torch.float32, torch.bfloat16), ((None, None, 0.0), (differences, scales[0], 0.3))
+    ):
+        arguments = (residuals, *(inputs[i].detach() for i in (4, 6, 8)), *scales)
+        arguments += (dtype, 1e-6, "align_first", None, *pull)
+        torch.library.opcheck(torch.ops.dgs.surgery_head_backward.default, arguments)
 
 
 @pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int32, torch.float16, torch.float64])
@@ -421,33 +204,6 @@ def test_features_of_any_type(dtype):
         tolerance = 2 * torch.finfo(got.dtype).eps
         assert (got.double() - want[name]).norm() <= tolerance * want[name].norm(), name
     torch.testing.assert_close(out.alignment_loss.double(), want["alignment_loss"], rtol=1e-5, atol=1e-7)
-
-
-def test_without_captions_there_is_no_projection():
-    inputs = problem(7)
-    inputs[2] = None
-    out = surgery_head(*inputs)
-    assert out.text_logits is None and out.text_loss == 0
-    (out.image_loss + out.text_loss + 0.2 * out.alignment_loss).backward()
-    got, image_head = inputs[0].grad.clone(), inputs[4].grad.clone()
-    assert not inputs[8].grad.any()
-
-    plain = problem(7)
-    seen, alignment = reference.gradient_surgery(
-        plain[0], torch.zeros(DIM, dtype=torch.float64), beneficial_of(plain)
-    )
-    logits = torch.nn.functional.linear(seen, plain[4], plain[5]).squeeze(1)
-    loss = torch.nn.functional.binary_cross_entropy_with_logits(logits, plain[3].double())
-    (loss + 0.2 * alignment).backward()
-    torch.testing.assert_close(got, plain[0].grad, rtol=1e-12, atol=1e-15)
-    torch.testing.assert_close(image_head, plain[4].grad, rtol=1e-12, atol=1e-15)
-
-
-def beneficial_of(inputs):
-    teacher = inputs[1].clone().requires_grad_()
-    logits = torch.nn.functional.linear(teacher, inputs[6], inputs[7]).squeeze(1)
-    loss = torch.nn.functional.binary_cross_entropy_with_logits(logits, inputs[3].double())
-    return torch.autograd.grad(loss, teacher)[0]
 
 
 def test_only_what_is_trained_receives_a_gradient():

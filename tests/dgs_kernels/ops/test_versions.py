@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from dgs_kernels import SurgeryAdamW, combine_, project_align_
 from dgs_kernels.ops import project_align_ as lists_of_layers
 from tests.conftest import on_backends
-from tests.dgs_kernels.ops.test_project_align_ import draw
+from tests.dgs_kernels.ops.lists import draw
 from tests.dgs_kernels.ops.test_surgery_adamw_ import GROUPS, call, drawn
 
 as_given = pytest.mark.parametrize(

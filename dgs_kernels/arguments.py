@@ -1,8 +1,7 @@
-"""What operations ask of their arguments before any kernel or torch's dispatcher sees them."""
+"""What arguments have to be before torch's dispatcher sees them, and the words where they are not."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from numbers import Integral, Real
 from typing import Any
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from dgs_kernels.reference import ORDERS, RULES
+from dgs_kernels import private_torch
 
 # Those of NumPy too, and those that torch.compile does not know yet.
 NUMBER: Any = (int, float, Real, torch.SymInt, torch.SymFloat)
@@ -22,7 +21,7 @@ def check_tensors(caller: str, **tensors: object) -> None:
     """Raise a TypeError unless all are dense tensors."""
     for name, x in tensors.items():
         if not isinstance(x, Tensor):
-            raise TypeError(f"{caller}: {name} must be a torch.Tensor, got {_type_name(x)}")
+            raise TypeError(f"{caller}: {name} must be a torch.Tensor, got {type_name(x)}")
         # Sparse tensors are none of those that torch.compile traces, and dynamo does not read the layout.
         if not torch.compiler.is_compiling() and x.layout != torch.strided:
             raise TypeError(f"{caller}: {name} must be a dense tensor (.to_dense()), got layout {x.layout}")
@@ -43,67 +42,25 @@ def check_class(caller: str, name: str, value: object, kind: type | tuple[()]) -
     """Raise a TypeError unless it is None or of this class; `()` stands for one that this torch lacks."""
     if value is not None and not isinstance(value, kind):
         expected = f"a {kind.__module__}.{kind.__qualname__} or None" if kind else "None"
-        raise TypeError(f"{caller}: {name} must be {expected}, got {_type_name(value)}")
+        raise TypeError(f"{caller}: {name} must be {expected}, got {type_name(value)}")
 
 
 def check_whole(caller: str, name: str, value: Any) -> None:
     """Raise unless it is a whole number of at least 1."""
     if not isinstance(value, WHOLE):
-        raise TypeError(f"{caller}: {name} must be an integer, got {_type_name(value)}")
+        raise TypeError(f"{caller}: {name} must be an integer, got {type_name(value)}")
     if value < 1:
         raise ValueError(f"{caller}: {name} must be >= 1, got {value}")
 
 
-def check_options(
-    caller: str,
-    device: torch.device | None,
-    alignment: Any,
-    eps: Any,
-    order: object,
-    rule: object,
-) -> None:
-    """Raise unless these are what `project_align` documents; of a tensor `alignment` no value is read."""
-    check_choice(caller, "order", order, ORDERS)
-    check_choice(caller, "rule", rule, RULES)
-    check_eps(caller, eps)
-    if isinstance(alignment, Tensor):
-        if alignment.dim() or device not in (None, alignment.device):
-            where = "" if device is None else f" on {device}"
-            raise ValueError(
-                f"{caller}: alignment must be a number or a 0-dim tensor{where}, "
-                f"got shape {tuple(alignment.shape)} on {alignment.device}"
-            )
-        if alignment.is_complex():
-            raise TypeError(f"{caller}: alignment must be real, got {alignment.dtype}")
-    elif not isinstance(alignment, NUMBER):
-        raise TypeError(
-            f"{caller}: alignment must be a number or a 0-dim tensor, got {_type_name(alignment)}"
-        )
-    elif not -math.inf < alignment < math.inf:
-        raise ValueError(f"{caller}: alignment must be finite, got {alignment}")
-
-
 def check_number(caller: str, name: str, value: object) -> None:
     if not isinstance(value, NUMBER):
-        raise TypeError(f"{caller}: {name} must be a number, got {_type_name(value)}")
-
-
-def check_eps(caller: str, eps: Any) -> None:
-    check_number(caller, "eps", eps)
-    if not eps > 0:
-        raise ValueError(f"{caller}: eps must be > 0, got {eps}")
-    if eps == math.inf:
-        raise ValueError(f"{caller}: eps must be finite, got {eps}")
-
-
-def in_forward_mode() -> bool:
-    """Whether forward-mode differentiation is on, whose tangents kernels do not carry along."""
-    return forward_ad._current_level >= 0
+        raise TypeError(f"{caller}: {name} must be a number, got {type_name(value)}")
 
 
 def refuse_forward_mode(caller: str, *tensors: object) -> None:
     """Raise where a tensor has a tangent that the operation would lose."""
-    if not in_forward_mode():
+    if not private_torch.forward_mode():
         return
     for x in tensors:
         if isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None:
@@ -113,5 +70,5 @@ def refuse_forward_mode(caller: str, *tensors: object) -> None:
             )
 
 
-def _type_name(x: object) -> str:
+def type_name(x: object) -> str:
     return "None" if x is None else f"{type(x).__module__}.{type(x).__qualname__}".removeprefix("builtins.")

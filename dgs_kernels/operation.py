@@ -1,0 +1,188 @@
+"""An operation, declared: torch's operator with its fake kernel and gradient, and the way past torch to a
+kernel.
+
+What an implementation is, in every backend: a function of the operation's name in a file of that name
+(`dgs_kernels/eager`, `dgs_kernels/triton`, `csrc/torch/module.cpp`) with the same arguments, outputs last,
+which it fills. It returns None. A native function looks at its arguments by itself, in a fraction of the
+time that Python takes: where tensors are not the usual ones (dense, of one dtype and device, of shapes that
+fit, of no subclass), it touches nothing and returns the reason. So the usual call reaches it through little
+of Python and past torch's dispatcher, and only an unusual one is checked and laid out here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections import namedtuple
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import increment_version
+
+from dgs_kernels import backends, private_torch
+
+_library = torch.library.Library("dgs", "FRAGMENT")
+
+Named = Any  # the arguments of an operator, under the names of its schema
+Called = tuple[tuple, Any]  # what an implementation is given, and the outputs among that
+
+
+class Operation:
+    """One operator `dgs::NAME`; calling it with its arguments takes the shortest way that is open.
+
+    Every function is given the operator's arguments by name.
+
+    Args:
+        schema: of the operator, as torch writes it. The first argument says which device serves a call.
+        check: raises what the public function documents.
+        call: what an implementation is given, outputs included, and those outputs; None where no native
+            function could take these arguments.
+        lay_out: what `call` makes of checked arguments of any type and layout, and pairs (tensor, result) to
+            be copied once the kernel has run; None where there is nothing to do.
+        fake: the results, empty, as checked arguments promise them.
+        kinds: what of `check` has to come before torch's dispatcher, and is read by torch.compile.
+        finish: the results, of what the kernel has filled.
+        written: the tensors that are edited in place.
+        case: why eager PyTorch alone serves a call, None where kernels do.
+        gradient: `setup_context` and `backward` of `torch.library.register_autograd`.
+        differentiable: names of the arguments that a gradient flows back to.
+    """
+
+    def __init__(
+        self,
+        schema: str,
+        *,
+        check: Callable[[Named], None],
+        call: Callable[[Named], Called | None],
+        lay_out: Callable[[Named], tuple[Called, Sequence[tuple[Tensor, Tensor]]] | None],
+        fake: Callable[[Named], Any] = lambda a: None,
+        kinds: Callable[[Named], None] | None = None,
+        finish: Callable[[Named, Any], Any] = lambda a, results: results,
+        written: Callable[[Named], Iterable[Tensor]] | None = None,
+        case: Callable[[Named], str | None] | None = None,
+        gradient: tuple[Callable, Callable] | None = None,
+        differentiable: Sequence[str] = (),
+    ) -> None:
+        self.name = schema.partition("(")[0]
+        self._check, self._kinds, self._call, self._lay_out = check, kinds or check, call, lay_out
+        self._fake, self._finish, self._written, self._case = fake, finish, written, case
+        _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+        self.operator = getattr(torch.ops.dgs, self.name).default
+        names = [argument.name for argument in self.operator._schema.arguments]
+        self.arguments: Any = namedtuple(self.name, names)  # type: ignore[misc]
+        self._differentiable = [names.index(name) for name in differentiable]
+        _library.impl(self.name, self.kernel, "CompositeExplicitAutograd")
+        if written is not None:  # the kernel sees to negated views
+            _library.impl(self.name, torch.library.fallthrough_kernel, "Negative")
+        torch.library.register_fake(f"dgs::{self.name}", self._faked, lib=_library)
+        self.past_torch, self._as_given = self._ways_past_torch()
+        if gradient is not None:
+            self._function = self._with_gradient(*gradient)
+
+    def _with_gradient(self, setup: Callable, backward: Callable) -> Any:
+        """Give the operator its gradient; returns what torch makes of both, in a fraction of the time."""
+
+        def setup_context(ctx: Any, inputs: tuple, output: Any) -> None:
+            setup(ctx, self.arguments(*inputs), output)
+
+        torch.library.register_autograd(
+            f"dgs::{self.name}", backward, setup_context=setup_context, lib=_library
+        )
+        functions = {"forward": self.kernel, "setup_context": setup_context, "backward": backward}
+        members = {name: staticmethod(function) for name, function in functions.items()}
+        return type(self.name, (torch.autograd.Function,), members)
+
+    def gradients(self, **of: Tensor | None) -> tuple[Tensor | None, ...]:
+        """What a backward returns: the gradients of the arguments that have one, by name."""
+        return tuple(of.get(name) for name in self.arguments._fields)
+
+    def _ways_past_torch(self) -> tuple[Callable[[tuple], Any], Callable[[tuple], Any]]:
+        """Two functions of all arguments, `past_torch` and `as_given`.
+
+        They give the results of a native function, or None if none takes the arguments as they are; the first
+        also where torch wants to see the call. Functions that know everything by themselves, since looking
+        things up in an object, and stepping from one of its methods into the next, take a small call long.
+        """
+        call, written, case, differentiable = self._call, self._written, self._case, self._differentiable
+        name, wants_gradient = self.name, self._wants_gradient
+        named = functools.partial(tuple.__new__, self.arguments)
+        implementation, looks_by_itself = backends.implementation, backends.looks_by_itself
+        is_grad_enabled, strided = torch.is_grad_enabled, torch.strided
+
+        def past_torch(arguments: tuple) -> Any:
+            if private_torch.watched():
+                return None
+            if differentiable and is_grad_enabled() and wants_gradient(arguments):
+                return None
+            return as_given(arguments)
+
+        def as_given(arguments: tuple) -> Any:
+            first = arguments[0]
+            if type(first) is list:
+                first = first[0] if first else None
+            if not isinstance(first, Tensor) or first.layout is not strided:
+                return None
+            a = named(arguments)
+            if case is not None and case(a):
+                return None
+            serve = implementation(name, "cpu" if first.is_cpu else first.device.type)
+            if not looks_by_itself(serve):
+                return None
+            called = call(a)
+            if called is None or serve(*called[0]) is not None:
+                return None
+            if written is not None:
+                increment_version(written(a))
+            return called[1]
+
+        return past_torch, as_given
+
+    def __call__(self, *arguments: Any) -> Any:
+        """The operator, past torch's dispatcher where a native function takes the arguments as they are."""
+        results = self.past_torch(arguments)
+        return self.through_torch(arguments) if results is None else results
+
+    def through_torch(self, arguments: tuple) -> Any:
+        """The operator, its arguments looked at before torch does; where torch does not care, its kernel."""
+        is_seen = private_torch.watched() or private_torch.transformed()
+        wants_gradient = torch.is_grad_enabled() and self._wants_gradient(arguments)
+        if wants_gradient and not is_seen and type(arguments[0]) in (Tensor, torch.nn.Parameter):
+            return self._function.apply(*arguments)
+        self._kinds(self.arguments(*arguments))
+        with contextlib.nullcontext() if is_seen or wants_gradient else private_torch.below_autograd():
+            return self.operator(*arguments)
+
+    def _wants_gradient(self, arguments: tuple) -> bool:
+        for at in self._differentiable:  # noqa: SIM110 (any() of a generator takes twice as long)
+            if getattr(arguments[at], "requires_grad", False):
+                return True
+        return False
+
+    def kernel(self, *arguments: Any) -> Any:
+        """What torch's dispatcher calls."""
+        results = self._as_given(arguments)
+        if results is not None:
+            return results if self._written is None else None
+        a = self.arguments._make(arguments)
+        self._check(a)
+        laid_out = self._lay_out(a)
+        if laid_out is None:
+            return None
+        (given, results), copies = laid_out
+        case = None if self._case is None else self._case(a)
+        first = a[0][0] if isinstance(a[0], list) else a[0]
+        reason = backends.implementation(self.name, first.device.type, case)(*given)
+        assert reason is None, f"{self.name}: what was laid out for a native function is refused: {reason}"
+        if self._written is None:
+            return self._finish(a, results)
+        increment_version(self._written(a))
+        for tensor, result in copies:
+            tensor.copy_(result)
+        return None
+
+    def _faked(self, *arguments: Any) -> Any:
+        a = self.arguments._make(arguments)
+        self._check(a)
+        return self._fake(a)

@@ -1,0 +1,30 @@
+"""What torch keeps to itself and the way past its dispatcher has to know: its private functions, all of them
+here.
+
+`tests/dgs_kernels/test_private_torch.py` shows what breaks without each.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.autograd import forward_ad
+
+# How many modes want to see every operator: fake tensors, counters of operations, tracers.
+dispatch_modes = torch._C._len_torch_dispatch_stack
+# Whether a profiler writes down every operator.
+profiled = torch.autograd._profiler_enabled
+# Whether one of `torch.func`'s transforms is at work, whose tensors have no memory of their own.
+transformed = torch._C._are_functorch_transforms_active
+# A context in which operators pass their autograd formula by. That is Python: entering it to find that there
+# is nothing to do would double the host time of a small call.
+below_autograd = torch._C._AutoDispatchBelowAutograd
+
+
+def forward_mode() -> bool:
+    """Whether forward-mode differentiation is on, whose tangents kernels do not carry along."""
+    return forward_ad._current_level >= 0
+
+
+def watched() -> bool:
+    """Whether torch wants to see each operator: tracing, a dispatch mode, the profiler."""
+    return bool(torch.compiler.is_compiling() or torch.jit.is_tracing() or dispatch_modes() or profiled())

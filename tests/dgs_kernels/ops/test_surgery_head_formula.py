@@ -1,0 +1,162 @@
+"""surgery_head in closed form against the official graph, written naively with autograd, in float64."""
+
+from __future__ import annotations
+
+from itertools import product
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dgs_kernels import reference, surgery_head
+from dgs_kernels.reference import ORDERS, TEXT_ROLES
+from tests.dgs_kernels.ops.surgery_heads import DIM, assert_equal, outcome, problem
+
+
+@pytest.mark.parametrize("reference_batch_size", [None, 32])
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("batch", [1, 2, 32, 257])
+@pytest.mark.parametrize("served_by", ["eager", "best"])
+def test_equals_the_official_graph(served_by, batch, order, reference_batch_size, monkeypatch):
+    # PyTorch's cross-entropy of a saturated logit is log(1 + e^-|z|), where the compiled kernels take log1p:
+    # they alone may differ by the rounding of that sum.
+    loss_rounding = torch.finfo(torch.float64).eps
+    if served_by == "eager":
+        monkeypatch.setenv("DGS_KERNELS_BACKEND", "eager")
+        loss_rounding = 0.0
+    for labels, logits in product(("mixed", "real", "generated"), (None, 50.0, 800.0)):
+        inputs = problem(batch, labels=labels, logits=logits, seed=batch)
+        options = {"order": order, "reference_batch_size": reference_batch_size}
+        ours = outcome(surgery_head, inputs, **options)
+        official = outcome(reference.official_graph, inputs, **options)
+        assert_equal(ours, official, loss_rounding=loss_rounding)
+
+
+@pytest.mark.parametrize("with_text", [True, False])
+@pytest.mark.parametrize("text", TEXT_ROLES)
+@pytest.mark.parametrize("served_by", ["eager", "best"])
+def test_experts_and_distillation_equal_the_official_graph(served_by, text, with_text, monkeypatch):
+    if served_by == "eager":
+        monkeypatch.setenv("DGS_KERNELS_BACKEND", "eager")
+    for batch, order, reference_batch_size in product((1, 37), ORDERS, (None, 32)):
+        inputs = problem(batch, seed=batch)
+        offsets = torch.linspace(-3, 3, batch, dtype=torch.float64)
+        inputs[2] = inputs[2] if with_text else None
+        for options in (
+            {"offsets": offsets, "distillation": 0.3},
+            {"offsets": offsets},
+            {"distillation": 7.0},
+            {},
+        ):
+            options |= {"text": text, "order": order, "reference_batch_size": reference_batch_size}
+            official = outcome(reference.official_graph, inputs, **options)
+            if not with_text:
+                del official["text_logits"]
+            ours = outcome(surgery_head, inputs, **options)
+            assert ours.keys() == official.keys()
+            assert_equal(ours, official)
+
+
+def test_what_experts_and_distillation_do():
+    """Each option alone, against what it promises in words."""
+    inputs = problem(12)
+    plain = outcome(surgery_head, inputs)
+    expert, both = (outcome(surgery_head, inputs, text=text) for text in ("expert", "both"))
+    for name in ("image_logits", "text_logits", "text_loss", "text", "text_w", "alignment_loss"):
+        assert torch.equal(expert[name], plain[name]) and torch.equal(both[name], plain[name]), name
+    # A text logit as a constant is an offset; so an expert is what offsets do where nothing is projected.
+    assert_equal(outcome(surgery_head, inputs, offsets=plain["text_logits"]), both)
+    without = [*inputs[:2], None, *inputs[3:]]
+    offset = outcome(surgery_head, without, offsets=plain["text_logits"])
+    torch.testing.assert_close(offset["features"], expert["features"], rtol=1e-12, atol=0)
+    # A pull to the teacher adds its own gradient to that of the features, and changes nothing else.
+    pulled = outcome(surgery_head, inputs, distillation=0.3)
+    assert torch.equal(pulled["image_loss"], plain["image_loss"])
+    difference = (inputs[0] - inputs[1]).detach()
+    assert pulled["distillation_loss"] == pytest.approx(
+        (0.3 / (2 * DIM) * difference.square().sum() / 12).item()
+    )
+    torch.testing.assert_close(pulled["features"] - plain["features"], 1.3 * 0.3 / (DIM * 12) * difference)
+    assert plain["distillation_loss"] == 0
+
+
+@given(
+    batch=st.integers(1, 9),
+    order=st.sampled_from(ORDERS),
+    eps=st.sampled_from([1e-12, 1e-6, 1e-2]),
+    reference_batch_size=st.sampled_from([None, 1, 7, 65536]),
+    weights=st.tuples(*[st.sampled_from([0.0, 0.2, 1.0, 65536.0])] * 4),
+    text=st.sampled_from(TEXT_ROLES),
+    distillation=st.sampled_from([0.0, 0.3, 100.0]),
+    seed=st.integers(0, 1000),
+)
+@settings(max_examples=60, deadline=None)
+def test_any_weights(batch, order, eps, reference_batch_size, weights, text, distillation, seed):
+    """The gradients that arrive at the losses carry weights and scales; the surgery follows them."""
+    inputs = problem(batch, seed=seed)
+    inputs[3] = torch.rand(batch, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    options = {"order": order, "eps": eps, "reference_batch_size": reference_batch_size}
+    options |= {"text": text, "distillation": distillation}
+    ours = outcome(surgery_head, inputs, weights, **options)
+    # A soft label may be all but the probability itself: their difference, which aligns, has few digits then.
+    assert_equal(ours, outcome(reference.official_graph, inputs, weights, **options), loss_rounding=1e-16)
+
+
+def test_orders_differ():
+    inputs = problem(6)
+    first, second = (outcome(surgery_head, inputs, order=order)["features"] for order in ORDERS)
+    assert (first - second).norm() > 1e-6 * first.norm()
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_reference_batch_size_ignores_batch_ranks_and_accumulation(order):
+    inputs = problem(48)
+    options = {"order": order, "reference_batch_size": 32}
+    whole = outcome(surgery_head, inputs, **options)
+    parts = [
+        outcome(surgery_head, [x[i : i + 16] for x in inputs[:4]] + inputs[4:], **options)
+        for i in (0, 16, 32)
+    ]
+    for name in ("image_loss", "text_loss", "alignment_loss", "image_w", "text_w"):
+        torch.testing.assert_close(whole[name], sum(p[name] for p in parts) / 3, rtol=1e-12, atol=0)
+    for name in ("features", "text"):
+        torch.testing.assert_close(whole[name], torch.cat([p[name] for p in parts]) / 3, rtol=1e-12, atol=0)
+
+
+def test_reference_batch_size_is_the_official_strength_at_that_batch():
+    inputs = problem(32)
+    official = outcome(surgery_head, inputs)
+    assert_equal(outcome(surgery_head, inputs, reference_batch_size=32), official)
+    # Without it the alignment of each row fades as 1/B: a batch made of four copies pulls a quarter as much.
+    copies = [torch.cat([x] * 4) for x in inputs[:4]] + inputs[4:]
+    torch.testing.assert_close(
+        outcome(surgery_head, copies)["alignment_loss"], official["alignment_loss"] / 4
+    )
+
+
+def test_without_captions_there_is_no_projection():
+    inputs = problem(7)
+    inputs[2] = None
+    out = surgery_head(*inputs)
+    assert out.text_logits is None and out.text_loss == 0
+    (out.image_loss + out.text_loss + 0.2 * out.alignment_loss).backward()
+    got, image_head = inputs[0].grad.clone(), inputs[4].grad.clone()
+    assert not inputs[8].grad.any()
+
+    plain = problem(7)
+    seen, alignment = reference.gradient_surgery(
+        plain[0], torch.zeros(DIM, dtype=torch.float64), beneficial_of(plain)
+    )
+    logits = torch.nn.functional.linear(seen, plain[4], plain[5]).squeeze(1)
+    loss = torch.nn.functional.binary_cross_entropy_with_logits(logits, plain[3].double())
+    (loss + 0.2 * alignment).backward()
+    torch.testing.assert_close(got, plain[0].grad, rtol=1e-12, atol=1e-15)
+    torch.testing.assert_close(image_head, plain[4].grad, rtol=1e-12, atol=1e-15)
+
+
+def beneficial_of(inputs):
+    teacher = inputs[1].clone().requires_grad_()
+    logits = torch.nn.functional.linear(teacher, inputs[6], inputs[7]).squeeze(1)
+    loss = torch.nn.functional.binary_cross_entropy_with_logits(logits, inputs[3].double())
+    return torch.autograd.grad(loss, teacher)[0]
