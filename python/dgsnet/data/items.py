@@ -168,9 +168,9 @@ def _of_file(path: str) -> Iterator[Item]:
                 yield Item(f"{path}/{name}", container=path, offset=offset, size=size, error=error)
         elif kind == ".parquet":
             file = parquet.split_source(path)[0]
-            for number, (group, row, size, data, error) in enumerate(parquet.stream(path)):
-                place = {"container": path, "offset": row, "size": size, "group": group}
-                yield Item(f"{file}/{number}", **place, data=data, error=error)
+            for number, (group, at, size, data, error) in enumerate(parquet.stream(path)):
+                name = f"{file}/{number}"
+                yield Item(name, container=path, offset=at, size=size, group=group, data=data, error=error)
         else:
             yield Item(path)
     except ImageError as error:
