@@ -115,7 +115,6 @@ def run(method: str, config: Config, images: Images, exam: Exam) -> dict:
     frozen = model.teacher_features(exam.crops)
     step = Step(model, HEAD, surgery)
     train_head(step, images, config.seed)
-    step.surgery = None if surgery.mode == "none" else surgery
     step.enter(BRANCHES)
     optimizer = torch.optim.Adam(parameter_groups(model, None), lr=config.optim.lr)
     found = [measured(model, exam, frozen)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import inspect
 import itertools
@@ -116,6 +117,7 @@ class Watched:
         real = getattr(owner, last)
         signature = inspect.signature(real)
 
+        @functools.wraps(real)  # some are commands themselves, whose options are their parameters
         def stand_in(*words: Any, **named: Any) -> Any:
             given = signature.bind(*words, **named)
             given.apply_defaults()

@@ -91,7 +91,7 @@ class Step(nn.Module):
         super().__init__()
         self.model, self.expert = model, expert
         self.surgery = surgery or SurgeryConfig(mode="none")
-        self.captioned = captioned and surgery is not None
+        self.captioned = captioned and self.surgery.mode != "none"
         self.enter(stage)
 
     def enter(self, stage: int) -> None:

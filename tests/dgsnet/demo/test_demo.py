@@ -39,7 +39,7 @@ def compared(tmp_path_factory):
     """All methods on the task with the shortcut, trained for real: (folder, runs)."""
     folder = tmp_path_factory.mktemp("demo")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(builtin, "COUNTS", {"test": 7})
+        patch.setattr(builtin, "COUNTS", {"test": 6})
         builtin.write_dataset(folder / "data", splits=("test",), compressed=(0.5, 0.5))
         forked(demo, patch)
         runs = demo.compare(folder / "data", configure, folder / "runs", seeds=(3,), tasks=(demo.BIASED,))
@@ -87,7 +87,7 @@ def test_every_method_and_seed_is_trained_and_measured(compared):
     assert [(r.method, r.seed) for r in runs] == [(m, 3) for m in demo.METHODS]
     for run in runs:
         assert sorted(run.evaluation.by_generator()) == sorted(builtin.FAMILIES["test"])
-        assert len(run.evaluation.scores) == 70 and run.auc == run.evaluation.mean()["auc"]
+        assert len(run.evaluation.scores) == 60 and run.auc == run.evaluation.mean()["auc"]
         assert run.curves["step"].tolist() == [1, 2] and np.isfinite(run.curves["image_loss"]).all()
         assert Config.load(run.folder / "config.json").data.train == [
             str(folder / f"data/jpeg-{run.seed}/train")
@@ -147,7 +147,7 @@ def test_report_is_complete_and_self_contained(compared):
     folder, runs = compared
     test = find_samples(folder / "data/test")
     maps, labels = command.feature_maps(runs, test)
-    assert [points.shape for points in maps.values()] == [(70, 2)] * 4 and labels.sum() == 35
+    assert [points.shape for points in maps.values()] == [(60, 2)] * 4 and labels.sum() == 30
     page = folder / "report.html"
     both = [*(replace(run, task=demo.BALANCED) for run in runs), *runs]
     report.write(page, both, samples={"test": test}, maps=maps, map_labels=labels, seconds=90)
@@ -156,7 +156,7 @@ def test_report_is_complete_and_self_contained(compared):
     assert "{{" not in text and "{%" not in text
     assert text.count("<svg ") == 4 and "1.5 minutes" in text
     jpeg = sum(sample.path.endswith(".jpg") for sample in test if sample.label == 0)
-    assert f"<td>35 ({jpeg})</td>" in text
+    assert f"<td>30 ({jpeg})</td>" in text
     assert text.count("data:image/jpeg;base64,/9j/") == 10 == text.count("data:image/png;base64,iVBOR")
 
     class Balance(HTMLParser):
