@@ -108,7 +108,16 @@ def test_explain_names_every_backend_and_what_kernels_do_not_take(monkeypatch, c
     assert "project_align: none: an error" in dgs_kernels.explain()
 
 
-@pytest.mark.parametrize("module", ["backends", "hooks", "ops.project_align", "ops.surgery_head"])
+HOOKS = ("adamw", "features", "objectives", "parameters")
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        *("backends", "module", *(f"hooks.{hook}" for hook in HOOKS)),
+        *(f"ops.{name}" for name in backends.OPERATIONS if name != "surgery_adamw_"),
+    ],
+)
 def test_examples(module):
     failed, tried = doctest.testmod(
         importlib.import_module(f"dgs_kernels.{module}"), optionflags=doctest.ELLIPSIS
