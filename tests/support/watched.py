@@ -74,10 +74,7 @@ class Watched:
         self.seen: dict[str, Any] = {}
         self._monkeypatch = monkeypatch
         self._stop = sys.maxsize
-        for entry in files.iterdir():
-            Path(entry.name).symlink_to(entry)
-        Path("mine").unlink()
-        shutil.copytree(files / "mine", "mine")
+        shutil.copytree(files, ".", dirs_exist_ok=True)
         self._detector = Detector.load("mine", "cpu")
         monkeypatch.setattr(torch.utils.data, "DataLoader", self._loader())
         monkeypatch.setattr(
