@@ -99,12 +99,20 @@ TABLE: dict[str, list[Row]] = {
         Row("--out", "o", "train.out", Path("o")),
     ],
     "update": [
-        Row("--data", "new old", "update.data", ["new", "old"]),
-        Row("--replay", "old more", "update.replay", ["old", "more"]),
-        Row("--test", "old=old/val x=y", "update.test", ["old=old/val", "x=y"]),
-        *plain("update", model="mine", out="o", rule="gem", lr=0.25, steps=3, replay_share=0.75, seed=4),
-        *plain("update", pretrained="weights.pt"),
-        Row("--resume", "", "update.resume", True),
+        Row("--model", "mine", "model", "mine"),
+        Row("--pretrained", "weights.pt", "load_model.pretrained", "weights.pt"),
+        Row("--pretrained", "weights.pt", "report.pretrained", "weights.pt"),
+        Row("--data", "new old/val", "images", 3 + 4 + 12 + 14),
+        Row("--replay", "old new/val", "replayed", 1 + 2 + 16 + 19),
+        Row("--test", "a=old/train b=new/val", "suites", {"a": 1 + 2, "b": 16 + 19}),
+        Row("--out", "o", "out", Path("o")),
+        Row("--rule", "gem", "rule", "gem"),
+        Row("--lr", "0.25", "optim.lr", 0.25),
+        Row("--steps", "3", "optim.max_steps", 3),
+        Row("--replay_share", "0.8", "replayed for each new one", pytest.approx(4)),
+        Row("--seed", "4", "seed", 4),
+        # Called before with the same options.
+        Row("--resume", "", "out", Path("o")),
     ],
     "evaluate": [
         *DETECTOR,
@@ -205,6 +213,12 @@ def look(command: str, seen: dict[str, Any]) -> None:
         seen["AUC of captions"] = found["captions"] and found["captions"]["auc"]
     elif command == "train":
         seen |= seen["train.config"].flat()
+    elif command == "update":
+        job, update = seen["fit.job"], seen["fit.job"].update
+        seen |= {**job.config.flat(), "out": job.out, "images": len(job.samples), "rule": update.rule}
+        seen |= {"replayed": len(update.samples), "replayed for each new one": update.ratio}
+        seen["suites"] = {name: len(items) for name, items in seen["report.suites"].items()}
+        seen["model"] = json.loads((out / "update.json").read_text())["model"]
     elif command == "evaluate":
         suites = seen["evaluate.samples"]
         seen["suites"] = {name: len(samples) for name, samples in suites.items()}
@@ -247,10 +261,12 @@ def watched(files, tmp_path, monkeypatch):
 
 
 def prepare(line: str, rows: list[Row], watched: Watched) -> None:
-    """Make what the switches of these rows are for: a calibration to replace, a table to go on with."""
+    """Make what the switches of these rows are for: a calibration to replace, something to go on with."""
     before = [row for row in rows if row.option not in ("--resume", "--replace")]
     if line == "calibrate":
         assert watched.call([*words_of(line, before), "--fpr", "0.45"]) == 0
+    elif line == "update":
+        assert watched.call(words_of(line, before)) == 0
     elif line in ("predict", "caption"):
         assert watched.call(words_of(line, before), interrupt_after=1) == 130
 
