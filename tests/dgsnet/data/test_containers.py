@@ -130,7 +130,7 @@ def test_a_loader_reads_them_in_any_order_and_process(kind, tmp_path):
         assert not ours["errors"] and not theirs["errors"]
         for key in ("pixels", "labels", "index", "hashes", "nuisances"):
             assert torch.equal(ours[key], theirs[key]), key
-        draws = [(dataset.samples[i], np.random.default_rng((0, 0, i))) for i in ours["index"]]
+        draws = [(dataset.samples[i], np.random.default_rng((0, 0, i))) for i in ours["index"].tolist()]
         expected = [preprocess(sample.read(), rng=rng) for sample, rng in draws]
         assert torch.equal(ours["pixels"], torch.stack(expected))
 
@@ -220,7 +220,7 @@ def test_texts_of_a_tar_are_bounded(kind, tmp_path):
 def test_headers_of_a_tar_are_bounded_for_training_too(tmp_path):
     header = tarfile.TarInfo("pax")
     header.type, header.size = tarfile.XHDTYPE, 2**34
-    (tmp_path / "huge.tar").write_bytes(header.tobuf() + bytes(1024))
+    (tmp_path / "huge.tar").write_bytes(header.tobuf(tarfile.GNU_FORMAT) + bytes(1024))
     with pytest.raises(UserError, match="a header of 17179869184 bytes") as error:
         find_samples(tmp_path / "huge.tar")
     assert "\n" not in str(error.value)

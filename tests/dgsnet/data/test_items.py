@@ -66,12 +66,11 @@ def test_files_folders_and_patterns(tmp_path):
         ["cats/a.png", "c*s", "*/*.png", "cats/sub/b.png", "."],
     ],
 )
-def test_what_several_paths_or_one_pattern_have_in_common_comes_once(tmp_path, monkeypatch, paths):
+def test_what_several_paths_or_one_pattern_have_in_common_comes_once(tmp_path, paths):
     for name in ("cats/a.png", "cats/sub/b.png", "dogs/c.png"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
-    monkeypatch.chdir(tmp_path)
-    found = [os.path.normpath(item.path) for item in find_items(paths) if not item.error]
+    found = paths_of(find_items([tmp_path / path for path in paths]), tmp_path)
     assert sorted(found) == ["cats/a.png", "cats/sub/b.png", "dogs/c.png"]
 
 
