@@ -70,6 +70,19 @@ LAYOUTS = {
         {"label": ["fake", "real"]},
         [(0, "photos", None), (1, "photos", None), (1, "photos", None), (0, "photos", None)],
     ),
+    "several columns of a kind, of which the first of the rule counts": (
+        {
+            "prompt": list("efgh"),
+            "model": list("ijkl"),
+            "image_data": FILES[::-1],
+            "image": FILES,
+            "label": [1, 0, 0, 1],
+            "generator": list("mnop"),
+            "caption": list("abcd"),
+        },
+        None,
+        [(1, "m", "a"), (0, "n", "b"), (0, "o", "c"), (1, "p", "d")],
+    ),
     "yes and no": (
         {"image": pa.array(FILES, pa.large_binary()), "label": [True, False, False, True]},
         None,
@@ -204,6 +217,12 @@ def test_a_row_group_is_read_once_while_it_is_kept(tmp_path, monkeypatch):
     for i in (8, 9, 0, 8):
         np.testing.assert_array_equal(samples[i].read(), PICTURES[i % 4])
     assert len(opened) == 3
+    # Two of the three fit, also after a third one has taken a place and given it back.
+    monkeypatch.setattr(parquet, "KEPT_BYTES", 2 * sum(map(len, FILES)))
+    opened.clear()
+    for i in (0, 4, 8, 0, 8, 1, 9):
+        samples[i].read()
+    assert len(opened) == 4
 
 
 def test_a_file_that_changes_later_damages_only_images(tmp_path):
