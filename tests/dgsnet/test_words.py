@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import functools
+import inspect
 import re
 import shlex
 from pathlib import Path
@@ -101,7 +102,7 @@ def test_there_are_such_lines():
 def known_options() -> set[str]:
     found = {name for name in Config().flat()} | {"config", "help", "version", "surgery"}
     for command in cli.COMMANDS.values():
-        found |= set(command.load().__code__.co_varnames[: command.load().__code__.co_argcount])
+        found |= set(inspect.signature(command.load()).parameters)
     return found
 
 
