@@ -101,10 +101,14 @@ class Watched:
         """Call one command, interrupted after so many images or batches; returns its exit code."""
         self.seen.clear()
         self._stop = interrupt_after
+        # A shell that runs the tests in the background has them ignore interrupts.
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)
         try:
             main(words)
         except SystemExit as ended:
             return int(ended.code or 0)
+        finally:
+            signal.signal(signal.SIGINT, before)
         return 0
 
     def _replace(self, home: str, name: str, answer: Callable[..., Any]) -> None:
