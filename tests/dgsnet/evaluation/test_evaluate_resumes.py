@@ -151,7 +151,7 @@ def test_a_row_of_another_image_is_refused(model, data, tmp_path):
 
 
 def test_logits_of_version_0_1_are_gone_on_with(model, data, tmp_path):
-    """As commit fe9af9e wrote them, hash of the model included."""
+    """As version 0.1 wrote them, hash of the model included."""
     first = measure(model, data, tmp_path / "o")
     detector = Detector.load(model, "cpu")
     digest = hashlib.sha256(fingerprint(detector.model).encode())
