@@ -51,15 +51,15 @@ def usable_cores() -> int:
     return cpu_count()
 
 
-def start_worker(number: int, told: bool = False) -> None:
+def start_worker(number: int, silent: bool = False) -> None:
     """A DataLoader's `worker_init_fn`: the process ends with its parent, and one alone of a loader warns.
 
     Args:
         number: of this process among the loader's.
-        told: whether another loader's processes, at the same work, have given the warnings already.
+        silent: whether another loader's processes, at the same work, have given the warnings already.
     """
     follow_parent()
-    if number or told:
+    if number or silent:
         warnings.simplefilter("ignore")
 
 

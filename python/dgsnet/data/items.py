@@ -365,10 +365,10 @@ def _of_tar(path: str) -> Iterator[Item]:
 
 def _of_parquet(source: str) -> Iterator[Item]:
     path = parquet.split_source(source)[0]
-    for number, (group, row, size, told) in enumerate(parquet.places(source)):
-        name, generator = f"{path}/{number}", told.get("generator") or _series(path)
+    for number, (group, row, size, columns) in enumerate(parquet.places(source)):
+        name, generator = f"{path}/{number}", columns.get("generator") or _series(path)
         place = {"container": source, "offset": row, "size": size, "group": group}
-        yield _item(name, name, told.get("label"), generator, told.get("caption"), **place)
+        yield _item(name, name, columns.get("label"), generator, columns.get("caption"), **place)
 
 
 LABELLED = {".csv": _of_list, ".json": _of_list, ".parquet": _of_parquet, ".tar": _of_tar}

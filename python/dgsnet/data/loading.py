@@ -231,7 +231,7 @@ def make_loader(
     prefetch: int = 2,
     shuffle: bool = False,
     seed: int = 0,
-    told: bool = False,
+    silent: bool = False,
 ) -> DataLoader:
     """A loader whose batches depend on seed and epoch alone.
 
@@ -245,25 +245,25 @@ def make_loader(
         prefetch: batches that every worker makes ahead.
         shuffle: draw a new order each epoch.
         seed: decides the order, at least 0.
-        told: another loader's workers give the warnings.
+        silent: another loader's workers give the warnings.
     """
     return DataLoader(
         dataset,
         batch_size=batch_size,
         sampler=EpochSampler(dataset, shuffle=shuffle, seed=seed),
-        **loader_options(workers, prefetch, told),
+        **loader_options(workers, prefetch, silent),
     )
 
 
-def loader_options(workers: int, prefetch: int = 2, told: bool = False) -> dict[str, Any]:
-    """What every DataLoader of an ImageDataset has in common; `told`: as `processes.start_worker` has it."""
+def loader_options(workers: int, prefetch: int = 2, silent: bool = False) -> dict[str, Any]:
+    """What each DataLoader of an ImageDataset has; `silent`: as `processes.start_worker` has it."""
     return {
         "num_workers": workers,
         "collate_fn": collate,
         "pin_memory": torch.cuda.is_available(),
         "persistent_workers": workers > 0,
         "prefetch_factor": prefetch if workers else None,
-        "worker_init_fn": partial(start_worker, told=told),
+        "worker_init_fn": partial(start_worker, silent=silent),
     }
 
 
@@ -284,7 +284,7 @@ class LoaderWatch:
     def __init__(self, workers: int, device: torch.device) -> None:
         self.workers = workers
         self.done = torch.cuda.Event() if device.type == "cuda" else None
-        self.told = False
+        self.warned = False
         self.start()
 
     def start(self) -> None:
@@ -309,9 +309,9 @@ class LoaderWatch:
         if self.steps == 0:
             self._open(0)
         elif self.steps >= self.STEPS and elapsed >= self.SECONDS:
-            if self.waited > self.SHARE * elapsed and not self.told:
+            if self.waited > self.SHARE * elapsed and not self.warned:
                 warnings.warn(self._message(elapsed), stacklevel=2)
-                self.told = True
+                self.warned = True
             self._open(0)
 
     def _open(self, steps: int) -> None:

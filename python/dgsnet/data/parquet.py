@@ -71,8 +71,8 @@ def places(source: str) -> Iterator[tuple[int, int, int, dict[str, Any]]]:
         names = _class_names(file.schema_arrow)
         for group in range(file.num_row_groups):
             size = _checked_size(file, group, image, MAX_GROUP)
-            for row, told in enumerate(_told(file, group, columns, names)):
-                yield group, row, size, told
+            for row, found in enumerate(_columns_of(file, group, columns, names)):
+                yield group, row, size, found
 
 
 def stream(source: str) -> Iterator[tuple[int, int, int, bytes | None, str]]:
@@ -210,7 +210,7 @@ def _too_large(group: int, column: str, most: int) -> str:
     )
 
 
-def _told(
+def _columns_of(
     file: Any, group: int, columns: dict[str, str], names: dict[str, list[str]]
 ) -> Iterator[dict[str, Any]]:
     if not columns:
@@ -221,16 +221,16 @@ def _told(
     chosen = list(columns.values())
     for batch in file.iter_batches(TEXT_ROWS, row_groups=[group], columns=chosen, use_threads=False):
         for values in batch.to_pylist():
-            told = {what: values[name] for what, name in columns.items()}
-            for what, value in told.items():
+            found = {what: values[name] for what, name in columns.items()}
+            for what, value in found.items():
                 words = names.get(columns[what], [])
                 if isinstance(value, int) and value in range(len(words)):
-                    told[what] = words[value]
+                    found[what] = words[value]
                 elif isinstance(value, bool):
-                    told[what] = int(value)
+                    found[what] = int(value)
                 elif isinstance(value, str) and len(value) > MAX_TEXT:
                     raise ImageError(f"a {what} of more than {MAX_TEXT:,} letters")
-            yield told
+            yield found
 
 
 def _values(file: Any, column: str, group: int) -> Iterator[Any]:

@@ -71,17 +71,17 @@ class Feed:
         self.plan = StepPlan(images, optim.batch_size, self.rank, self.world)
         workers = default_workers() if data.workers is None else data.workers
         silent = not accelerator.is_main_process  # one process speaks for all
-        options = loader_options(workers, data.prefetch, told=silent)
+        options = loader_options(workers, data.prefetch, silent=silent)
         self.loader = DataLoader(dataset, batch_sampler=self.plan, **options)
         self.watch = LoaderWatch(workers, accelerator.device)
-        self.watch.told = silent
+        self.watch.warned = silent
         self.val_loader: DataLoader | None = None
         if job.val:
             val_dataset = ImageDataset(
                 job.val[self.rank :: self.world], self.preprocess, train=False, selection=data.selection
             )
             self.val_loader = make_loader(
-                val_dataset, batch_size=optim.batch_size, workers=workers, prefetch=data.prefetch, told=True
+                val_dataset, batch_size=optim.batch_size, workers=workers, prefetch=data.prefetch, silent=True
             )
         # As many on every process, since a sharded model is gathered from all of them for each.
         self.val_batches = math.ceil(math.ceil(len(job.val) / self.world) / optim.batch_size)

@@ -268,7 +268,7 @@ class ImageFeatures:
             for start in range(0, len(rows), BATCH)
         ]
         loaded = iter(
-            DataLoader(_Views(self.dataset), batch_sampler=batches, **loader_options(workers, told=True))
+            DataLoader(_Views(self.dataset), batch_sampler=batches, **loader_options(workers, silent=True))
         )
         shown = accelerator.is_main_process and sys.stderr.isatty()
         for file in tqdm(files, desc="frozen features", unit_scale=CHUNK, unit=" images", disable=not shown):

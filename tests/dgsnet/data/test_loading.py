@@ -125,9 +125,9 @@ def test_epochs_take_the_views_in_turn(tmp_path):
 
 
 def test_workers_end_with_their_parent_and_one_of_them_warns(folder):
-    loader = make_loader(dataset_of(folder), batch_size=5, workers=2, told=True)
+    loader = make_loader(dataset_of(folder), batch_size=5, workers=2, silent=True)
     assert loader.worker_init_fn.func is start_worker
-    assert loader.worker_init_fn.keywords == {"told": True}
+    assert loader.worker_init_fn.keywords == {"silent": True}
 
 
 def test_without_training_nothing_is_random(folder):
