@@ -1,7 +1,8 @@
 """`make mutants`: plants a sample of mutants and counts those that the tests notice.
 
 Each is planted in a copy of the project, and the tests that reach its line run there until one fails. A line
-for each goes to build/mutants/outcome.txt, the diffs of survivors to build/mutants/survivors.diff.
+for each goes to build/mutants/outcome.txt, the diffs of survivors to build/mutants/survivors.diff. A run that
+was interrupted goes on where it was, as long as no file of the project changes.
 """
 
 from __future__ import annotations
@@ -203,6 +204,33 @@ class Worker:
                 return False
 
 
+class Outcomes:
+    """What came of mutants of one state of the project, also in former runs."""
+
+    def __init__(self, root: Path) -> None:
+        files = (str(path.relative_to(root)) for path in root.rglob("*") if path.is_file())
+        state = reach.digest(root, (file for file in files if not file.endswith((".so", ".pyc"))))
+        path = OUT / f"outcomes-{state}.jsonl"
+        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+        self.known = {tuple(key): found for key, found in map(json.loads, lines)}
+        self.lines = path.open("a", encoding="utf-8")
+        self.lock = threading.Lock()
+
+    def find(self, mutant: Mutant, worker: Worker) -> tuple[str, str, float]:
+        """("killed", "survived" or "none", by what, seconds)."""
+        key = mutant.file, mutant.line, mutant.operator, mutant.before, mutant.after
+        if key not in self.known:
+            since = time.monotonic()
+            try:
+                outcome, by = worker.outcome(mutant)
+            except NoMutant:
+                outcome, by = "none", ""
+            with self.lock:
+                self.known[key] = outcome, by, time.monotonic() - since
+                print(json.dumps((key, self.known[key])), file=self.lines, flush=True)
+        return self.known[key]
+
+
 class Tally:
     """Outcomes as they come: in files, on standard error, and counted by room."""
 
@@ -283,18 +311,17 @@ def main() -> int:
         say(f"the map of {len(known.map.tests)} tests after {time.monotonic() - begin:.0f} s")
         for name in known.map.failed:
             say(f"left out, fails without a mutant: {name}")
+        outcomes = Outcomes(intact)
         sample, tally = Sample(intact, options.sample, options.seed, options.files), Tally(intact)
         workers = [Worker(root, known, options.preload) for root in roots]
 
         def work(worker: Worker) -> None:
             while mutant := sample.next():
-                since = time.monotonic()
-                try:
-                    found = ("equivalent", "") if mutant in equivalents else worker.outcome(mutant)
-                except NoMutant:
+                found = ("equivalent", "", 0.0) if mutant in equivalents else outcomes.find(mutant, worker)
+                if found[0] == "none":
                     sample.one_more()
-                    continue
-                tally.add(mutant, *found, time.monotonic() - since)
+                else:
+                    tally.add(mutant, *found)
 
         with ThreadPoolExecutor(len(workers)) as pool:
             list(pool.map(work, workers))
@@ -308,4 +335,8 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        say("interrupted; the same command goes on from here")
+        sys.exit(130)

@@ -86,30 +86,32 @@ def run(stages: list[list[str]], limits: dict[str, float]) -> dict[str, str]:
             os._exit(1)
     os.close(theirs)
     outcome, test, rest, end = "failed", "", b"", time.monotonic() + TO_COLLECT
-    while True:
-        if not select.select([ours], [], [], max(0.0, end - time.monotonic()))[0]:
-            outcome = "timeout"
-            break
-        if not (read := os.read(ours, 1 << 16)):
-            break
-        *lines, rest = (rest + read).split(b"\n")
-        for event, name in map(json.loads, lines):
-            test = name or test
-            end = time.monotonic() + limits.get(name, TO_COLLECT)
-            if event == "done":
-                outcome = "passed"
-        if outcome == "passed":
-            break
-        if any(json.loads(line)[0] == "failed" for line in lines):
-            break
-    os.close(ours)
-    # What the tests have started goes with them.
-    with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):
-        for process in psutil.Process(pid).children(recursive=True):
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.kill()
-        os.killpg(pid, signal.SIGKILL)
-    os.waitpid(pid, 0)
+    try:
+        while True:
+            if not select.select([ours], [], [], max(0.0, end - time.monotonic()))[0]:
+                outcome = "timeout"
+                break
+            if not (read := os.read(ours, 1 << 16)):
+                break
+            *lines, rest = (rest + read).split(b"\n")
+            for event, name in map(json.loads, lines):
+                test = name or test
+                end = time.monotonic() + limits.get(name, TO_COLLECT)
+                if event == "done":
+                    outcome = "passed"
+            if outcome == "passed":
+                break
+            if any(json.loads(line)[0] == "failed" for line in lines):
+                break
+    finally:
+        os.close(ours)
+        # What the tests have started goes with them.
+        with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):
+            for process in psutil.Process(pid).children(recursive=True):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
+            os.killpg(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
     return {"outcome": outcome, "test": test}
 
 

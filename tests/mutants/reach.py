@@ -24,6 +24,7 @@ from pathlib import Path
 import pytest
 
 CONTEXT, NOTES = "MUTANTS_CONTEXT", "MUTANTS_NOTES"
+AT_A_TIME = 50  # files of tests, after which what they reach is kept
 
 # Tests that run no Python of ours, that compile for minutes what others have run, or that take times.
 LEFT_OUT = (
@@ -156,9 +157,9 @@ def make(root: Path, cache: Path) -> Reach:
         code = kernels if file.startswith("tests/dgs_kernels/") else everything
         units[file] = cache / f"{code}-{digest(root, [file])}.json"
     missing = [file for file, unit in units.items() if not unit.exists()]
-    if missing:
-        cache.mkdir(parents=True, exist_ok=True)
-        for file, unit in run(root, missing).items():
+    cache.mkdir(parents=True, exist_ok=True)
+    for first in range(0, len(missing), AT_A_TIME):
+        for file, unit in run(root, missing[first : first + AT_A_TIME]).items():
             units[file].with_suffix(".part").write_text(json.dumps(unit), encoding="utf-8")
             units[file].with_suffix(".part").replace(units[file])
     return Reach(root, [json.loads(unit.read_text(encoding="utf-8")) for unit in units.values()])

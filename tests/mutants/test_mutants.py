@@ -137,6 +137,13 @@ def test_planted_in_a_package(project):
     diffs = (project / "build/mutants/survivors.diff").read_text()
     assert "\n-    return x - 5\n" in diffs and diffs.count("\n@@") == len(survived)
     assert (project / FILE).read_text() == SOURCE
+    # Once more: what is known is not tried again.
+    [kept] = (project / "build/mutants").glob("outcomes-*.jsonl")
+    tried = kept.read_text()
+    again = subprocess.run(
+        command, cwd=project, env={"PATH": os.environ["PATH"]}, capture_output=True, text=True
+    )
+    assert (again.stdout, kept.read_text()) == (done.stdout, tried), again.stderr
 
 
 def test_one_that_hangs_and_what_it_started(project):
