@@ -9,7 +9,7 @@ import json
 import re
 import sys
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -140,9 +140,8 @@ def check_model(model: ModelConfig, image_size: int) -> None:
         check_tower(model.name, config)
         size = config["vision_cfg"].get("image_size", 224)
     else:
-        size = timm_config(model.name).input_size[-1]
-    if isinstance(size, int):
-        check_image_size(model.name, size, image_size)
+        size = timm_config(model.name).input_size[1:]
+    check_image_size(model.name, size, image_size)
     check_weights(model.name, model.pretrained)
 
 
@@ -180,7 +179,17 @@ def check_tower(name: str, config: dict[str, Any]) -> None:
         )
 
 
-def check_image_size(name: str, taken: int, given: int) -> None:
+def side(name: str, size: int | Sequence[int]) -> int:
+    """Of a model's square input; UserError where it is none."""
+    height, width = (size, size) if isinstance(size, int) else size
+    if height != width:
+        raise UserError(f"model {name} takes {height}x{width} images; only square inputs are supported")
+    return height
+
+
+def check_image_size(name: str, size: int | Sequence[int], given: int) -> None:
+    """Refuse images that a model does not take."""
+    taken = side(name, size)
     if taken != given:
         raise UserError(
             f"model {name} takes images of {taken} pixels, but preprocess.image_size is {given}: "

@@ -15,6 +15,7 @@ from dgsnet.config import ModelConfig
 from dgsnet.errors import UserError
 from dgsnet.model.adapters import adapters_skipped, inject_lora
 from dgsnet.model.backbones import backbone_of
+from dgsnet.model.catalogue import side
 from dgsnet.model.pretrained import build_towers, encode_text, tokenizer_of
 
 
@@ -61,12 +62,7 @@ class DGSNet(nn.Module):
         if config.lora_rank:
             inject_lora(visual, config, self.backbone.targets(config.lora_targets))
         self.dim = self.backbone.dim
-        height, width = self.backbone.image_size
-        if height != width:
-            raise UserError(
-                f"model {config.name} takes {height}x{width} images; only square inputs are supported"
-            )
-        self.image_size = height
+        self.image_size = side(config.name, self.backbone.image_size)
         self.head = SurgeryHead(self.dim)
         self.train()
 

@@ -66,6 +66,12 @@ def test_one_output_unused():
     pull = beneficial.clamp(max=0) / 4
     torch.testing.assert_close(leaf.grad, project_align(pull, harmful))
 
+    # An unused alignment loss takes no part, whatever its direction holds.
+    leaf = features.clone().requires_grad_()
+    seen, _ = gradient_surgery(leaf, harmful, torch.full_like(beneficial, -torch.inf))
+    seen.square().sum().backward()
+    torch.testing.assert_close(leaf.grad, project_align(2 * features, harmful))
+
     leaf = features.clone().requires_grad_()
     _, alignment_loss = gradient_surgery(leaf, harmful)
     alignment_loss.backward()

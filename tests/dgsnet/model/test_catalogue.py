@@ -1,8 +1,11 @@
 """Which models there are, and settings that do not go with them."""
 
+import sys
+
 import pytest
 from dgsnet.config import ModelConfig
 from dgsnet.errors import UserError
+from dgsnet.model.catalogue import check_model
 from dgsnet.model.dgsnet import DGSNet
 
 
@@ -31,3 +34,23 @@ def test_settings_out_of_range_are_refused_where_they_are_made(setting):
     ((name, value),) = setting.items()
     with pytest.raises(ValueError, match=f"{name}={value} must be at least 0"):
         ModelConfig(**setting)
+
+
+@pytest.mark.parametrize(
+    "name, given, message",
+    [
+        ("ViT-B-32", 224, None),
+        ("ViT-B-32", 256, "ViT-B-32 takes images of 224 pixels, but preprocess.image_size is 256"),
+        ("timm/vit_base_patch16_dinov3", 256, None),
+        ("timm/vit_base_patch16_dinov3", 224, "takes images of 256 pixels, but preprocess.image_size is 224"),
+        ("timm/vit_base_patch16_sapiens2", 768, "takes 1024x768 images; only square inputs"),
+        ("timm/vit_base_patch16_dinov33", 256, "did you mean timm/vit_base_patch16_dinov3"),
+    ],
+)
+def test_checked_before_anything_is_imported(name, given, message, monkeypatch):
+    monkeypatch.delitem(sys.modules, "open_clip", raising=False)
+    if message is None:
+        check_model(ModelConfig(name=name), given)
+        return
+    with pytest.raises(UserError, match=message):
+        check_model(ModelConfig(name=name), given)
