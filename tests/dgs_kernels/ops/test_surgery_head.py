@@ -54,15 +54,16 @@ def test_long_rows_and_many_chunks(backend, dtype, nan_filled, monkeypatch):
 
 @everywhere
 def test_layouts(backend, nan_filled):
-    plain = [x.detach() for x in tensors(6, 40, torch.float32, backend)]
-    plain[4].requires_grad_(), plain[8].requires_grad_()
+    plain = tensors(6, 40, torch.float32, backend).detached()
+    weights = plain.image_weight.requires_grad_(), plain.text_weight.requires_grad_()
 
-    def found(*inputs):
+    def found(**replaced):
         """Losses, and the gradients of the heads, which are sums over the matrices."""
-        out = surgery_head(*inputs)
-        return [*out[:3], *torch.autograd.grad(out.image_loss + 2 * out.text_loss, (inputs[4], inputs[8]))]
+        out = surgery_head(*plain._replace(**replaced))
+        losses = out.image_loss, out.text_loss, out.alignment_loss
+        return [*losses, *torch.autograd.grad(out.image_loss + 2 * out.text_loss, weights)]
 
-    want = found(*plain)
+    want = found()
     wide = torch.zeros(12, 81, device=backend)
     for view in (
         lambda x: wide[::2, :40].copy_(x),
@@ -70,75 +71,74 @@ def test_layouts(backend, nan_filled):
         lambda x: wide[:6, ::2][:, :40].copy_(x),
         lambda x: x.t().contiguous().t(),
     ):
-        for at in range(3):
-            inputs = list(plain)
-            inputs[at] = view(plain[at])
-            torch.testing.assert_close(found(*inputs), want, rtol=2e-6, atol=2e-6)
-    for at in range(1, 3):
-        row = plain[at][:1]
-        expanded = [*plain[:at], row.expand(6, -1), *plain[at + 1 :]]
-        repeated = [*plain[:at], row.repeat(6, 1), *plain[at + 1 :]]
-        torch.testing.assert_close(found(*expanded), found(*repeated))
+        for name in ("features", "teacher", "text"):
+            placed = view(getattr(plain, name))
+            torch.testing.assert_close(found(**{name: placed}), want, rtol=2e-6, atol=2e-6)
+    for name in ("teacher", "text"):
+        row = getattr(plain, name)[:1]
+        repeated = found(**{name: row.repeat(6, 1)})
+        torch.testing.assert_close(found(**{name: row.expand(6, -1)}), repeated)
 
 
 @everywhere
 def test_matrices_of_which_one_is_not_aligned(backend, nan_filled):
-    plain = [x.detach() for x in tensors(6, 48, torch.float32, backend)]
-    for placed in aligned_but_one(plain[:3]):
+    features, teacher, text, labels, *heads = tensors(6, 48, torch.float32, backend).detached()
+    for placed in aligned_but_one((features, teacher, text)):
         dim = placed[0].shape[1]
-        heads = [x[:, :dim] if x.dim() == 2 else x for x in plain[4:]]
-        want = surgery_head(*(x.contiguous() for x in placed), plain[3], *heads)
-        found = surgery_head(*placed, plain[3], *heads)
-        torch.testing.assert_close(found[:3], want[:3], rtol=2e-6, atol=2e-6)
+        cut = [x[:, :dim] if x.dim() == 2 else x for x in heads]
+        want = surgery_head(*(x.contiguous() for x in placed), labels, *cut)
+        found = surgery_head(*placed, labels, *cut)
+        for loss in ("image_loss", "text_loss", "alignment_loss"):
+            torch.testing.assert_close(getattr(found, loss), getattr(want, loss), rtol=2e-6, atol=2e-6)
 
 
 @everywhere
 def test_mixed_dtypes_meet_in_the_wider(backend):
     inputs = tensors(5, 24, torch.float32, backend)
+    teacher, text = inputs.teacher.detach().bfloat16(), inputs.text.detach().bfloat16()
+    inputs = inputs._replace(teacher=teacher.float(), text=text.float())
     want = outcome(surgery_head, inputs)
-    mixed = [x.detach().to(torch.bfloat16) if i in (1, 2) else x for i, x in enumerate(inputs)]
-    for i, x in enumerate(mixed[1:3]):
-        inputs[i + 1] = x.float()
-    want, found = outcome(surgery_head, inputs), outcome(surgery_head, mixed)
+    found = outcome(surgery_head, inputs._replace(teacher=teacher, text=text))
     assert torch.equal(found["features"], want["features"]) and found["features"].dtype == torch.float32
-    wide_heads = [x.detach().double() if i > 3 else x for i, x in enumerate(inputs)]
-    assert surgery_head(*wide_heads).image_loss.dtype == torch.float64
+    features, teacher, text, labels, *heads = inputs.detached()
+    wide = surgery_head(features, teacher, text, labels, *(x.double() for x in heads))
+    assert wide.image_loss.dtype == torch.float64
 
 
 @everywhere
 def test_no_captions_and_no_rows(backend, nan_filled):
     inputs = tensors(7, 24, torch.float64, backend)
-    without = [x.detach() for x in inputs]
-    without[2] = None
-    without[0].requires_grad_()
+    without = inputs.detached()._replace(text=None)
+    without.features.requires_grad_()
     out = surgery_head(*without)
     assert out.text_logits is None and out.text_loss == 0
     (out.image_loss + 0.2 * out.alignment_loss).backward()
     # A caption head whose weight has no positive and no negative part removes nothing.
-    for x in (inputs[8], inputs[9]):
+    for x in (inputs.text_weight, inputs.text_bias):
         x.detach().zero_()
     want = outcome(surgery_head, inputs, weights=(1.0, 0.0, 0.2, 0.0))["features"]
-    torch.testing.assert_close(without[0].grad, want, rtol=1e-12, atol=1e-15)
+    torch.testing.assert_close(without.features.grad, want, rtol=1e-12, atol=1e-15)
 
     empty = tensors(0, 24, torch.float32, backend)
     found = outcome(surgery_head, empty)
     assert [found[n].item() for n in ("image_loss", "text_loss", "alignment_loss")] == [0, 0, 0]
-    assert found["features"].shape == (0, 24) and not found["image_w"].any() and not found["text_b"].any()
+    assert found["features"].shape == (0, 24) and not found["image_weight"].any()
+    assert not found["text_bias"].any()
 
 
 @everywhere
 def test_what_is_not_finite_stays_visible(backend):
-    for at, bad in product(range(3), (torch.nan, torch.inf)):
+    losses = {"features": "image_loss", "teacher": "alignment_loss", "text": "text_loss"}
+    for name, bad in product(losses, (torch.nan, torch.inf)):
         inputs = tensors(4, 24, torch.float32, backend)
         with torch.no_grad():
-            inputs[at][1, 3] = bad
+            getattr(inputs, name)[1, 3] = bad
         found = outcome(surgery_head, inputs)
         assert found["features"][[0, 2, 3]].isfinite().all()
-        name = ("image_loss", "alignment_loss", "text_loss")[at]
         if bad != bad:
-            assert not found["features"][1].isfinite().any() and found[name].isnan()
-        if at == 0:
-            assert not found["image_w"].isfinite().all()
+            assert not found["features"][1].isfinite().any() and found[losses[name]].isnan()
+        if name == "features":
+            assert not found["image_weight"].isfinite().all()
 
 
 @everywhere
@@ -146,11 +146,12 @@ def test_a_confident_sample_has_a_small_loss(backend):
     """log(1 + e^-|z|) of a large logit would be off by percents, or 0."""
     if os.environ["DGS_KERNELS_BACKEND"] == "eager":
         pytest.skip("PyTorch's own cross-entropy is log(1 + e^-|z|)")
-    inputs = [x.detach() for x in tensors(40, 24, torch.float32, backend)]
-    for at in (0, 2):
-        inputs[at] = torch.zeros_like(inputs[at])
-        inputs[at][:, 0] = (2 * inputs[3] - 1) * 15 / inputs[4 + 2 * at][0, 0]
-    for bias in (inputs[5], inputs[9]):
+    inputs = tensors(40, 24, torch.float32, backend).detached()
+    for x, weight, bias in (
+        (inputs.features, inputs.image_weight, inputs.image_bias),
+        (inputs.text, inputs.text_weight, inputs.text_bias),
+    ):
+        x.zero_()[:, 0] = (2 * inputs.labels - 1) * 15 / weight[0, 0]
         bias.zero_()
     out = surgery_head(*inputs)
     want = torch.full((), -15.0, dtype=torch.float64).exp().log1p()
@@ -165,15 +166,16 @@ def test_runs_twice_alike(backend):
 
 
 def test_opcheck_of_the_backward():
-    inputs = [x.float() if x.is_floating_point() else x for x in problem(3)]
+    inputs = problem(3).floats()
     outputs = torch.ops.dgs.surgery_head(*inputs, 1e-6, "align_first", None, "both", None, 0.3)
     residuals, differences = outputs[2].detach(), outputs[4].detach()
+    weights = (x.detach() for x in (inputs.image_weight, inputs.teacher_weight, inputs.text_weight))
+    matrices = (residuals, *weights)
     scales = (torch.tensor(1.0), torch.tensor(0.2))
     for dtype, pull in product(
         (torch.float32, torch.bfloat16), ((None, None, 0.0), (differences, scales[0], 0.3))
     ):
-        arguments = (residuals, *(inputs[i].detach() for i in (4, 6, 8)), *scales)
-        arguments += (dtype, 1e-6, "align_first", None, *pull)
+        arguments = (*matrices, *scales, dtype, 1e-6, "align_first", None, *pull)
         torch.library.opcheck(torch.ops.dgs.surgery_head_backward.default, arguments)
 
 
@@ -181,26 +183,23 @@ def test_opcheck_of_the_backward():
 def test_labels_of_any_type(dtype):
     inputs = problem(5)
     want = outcome(surgery_head, inputs)
-    inputs[3] = inputs[3].to(dtype)
+    inputs = inputs._replace(labels=inputs.labels.to(dtype))
     assert_equal(outcome(surgery_head, inputs), want, 0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_features_of_any_type(dtype):
     """Half features with float32 heads, as under autocast: float32 arithmetic, gradients in their types."""
-    inputs = [x.float() if x.is_floating_point() else x for x in problem(32)]
-    for i in range(3):
-        inputs[i] = inputs[i].detach().to(dtype).requires_grad_(inputs[i].requires_grad)
-    leaves = [x.detach().clone().requires_grad_(x.requires_grad) for x in inputs]
+    inputs = problem(32).floats().map(lambda x: x.to(dtype) if x.shape == (32, DIM) else x)
+    leaves = inputs.map(torch.clone)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         out = surgery_head(*leaves)
     (0.9 * out.image_loss + 0.7 * out.text_loss + 0.2 * out.alignment_loss).backward()
     assert all(x.dtype == torch.float32 for x in out)
-    exact = [x.detach().double().requires_grad_(x.requires_grad) for x in inputs]
-    want = outcome(reference.official_graph, exact)
-    for at, name in ((0, "features"), (2, "text"), (4, "image_w"), (8, "text_w")):
-        got = leaves[at].grad
-        assert got.dtype == inputs[at].dtype
+    want = outcome(reference.official_graph, inputs.map(torch.Tensor.double))
+    for name in ("features", "text", "image_weight", "text_weight"):
+        got = getattr(leaves, name).grad
+        assert got.dtype == getattr(inputs, name).dtype
         tolerance = 2 * torch.finfo(got.dtype).eps
         assert (got.double() - want[name]).norm() <= tolerance * want[name].norm(), name
     torch.testing.assert_close(out.alignment_loss.double(), want["alignment_loss"], rtol=1e-5, atol=1e-7)
@@ -208,28 +207,29 @@ def test_features_of_any_type(dtype):
 
 def test_only_what_is_trained_receives_a_gradient():
     inputs = problem(4)
-    inputs[1].requires_grad_()
+    inputs.teacher.requires_grad_()
     offsets = torch.zeros(4, requires_grad=True)
     out = surgery_head(*inputs, text="both", offsets=offsets, distillation=0.3)
     assert not any(x.requires_grad for x in out[3:6])
     (out.image_loss + out.text_loss + out.alignment_loss + out.distillation_loss).backward()
     assert offsets.grad is None
-    assert [x.grad is not None for x in inputs if x.is_floating_point()] == [
-        *(True, False, True),
-        *(True, True),
-        *(False, False),
-        *(True, True),
-    ]
+    given = {name for name, x in inputs._asdict().items() if x.grad is not None}
+    assert given == {"features", "text", "image_weight", "image_bias", "text_weight", "text_bias"}
 
 
 def test_one_loss_alone():
-    for name, trained in (("image_loss", (0, 4)), ("text_loss", (2, 8)), ("alignment_loss", (0,))):
+    for name, trained in (
+        ("image_loss", ("features", "image_weight")),
+        ("text_loss", ("text", "text_weight")),
+        ("alignment_loss", ("features",)),
+    ):
         inputs, others = problem(4), problem(4)
         getattr(surgery_head(*inputs), name).backward()
         out = dict(zip(("image_loss", "text_loss", "alignment_loss"), reference.official_graph(*others)))
         out[name].backward()
         for at in trained:
-            torch.testing.assert_close(inputs[at].grad, others[at].grad, rtol=1e-12, atol=0)
+            ours, theirs = getattr(inputs, at).grad, getattr(others, at).grad
+            torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=0)
 
 
 def test_no_grad_and_empty():
@@ -237,9 +237,9 @@ def test_no_grad_and_empty():
         assert not surgery_head(*problem(3)).image_loss.requires_grad
     inputs = problem(0)
     out = surgery_head(*inputs)
-    assert [x.item() for x in out[:3]] == [0, 0, 0] and out.image_logits.shape == (0,)
+    assert out.image_loss == out.text_loss == out.alignment_loss == 0 and out.image_logits.shape == (0,)
     (out.image_loss + out.text_loss + out.alignment_loss).backward()
-    assert inputs[0].grad.shape == (0, DIM) and not inputs[4].grad.any()
+    assert inputs.features.grad.shape == (0, DIM) and not inputs.image_weight.grad.any()
 
 
 def test_deterministic():
@@ -248,10 +248,10 @@ def test_deterministic():
 
 
 def test_not_finite_stays_visible():
-    for at in range(3):
+    for name in ("features", "teacher", "text"):
         inputs = problem(4)
         with torch.no_grad():
-            inputs[at][1, 3] = float("nan")
+            getattr(inputs, name)[1, 3] = torch.nan
         grad = outcome(surgery_head, inputs)["features"]
         assert grad[[0, 2, 3]].isfinite().all() and not grad[1].isfinite().all()
 
@@ -260,7 +260,7 @@ def test_not_finite_stays_visible():
 @pytest.mark.parametrize("order", ORDERS)
 def test_on_a_gpu_without_synchronisation(order):
     inputs = problem(257)
-    moved = [x.detach().cuda().requires_grad_(x.requires_grad) for x in inputs]
+    moved = inputs.map(torch.Tensor.cuda)
     torch.cuda.set_sync_debug_mode("error")
     try:
         ours = outcome(surgery_head, moved, order=order)
@@ -296,7 +296,7 @@ def test_a_result_larger_than_caches(dtype, nan_filled):
 def test_refuses_a_second_derivative(name):
     inputs = problem(3)
     out = surgery_head(*inputs, text="both", distillation=0.3)
-    (grad,) = torch.autograd.grad(getattr(out, name), inputs[0], create_graph=True)
+    (grad,) = torch.autograd.grad(getattr(out, name), inputs.features, create_graph=True)
     with pytest.raises(RuntimeError, match="cannot be differentiated twice"):
         grad.sum().backward()
 
@@ -308,7 +308,7 @@ def test_module():
         "teacher_head.weight",
         "teacher_head.bias",
     ]
-    features, teacher, text, labels = (x.detach() for x in problem(8, dtype=torch.float32)[:4])
+    features, teacher, text, labels, *_ = problem(8, dtype=torch.float32).detached()
     optimizer = torch.optim.Adam(head.parameters(), lr=0.05)
     losses = []
     for _ in range(30):
@@ -318,18 +318,18 @@ def test_module():
         optimizer.step()
         losses.append((out.image_loss + out.text_loss).item())
     assert losses[-1] < 0.7 * losses[0]
-    torch.testing.assert_close(head.image_head(features).squeeze(1), head(features, teacher, None, labels)[3])
+    logits = head(features, teacher, None, labels).image_logits
+    torch.testing.assert_close(head.image_head(features).squeeze(1), logits)
 
 
 def test_opcheck():
-    inputs = [x.float() if x.is_floating_point() else x for x in problem(3)]
-    inputs = [x.detach().requires_grad_(x.requires_grad) for x in inputs]
+    inputs = problem(3).floats()
     op = torch.ops.dgs.surgery_head.default
     offsets = torch.randn(3)
     torch.library.opcheck(op, (*inputs, 1e-6, "align_first", 32, "project", None, 0.0))
     torch.library.opcheck(op, (*inputs, 1e-6, "align_first", 32, "both", offsets, 0.3))
-    inputs[2] = None
-    torch.library.opcheck(op, (*inputs, 1e-6, "project_first", None, "expert", offsets, 0.0))
+    without = inputs._replace(text=None)
+    torch.library.opcheck(op, (*without, 1e-6, "project_first", None, "expert", offsets, 0.0))
 
 
 @pytest.mark.parametrize(
@@ -337,7 +337,7 @@ def test_opcheck():
 )
 def test_compiles_whole(options):
     head = SurgeryHead(DIM).double()
-    features, teacher, text, labels = (x.detach() for x in problem(4)[:4])
+    features, teacher, text, labels, *_ = problem(4).detached()
     if options:
         options = options | {"offsets": torch.linspace(-1, 1, 4)}
 
@@ -352,22 +352,20 @@ def test_compiles_whole(options):
 
 
 @pytest.mark.parametrize(
-    "at,value,words",
+    "name, value, words",
     [
-        (0, torch.zeros(4), r"features must be \[B, D\]"),
-        (1, torch.zeros(3, DIM), r"teacher_features must have shape \(4, 24\), got \(3, 24\)"),
-        (2, torch.zeros(4, DIM, device="meta"), "text_features is on meta and features on cpu"),
-        (3, torch.zeros(4, 1), r"labels must have shape \(4,\), got \(4, 1\)"),
-        (4, torch.zeros(DIM), r"image_weight must have shape \(1, 24\), got \(24,\)"),
-        (7, torch.zeros(()), r"teacher_bias must have shape \(1,\)"),
-        (8, None, "text_weight is needed with text_features"),
+        ("features", torch.zeros(4), r"features must be \[B, D\]"),
+        ("teacher", torch.zeros(3, DIM), r"teacher_features must have shape \(4, 24\), got \(3, 24\)"),
+        ("text", torch.zeros(4, DIM, device="meta"), "text_features is on meta and features on cpu"),
+        ("labels", torch.zeros(4, 1), r"labels must have shape \(4,\), got \(4, 1\)"),
+        ("image_weight", torch.zeros(DIM), r"image_weight must have shape \(1, 24\), got \(24,\)"),
+        ("teacher_bias", torch.zeros(()), r"teacher_bias must have shape \(1,\)"),
+        ("text_weight", None, "text_weight is needed with text_features"),
     ],
 )
-def test_errors(at, value, words):
-    inputs = problem(4)
-    inputs[at] = value
+def test_errors(name, value, words):
     with pytest.raises(ValueError, match=words):
-        surgery_head(*inputs)
+        surgery_head(*problem(4)._replace(**{name: value}))
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import product
+from operator import itemgetter
 
 import pytest
 import torch
@@ -42,7 +43,7 @@ def test_experts_and_distillation_equal_the_official_graph(served_by, text, with
     for batch, order, reference_batch_size in product((1, 37), ORDERS, (None, 32)):
         inputs = problem(batch, seed=batch)
         offsets = torch.linspace(-3, 3, batch, dtype=torch.float64)
-        inputs[2] = inputs[2] if with_text else None
+        inputs = inputs if with_text else inputs._replace(text=None)
         for options in (
             {"offsets": offsets, "distillation": 0.3},
             {"offsets": offsets},
@@ -63,17 +64,16 @@ def test_what_experts_and_distillation_do():
     inputs = problem(12)
     plain = outcome(surgery_head, inputs)
     expert, both = (outcome(surgery_head, inputs, text=text) for text in ("expert", "both"))
-    for name in ("image_logits", "text_logits", "text_loss", "text", "text_w", "alignment_loss"):
+    for name in ("image_logits", "text_logits", "text_loss", "text", "text_weight", "alignment_loss"):
         assert torch.equal(expert[name], plain[name]) and torch.equal(both[name], plain[name]), name
     # A text logit as a constant is an offset; so an expert is what offsets do where nothing is projected.
     assert_equal(outcome(surgery_head, inputs, offsets=plain["text_logits"]), both)
-    without = [*inputs[:2], None, *inputs[3:]]
-    offset = outcome(surgery_head, without, offsets=plain["text_logits"])
+    offset = outcome(surgery_head, inputs._replace(text=None), offsets=plain["text_logits"])
     torch.testing.assert_close(offset["features"], expert["features"], rtol=1e-12, atol=0)
     # A pull to the teacher adds its own gradient to that of the features, and changes nothing else.
     pulled = outcome(surgery_head, inputs, distillation=0.3)
     assert torch.equal(pulled["image_loss"], plain["image_loss"])
-    difference = (inputs[0] - inputs[1]).detach()
+    difference = (inputs.features - inputs.teacher).detach()
     assert pulled["distillation_loss"] == pytest.approx(
         (0.3 / (2 * DIM) * difference.square().sum() / 12).item()
     )
@@ -95,12 +95,19 @@ def test_what_experts_and_distillation_do():
 def test_any_weights(batch, order, eps, reference_batch_size, weights, text, distillation, seed):
     """The gradients that arrive at the losses carry weights and scales; the surgery follows them."""
     inputs = problem(batch, seed=seed)
-    inputs[3] = torch.rand(batch, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    labels = torch.rand(batch, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    inputs = inputs._replace(labels=labels)
     options = {"order": order, "eps": eps, "reference_batch_size": reference_batch_size}
     options |= {"text": text, "distillation": distillation}
     ours = outcome(surgery_head, inputs, weights, **options)
     # A soft label may be all but the probability itself: their difference, which aligns, has few digits then.
     assert_equal(ours, outcome(reference.official_graph, inputs, weights, **options), loss_rounding=1e-16)
+
+
+def of_rows(inputs, change):
+    """A batch with other rows and the same heads."""
+    rows = {name: change(getattr(inputs, name)) for name in ("features", "teacher", "text", "labels")}
+    return inputs._replace(**rows)
 
 
 def test_orders_differ():
@@ -114,11 +121,9 @@ def test_reference_batch_size_ignores_batch_ranks_and_accumulation(order):
     inputs = problem(48)
     options = {"order": order, "reference_batch_size": 32}
     whole = outcome(surgery_head, inputs, **options)
-    parts = [
-        outcome(surgery_head, [x[i : i + 16] for x in inputs[:4]] + inputs[4:], **options)
-        for i in (0, 16, 32)
-    ]
-    for name in ("image_loss", "text_loss", "alignment_loss", "image_w", "text_w"):
+    thirds = [of_rows(inputs, itemgetter(slice(i, i + 16))) for i in (0, 16, 32)]
+    parts = [outcome(surgery_head, third, **options) for third in thirds]
+    for name in ("image_loss", "text_loss", "alignment_loss", "image_weight", "text_weight"):
         torch.testing.assert_close(whole[name], sum(p[name] for p in parts) / 3, rtol=1e-12, atol=0)
     for name in ("features", "text"):
         torch.testing.assert_close(whole[name], torch.cat([p[name] for p in parts]) / 3, rtol=1e-12, atol=0)
@@ -129,34 +134,31 @@ def test_reference_batch_size_is_the_official_strength_at_that_batch():
     official = outcome(surgery_head, inputs)
     assert_equal(outcome(surgery_head, inputs, reference_batch_size=32), official)
     # Without it the alignment of each row fades as 1/B: a batch made of four copies pulls a quarter as much.
-    copies = [torch.cat([x] * 4) for x in inputs[:4]] + inputs[4:]
-    torch.testing.assert_close(
-        outcome(surgery_head, copies)["alignment_loss"], official["alignment_loss"] / 4
-    )
+    copies = outcome(surgery_head, of_rows(inputs, lambda x: torch.cat([x] * 4)))
+    torch.testing.assert_close(copies["alignment_loss"], official["alignment_loss"] / 4)
 
 
 def test_without_captions_there_is_no_projection():
-    inputs = problem(7)
-    inputs[2] = None
+    inputs = problem(7)._replace(text=None)
     out = surgery_head(*inputs)
     assert out.text_logits is None and out.text_loss == 0
     (out.image_loss + out.text_loss + 0.2 * out.alignment_loss).backward()
-    got, image_head = inputs[0].grad.clone(), inputs[4].grad.clone()
-    assert not inputs[8].grad.any()
+    assert not inputs.text_weight.grad.any()
 
     plain = problem(7)
     seen, alignment = reference.gradient_surgery(
-        plain[0], torch.zeros(DIM, dtype=torch.float64), beneficial_of(plain)
+        plain.features, torch.zeros(DIM, dtype=torch.float64), beneficial_of(plain)
     )
-    logits = torch.nn.functional.linear(seen, plain[4], plain[5]).squeeze(1)
-    loss = torch.nn.functional.binary_cross_entropy_with_logits(logits, plain[3].double())
+    logits = torch.nn.functional.linear(seen, plain.image_weight, plain.image_bias).squeeze(1)
+    loss = torch.nn.functional.binary_cross_entropy_with_logits(logits, plain.labels.double())
     (loss + 0.2 * alignment).backward()
-    torch.testing.assert_close(got, plain[0].grad, rtol=1e-12, atol=1e-15)
-    torch.testing.assert_close(image_head, plain[4].grad, rtol=1e-12, atol=1e-15)
+    for name in ("features", "image_weight"):
+        ours, theirs = getattr(inputs, name).grad, getattr(plain, name).grad
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-15)
 
 
 def beneficial_of(inputs):
-    teacher = inputs[1].clone().requires_grad_()
-    logits = torch.nn.functional.linear(teacher, inputs[6], inputs[7]).squeeze(1)
-    loss = torch.nn.functional.binary_cross_entropy_with_logits(logits, inputs[3].double())
+    teacher = inputs.teacher.clone().requires_grad_()
+    logits = torch.nn.functional.linear(teacher, inputs.teacher_weight, inputs.teacher_bias).squeeze(1)
+    loss = torch.nn.functional.binary_cross_entropy_with_logits(logits, inputs.labels.double())
     return torch.autograd.grad(loss, teacher)[0]
