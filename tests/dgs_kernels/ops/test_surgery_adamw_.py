@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from itertools import product
+from typing import NamedTuple
 
 import pytest
 import torch
+from torch import Tensor
 from torch.library import opcheck
 
 from dgs_kernels import OptimizerSurgery, SurgeryAdamW, backends, project_align_, reference
@@ -29,25 +31,43 @@ SURGERY_EPS = 0.02
 everywhere = on_backends("surgery_adamw_")
 
 
+class Lists(NamedTuple):
+    """What surgery_adamw_ takes, in its order."""
+
+    params: list[Tensor]
+    grads: list[Tensor]
+    averages: list[Tensor]
+    squares: list[Tensor]
+    steps: list[Tensor]
+    harmful: list[Tensor]
+    beneficial: list[Tensor]
+
+    def map(self, change) -> Lists:
+        return Lists(*(change(tensors) for tensors in self))
+
+    @property
+    def written(self) -> list[list[Tensor]]:
+        return [self.params, self.averages, self.squares]
+
+
 def drawn(device, dtype=torch.float32, steps_so_far=4.0):
-    """params, grads, exp_avgs, exp_avg_sqs, steps, harmful, beneficial of a run under way."""
+    """Lists of a run under way."""
     params, grads, averages, harmful, beneficial = (
         draw(dtype=dtype, device=device, seed=s) for s in range(5)
     )
     squares = [t.square() for t in draw(dtype=dtype, device=device, seed=5)]
     steps = [torch.tensor(steps_so_far) for _ in params]
-    return params, grads, averages, squares, steps, harmful, beneficial
+    return Lists(params, grads, averages, squares, steps, harmful, beneficial)
 
 
 def call(lists, beneficial=True, groups=GROUPS, part="all", sums=None, scale=None, **options):
     chosen = {"alignment": 0.7, "order": "align_first", "rule": "positive"} | HYPER | options
-    params, *_ = lists
     if sums is None:
-        dtype = torch.float64 if params[0].dtype == torch.float64 else torch.float32
-        sums = torch.full((max(groups) + 1, 6), torch.nan, dtype=dtype, device=params[0].device)
+        param, *_ = lists.params
+        dtype = torch.promote_types(param.dtype, torch.float32)
+        sums = torch.full((max(groups) + 1, 6), torch.nan, dtype=dtype, device=param.device)
     run(
-        *lists[:6],
-        lists[6] if beneficial else [],
+        *(lists if beneficial else lists._replace(beneficial=[])),
         list(groups),
         sums,
         scale,
@@ -69,13 +89,18 @@ def formula(lists, beneficial=True, dtype=torch.float64, **options):
     """The lists params, exp_avgs, exp_avg_sqs after the step, computed in `dtype` by the two formulas."""
     chosen = {"alignment": 0.7, "order": "align_first", "rule": "positive"} | HYPER | options
     surgery = {name: chosen.pop(name) for name in ("alignment", "order", "rule")}
-    params, grads, averages, squares, steps, harmful, b = [[t.to(dtype) for t in ts] for ts in lists]
+    wide = lists.map(lambda tensors: [t.to(dtype) for t in tensors])
     grads = reference.project_align_(
-        grads, harmful, b if beneficial else None, GROUPS, eps=SURGERY_EPS, **surgery
+        wide.grads, wide.harmful, wide.beneficial if beneficial else None, GROUPS, eps=SURGERY_EPS, **surgery
     )
+    return adamw(wide, grads, **chosen)
+
+
+def adamw(lists, grads, **options):
+    """The lists params, exp_avgs, exp_avg_sqs after a step along `grads`."""
     results = [
-        reference.adamw_step(*tensors, int(step) + 1, **chosen)
-        for *tensors, step in zip(params, grads, averages, squares, steps)
+        reference.adamw_step(*tensors, int(step) + 1, **options)
+        for *tensors, step in zip(lists.params, grads, lists.averages, lists.squares, lists.steps)
     ]
     return [list(tensors) for tensors in zip(*results)]
 
@@ -89,12 +114,12 @@ def test_accuracy(backend, dtype, order, rule, nan_filled):
         lists = drawn(backend, dtype)
         options = {"beneficial": beneficial, "order": order, "rule": rule, "maximize": maximize}
         exact, plain = formula(lists, **options), formula(lists, dtype=dtype, **options)
-        written = [clones(ts) for ts in lists]
-        call(written, **options)
-        for i in (1, 5, 6):
-            assert all(torch.equal(a, b) for a, b in zip(written[i], lists[i]))
-        assert all(step == 5 for step in written[4])
-        for ours, theirs, wants in zip((written[0], written[2], written[3]), plain, exact):
+        copies = lists.map(clones)
+        call(copies, **options)
+        for name in ("grads", "harmful", "beneficial"):
+            assert all(torch.equal(a, b) for a, b in zip(getattr(copies, name), getattr(lists, name)))
+        assert all(step == 5 for step in copies.steps)
+        for ours, theirs, wants in zip(copies.written, plain, exact):
             for out, there, want in zip(ours, theirs, wants):
                 assert out.dtype == dtype
                 units = (0.5 if out.numel() >= 100 else 2.0) * (8 if dtype == torch.float64 else 1)
@@ -106,26 +131,26 @@ def test_accuracy(backend, dtype, order, rule, nan_filled):
 @everywhere
 def test_sums_are_those_of_project_align_(backend):
     lists = drawn(backend)
-    want = project_align_(clones(lists[1]), lists[5], lists[6], groups=GROUPS)
+    want = project_align_(clones(lists.grads), lists.harmful, lists.beneficial, groups=GROUPS)
     torch.testing.assert_close(call(lists), want, rtol=1e-6, atol=1e-6)
 
 
 @everywhere
 def test_apply_takes_the_sums_it_is_given(backend):
     lists = drawn(backend)
-    whole, applied, foreign = ([clones(ts) for ts in lists] for _ in range(3))
+    whole, applied, foreign = (lists.map(clones) for _ in range(3))
     sums = call(whole)
     call(applied, part="apply", sums=sums)
-    torch.testing.assert_close(applied[:4], whole[:4])
+    torch.testing.assert_close(applied.written, whole.written)
 
     sums[:, [0, 3]] *= 3  # as if other processes had added theirs
     call(foreign, part="apply", sums=sums)
-    params, grads, averages, squares, steps, harmful, beneficial = map(doubles, lists)
-    edited = reference.project_align_(grads, harmful, beneficial, GROUPS, alignment=0.7, eps=SURGERY_EPS)
-    edited = thrice_removed(grads, beneficial, edited, 0.7)
-    for out, p, g, m, v, step in zip(foreign[0], params, edited, averages, squares, steps):
-        want = reference.adamw_step(p, g, m, v, int(step) + 1, **HYPER)[0]
-        torch.testing.assert_close(out.double(), want, rtol=2e-5, atol=2e-5)
+    wide = lists.map(doubles)
+    edited = reference.project_align_(
+        wide.grads, wide.harmful, wide.beneficial, GROUPS, alignment=0.7, eps=SURGERY_EPS
+    )
+    params, *_ = adamw(wide, thrice_removed(wide.grads, wide.beneficial, edited, 0.7), **HYPER)
+    torch.testing.assert_close(doubles(foreign.params), params, rtol=2e-5, atol=2e-5)
 
 
 @everywhere
@@ -136,17 +161,19 @@ def test_layouts_and_mixed_dtypes(backend, change):
     lists = drawn(backend)
     options = {}
     if change == "strided parameter":
-        lists[0][0] = lists[0][0].repeat_interleave(2, dim=1)[:, ::2]
+        lists.params[0] = lists.params[0].repeat_interleave(2, dim=1)[:, ::2]
     if change == "other strides":
-        lists[1][0] = lists[1][0].t().contiguous().t()
-        lists[3][4] = lists[3][4].permute(2, 0, 1).contiguous().permute(1, 2, 0)
+        lists.grads[0] = lists.grads[0].t().contiguous().t()
+        lists.squares[4] = lists.squares[4].permute(2, 0, 1).contiguous().permute(1, 2, 0)
     if change == "float32 state":
-        lists = [[t.bfloat16() for t in ts] if i in (0, 1, 5, 6) else ts for i, ts in enumerate(lists)]
+        narrow = ("params", "grads", "harmful", "beneficial")
+        halves = {name: [t.bfloat16() for t in getattr(lists, name)] for name in narrow}
+        lists = lists._replace(**halves)
     if change == "tensor alignment":
         options = {"scale": torch.tensor(0.35, device=backend), "alignment": 2.0}
     exact = formula(lists)
     call(lists, **options)
-    for tensors, wants in zip((lists[0], lists[2], lists[3]), exact):
+    for tensors, wants in zip(lists.written, exact):
         for out, want in zip(tensors, wants):
             tolerance = 1e-2 if out.dtype == torch.bfloat16 else 2e-5
             torch.testing.assert_close(out.double(), want, rtol=tolerance, atol=tolerance)
@@ -173,27 +200,29 @@ def test_deterministic(backend):
 @everywhere
 def test_a_gradient_that_is_not_finite_is_not_hidden(backend):
     lists = drawn(backend)
-    lists[1][4].view(-1)[0] = torch.nan
+    bad = 4
+    lists.grads[bad].view(-1)[0] = torch.nan
     call(lists)
-    for i, (param, average) in enumerate(zip(lists[0], lists[2])):
-        if GROUPS[i] != GROUPS[4]:
+    for group, param, average in zip(GROUPS, lists.params, lists.averages):
+        if group != GROUPS[bad]:
             assert param.isfinite().all() and average.isfinite().all()
-    assert lists[0][4].isnan().any() and lists[3][4].isnan().any()
+    assert lists.params[bad].isnan().any() and lists.squares[bad].isnan().any()
 
 
 @everywhere
 def test_lists_of_which_one_tensor_is_not_aligned(backend):
-    lists = [ts[:1] for ts in drawn(backend)]
-    want = [clones(ts) for ts in lists]
+    lists = drawn(backend).map(lambda tensors: tensors[:1])
+    want = lists.map(clones)
     call(want, groups=[0])
-    steps = lists.pop(4)
     for placed in aligned_but_one(*lists):
-        call([*placed[:4], clones(steps), *placed[4:]], groups=[0])
-        torch.testing.assert_close(placed[:4], want[:4])
+        # Steps are counted on the host, and lie anywhere.
+        placed = Lists(*placed)._replace(steps=clones(lists.steps))
+        call(placed, groups=[0])
+        torch.testing.assert_close(placed.written, want.written)
 
 
 def test_operator():
-    lists = [ts[:4] for ts in drawn("cpu")]
+    lists = drawn("cpu").map(lambda tensors: tensors[:4])
     for scale in (None, torch.tensor(0.5)):
         arguments = (*lists, [0, 1, 1, 0], torch.zeros(2, 6), scale, 0.7, 1e-6, "align_first", "full", "all")
         opcheck(torch.ops.dgs.surgery_adamw_.default, (*arguments, 0.1, 0.9, 0.99, 0.01, 1e-8, False))
@@ -204,7 +233,7 @@ def test_operator():
 def test_optimizer_equals_hook_and_adamw(backend, order, rule):
     """Against OptimizerSurgery on AdamW(foreach=True), in float32: what differs is rounding alone."""
     weights = draw(device=backend)
-    pairs = []
+    runs = []
     for fused in (True, False):
         params = [torch.nn.Parameter(w.clone()) for w in weights]
         options = {"alignment": 0.4, "order": order, "rule": rule}
@@ -213,9 +242,9 @@ def test_optimizer_equals_hook_and_adamw(backend, order, rule):
         else:
             optimizer = torch.optim.AdamW(params, lr=0.01, foreach=True)
             surgery = OptimizerSurgery(optimizer, **options)
-        pairs.append((params, optimizer, surgery))
+        runs.append((params, optimizer, surgery))
     for step in range(3):
-        for params, optimizer, surgery in pairs:
+        for params, optimizer, surgery in runs:
             for i, kind in enumerate((surgery.harmful, surgery.beneficial)):
                 with kind():
                     directions = draw(device=backend, seed=3 * step + i + 1)
@@ -228,43 +257,34 @@ def test_optimizer_equals_hook_and_adamw(backend, order, rule):
                 assert all(
                     torch.equal(p.grad, g) for p, g in zip(params, draw(device=backend, seed=3 * step + 10))
                 )
-    for a, b in zip(pairs[0][0], pairs[1][0]):
-        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+    (ours, *_), (theirs, *_) = runs
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(
-    "place, value, message",
+    "name, value, message",
     [
-        (0, draw(SHAPES[::-1]), "params must have the shapes of grads"),
-        (2, draw(SHAPES[:2]), "exp_avgs must have the shapes of grads"),
-        (3, [t.to("meta") for t in draw()], "exp_avg_sqs must be on cpu"),
-        (4, [torch.zeros(1)] * len(SHAPES), "steps must be 9 0-dim float tensors on the CPU"),
-        (5, draw(SHAPES[:2]), "harmful must have 9 tensors"),
+        ("params", draw(SHAPES[::-1]), "params must have the shapes of grads"),
+        ("averages", draw(SHAPES[:2]), "exp_avgs must have the shapes of grads"),
+        ("squares", [t.to("meta") for t in draw()], "exp_avg_sqs must be on cpu"),
+        ("steps", [torch.zeros(1)] * len(SHAPES), "steps must be 9 0-dim float tensors on the CPU"),
+        ("harmful", draw(SHAPES[:2]), "harmful must have 9 tensors"),
     ],
 )
-def test_errors(place, value, message):
-    lists = list(drawn("cpu"))
-    lists[place] = value
+def test_errors(name, value, message):
     with pytest.raises(ValueError, match=message):
-        call(lists)
+        call(drawn("cpu")._replace(**{name: value}))
 
 
 @everywhere
 def test_tensors_may_have_taken_different_steps(backend):
-    lists, dtype = drawn(backend), torch.float64
-    for i, step in enumerate(lists[4]):
+    lists = drawn(backend)
+    for i, step in enumerate(lists.steps):
         step.fill_(i * i)
-    grads = reference.project_align_(
-        *(doubles(lists[i]) for i in (1, 5, 6)), GROUPS, alignment=0.7, eps=SURGERY_EPS
-    )
-    tensors = zip(doubles(lists[0]), grads, doubles(lists[2]), doubles(lists[3]), lists[4])
-    want = [
-        reference.adamw_step(p, g, m, v, int(step) + 1, **HYPER)[0].to(dtype) for p, g, m, v, step in tensors
-    ]
+    params, *_ = formula(lists)
     call(lists)
-    assert [int(step) for step in lists[4]] == [i * i + 1 for i in range(len(GROUPS))]
-    for out, w in zip(lists[0], want):
-        torch.testing.assert_close(out.double(), w, rtol=2e-5, atol=2e-5)
+    assert [int(step) for step in lists.steps] == [i * i + 1 for i in range(len(GROUPS))]
+    torch.testing.assert_close(doubles(lists.params), params, rtol=2e-5, atol=2e-5)
 
 
 @pytest.mark.gpu
@@ -284,7 +304,7 @@ def test_sums_alone_are_not_its_business():
 
 
 def test_reference_is_adamw():
-    params, grads, *_ = (doubles(ts) for ts in drawn("cpu"))
+    params, grads, *_ = drawn("cpu").map(doubles)
     parameters = [torch.nn.Parameter(p.clone()) for p in params]
     optimizer = torch.optim.AdamW(parameters, **{**HYPER, "foreach": True})
     state = [(p, torch.zeros_like(p), torch.zeros_like(p)) for p in params]
