@@ -195,7 +195,7 @@ setup(
     package_dir={"dgs_kernels": "dgs_kernels", "dgsnet": "python/dgsnet"},
     package_data={
         "dgs_kernels": ["py.typed"],
-        "dgsnet": ["py.typed", "*/*.html", "builtin/*.json", "builtin/*.safetensors"],
+        "dgsnet": ["py.typed", "*/*.html", "*/*.md", "*/*.yaml", "builtin/*.json", "builtin/*.safetensors"],
     },
     cmdclass={"build_ext": BuildNative},
     # In auto mode a compiler that fails leaves a pure Python install, with its error printed.

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from dgsnet.detection.decisions import summary
 from dgsnet.exchange.huggingface import form_of
 from dgsnet.model.catalogue import has_text, timm_arguments
+from dgsnet.pages import page
 
 if TYPE_CHECKING:
     from dgsnet.config import Config
@@ -30,37 +31,28 @@ def model_card(
     """
     from dgsnet.model.checkpoint import fingerprint
 
-    config = detector.config
-    adapter = (
-        f"LoRA of rank {config.model.lora_rank} on {_TARGETS[config.model.lora_targets]}, scaling "
-        f"{config.model.lora_alpha:g} / sqrt(rank), {'kept apart' if format == 'hf' else 'merged'}"
-        if config.model.lora_rank
-        else "none: a linear head on the frozen encoder"
-    )
-    calibration = (
-        "\n".join(f"- {line}" for line in summary(detector.calibration).splitlines())
-        if detector.calibration
-        else "Not calibrated. The published rule, generated above 0.5, keeps no particular error rate: set a "
-        "threshold with `dgsnet calibrate` on real images like those to be decided on, and export again."
-    )
-    code, library = _CODE[format], _library(config.model.name)
-    form = form_of(detector.model)
-    encoder = {"encoder": form.model, "output": form.output} if form else {}
-    if not config.model.lora_rank:  # no adapter to load
-        code = "\n".join(line for line in code.splitlines() if "Peft" not in line)
-    return _CARD.format(
+    config, name = detector.config, detector.config.model.name
+    library, tower = "open_clip", f'open_clip.create_model("{name}").visual'
+    if not has_text(name):
+        arguments = ", ".join(f"{key}={value!r}" for key, value in timm_arguments(name).items())
+        library, tower = "timm", f"timm.create_model({arguments})".replace("'", '"')
+    text = page.render(
+        Path(__file__).with_suffix(".md"),
         name=out.stem,
-        backbone=config.model.name,
-        library=library["library"],
+        out=out.name,
+        format=format,
+        model=config.model,
+        library=library,
+        tower=tower,
+        form=form_of(detector.model),
         fingerprint=fingerprint(detector.model),
-        adapter=adapter,
         training=_training(config, extra),
-        results=_results(extra),
-        calibration=calibration,
+        measured={key: value for key, value in extra.items() if isinstance(value, float)},
+        rules=summary(detector.calibration).splitlines() if detector.calibration else (),
         contract=json.dumps(contract, indent=2),
-        code=code.format(out=out.name, **library, **encoder),
         versions=f"dgs-kernels {version('dgs-kernels')}, torch {version('torch')}",
     )
+    return f"{text}\n"
 
 
 def _training(config: Config, extra: dict[str, Any]) -> str:
@@ -97,110 +89,3 @@ def _training(config: Config, extra: dict[str, Any]) -> str:
         + f", batches of {config.optim.batch_size * config.optim.accumulation}, learning rate "
         f"{config.optim.lr:g}, seed {config.seed}."
     )
-
-
-def _results(extra: dict[str, Any]) -> str:
-    measured = {k: v for k, v in extra.items() if isinstance(v, float)}
-    if not measured:
-        return "No validation results are stored with this model."
-    rows = "\n".join(f"| {name} | {value:.4f} |" for name, value in measured.items())
-    return f"On the run's validation images:\n\n| measure | value |\n|---|---|\n{rows}"
-
-
-def _library(name: str) -> dict[str, str]:
-    """The library that a backbone comes from, and the call that makes its image tower."""
-    if has_text(name):
-        return {"library": "open_clip", "tower": f'open_clip.create_model("{name}").visual'}
-    arguments = ", ".join(f"{key}={value!r}" for key, value in timm_arguments(name).items())
-    return {"library": "timm", "tower": f"timm.create_model({arguments})".replace("'", '"')}
-
-
-_TARGETS = {
-    "qkv": "q, k and v",
-    "qkvo": "all linears of the attention",
-    "mlp": "the linears of the MLP",
-    "all": "all linears of the blocks",
-}
-
-_CARD = """# {name}
-
-A detector of AI-generated images: DGS-Net (arXiv 2511.13108), CLIP fine-tuned with gradient surgery. It takes
-prepared pixels and gives one score per image.
-
-| | |
-|---|---|
-| backbone | {backbone} ({library}), weights with fingerprint `{fingerprint}` |
-| adapters | {adapter} |
-| made with | {versions} |
-
-## Scope
-
-Meant for ranking images by how likely a generator made them whole, as one sign among others, with a person
-deciding. Not meant as proof, for deciding about people by itself, or for local edits, drawings, screenshots,
-text and video frames, on which it was not measured.
-
-## Training data
-
-{training}
-
-{results}
-
-## Decisions
-
-{calibration}
-
-Such rates hold for images like those they were measured on. Other cameras, sizes, compression or processing
-change them; calibrate again where these change.
-
-## Limits
-
-- Generators unlike those in the training data are missed, some of them mostly: a low score is no proof of a
-  photograph.
-- Strong compression, resizing, screenshots and re-encoding move scores.
-- Whoever has the model can search for changes that hide an image from it.
-- The backbone saw photographs from the web; subjects and styles rare there were not measured.
-
-## Use
-
-```python
-{code}
-```
-
-Pixels are prepared as the contract says; `dgsnet.data.preprocess.Preprocessor` is the reference:
-
-```json
-{contract}
-```
-"""
-
-_CODE: dict[str, str] = {
-    "onnx": """import onnxruntime
-
-session = onnxruntime.InferenceSession("{out}", providers=["CPUExecutionProvider"])
-logits, probabilities = session.run(None, {{"pixels": pixels.numpy()}})  # pixels: float32 [N, 3, S, S]""",
-    "torchscript": """import torch
-
-model = torch.jit.load("{out}")
-logits, probabilities = model(pixels)  # pixels: float32 [N, 3, S, S]""",
-    "safetensors": """import {library}
-import torch
-from safetensors.torch import load_file
-
-state = load_file("{out}")
-visual = {tower}.eval()
-visual.load_state_dict({{k.removeprefix("visual."): t for k, t in state.items() if k.startswith("visual.")}})
-with torch.no_grad():
-    features = visual(pixels)  # pixels: float32 [N, 3, S, S]
-logits = torch.nn.functional.linear(features, state["head.weight"], state["head.bias"]).squeeze(-1)""",
-    "hf": """import torch
-from peft import PeftModel
-from safetensors.torch import load_file
-from transformers import {encoder}
-
-encoder = {encoder}.from_pretrained("{out}/base").eval()
-encoder = PeftModel.from_pretrained(encoder, "{out}/adapter").eval()
-head = load_file("{out}/head.safetensors")
-with torch.no_grad():
-    features = encoder(pixel_values=pixels).{output}  # pixels: float32 [N, 3, S, S]
-logits = torch.nn.functional.linear(features, head["weight"], head["bias"]).squeeze(-1)""",
-}

@@ -1,4 +1,4 @@
-"""HTML pages that hold everything inside: templates that share page.html's head and style."""
+"""Texts made from templates: HTML pages, which share page.html's head and style, and Markdown."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import jinja2
 
 
 def render(template: Path, **values: Any) -> str:
-    """The page that a template makes; values are escaped unless they are Markup."""
+    """The text that a template makes; in HTML values are escaped unless they are Markup."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader([template.parent, Path(__file__).parent]),
-        autoescape=True,
+        autoescape=template.suffix == ".html",
         trim_blocks=True,
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
