@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,7 +11,7 @@ import numpy as np
 from dgsnet.data.items import Item, find_images, find_labelled
 from dgsnet.detection.decisions import calibrate, load_calibration, save_calibration, summary
 from dgsnet.detection.detector import Detector
-from dgsnet.detection.overlap import warn_of_training_images
+from dgsnet.detection.overlap import distinct, warn_of_both_labels, warn_of_training_images
 from dgsnet.errors import UserError
 
 CLASSES = {0: "real", 1: "generated"}
@@ -57,7 +58,9 @@ def calibrate_command(
     if len(sources) < len(reals):
         raise UserError("--reals names a source twice")
     fakes = _items(generated, 1) if generated else []
-    warn_of_training_images(model, [item for found in (*sources.values(), fakes) for item in found])
+    items = [item for found in (*sources.values(), fakes) for item in found]
+    warn_of_training_images(model, items)
+    warn_of_both_labels(items)
     # An older calibration must not decide how these scores are made.
     detector = Detector.load(model, device, views=views, calibrated=False, pretrained=pretrained)
     result = calibrate(
@@ -72,7 +75,7 @@ def calibrate_command(
 
 
 def _items(paths: Sequence[str], label: int) -> list[Item]:
-    """The images that paths stand for; of a labelled dataset those of this label, with a word of it."""
+    """The images of this label that paths stand for, each content once, with a word of what is left out."""
     plain, items = [], []
     for path in paths:
         if not (samples := find_labelled(path)):
@@ -87,11 +90,15 @@ def _items(paths: Sequence[str], label: int) -> list[Item]:
     found, missing = find_images(plain) if plain else ([], {})
     for path, why in missing.items():
         raise UserError(f"{path}: {why}; give image files, folders or quoted glob patterns")
-    return items + found
+    items += [dataclasses.replace(item, label=label) for item in found]
+    once = distinct(items)
+    if copies := len(items) - len(once):
+        print(f"{copies} of {len(items)} {CLASSES[label]} images are copies of others' files: left out")
+    return once
 
 
 def _logits(detector: Any, items: Sequence[Item], workers: int | None) -> np.ndarray:
-    """Logits of the images that can be read; one that is there twice counts once, as its score tells."""
+    """Logits of the images that can be read."""
     from tqdm import tqdm
 
     logits = detector.stream_logits(items, workers=workers)
@@ -99,4 +106,4 @@ def _logits(detector: Any, items: Sequence[Item], workers: int | None) -> np.nda
     for _, error in scores:
         if error:
             print(f"left out: {error}")
-    return np.unique([logit for logit, error in scores if not error])
+    return np.array([logit for logit, error in scores if not error])

@@ -282,7 +282,7 @@ def _upper_bound(wrong: int, n: int, confidence: float) -> float:
 
 
 def _lower_limit(scores: np.ndarray, rate: float, confidence: float) -> float:
-    """The largest of the ascending scores with more than `rate` of all above it, with this confidence."""
+    """The largest of the ascending scores at or above which lie, with this confidence, more than `rate`."""
     from scipy.stats import binom
 
     above = int(binom.ppf(confidence, len(scores), rate))

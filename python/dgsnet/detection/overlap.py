@@ -1,44 +1,101 @@
-"""Images that a model was trained on: measured on them it looks better than it is."""
+"""Images that are there twice, by their files' content: what is measured on them looks better than it is.
+
+A copy of a file is found under any name; the same picture saved anew is not.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import math
+import os
 import sys
-from collections.abc import Sequence
+import time
+from collections import Counter
+from collections.abc import Container, Iterator, Sequence
 from pathlib import Path
-
-import numpy as np
 
 from dgsnet.data.images import ImageError, file_hash
 from dgsnet.data.items import Item
 
 
-def in_training(model: str | Path, items: Sequence[Item]) -> list[Item]:
-    """Those of the items whose files the model was trained on; none where the model does not say.
+def distinct(items: Sequence[Item]) -> list[Item]:
+    """The items without those whose file has the content of an earlier one's; what cannot be read stays."""
+    sizes = Counter(map(_size, items))
+    # What is alone with its size need not be read.
+    twice = {size for size, count in sizes.items() if count > 1 or size is None or None in sizes}
+    copies, known = set(), set[int]()
+    for place, content in _hashes(items, twice):
+        if content in known:
+            copies.add(place)
+        known.add(content)
+    return [item for place, item in enumerate(items) if place not in copies]
 
-    A copy of a file is found under any name; the same picture saved anew is not.
-    """
+
+def shared(first: Sequence[Item], second: Sequence[Item], *, seconds: float = math.inf) -> list[Item]:
+    """Those of the second with the same content as one of the first; each is read for so long at most."""
+    sizes = [{_size(item) for item in items} for items in (first, second)]
+    common = set.union(*sizes) if None in set.union(*sizes) else set.intersection(*sizes)
+    known = {content for _, content in _hashes(first, common, seconds)}
+    return [second[place] for place, content in _hashes(second, common, seconds) if content in known]
+
+
+def in_training(model: str | Path, items: Sequence[Item]) -> list[Item]:
+    """Those of the items whose files the model was trained on; none where the model does not say."""
     from dgsnet.model.checkpoint import trained_on
 
-    known = trained_on(model)
-    if not len(known):
-        return []
-    hashes = np.array([_hash(item) for item in items], np.int64)
-    return [item for item, found in zip(items, np.isin(hashes, known)) if found]
+    known = set(trained_on(model).tolist())
+    return [items[place] for place, content in _hashes(items) if content in known] if known else []
 
 
 def warn_of_training_images(model: str | Path, items: Sequence[Item]) -> None:
     """One line on stderr where some of the items were in the model's training."""
     if found := in_training(model, items):
-        was = "image was" if len(found) == 1 else "images were"
-        print(
-            f"dgsnet: warning: {len(found)} of {len(items)} {was} in this model's training, such as "
-            f"{found[0].path}: the figures are better than on new images",
-            file=sys.stderr,
-        )
+        were = "image was" if len(found) == 1 else "images were"
+        why = "the figures are better than on new images"
+        _warn(f"{len(found)} of {len(items)} {were} in this model's training", found, why)
 
 
-def _hash(item: Item) -> int:
+def warn_of_shared_images(training: Sequence[Item], validation: Sequence[Item], *, seconds: float) -> None:
+    """One line on stderr where images that a model is to be chosen by are among those it is trained on."""
+    if found := shared(training, validation, seconds=seconds):
+        are = "image is" if len(found) == 1 else "images are"
+        why = "the validation's figures are better than on new images, and choose the best model wrongly"
+        _warn(f"{len(found)} of {len(validation)} validation {are} in the training too", found, why)
+
+
+def warn_of_both_labels(items: Sequence[Item], *, seconds: float = math.inf) -> None:
+    """One line on stderr where a file is labelled real in one place and generated in another."""
+    reals, generated = ([item for item in items if item.label == label] for label in (0, 1))
+    if found := shared(reals, generated, seconds=seconds):
+        are = "image has a file that is" if len(found) == 1 else "images have files that are"
+        why = "one of the two labels is wrong"
+        _warn(f"{len(found)} of {len(generated)} generated {are} labelled real too", found, why)
+
+
+def _warn(fact: str, found: Sequence[Item], why: str) -> None:
+    print(f"dgsnet: warning: {fact}, such as {found[0].path}: {why}", file=sys.stderr)
+
+
+def _size(item: Item) -> int | None:
+    """Bytes of an image's file; None where only reading it tells."""
+    if item.data is not None:
+        return len(item.data)
+    if item.container:
+        return item.size if item.group is None else None
     try:
-        return file_hash(item.read_bytes())
-    except ImageError:  # whoever scores it says why
-        return 0
+        return os.stat(item.file).st_size
+    except (OSError, ValueError):  # ValueError: a zero byte in the name
+        return None
+
+
+def _hashes(
+    items: Sequence[Item], sizes: Container[int | None] | None = None, seconds: float = math.inf
+) -> Iterator[tuple[int, int]]:
+    """Place and hash of the items that can be read, of these sizes if given, for so long at most."""
+    end = time.monotonic() + seconds
+    for place, item in enumerate(items):
+        if time.monotonic() > end:
+            return
+        if sizes is None or _size(item) in sizes:
+            with contextlib.suppress(ImageError):  # whoever scores it says why
+                yield place, file_hash(item.read_bytes())

@@ -16,7 +16,7 @@ from dgsnet.audit.audit import load_model
 from dgsnet.data.tables import Table, damaged
 from dgsnet.detection.decisions import DECIMALS
 from dgsnet.detection.detector import Detector
-from dgsnet.detection.overlap import warn_of_training_images
+from dgsnet.detection.overlap import warn_of_both_labels, warn_of_training_images
 from dgsnet.errors import UserError
 from dgsnet.evaluation import false_positives, shortcut_tables
 from dgsnet.evaluation.baseline import FROZEN, frozen_detector
@@ -185,7 +185,9 @@ def evaluate_command(
     file_model = load_model(audit) if audit else None
     suites = find_suites(data, split)
     detector = Detector.load(model, device, views=views, pretrained=pretrained)
-    warn_of_training_images(model, [sample for samples in suites.values() for sample in samples])
+    listed = [sample for samples in suites.values() for sample in samples]
+    warn_of_training_images(model, listed)
+    warn_of_both_labels(listed)
     result = evaluate(
         detector,
         suites,
@@ -212,7 +214,7 @@ def evaluate_command(
     for score in result.damaged:
         print(f"left out: {score.error}")
     unread = sum(bool(s.error) for s in result.scores if not s.distortion)
-    total = sum(map(len, suites.values()))
+    total = len(listed)
     if unread == total:
         raise UserError(f"none of the {total} images could be read")
     print(f"{unread} of {total} images could not be read; results in {out}")

@@ -8,6 +8,7 @@ from pathlib import Path
 from dgsnet.config import CONFIG_FILE, Config, read_config
 from dgsnet.data.captions import attach_captions
 from dgsnet.data.items import Item, find_samples
+from dgsnet.detection.overlap import warn_of_both_labels, warn_of_shared_images
 from dgsnet.errors import UserError
 from dgsnet.files import LOCK_FILE
 from dgsnet.model.catalogue import has_text
@@ -28,6 +29,8 @@ UPDATE_FILE = "update.json"
 # What a look for shortcuts before training may cost.
 SHORTCUT_IMAGES = 2**10
 SHORTCUT_SECONDS = 2.0
+# The same of a look for files that are there twice; other processes wait for it.
+OVERLAP_SECONDS = 60.0
 
 
 def check_folder(config: Config, out: Path, resume: bool) -> None:
@@ -91,6 +94,12 @@ def training_samples(config: Config, roots: list[str] | str, split: str) -> list
         if uses_text(config):
             found = {root: attach_captions(s, config.data.captions, root) for root, s in found.items()}
     return [sample for samples in found.values() for sample in samples]
+
+
+def warn_of_overlaps(training: list[Item], validation: list[Item]) -> None:
+    """Warn in a line each on stderr of files in both, and of files with both labels."""
+    warn_of_shared_images(training, validation, seconds=OVERLAP_SECONDS)
+    warn_of_both_labels([*training, *validation], seconds=OVERLAP_SECONDS)
 
 
 def warn_of_shortcuts(config: Config, samples: list[Item]) -> None:

@@ -15,6 +15,7 @@ from dgsnet.training.checks import (
     check_experts,
     check_folder,
     training_samples,
+    warn_of_overlaps,
     warn_of_shortcuts,
 )
 
@@ -54,6 +55,7 @@ def train(config: Config, out: str | Path, *, resume: bool = False) -> Path:
         samples = training_samples(config, config.data.train, "train")
         val_samples = training_samples(config, config.data.val, "val") if config.data.val else []
         if not announced_rank():
+            warn_of_overlaps(samples, val_samples)
             warn_of_shortcuts(config, samples)
 
         from dgsnet.training.plan import Job

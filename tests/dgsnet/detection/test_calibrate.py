@@ -16,6 +16,7 @@ from dgsnet.detection.detector import Detector
 from dgsnet.errors import UserError
 from dgsnet.model.checkpoint import build_model, save_model
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from sklearn.linear_model import LogisticRegression
 
 
@@ -82,6 +83,42 @@ def test_from_images_to_decisions(folder, tmp_path, capsys):
     # Calibrating again starts from the model, not from the calibration.
     main([*command, "--replace"])
     assert load_calibration(folder / "run") == c
+    (folder / "real" / "twin.png").unlink()
+
+
+def test_different_files_of_one_score_count_each_and_copies_of_a_file_once(folder, tmp_path, capsys):
+    """On both sides, also where a copy is in a tar and where an image is labelled both ways."""
+    run = shutil.copytree(folder / "run", tmp_path / "run")
+    plain = Detector.load(run, device="cpu", calibrated=False)
+    paths = {kind: sorted((folder / kind).glob("[0-9]*.png")) for kind in ("real", "fake")}
+    scores = plain.predict(paths["real"], workers=0)
+    highest = paths["real"][int(scores.argmax())]
+    for kind, (shared, same, tied) in {
+        "real": (highest, 5, 37),
+        "fake": (paths["fake"][3], 4, 21),
+    }.items():
+        shutil.copytree(folder / kind, tmp_path / kind)
+        for i in range(same):
+            shutil.copy(shared, tmp_path / kind / f"same{i}.png")
+        for i in range(tied):  # the same pixels and so the same score, in files of other content
+            comment = PngInfo()
+            comment.add_text("number", f"{i}")
+            Image.open(shared).save(tmp_path / kind / f"tied{i}.png", pnginfo=comment)
+    with tarfile.open(tmp_path / "more.tar", "w") as tar:
+        tar.add(paths["real"][7], "again.png")
+    (run / "best" / "calibration.json").unlink(missing_ok=True)
+    command = ["calibrate", "--model", str(run), "--fpr", "0.1", "--workers", "0"]
+    command += ["--reals", str(tmp_path / "real"), str(tmp_path / "more.tar")]
+    main([*command, "--generated", str(tmp_path / "fake"), str(paths["real"][2])])
+    count = len(paths["real"])
+    c, said = load_calibration(run), capsys.readouterr()
+    assert (c.n_reals, c.n_generated) == (count + 37, 90 + 21 + 1)
+    assert f"6 of {count + 43} real images are copies of others' files" in said.out
+    assert "4 of 116 generated images are copies of others' files" in said.out
+    assert "warning: 1 of 112 generated image has a file that is labelled real too, such as" in said.err
+    # More of the real images have the highest score than may lie above the threshold: none does.
+    found = Detector.load(run, device="cpu").predict(sorted((tmp_path / "real").glob("*.png")), workers=0)
+    assert c.threshold == pytest.approx(found.max(), abs=2e-6) and c.fpr_observed == 0
 
 
 def test_reals_alone_suffice_for_a_threshold(folder, capsys):

@@ -123,6 +123,20 @@ def test_the_band_lies_between_the_two_errors():
     assert apart.low == apart.threshold and apart.unsure_reals == 0
 
 
+@pytest.mark.parametrize("steps", [4, 12, 40])
+def test_the_promise_holds_where_images_share_scores(steps):
+    """As decisions see them: so many levels, of which the highest have about the rate that is asked for."""
+    rng = np.random.default_rng(steps)
+    levels, weights = np.sort(rng.normal(size=steps)), rng.dirichlet(np.full(steps, 0.6))
+    probabilities = np.round(1 / (1 + np.exp(-levels)), 6)
+    exceeded = 0
+    for _ in range(REPEATS):
+        c = calibrate(rng.choice(levels, 200, p=weights), fpr=0.05)
+        assert c.n_reals == 200 and c.fpr_observed <= c.fpr_upper <= 0.05
+        exceeded += weights[probabilities > c.threshold].sum() > 0.05
+    assert exceeded <= stats.binom.ppf(0.9999, REPEATS, 0.05)
+
+
 def test_ties_never_raise_the_rate():
     scores = np.repeat([0.0, 1.0, 2.0], 200)
     c = calibrate(scores, fpr=0.05)
