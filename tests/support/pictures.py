@@ -53,3 +53,22 @@ def raw_profile(exif, whole=None):
     """EXIF data as ImageMagick writes it to PNGs, in hexadecimal digits."""
     text = f"\nexif\n{len(exif)}\n{exif.hex()}"
     return png_with(chunk(b"tEXt", b"Raw profile type exif\0" + text.encode()), whole=whole)
+
+
+def tiff(entries, rest=b"", prefix=b"II*\0", big=False):
+    """A TIFF that begins so, of these entries (tag, type, count, value); `big`: laid out as a BigTIFF."""
+    order = "<" if prefix.startswith(b"II") else ">"
+    start, number, entry = ("HHQ", "Q", "HHQL4x") if big else ("L", "H", "HHLL")
+    first = (8, 0, 16) if big else (8,)
+    packed = b"".join(struct.pack(order + entry, *values) for values in entries)
+    header = prefix + struct.pack(order + start, *first) + struct.pack(order + number, len(entries))
+    return header + packed + bytes(8 if big else 4) + rest
+
+
+def grey_tiff(grey, prefix=b"II*\0", big=False, strips=1, more=None):
+    """A TIFF of a grey image, with `more` values of tags."""
+    height, width = grey.shape
+    values = {256: width, 257: height, 258: 8, 259: 1, 262: 1, 273: 400, 277: 1, 278: height, 279: grey.size}
+    values |= more or {}
+    entries = [(tag, 4, strips if tag in (273, 279) else 1, value) for tag, value in values.items()]
+    return tiff(sorted(entries), prefix=prefix, big=big).ljust(400, b"\0") + grey.tobytes()

@@ -6,31 +6,20 @@ import contextlib
 import hashlib
 import io
 import os
-import re
 import stat
-import struct
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 import pillow_heif
-from PIL import Image, TiffImagePlugin, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
-# What one image may cost. Sizes are known before anything is decoded.
-MAX_PIXELS = 2**27
+from dgsnet.data.headers import MAX_EXIF_BYTES, MAX_PIXELS, ImageError, check_exif, check_headers, webp_frame
+
+# What one image may cost, beside MAX_PIXELS. Sizes are known before anything is decoded.
 MAX_SIDE = 2**17
 MAX_BYTES = 2**29
-# A JPEG is gone through once per scan: encoders write about ten, an attacker thousands in few bytes.
-MAX_SCANS = 100
-MAX_SCANNED_PIXELS = 16 * MAX_PIXELS
-# Pillow makes Python objects, dozens of bytes each, of every value of these; encoders need some kilobytes.
-MAX_EXIF_BYTES = 2**22
-MAX_TIFF_VALUES = 2**20
-MAX_DIRECTORY_BYTES = 2**26
-# Pillow reads the text of these, and leaves out their comments, in Python.
-MAX_PNM_HEADER = 2**16
-MAX_PNM_TEXT = 2**24
-MAX_PNM_COMMENTS = 100
 
 _JPEG = (".jfif", ".jp2", ".jpe", ".jpeg", ".jpg")
 _NETPBM = (".pbm", ".pgm", ".pnm", ".ppm")
@@ -50,19 +39,17 @@ FORMATS: list[str] = [
     for name in ("AVIF", "BMP", "GIF", "HEIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
     if name in Image.OPEN
 ]
-_TRANSPOSITIONS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
+# By EXIF orientation, the view of an upright array that is as the file has it.
+_AS_STORED: dict[int, Callable[[np.ndarray], np.ndarray]] = {
+    1: lambda upright: upright,
+    2: lambda upright: upright[:, ::-1],
+    3: lambda upright: upright[::-1, ::-1],
+    4: lambda upright: upright[::-1],
+    5: lambda upright: upright.swapaxes(0, 1),
+    6: lambda upright: np.rot90(upright),
+    7: lambda upright: upright[::-1, ::-1].swapaxes(0, 1),
+    8: lambda upright: np.rot90(upright, -1),
 }
-
-
-class ImageError(Exception):
-    """An image that cannot be read; str(error) is one line that names the image and the reason."""
 
 
 def read_image(
@@ -100,8 +87,9 @@ def read_image(
             return _to_rgb(source)
         if isinstance(source, np.ndarray):
             return _to_rgb(Image.fromarray(source))
-        with opened(source if isinstance(source, bytes) else read_file(source)) as image:
-            return _to_rgb(image)
+        data = source if isinstance(source, bytes) else read_file(source)
+        with opened(data) as image:
+            return _to_rgb(image, webp_frame(data))
 
 
 @contextlib.contextmanager
@@ -109,10 +97,8 @@ def one_line_errors(name: str) -> Iterator[None]:
     """Whatever reading an image raises, as an ImageError of one line that begins with `name`."""
     try:
         yield
-    except ImageError as error:
+    except (ImageError, UnidentifiedImageError) as error:
         raise ImageError(f"{name}: {error}") from None
-    except UnidentifiedImageError:
-        raise ImageError(f"{name}: not an image of a kind that can be read ({', '.join(FORMATS)})") from None
     except Image.DecompressionBombError:
         raise ImageError(f"{name}: {_too_large()}") from None
     except MemoryError:
@@ -188,117 +174,36 @@ def opened(data: bytes) -> Iterator[Image.Image]:
         raise ImageError("empty file")
     if len(data) > MAX_BYTES:
         raise ImageError(f"larger than {MAX_BYTES:,} bytes")
-    if data.startswith(b"\xff\xd8"):
-        _check_jpeg(data)
-    elif data.startswith(tuple(TiffImagePlugin.PREFIXES)):
-        _check_tiff(data)
-    elif re.match(rb"P[0-6fy]", data):
-        _check_pnm(data)
+    check_headers(data)
     with warnings.catch_warnings():
         # Pillow warns of odd metadata and of sizes that it calls suspicious; the limits here are its own.
         warnings.simplefilter("ignore")
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+        try:
+            image = Image.open(io.BytesIO(data), formats=FORMATS)
+        except UnidentifiedImageError:
+            raise UnidentifiedImageError(_what_it_is(data)) from None
+        with image:
             yield image
 
 
-# Of one value of each type.
-_TIFF_BYTES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8}
-# A marker, and neither a stuffed 0xff, a restart nor a filling byte.
-_MARKER = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")
-
-
-def _check_jpeg(data: bytes) -> None:
-    """Refuse JPEGs that are gone through many times over, or whose EXIF data is no camera's."""
-    scans = pixels = 0
-    exif, pictures = bytearray(), b""  # put together by Pillow, and the last directory of several pictures
-    place = 2
-    while found := _MARKER.search(data, place):
-        kind, place = data[found.end() - 1], found.end()
-        if kind == 0xD9:  # end of image
-            break
-        length = int.from_bytes(data[place : place + 2], "big")
-        if 0xC0 <= kind <= 0xCF and kind not in (0xC4, 0xC8, 0xCC):  # start of frame
-            height, width = (int.from_bytes(data[at : at + 2], "big") for at in (place + 3, place + 5))
-            pixels = max(pixels, height * width)
-        scans += kind == 0xDA
-        if kind == 0xE1 and data.startswith(b"Exif\0\0", place + 2):
-            exif += data[place + 8 : place + length]
-        elif kind == 0xE2 and data.startswith(b"MPF\0", place + 2):
-            pictures = data[place + 6 : place + length]
-        if scans > MAX_SCANS or (scans > 1 and scans * pixels > MAX_SCANNED_PIXELS):
-            raise ImageError(f"a JPEG of more scans ({scans} and more) than an image of its size can need")
-        if len(exif) > MAX_EXIF_BYTES:
-            raise ImageError(f"its EXIF data is larger than {MAX_EXIF_BYTES:,} bytes")
-        place += length
-    _check_exif(exif)
-    _check_exif(pictures)
-
-
-def _check_tiff(data: bytes) -> None:
-    """Refuse TIFFs whose directory, or a tile of them that no image needs, would fill the memory."""
-    order = "<" if data.startswith(b"II") else ">"
-    tile = {322: 0, 323: 0}  # width and height
-    values = 0
-    try:
-        for tag, kind, number, value in _entries(data, "a TIFF directory"):
-            values += 1 if kind in (1, 2, 7) else number  # bytes, text and opaque data stay as they are
-            if values > MAX_TIFF_VALUES:
-                raise ImageError(f"a TIFF directory of more than {MAX_TIFF_VALUES:,} values")
-            if tag in tile:
-                (tile[tag],) = struct.unpack_from(order + {3: "H", 16: "Q"}.get(kind, "L"), value)
-        if tile[322] * tile[323] > MAX_PIXELS:
-            raise ImageError(f"a TIFF with tiles of more than {MAX_PIXELS:,} pixels")
-    except (struct.error, OverflowError):
-        raise ImageError("cannot be decoded: the TIFF directory is cut off") from None
-
-
-def _check_exif(exif: bytes | bytearray) -> None:
-    """Refuse EXIF data whose directory would fill the memory; whatever else is wrong with it is no matter."""
-    with contextlib.suppress(struct.error, OverflowError):
-        for _ in _entries(re.sub(rb"^(Exif\0\0){1,2}", b"", exif), "an EXIF directory"):
-            pass
-
-
-def _entries(data: bytes, name: str) -> Iterator[tuple[int, int, int, bytes]]:
-    """Tag, type, number of values and value, or its place, of a TIFF's first directory.
-
-    Pillow before 13 makes a copy of what every entry stands for, though all stand for the same bytes.
-    """
-    order = "<" if data.startswith(b"II") else ">"
-    # Where Pillow looks for it: it takes a big-endian BigTIFF, which has it a byte later, for a classic one.
-    big = data[2:3] == b"+"
-    offset, count, entry = ("8xQ", "Q", "HHQ8s") if big else ("4xL", "H", "HHL4s")
-    (place,) = struct.unpack_from(order + offset, data)
-    (tags,) = struct.unpack_from(order + count, data, place)
-    place += struct.calcsize(order + count)
-    copied = 0
-    for _ in range(tags):
-        tag, kind, number, value = struct.unpack_from(order + entry, data, place)
-        place += struct.calcsize(order + entry)
-        copied += min(number * _TIFF_BYTES.get(kind, 0), len(data))
-        if copied > max(len(data), MAX_DIRECTORY_BYTES):
-            raise ImageError(f"{name} of more than {MAX_DIRECTORY_BYTES:,} bytes")
-        yield tag, kind, number, value
-
-
-def _check_pnm(data: bytes) -> None:
-    """Refuse PNM files whose text would keep Pillow busy for minutes: endless headers, texts and comments."""
-    numbers = 2 if data[1:2] in b"14" else 3  # width, height and, but for bitmaps, white
-    header = rb"P\w+(?:(?:\s|#[^\r\n]*[\r\n])+[0-9.+-]+){%d}" % numbers
-    if not re.match(header, data[:MAX_PNM_HEADER]):
-        raise ImageError(f"cannot be decoded: no PNM header in its first {MAX_PNM_HEADER:,} bytes")
-    if data[1:2] in b"123":
-        if len(data) > MAX_PNM_TEXT:
-            raise ImageError(f"a PNM text of more than {MAX_PNM_TEXT:,} bytes; make it a binary one")
-        if data.count(b"#") > MAX_PNM_COMMENTS:
-            raise ImageError(f"a PNM text of more than {MAX_PNM_COMMENTS} comments")
+def _what_it_is(data: bytes) -> str:
+    """Why Pillow knows no image in an encoded one; it tells of none of its readers what they met."""
+    for name in FORMATS:
+        reader, begins = Image.OPEN[name]
+        if begins and begins(data[:16]) is True:
+            try:
+                reader(io.BytesIO(data), "")  # as Image.open calls it
+            except Exception as error:  # as various as the damage
+                return f"a {name} that is damaged, or of a kind that cannot be read: {_one_line(error)}"
+    return f"not an image of a kind that can be read ({', '.join(FORMATS)})"
 
 
 def _too_large() -> str:
     return f"larger than {MAX_PIXELS:,} pixels; scale it down first"
 
 
-def _to_rgb(image: Image.Image) -> np.ndarray:
+def _to_rgb(image: Image.Image, frame: tuple[int, int, int, int] | None = None) -> np.ndarray:
+    """Decode an image; `frame` is what of it the first of several covers, where Pillow does not say."""
     width, height = image.size
     if width * height > MAX_PIXELS:
         raise ImageError(_too_large())
@@ -306,53 +211,98 @@ def _to_rgb(image: Image.Image) -> np.ndarray:
         raise ImageError(f"a side longer than {MAX_SIDE:,} pixels; cut it up first")
     if not width * height:
         raise ImageError("has no pixels")
-    image.load()
-    image = _upright(image)
+    tiles = getattr(image, "tile", ())  # of a file not yet decoded
+    frame = tiles[0].extents if tiles and image.format == "GIF" else frame
+    clear = _transparent_colour(image)
+    with _without_xmp(image):
+        image.load()
     width, height = image.size
-    wide = np.asarray(image) if image.mode.startswith("I") or image.mode == "F" else None
-    white = 0 if wide is None else _full_scale(wide, image.mode)
+    orientation = _orientation(image)
+    rgb = np.empty((width, height, 3) if orientation > 4 else (height, width, 3), np.uint8)
+    stored = _AS_STORED[orientation](rgb)
     # Band by band, so that the memory beside the decoded image and the result does not grow with its size.
-    rgb = np.empty((height, width, 3), np.uint8)
     rows = max(1, 2**22 // width)
-    for top in range(0, height, rows):
-        end = min(top + rows, height)
-        if wide is not None:
-            rgb[top:end] = np.rint(wide[top:end, :, None] * (255 / white))
+    bands = [(0, top, width, min(top + rows, height)) for top in range(0, height, rows)]
+    wide = image.mode.startswith("I") or image.mode == "F"
+    white = _full_scale(image, bands) if wide else 0
+    for box in bands:
+        band = image.crop(box)
+        if wide:
+            values = np.asarray(band)[..., None]
+            result = np.where(values == clear, 255, np.rint(values * (255 / white)))
         else:
-            rgb[top:end] = np.asarray(_opaque(image.crop((0, top, width, end))))
+            if clear is not None:
+                band.info["transparency"] = clear
+            result = np.asarray(_opaque(band))
+        stored[box[1] : box[3]] = result
+    if frame and frame != (0, 0, width, height):
+        # What the first frame leaves out has any colour in Pillow; a page shows nothing there.
+        left, top, right, bottom = frame
+        stored[:top] = stored[bottom:] = stored[:, :left] = stored[:, right:] = 255
     return rgb
 
 
-def _upright(image: Image.Image) -> Image.Image:
-    """Turned as its EXIF orientation says; EXIF data that cannot be read says nothing."""
+def _transparent_colour(image: Image.Image) -> Any:
+    """The value, or palette entries, that stand for nothing, as the decoded samples have it.
+
+    Of a PNG it is the file's own number, which Pillow leaves as it is where it scales the samples.
+    """
+    clear = image.info.get("transparency")
+    if clear is not None and image.format == "PNG" and image.tile:  # type: ignore[attr-defined]
+        samples = image.tile[0].args  # type: ignore[attr-defined]
+        if scale := {"1": 255, "L;2": 85, "L;4": 17}.get(samples):
+            return clear * scale
+        if samples == "RGB;16B":
+            return tuple(value >> 8 for value in clear)
+    return clear
+
+
+@contextlib.contextmanager
+def _without_xmp(image: Image.Image) -> Iterator[None]:
+    """Hide the XMP, by which Pillow turns a TIFF in decoding it, as no browser does."""
+    hidden: dict[Any, Any] = {
+        key: image.info.pop(key) for key in ("xmp", "XML:com.adobe.xmp") if key in image.info
+    }
+    try:
+        yield
+    finally:
+        image.info.update(hidden)
+
+
+def _orientation(image: Image.Image) -> int:
+    """What its EXIF data say of a decoded image; 1, which is upright, where they cannot be read."""
     try:
         exif = image.info.get("exif")  # pillow-heif says None where there is none
         if exif is None and (text := image.info.get("Raw profile type exif")):  # ImageMagick's, in PNGs
             exif = bytes.fromhex("".join(text.split("\n")[3:]))
-        if exif and len(exif) > MAX_EXIF_BYTES:
-            return image
-        _check_exif(exif or b"")
-        turn = _TRANSPOSITIONS.get(image.getexif().get(0x0112, 1))
+        if not exif or len(exif) > MAX_EXIF_BYTES:
+            return 1
+        check_exif(exif)
+        tags = Image.Exif()
+        tags.load(exif)
+        return tags[0x0112] if tags.get(0x0112) in _AS_STORED else 1
     except Exception:  # as various as the damage
-        return image
-    return image if turn is None else image.transpose(turn)
+        return 1
 
 
 def _opaque(image: Image.Image) -> Image.Image:
     if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
+        if image.mode == "La":  # Pillow makes RGBA of it in two steps alone
+            image = image.convert("LA")
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
 
 
-def _full_scale(values: np.ndarray, mode: str) -> int:
+def _full_scale(image: Image.Image, boxes: list[tuple[int, int, int, int]]) -> int:
     """White of wide samples, which their files do not state: the smallest usual one that holds them all."""
-    low, high = values.min(), values.max()
-    if not (low >= 0 and high <= 65535):  # nor a NaN, which both of them would be
-        raise ImageError(f"its {values.dtype} samples are not all finite and between 0 and 65535")
-    if mode.startswith("I"):
+    bands = (np.asarray(image.crop(box)) for box in boxes)
+    low, high = np.array([(band.min(), band.max()) for band in bands]).T
+    if not (low.min() >= 0 and high.max() <= 65535):  # nor a NaN, which both of them would be
+        raise ImageError("its samples are not all finite and between 0 and 65535")
+    if image.mode.startswith("I"):
         return 65535
-    return next(white for white in (1, 255, 65535) if high <= white)
+    return next(white for white in (1, 255, 65535) if high.max() <= white)
 
 
 def _one_line(error: Exception) -> str:

@@ -13,7 +13,7 @@ import pytest
 from dgsnet.data.images import FORMATS, MAX_PIXELS, ImageError, read_image
 from PIL import Image, TiffImagePlugin
 
-from tests.support.pictures import chunk, encode, picture, png, png_with, raw_profile
+from tests.support.pictures import chunk, encode, grey_tiff, picture, png, png_with, raw_profile, tiff
 
 RGB = picture(40, 56)
 
@@ -33,24 +33,6 @@ def test_heif_is_refused_by_its_size_before_it_is_decoded():
     with pytest.raises(ImageError):
         read_image(bytes(data))
     assert time.process_time() - started < 1
-
-
-def tiff(entries, rest=b"", prefix=b"II*\0", big=False):
-    """A TIFF that begins so, of these entries (tag, type, count, value); `big`: laid out as a BigTIFF."""
-    order = "<" if prefix.startswith(b"II") else ">"
-    start, number, entry = ("HHQ", "Q", "HHQL4x") if big else ("L", "H", "HHLL")
-    first = (8, 0, 16) if big else (8,)
-    packed = b"".join(struct.pack(order + entry, *values) for values in entries)
-    header = prefix + struct.pack(order + start, *first) + struct.pack(order + number, len(entries))
-    return header + packed + bytes(8 if big else 4) + rest
-
-
-def grey_tiff(grey, prefix, big, strips=1):
-    """A TIFF of a grey image."""
-    height, width = grey.shape
-    values = {256: width, 257: height, 258: 8, 259: 1, 262: 1, 273: 300, 277: 1, 278: height, 279: grey.size}
-    entries = [(tag, 4, strips if tag in (273, 279) else 1, value) for tag, value in values.items()]
-    return tiff(entries, prefix=prefix, big=big).ljust(300, b"\0") + grey.tobytes()
 
 
 @pytest.mark.parametrize("prefix", TiffImagePlugin.PREFIXES)

@@ -1,6 +1,7 @@
 """Every odd image file is either read as it looks or refused in one line."""
 
 import io
+import struct
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ from dgsnet.data.images import FORMATS, ImageError, read_file, read_image
 from dgsnet.data.items import find_items
 from PIL import Image
 
-from tests.support.pictures import encode, png, raw_profile
+from tests.support.pictures import chunk, encode, grey_tiff, png, png_with, raw_profile
 
 HEIGHT, WIDTH = 40, 56
 
@@ -79,37 +80,6 @@ def test_palette(rgb):
     seen = np.asarray(palette.convert("RGB"))
     for format in ("png", "gif", "bmp"):
         np.testing.assert_array_equal(read_image(encode(palette, format)), seen)
-    index = np.asarray(palette)[0, 0]
-    clear = read_image(encode(palette, "png", transparency=int(index)))
-    np.testing.assert_array_equal(clear, np.where((np.asarray(palette) == index)[..., None], 255, seen))
-
-
-def test_transparency_is_composited_on_white(rgb, grey):
-    alpha = np.zeros((HEIGHT, WIDTH), np.uint8)
-    alpha[:, WIDTH // 2 :] = 255
-    alpha[0, 0] = 128
-    for colour, mode in ((rgb, "RGBA"), (stacked(grey), "LA")):
-        pixels = np.concatenate([colour[..., : len(mode) - 1], alpha[..., None]], axis=-1)
-        for format in ("png", "tiff"):
-            result = read_image(encode(Image.fromarray(pixels, mode), format))
-            np.testing.assert_array_equal(result[:, WIDTH // 2 :], colour[:, WIDTH // 2 :])
-            assert (result[1:, : WIDTH // 2] == 255).all()
-            assert np.abs(result[0, 0] - (128.0 * colour[0, 0] + 127 * 255) / 255).max() <= 1
-
-
-def test_what_lies_below_full_transparency_does_not_matter(rgb):
-    clear = np.zeros((HEIGHT, WIDTH, 1), np.uint8)
-    first = encode(np.concatenate([rgb, clear], axis=-1), "png")
-    second = encode(np.concatenate([255 - rgb, clear], axis=-1), "png")
-    np.testing.assert_array_equal(read_image(first), read_image(second))
-
-
-def test_transparent_colour_of_opaque_modes(rgb, grey):
-    result = read_image(encode(rgb, "png", transparency=tuple(map(int, rgb[3, 4]))))
-    match = (rgb == rgb[3, 4]).all(-1, keepdims=True)
-    np.testing.assert_array_equal(result, np.where(match, 255, rgb))
-    result = read_image(encode(grey, "png", transparency=int(grey[3, 4])))
-    np.testing.assert_array_equal(result, stacked(np.where(grey == grey[3, 4], 255, grey)))
 
 
 @pytest.mark.parametrize("format", ["png", "tiff"])
@@ -175,6 +145,97 @@ def test_exif_orientation_is_applied(rgb, grey, orientation, upright):
     np.testing.assert_array_equal(read_image(encode(wide, "tiff", exif=exif)), upright(stacked(grey)))
 
 
+XMP = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
+
+
+@pytest.mark.parametrize("format", ["png", "png later", "jpeg", "tiff", "webp", "avif", "heif"])
+def test_orientation_is_not_taken_from_xmp(rgb, format):
+    """Browsers and libvips do not either."""
+    kind, later, _ = format.partition(" ")
+    if kind == "avif" and "AVIF" not in FORMATS:
+        pytest.skip("this Pillow reads no AVIF")
+    plain = encode(rgb, kind)
+    text = chunk(b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0" + XMP)
+    match kind:
+        case "png":  # after the pixels too, where it is read with them
+            data = plain[:-12] + text + plain[-12:] if later else png_with(text, whole=plain)
+        case "tiff":
+            data = encode(rgb, kind, tiffinfo={700: XMP})
+        case _:
+            # What writes HEIF turns the pixels themselves.
+            data = encode(rgb, kind, xmp=XMP.replace(b'"6"', b'"1"')).replace(b'n="1"', b'n="6"')
+    assert XMP in data
+    np.testing.assert_array_equal(read_image(data), read_image(plain))
+    with Image.open(io.BytesIO(data)) as image:
+        np.testing.assert_array_equal(read_image(image), read_image(plain))
+        assert kind == "heif" or XMP in image.info["xmp"]
+
+
+def moved_gif(palette, left, top, width, height):
+    data = bytearray(encode(palette, "gif"))
+    struct.pack_into("<HH", data, 6, width, height)
+    struct.pack_into("<HH", data, data.index(b",\0\0\0\0") + 1, left, top)
+    return bytes(data)
+
+
+def moved_webp(palette, left, top, width, height):
+    def chunk(kind, data):
+        return kind + struct.pack("<I", len(data)) + data + bytes(len(data) % 2)
+
+    sizes = [left // 2, top // 2, palette.width - 1, palette.height - 1, 100, width - 1, height - 1]
+    numbers = [number.to_bytes(3, "little") for number in sizes]
+    pixels = encode(palette.convert("RGB"), "webp", lossless=True)[12:]
+    frame = chunk(b"ANMF", b"".join(numbers[:5]) + bytes(1) + pixels)
+    header = chunk(b"VP8X", b"\2\0\0\0" + b"".join(numbers[5:])) + chunk(b"ANIM", b"\0\xff\0\xff\0\0")
+    return chunk(b"RIFF", b"WEBP" + header + frame)
+
+
+@pytest.mark.parametrize("moved", [moved_gif, moved_webp])
+def test_what_the_first_frame_of_an_animation_leaves_out_is_white(rgb, moved):
+    palette = Image.fromarray(rgb).quantize(64)
+    expected = np.full((HEIGHT + 7, WIDTH + 11, 3), 255)
+    expected[4 : 4 + HEIGHT, 6 : 6 + WIDTH] = np.asarray(palette.convert("RGB"))
+    np.testing.assert_array_equal(read_image(moved(palette, 6, 4, WIDTH + 11, HEIGHT + 7)), expected)
+
+
+NEW_KIND, OLD_KIND, PHOTOMETRIC, SUB_DIRECTORIES, DNG = 254, 255, 262, 330, 50706
+
+
+def sub_directory(photometric):
+    """A directory of one entry, which says what its samples mean."""
+    return struct.pack("<HHHLLL", 1, PHOTOMETRIC, 4, 1, photometric, 0)
+
+
+@pytest.mark.parametrize(
+    "tags, below, readable",
+    [
+        ({}, b"", True),
+        ({NEW_KIND: 2}, b"", True),  # a page of several
+        ({NEW_KIND: 1}, b"", False),
+        ({NEW_KIND: 3}, b"", False),
+        ({OLD_KIND: 2}, b"", False),
+        ({OLD_KIND: 3}, b"", True),
+        ({DNG: 0x0104}, b"", False),
+        ({PHOTOMETRIC: 34892}, b"", False),
+        ({}, sub_directory(2), True),  # smaller copies, as viewers of large images have them
+        ({}, sub_directory(32803), False),
+        ({}, sub_directory(34892), False),
+    ],
+)
+def test_raw_files_and_reduced_images_are_refused_by_their_content(grey, tags, below, readable):
+    place = 400 + grey.size
+    tags = tags | {SUB_DIRECTORIES: place} if below else tags
+    data = grey_tiff(grey, more=tags) + below
+    if readable:
+        np.testing.assert_array_equal(read_image(data), stacked(grey))
+        canons = data[:4] + struct.pack("<L", len(data)) + b"CR" + data[10:] + data[8:400]
+        with pytest.raises(ImageError, match="a camera's raw file"):
+            read_image(canons)
+    else:
+        with pytest.raises(ImageError, match=r"a camera's raw file|begins with a reduced image"):
+            read_image(data)
+
+
 def test_broken_exif_does_not_cost_the_image(rgb):
     plain = read_image(encode(rgb, "jpeg"))
     data = encode(rgb, "jpeg", exif=b"Exif\0\0garbage!!!!")
@@ -204,6 +265,16 @@ def test_truncated_files_are_refused_in_one_line(rgb, tmp_path, format, kept):
         (b"hello, I am a text", "not an image"),
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n", "not an image"),
         (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "not an image"),
+        (b"BM and more text", "a BMP that is damaged, or of a kind that cannot be read: "),
+        # Its mode is that of a TIFF of 64 bits.
+        (
+            grey_tiff(np.zeros((2, 3), np.uint8), more={258: 64}),
+            "a TIFF that is damaged, .*: unknown pixel mode",
+        ),
+        (
+            png_with(chunk(b"iCCP", b"a\0\1")),
+            "a PNG that is damaged, .*: Unknown compression method 1 in iCCP",
+        ),
     ],
 )
 def test_what_is_not_an_image(tmp_path, data, reason):
