@@ -9,10 +9,14 @@ from collections.abc import Iterator
 from dgsnet.data.images import EXTENSIONS, is_inside
 from dgsnet.errors import UserError
 
+COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".lz4", ".z")
+COMPRESSED_TARS = (".tgz", ".tbz", ".tbz2", ".txz", ".tzst")
+
 
 def extension(path: str) -> str:
-    """A file's kind, as ".png"."""
-    return os.path.splitext(path)[1].lower()
+    """A file's kind, as ".png"; a compressed tar is a tar, and tar.py says what to do with it."""
+    stem, kind = os.path.splitext(path.lower())
+    return ".tar" if kind in COMPRESSED_TARS or (stem.endswith(".tar") and kind in COMPRESSED) else kind
 
 
 def is_image(path: str) -> bool:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import codecs
 import csv
+import io
+import itertools
 import json
 import os
 import sys
@@ -29,20 +32,28 @@ def read_list(path: str, *, labelled: bool = False) -> Rows:
 
     Args:
         path: a file that ends in .txt, .csv or .json, or "-" for standard input.
-        labelled: refuse a CSV without labels, or in another encoding than UTF-8; else file names of other
-            encodings are read as the bytes they are.
+        labelled: refuse a CSV without labels, or in another encoding than UTF-8 or marked UTF-16; else file
+            names of other encodings are read as the bytes they are.
 
     Raises:
         UserError: it cannot be read, or is no such list.
     """
     if path == STDIN:
-        return _lines(map(os.fsdecode, sys.stdin.buffer))
+        return _lines(_standard_input())
     return LISTS[os.path.splitext(path)[1].lower()](path, labelled)
 
 
 def _text_rows(path: str, labelled: bool) -> Rows:
     with _open_text(path, labelled) as file:
         yield from _lines(file)
+
+
+def _standard_input() -> Iterator[str]:
+    lines = iter(sys.stdin.buffer)
+    first = next(lines, b"")
+    if _encoding(first, "standard input") == "utf-16":
+        return io.StringIO((first + sys.stdin.buffer.read()).decode("utf-16", errors="replace"))
+    return map(os.fsdecode, itertools.chain([first.removeprefix(codecs.BOM_UTF8)], lines))
 
 
 def _lines(lines: Iterator[str] | TextIO) -> Rows:
@@ -63,7 +74,7 @@ def _csv_rows(path: str, labelled: bool) -> Rows:
             for row in reader:
                 yield f"line {reader.line_num}", row
     except (csv.Error, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not readable as CSV in UTF-8: {error}") from None
+        raise UserError(f"{path}: not readable as CSV in UTF-8 or UTF-16: {error}") from None
 
 
 def _json_rows(path: str, labelled: bool) -> Rows:
@@ -80,26 +91,39 @@ def _json_rows(path: str, labelled: bool) -> Rows:
 def _open_text(path: str, strict: bool) -> TextIO:
     try:
         check_regular(path)
-        return open(path, newline="", encoding="utf-8-sig", errors="strict" if strict else "surrogateescape")
+        with open(path, "rb") as file:
+            encoding = _encoding(file.read(2), path)
+        # UTF-16 has no bytes to keep where it is damaged.
+        lenient = "replace" if encoding == "utf-16" else "surrogateescape"
+        return open(path, newline="", encoding=encoding, errors="strict" if strict else lenient)
     except (OSError, ImageError) as error:
         raise UserError(f"{path}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
 
 
+def _encoding(start: bytes, name: str) -> str:
+    """How a text is encoded that begins so: UTF-16 where marked, as PowerShell's > writes it, else UTF-8."""
+    if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return "utf-16"
+    if 0 in start[:2]:
+        raise UserError(f"{name} looks like UTF-16 without a byte-order mark: save it as UTF-8")
+    return "utf-8-sig"
+
+
 def read_json(path: str | Path) -> Any:
-    """What a JSON file holds; UserError if it cannot be read."""
+    """What a JSON file holds, in UTF-8, UTF-16 or UTF-32; UserError if it cannot be read."""
     try:
         check_regular(path)
-        text = Path(path).read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError, ImageError) as error:
+        text = Path(path).read_bytes()
+    except (OSError, ImageError) as error:
         raise UserError(f"{path}: not readable as JSON: {error}") from None
     return parse_json(text, str(path))
 
 
-def parse_json(text: str, where: str) -> Any:
+def parse_json(text: str | bytes, where: str) -> Any:
     """A JSON text's value; UserError names `where` it stands."""
     try:
         return json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # ValueError: no text, no JSON, numbers of 4,300 digits
         raise UserError(f"{where}: not readable as JSON: {error}") from None
 
 

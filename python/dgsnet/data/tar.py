@@ -6,6 +6,7 @@ another number of processes. An index of the archives can: it makes shards one m
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import re
@@ -22,6 +23,8 @@ MAX_HEADER = 2**20
 # A label, a caption, or some lines of JSON.
 MAX_TEXT = 2**20
 TEXTS = ("cls", "txt", "json")
+# How files begin that gzip, bzip2, xz, Zstandard and lz4 have made.
+COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ\0", b"\x28\xb5\x2f\xfd", b"\x04\x22\x4d\x18")
 # What stands before the first dot of a file's name is its key, as WebDataset has it.
 _KEY = re.compile(r"^((?:.*/|)[^./]+)\.([^/]*)$")
 
@@ -141,6 +144,9 @@ def _members(path: str) -> Iterator[tuple[tarfile.TarFile, tarfile.TarInfo]]:
     # tarfile lets through what its parsing of a damaged header raises.
     except Exception as error:
         reason = " ".join(str(getattr(error, "strerror", None) or error).split())
+        with contextlib.suppress(OSError), open(path, "rb") as start:
+            if start.read(6).startswith(COMPRESSED):
+                reason = "a compressed tar"
         raise ImageError(
             f"not readable as a tar archive ({reason}); shards must be complete and uncompressed"
         ) from None

@@ -1,11 +1,13 @@
 """Data sets as the field lays them out, in folders and lists."""
 
+import codecs
 import csv
+import io
 import json
 import os
 
 import pytest
-from dgsnet.data.items import Item, find_samples
+from dgsnet.data.items import Item, find_items, find_samples
 from dgsnet.errors import UserError
 
 from tests.support.datasets import tree
@@ -155,6 +157,38 @@ def test_csv_list(tmp_path):
     assert find_samples(path) == expected_of_list(tmp_path)
 
 
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-be"])
+@pytest.mark.parametrize("kind", ["csv", "json", "txt", "-"])
+def test_lists_in_every_encoding_that_windows_writes(tmp_path, monkeypatch, kind, encoding):
+    """With a byte-order mark, as PowerShell's > does; the names are no ASCII."""
+    names = ["häuser/größe.png", "漢字.png"]
+    text = {
+        "csv": "path,label\r\n" + "".join(f"{name},1\r\n" for name in names),
+        "json": json.dumps([{"path": name, "label": 1} for name in names], ensure_ascii=False),
+    }.get(kind, "".join(f"{name}\r\n" for name in names))
+    data = codecs.BOM_UTF16_BE * (encoding == "utf-16-be") + text.encode(encoding)
+    path = tmp_path / f"list.{kind}"
+    path.write_bytes(data)
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(data)))
+    monkeypatch.chdir(tmp_path)
+    found = [os.path.relpath(item.path, tmp_path) for item in find_items([path if kind != "-" else "-"])]
+    assert found == names
+    if kind in ("csv", "json"):
+        assert [item.path for item in find_samples(path)] == [str(tmp_path / name) for name in names]
+
+
+@pytest.mark.parametrize("text", ["a.png\nb.png\n", "path\na.png\n"])
+def test_a_list_in_unmarked_utf_16_gives_no_rows_of_nuls(tmp_path, monkeypatch, text):
+    for path in (tmp_path / "a.txt", tmp_path / "a.csv"):
+        path.write_bytes(text.encode("utf-16-le"))
+        with pytest.raises(UserError, match="a byte-order mark: save it as UTF-8") as error:
+            list(find_items([path]))
+        assert one_line(error) and str(path) in str(error.value)
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(text.encode("utf-16-le"))))
+    with pytest.raises(UserError, match="standard input looks like UTF-16"):
+        list(find_items(["-"]))
+
+
 @pytest.mark.parametrize(
     "name, text, reason",
     [
@@ -170,6 +204,9 @@ def test_csv_list(tmp_path):
         ("a.csv", "path,label\n", "list is empty"),
         ("a.csv", "path,label\nx.png,0\ny.png,\n", "line 3: label '' is unknown"),
         ("a.csv", b"path,label\n\xff\xfe.png,0\n", "not readable as CSV in UTF-8"),
+        ("a.csv", "path,label\nx.png,0\n".encode("utf-16")[:-1], "not readable as CSV in UTF-8 or UTF-16"),
+        ("a.json", '{"x.png": 0}'.encode("utf-16")[:-1], "not readable as JSON"),
+        ("a.json", '{"x.png": ' + "1" * 5000 + "}", "not readable as JSON"),
     ],
 )
 def test_bad_lists_are_named_in_one_line(tmp_path, name, text, reason):

@@ -14,7 +14,7 @@ import webdataset
 from dgsnet.config import Config, ModelConfig, PreprocessConfig
 from dgsnet.data.captions import attach_captions
 from dgsnet.data.images import ImageError
-from dgsnet.data.items import Item, find_samples
+from dgsnet.data.items import Item, find_items, find_samples
 from dgsnet.data.loading import SHARDS_MIXED, ImageDataset, epoch_order, make_loader
 from dgsnet.data.preprocess import Preprocessor
 from dgsnet.detection.detector import Detector
@@ -169,6 +169,26 @@ def test_shards_that_are_damaged_compressed_or_cut(numbered):
     for name in ("gz", "text", "cut1", "cut2"):
         with pytest.raises(UserError, match=rf"{name}\.tar: not readable .*complete and uncompressed"):
             find_samples(numbered / f"{name}.tar")
+
+
+@pytest.mark.parametrize(
+    "name", ["a.tar", "a.tar.gz", "a.TGZ", "a.tar.bz2", "a.tbz2", "a.tar.xz", "a.txz", "a.tar.zst"]
+)
+def test_a_compressed_tar_is_called_one_whatever_its_name(tmp_path, name):
+    path = tmp_path / name
+    if name.endswith("zst"):  # which Python knows from 3.14 on
+        path.write_bytes(b"\x28\xb5\x2f\xfd" + bytes(600))
+    else:
+        kind = "gz" if name.lower().endswith("gz") else "bz2" if name.endswith("2") else "xz"
+        with tarfile.open(path, f"w:{kind}") as tar:
+            tar.addfile(tarfile.TarInfo("0_real/a.png"))
+    message = r"not readable as a tar archive \(a compressed tar\); shards must be complete and uncompressed"
+    with pytest.raises(UserError, match=message) as error:
+        find_samples(path)
+    assert str(error.value).startswith(str(path)) and "\n" not in str(error.value)
+    for named in (path, tmp_path / "a*"):
+        (item,) = find_items([named])
+        assert re.fullmatch(message, item.error) and not item.missing
 
 
 def test_a_shard_that_changes_later_damages_only_images(numbered):
