@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import glob
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 CLASS_FOLDERS = {"0_real": 0, "1_fake": 1, "nature": 0, "ai": 1}
 SPLIT_FOLDERS = ("train", "val", "test")
+# What members of a tar besides the image tell.
+TEXTS = {"cls": "label", "txt": "caption"}
 LABELS = {**CLASS_FOLDERS, "0": 0, "1": 1, "real": 0, "fake": 1, "generated": 1}
 
 
@@ -30,6 +32,7 @@ class Item:
         label: 0 real, 1 generated; None: not known, or not asked for.
         generator: the group that a labelled image is reported under.
         caption: text of the image; None while none is attached.
+        twin: path of the image that it was made from, or that was made from it; None: there is none known.
         container: the tar or Parquet file that holds it; "": it is a file of its own.
         offset, size: which of the container's bytes; in Parquet the row in its group, and the group's bytes.
         group: in Parquet the number of the row group.
@@ -43,6 +46,7 @@ class Item:
     label: int | None = None
     generator: str = ""
     caption: str | None = None
+    twin: str | None = None
     container: str = ""
     offset: int = 0
     size: int | None = None
@@ -312,23 +316,32 @@ def _labelled(source: str) -> Iterator[Item]:
         raise UserError(f"{path}: {error}") from None
 
 
-def _item(path: str, where: str, label: Any, generator: Any, caption: Any, **place: Any) -> Item:
-    """An image as its list, archive or table tells of it."""
-    if caption and not isinstance(caption, str):
-        raise UserError(f"{where}: caption is not text")
+def _item(
+    called: Callable[[str], str], name: str, where: str, row: Mapping[str, Any], generator: str, **place: Any
+) -> Item:
+    """An image as its list, archive or table tells of it; `called` makes paths of its name and its twin's."""
+    label, caption, twin = (row.get(key) for key in ("label", "caption", "twin"))
+    for what, value, kinds in (("caption", caption or "", str), ("twin", twin or "", (str, int))):
+        if not isinstance(value, kinds):
+            raise UserError(f"{where}: {what} is not text")
     found = LABELS.get(str(label).strip().lower())
     if found is None:
         place["error"] = f"{where}: label {label!r} is unknown; use 0 or real, 1, fake or generated"
-    return Item(path, found, str(generator), caption or None, **place)
+    twin = None if twin in (None, "") else called(str(twin))
+    return Item(called(name), found, str(row.get("generator") or generator), caption or None, twin, **place)
+
+
+def _inside(container: str) -> Callable[[str], str]:
+    return lambda name: f"{container}/{name}"
 
 
 def _of_list(path: str) -> Iterator[Item]:
+    folder = Path(path).parent
     for line, row in lists.read_list(path, labelled=True):
         where = f"{path}, {line}"
         if not isinstance(name := row.get("path"), str) or not name:
             raise UserError(f"{where}: path is missing")
-        generator = row.get("generator") or Path(path).stem
-        yield _item(str(Path(path).parent / name), where, row.get("label"), generator, row.get("caption"))
+        yield _item(lambda name: str(folder / name), name, where, row, Path(path).stem)
 
 
 def _of_tar(path: str) -> Iterator[Item]:
@@ -350,25 +363,17 @@ def _of_tar(path: str) -> Iterator[Item]:
         below = tuple(record.key.split("/")[:-1])
         outer = [name for name in below if name.lower() not in CLASS_FOLDERS and name not in SPLIT_FOLDERS]
         name, offset, size, error = record.images[0]
-        yield _item(
-            f"{path}/{name}",
-            where,
-            record.texts.get("cls", row.get("label", _label(below))),
-            row.get("generator") or (outer[0] if outer else _series(path)),
-            record.texts.get("txt", row.get("caption")),
-            container=path,
-            offset=offset,
-            size=size,
-            error=error,
-        )
+        texts = {TEXTS[kind]: text for kind, text in record.texts.items() if kind in TEXTS}
+        row = {"label": _label(below)} | row | texts
+        place = {"container": path, "offset": offset, "size": size, "error": error}
+        yield _item(_inside(path), name, where, row, outer[0] if outer else _series(path), **place)
 
 
 def _of_parquet(source: str) -> Iterator[Item]:
     path = parquet.split_source(source)[0]
-    for number, (group, row, size, columns) in enumerate(parquet.places(source)):
-        name, generator = f"{path}/{number}", columns.get("generator") or _series(path)
-        place = {"container": source, "offset": row, "size": size, "group": group}
-        yield _item(name, name, columns.get("label"), generator, columns.get("caption"), **place)
+    for number, (group, at, size, row) in enumerate(parquet.places(source)):
+        place = {"container": source, "offset": at, "size": size, "group": group}
+        yield _item(_inside(path), str(number), f"{path}/{number}", row, _series(path), **place)
 
 
 LABELLED = {".csv": _of_list, ".json": _of_list, ".parquet": _of_parquet, ".tar": _of_tar}

@@ -32,6 +32,7 @@ NAMES = {
     "label": ("label",),
     "generator": ("generator", "model_name", "model"),
     "caption": ("caption", "prompt"),
+    "twin": ("twin",),
 }
 
 
@@ -58,7 +59,7 @@ def split_source(source: str) -> tuple[str, dict[str, str]]:
 def places(source: str) -> Iterator[tuple[int, int, int, dict[str, Any]]]:
     """Of every row its row group, its number there, the group's bytes of images, and what else is told of it.
 
-    Images are not read. What is told are label, generator and caption, as far as there are such columns.
+    Images are not read. What is told are label, generator, caption and twin, where there are such columns.
 
     Args:
         source: the path, which may name columns.

@@ -194,23 +194,12 @@ class Detector:
     ) -> Iterator[tuple[Tensor, str]]:
         """Logits [1 + copies] of one image after another, NaN with an error."""
         import torch
-        from torch.utils.data import DataLoader
 
-        from dgsnet.processes import default_workers, start_worker
-
-        if workers is None:
-            few = isinstance(images, Sized) and len(images) < MIN_IMAGES_FOR_WORKERS
-            workers = 0 if few else min(MAX_WORKERS, default_workers())
-        elif workers < 0:
-            raise UserError(f"workers is {workers}; it must be 0 or more")
-        # batch_size=None hands the prepared images over one by one. The images themselves are the indices
-        # sent to the workers: no more of them are taken from `images` than are being prepared.
-        images = images if isinstance(images, list) else map(_image, images)
-        prepared: Any = Prepared(self.preprocess, self.views, copies)
+        prepared = Prepared(self.preprocess, self.views, copies)
         unread = torch.full((1 + len(copies),), float("nan"))
-        for pixels, error in DataLoader(
-            prepared, sampler=images, batch_size=None, num_workers=workers, worker_init_fn=start_worker
-        ):
+        # No more images are taken from `images` than are being prepared.
+        images = images if isinstance(images, list) else map(_image, images)
+        for pixels, error in in_order(prepared, images, workers):
             yield unread if error else self.mean_logits(pixels), error
 
     def mean_logits(self, pixels: Tensor) -> Tensor:
@@ -291,6 +280,24 @@ def _image(image: Any) -> Any:
 
 def _is_tensor(value: Any) -> bool:
     return type(value).__module__.startswith("torch") and hasattr(value, "numpy")
+
+
+def in_order(prepare: Any, images: Iterable[Any], workers: int | None = None) -> Iterator[Any]:
+    """What `prepare`, a map-style dataset, makes of one image after another, in so many processes."""
+    from torch.utils.data import DataLoader
+
+    from dgsnet.processes import default_workers, start_worker
+
+    if workers is None:
+        few = isinstance(images, Sized) and len(images) < MIN_IMAGES_FOR_WORKERS
+        workers = 0 if few else min(MAX_WORKERS, default_workers())
+    elif workers < 0:
+        raise UserError(f"workers is {workers}; it must be 0 or more")
+    # The images themselves are the indices sent to the workers; batch_size=None hands them over one by one.
+    sampler: Any = images
+    yield from DataLoader(
+        prepare, sampler=sampler, batch_size=None, num_workers=workers, worker_init_fn=start_worker
+    )
 
 
 class Prepared:

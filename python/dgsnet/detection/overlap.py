@@ -17,6 +17,9 @@ from pathlib import Path
 from dgsnet.data.images import ImageError, file_hash
 from dgsnet.data.items import Item
 
+# Of items that were read already, their files' hashes, None of what cannot be read; None: they are read.
+Hashes = Sequence[int | None] | None
+
 
 def distinct(items: Sequence[Item]) -> list[Item]:
     """The items without those whose file has the content of an earlier one's; what cannot be read stays."""
@@ -39,17 +42,18 @@ def shared(first: Sequence[Item], second: Sequence[Item], *, seconds: float = ma
     return [second[place] for place, content in _hashes(second, common, seconds) if content in known]
 
 
-def in_training(model: str | Path, items: Sequence[Item]) -> list[Item]:
+def in_training(model: str | Path, items: Sequence[Item], hashes: Hashes = None) -> list[Item]:
     """Those of the items whose files the model was trained on; none where the model does not say."""
     from dgsnet.model.checkpoint import trained_on
 
     known = set(trained_on(model).tolist())
-    return [items[place] for place, content in _hashes(items) if content in known] if known else []
+    found = _hashes(items) if hashes is None and known else enumerate(hashes or ())
+    return [items[place] for place, content in found if content in known]
 
 
-def warn_of_training_images(model: str | Path, items: Sequence[Item]) -> None:
+def warn_of_training_images(model: str | Path, items: Sequence[Item], hashes: Hashes = None) -> None:
     """One line on stderr where some of the items were in the model's training."""
-    if found := in_training(model, items):
+    if found := in_training(model, items, hashes):
         were = "image was" if len(found) == 1 else "images were"
         why = "the figures are better than on new images"
         _warn(f"{len(found)} of {len(items)} {were} in this model's training", found, why)
@@ -63,10 +67,15 @@ def warn_of_shared_images(training: Sequence[Item], validation: Sequence[Item], 
         _warn(f"{len(found)} of {len(validation)} validation {are} in the training too", found, why)
 
 
-def warn_of_both_labels(items: Sequence[Item], *, seconds: float = math.inf) -> None:
+def warn_of_both_labels(items: Sequence[Item], *, seconds: float = math.inf, hashes: Hashes = None) -> None:
     """One line on stderr where a file is labelled real in one place and generated in another."""
     reals, generated = ([item for item in items if item.label == label] for label in (0, 1))
-    if found := shared(reals, generated, seconds=seconds):
+    if hashes is None:
+        found = shared(reals, generated, seconds=seconds)
+    else:
+        known = {content for item, content in zip(items, hashes) if item.label == 0} - {None}
+        found = [item for item, content in zip(items, hashes) if item.label == 1 and content in known]
+    if found:
         are = "image has a file that is" if len(found) == 1 else "images have files that are"
         why = "one of the two labels is wrong"
         _warn(f"{len(found)} of {len(generated)} generated {are} labelled real too", found, why)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import hashlib
 import math
 import os
@@ -12,10 +11,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from dgsnet.audit.audit import load_model
+from dgsnet.data.images import ImageError, file_hash, read_image
+from dgsnet.data.nuisances import NUISANCES, file_nuisances
 from dgsnet.data.tables import Table, damaged
 from dgsnet.detection.decisions import DECIMALS
-from dgsnet.detection.detector import Detector
+from dgsnet.detection.detector import Detector, Prepared, in_order
 from dgsnet.detection.overlap import warn_of_both_labels, warn_of_training_images
 from dgsnet.errors import UserError
 from dgsnet.evaluation import false_positives, shortcut_tables
@@ -68,42 +71,47 @@ def evaluate(
     import torch
     from tqdm import tqdm
 
-    from dgsnet.audit.shortcuts import read_nuisances
-
     if not isinstance(samples, Mapping):
         samples = {"": samples}
     listed = [(suite, sample) for suite, members in samples.items() for sample in members]
-    variants = [("", detector), *((d.name, _distorting(detector, d)) for d in distortions)]
+    # By name: which distortion's views are scored, and by what.
+    variants = {name: (name, detector) for name in ("", *(distortion.name for distortion in distortions))}
     if frozen:
-        variants.append((FROZEN, frozen_detector(detector)))
-    scores = []
+        variants[FROZEN] = "", frozen_detector(detector)
+    nuisances, hashes = np.empty((len(listed), len(NUISANCES)), np.float32), list[int | None]()
     with contextlib.ExitStack() as stack:
         table = stack.enter_context(_journal(Path(journal), detector, listed)) if journal else None
-        kept = _kept(table, listed) if table else {}
-        total = len(variants) * len(listed)
-        bar = stack.enter_context(tqdm(total=total, unit="image", disable=None if progress else True))
-        for name, scorer in variants:
-            done = kept.get(name, {})
-            bar.update(len(done))
-            if not bar.disable:
-                bar.initial += len(done)  # not part of the speed shown
-            missing = [i for i in range(len(listed)) if i not in done]
-            stream = scorer.stream_logits([listed[i][1] for i in missing], workers=workers)
-            for index, (logit, error) in zip(missing, stream):
-                done[index] = logit, error
+        done: dict[str, dict[int, tuple[float, str]]] = {name: {} for name in variants}
+        done |= _kept(table, listed) if table else {}
+        bar = tqdm(total=len(variants) * len(listed), unit="image", disable=None if progress else True)
+        stack.enter_context(bar)
+        bar.update(sum(len(done[name]) for name in variants))
+        if not bar.disable:
+            bar.initial = bar.n  # not part of the speed shown
+        missing = [[name for name in variants if i not in done[name]] for i in range(len(listed))]
+        wanted = [(item, {variants[name][0] for name in lacks}) for (_, item), lacks in zip(listed, missing)]
+        examined = in_order(_Examined(detector, distortions), wanted, workers)
+        for index, (file, nuisances[index], views) in enumerate(examined):
+            hashes.append(file)
+            for name in missing[index]:
+                distortion, scorer = variants[name]
+                pixels, error = views[distortion]
+                logit = math.nan if error else scorer.mean_logits(pixels).item()
+                done[name][index] = logit, error
                 if table:
                     row = {"distortion": name, "index": index, "path": listed[index][1].path}
                     table.add(row | {"logit": None if error else logit, "error": error})
                 bar.update()
-            logits = torch.tensor([done[i][0] for i in range(len(listed))], dtype=torch.float64)
-            for i, probability in enumerate(scorer.probabilities(logits).tolist()):
-                suite, sample = listed[i]
-                # Rounded as in every table, so that the metrics can be recomputed from scores.csv.
-                place = sample.path, sample.generator, int(sample.label == 1), round(probability, DECIMALS)
-                scores.append(Score(*place, done[i][1], suite, name))
+    scores = []
+    for name, (_, scorer) in variants.items():
+        logits = torch.tensor([done[name][i][0] for i in range(len(listed))], dtype=torch.float64)
+        for i, probability in enumerate(scorer.probabilities(logits).tolist()):
+            suite, sample = listed[i]
+            # Rounded as in every table, so that the metrics can be recomputed from scores.csv.
+            place = sample.path, sample.generator, int(sample.label == 1), round(probability, DECIMALS)
+            scores.append(Score(*place, done[name][i][1], suite, name))
     calibration = detector.calibration
     calibrated_threshold, promised = (calibration.threshold, calibration.fpr) if calibration else (None, None)
-    nuisances, _ = read_nuisances([sample for _, sample in listed], progress=progress)
     beside = [replace(score, distortion="") for score in scores if score.distortion == FROZEN]
     return Evaluation(
         [score for score in scores if score.distortion != FROZEN],
@@ -113,7 +121,33 @@ def evaluate(
         file_model,
         promised,
         Evaluation(beside, threshold) if frozen else None,
+        hashes,
     )
+
+
+class _Examined:
+    """Map-style dataset from an item and names of distortions, "" for none, to what one reading of its file
+    gives: its hash, its nuisances, and by name views or an error."""
+
+    def __init__(self, detector: Detector, distortions: Sequence[Distortion]):
+        plain: Any = detector.preprocess
+        preprocessors: Any = {"": plain} | {d.name: Distorted(d, plain) for d in distortions}
+        self.prepared = {name: Prepared(one, detector.views) for name, one in preprocessors.items()}
+
+    def __getitem__(self, wanted: tuple[Item, set[str]]) -> tuple[int | None, np.ndarray, dict[str, tuple]]:
+        item, names = wanted
+        file, nuisances = None, np.full(len(NUISANCES), np.nan, np.float32)
+        try:
+            data = item.read_bytes()
+            file = file_hash(data)
+            with contextlib.suppress(ImageError):  # whoever decodes it says why
+                nuisances = file_nuisances(data)
+            image = read_image(data, name=item.path) if names else None
+        except ImageError as error:
+            return file, nuisances, dict.fromkeys(names, (None, str(error)))
+        views = {name: self.prepared[name][image] for name in names}
+        named = {name: (pixels, why and f"{item.path}: {why}") for name, (pixels, why) in views.items()}
+        return file, nuisances, named
 
 
 def _journal(path: Path, detector: Detector, listed: Sequence[tuple[str, Item]]) -> Table:
@@ -136,13 +170,6 @@ def _kept(table: Table, listed: Sequence[tuple[str, Item]]) -> dict[str, dict[in
         except (TypeError, IndexError, ValueError):
             raise damaged(table.path, number) from None
     return kept
-
-
-def _distorting(detector: Detector, distortion: Distortion) -> Detector:
-    """The same detector, which distorts every image before its preprocessing."""
-    result: Any = copy.copy(detector)  # Distorted stands in for a Preprocessor
-    result.preprocess = Distorted(distortion, detector.preprocess)
-    return result
 
 
 def evaluate_command(
@@ -185,9 +212,6 @@ def evaluate_command(
     file_model = load_model(audit) if audit else None
     suites = find_suites(data, split)
     detector = Detector.load(model, device, views=views, pretrained=pretrained)
-    listed = [sample for samples in suites.values() for sample in samples]
-    warn_of_training_images(model, listed)
-    warn_of_both_labels(listed)
     result = evaluate(
         detector,
         suites,
@@ -198,6 +222,9 @@ def evaluate_command(
         journal=Path(out) / JOURNAL,
         workers=workers,
     )
+    listed = [sample for samples in suites.values() for sample in samples]
+    warn_of_training_images(model, listed, result.hashes)
+    warn_of_both_labels(listed, hashes=result.hashes)
     write_tables(out, result)
     write_page(Path(out) / "report.html", result, model=model, views=detector.views)
     print(result.table())

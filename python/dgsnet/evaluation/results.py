@@ -79,6 +79,7 @@ class Evaluation:
         file_model: what files are taken to say of the label; None: what these images' own files say.
         promised_fpr: how many of all real images the calibration allows to be called generated.
         frozen: the same images as they are, scored by the frozen backbone; None where that was not asked for.
+        hashes: `file_hash` of the images as they are, in the order of their scores; None: cannot be read.
     """
 
     scores: list[Score]
@@ -88,6 +89,7 @@ class Evaluation:
     file_model: FileModel | None = None
     promised_fpr: float | None = None
     frozen: Evaluation | None = field(default=None, repr=False, compare=False)
+    hashes: Sequence[int | None] | None = field(default=None, repr=False, compare=False)
 
     @property
     def measures(self) -> dict[str, str]:

@@ -194,7 +194,10 @@ def _place(item: Item) -> tuple[str, int | None, int]:
 
 
 def hold_out(samples: list[Item], seed: int) -> tuple[list[Item], list[Item]]:
-    """Those to train on, and of every HELD_OUT of a generator and class one to report on, by the seed."""
+    """Those to train on, and of every HELD_OUT of a generator and class one to report on, by the seed.
+
+    The twins of the latter go with them.
+    """
     cells: dict[tuple[str, int], list[int]] = {}
     for place, sample in enumerate(samples):
         cells.setdefault((sample.generator, int(sample.label == 1)), []).append(place)
@@ -202,6 +205,9 @@ def hold_out(samples: list[Item], seed: int) -> tuple[list[Item], list[Item]]:
     for (generator, label), places in cells.items():
         rng = np.random.default_rng([seed, label, *generator.encode(errors="surrogateescape")])
         out.update(rng.permutation(places)[: len(places) // HELD_OUT].tolist())
+    paths = {samples[place].path for place in out}
+    twins = {samples[place].twin for place in out}
+    out |= {place for place, sample in enumerate(samples) if sample.twin in paths or sample.path in twins}
     kept = [sample for place, sample in enumerate(samples) if place not in out]
     return kept, [samples[place] for place in sorted(out)]
 
@@ -239,12 +245,13 @@ def report(
     before = Detector.load(model, pretrained=pretrained)
     device = next(before.model.parameters()).device
     after = Detector(*load_model(out, device=device, pretrained=pretrained), before.calibration, before.views)
-    warn_of_training_images(out, [sample for samples in suites.values() for sample in samples])
     workers = after.config.data.workers
-    old, new = (
-        evaluate(detector, suites, journal=out / "state" / f"{name}.jsonl", workers=workers).scores
+    measured = [
+        evaluate(detector, suites, journal=out / "state" / f"{name}.jsonl", workers=workers)
         for name, detector in (("before", before), ("after", after))
-    )
+    ]
+    warn_of_training_images(out, [s for samples in suites.values() for s in samples], measured[1].hashes)
+    old, new = (evaluation.scores for evaluation in measured)
     threshold = before.calibration.threshold if before.calibration else THRESHOLD
     groups = compare(old, new, threshold)
     if not groups:

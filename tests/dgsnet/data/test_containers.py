@@ -24,6 +24,8 @@ LABELS = (0, 1, 1, 0, 1)
 PICTURES = [picture(40 + 3 * i, 70 - 4 * i, seed=i) for i in range(len(LABELS))]
 FILES = [encode(pixels, "png") for pixels in PICTURES]
 CAPTIONS = [f"picture {i}" for i in range(len(LABELS))]
+# Pictures 1 and 2 were made from 0 and 3; of 4 nothing is known.
+TWINS = (None, 0, 3, None, None)
 
 
 def folder(root, files=FILES):
@@ -39,8 +41,10 @@ def listed(root, files):
     (root / "pictures").mkdir()
     for i, data in enumerate(files):
         (root / "pictures" / f"{i}.png").write_bytes(data)
+    called = [f"pictures/{i}.png" for i in range(len(files))]
     return [
-        {"path": f"pictures/{i}.png", "label": label, "generator": "photos", "caption": CAPTIONS[i]}
+        {"path": called[i], "label": label, "generator": "photos", "caption": CAPTIONS[i]}
+        | {"twin": None if TWINS[i] is None else called[TWINS[i]]}
         for i, label in enumerate(LABELS)
     ]
 
@@ -74,13 +78,14 @@ def shards(root, files=FILES):
                     "png": files[i],
                     "cls": str(LABELS[i]).encode(),
                     "txt": CAPTIONS[i].encode(),
+                    "json": json.dumps({} if TWINS[i] is None else {"twin": f"{TWINS[i]}.png"}).encode(),
                 }.items():
                     add(tar, f"{i}.{kind}", data)
     return root / "photos-*.tar"
 
 
 def parquet(root, files=FILES):
-    columns = {"image": list(files), "label": LABELS, "caption": CAPTIONS}
+    columns = {"image": list(files), "label": LABELS, "caption": CAPTIONS, "twin": TWINS}
     for number in range(2):
         part = {name: values[3 * number : 3 * number + 3] for name, values in columns.items()}
         pq.write_table(pa.table(part), root / f"photos-{number}.parquet", row_group_size=2)
@@ -108,6 +113,21 @@ def test_labels_generators_captions_and_pixels(kind, tmp_path):
     assert [item.caption for item in items] == [None if kind == "folder" else CAPTIONS[i] for i in found]
     assert len({item.path for item in items}) == len(items)
     assert find_labelled(source) == items
+
+
+@pytest.mark.parametrize("kind", ["csv_list", "json_list", "shards", "parquet"])
+def test_twins(kind, tmp_path):
+    """A twin's path is the one that its item has, where both are in one list, archive or table."""
+    items = find_samples(KINDS[kind](tmp_path))
+    names = {"shards": "photos-0.tar/{}.png", "parquet": "photos-0.parquet/{}"}.get(kind, "pictures/{}.png")
+    twins = [None if twin is None else f"{tmp_path}/{names.format(twin)}" for twin in TWINS]
+    assert [item.twin for item in items] == twins and items[1].twin == items[0].path
+
+
+def test_a_twin_that_is_no_name_is_refused(tmp_path):
+    (tmp_path / "a.json").write_text(json.dumps([{"path": "x.png", "label": 1, "twin": ["y.png"]}]))
+    with pytest.raises(UserError, match="entry 1: twin is not text"):
+        find_samples(tmp_path / "a.json")
 
 
 @every_kind

@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections import Counter
 
 import numpy as np
 import pyarrow as pa
@@ -9,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 from dgsnet import cli
 from dgsnet.data import parquet
-from dgsnet.data.images import ImageError
+from dgsnet.data.images import ImageError, file_hash
 from dgsnet.data.items import find_images, find_items, find_labelled, find_samples
 from dgsnet.data.loading import epoch_order
 from dgsnet.errors import UserError
@@ -261,9 +262,10 @@ def test_an_epoch_reads_few_row_groups_at_a_time(tmp_path, monkeypatch):
     assert at_a_time() == 4
 
 
+@pytest.mark.slow
 def test_every_command_takes_it(tmp_path, capsys):
     rng = np.random.default_rng(0)
-    for split, count in (("train", 24), ("test", 60)):
+    for split, count in (("train", 24), ("test", 60), ("new", 30)):
         labels = (rng.permutation(count) % 2).tolist()
         noise = [rng.integers(0, 256, (36 + i % 3, 40 - i % 5, 3), dtype=np.uint8) for i in range(count)]
         columns = {
@@ -297,3 +299,15 @@ def test_every_command_takes_it(tmp_path, capsys):
     scores = {row["path"]: row["error"] for row in read_csv(tmp_path / "scores.csv")}
     assert report.keys() == scores.keys() == {f"{test}/{i}" for i in range(60)}
     assert set(scores.values()) == {""} and "" not in report.values()
+
+    new, updated = str(tmp_path / "new.parquet"), tmp_path / "updated"
+    words = ["--data", new, "--replay", train, "--rule", "gem"]
+    cli.main(["update", "--model", run, "--out", str(updated), *words])
+    changes = read_csv(updated / "changes.csv")
+    assert Counter(row["suite"] for row in changes) == {"new": 4, "old": 2}
+    assert all(row["path"].startswith({"new": new, "old": train}[row["suite"]]) for row in changes)
+    # What the model was trained on before, and the new images but for those held out.
+    held = {row["path"] for row in changes if row["suite"] == "new"}
+    items = [*find_samples(train), *(item for item in find_samples(new) if item.path not in held)]
+    trained = np.load(updated / "best" / "training_images.npy").tolist()
+    assert len(items) == 24 + 26 and trained == sorted(file_hash(item.read_bytes()) for item in items)

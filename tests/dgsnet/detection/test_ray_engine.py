@@ -19,13 +19,16 @@ def test_ray_gives_the_same_table(run, images, table, tmp_path, monkeypatch, cap
     """On a small Ray that is started for it on this machine, stays quiet and is stopped."""
     ray = pytest.importorskip("ray")
     data = [(images / name).read_bytes() for name in sorted(table)]
-    pq.write_table(pa.table({"image": data}), tmp_path / "t.parquet")
+    columns = {"thumbnail": [b""] * len(data), "photo": data}
+    pq.write_table(pa.table(columns), tmp_path / "t.parquet", row_group_size=5)
     (tmp_path / "broken.png").write_bytes(b"no image")
     monkeypatch.chdir(tmp_path)
-    paths = [os.path.relpath(images, tmp_path), "t.parquet", "broken.png", "nowhere.png"]
+    paths = [os.path.relpath(images, tmp_path), "t.parquet#image=photo", "broken.png", "nowhere.png"]
     predict_command(paths, run, "local.csv", device="cpu", consistency=True)
     expected = read_csv("local.csv")
     assert {"real", "unsure", ""} <= {row["decision"] for row in expected}
+    rows = [row["probability"] for row in expected if row["path"].startswith("t.parquet/")]
+    assert rows == [table[name]["probability"] for name in sorted(table)]
 
     begun = settings(Detector.load(run), paths, consistency=True)
     with Table(partial(tmp_path / "ray.csv"), begun, Row._fields) as part:

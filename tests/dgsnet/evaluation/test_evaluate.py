@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import sys
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -95,6 +97,18 @@ def test_robustness_is_reported_per_distortion(model, data, tmp_path, capsys):
         ("mean", "jpeg:20"),
     ]
     assert "| jpeg:80 |" in (tmp_path / "o/metrics.md").read_text()
+
+
+def test_a_file_is_opened_once_for_all_that_is_asked_of_it(model, data, tmp_path):
+    """For its hash, its nuisances, and what it looks like as it is and distorted."""
+    shutil.rmtree(data / "alpha/0_real"), shutil.rmtree(data / "beta/0_real")  # then no mistake is shown
+    known = shutil.copytree(model, tmp_path / "known")
+    np.save(known / "best" / "training_images.npy", np.array([1, 2], np.int64))
+    opened = Counter()
+    sys.addaudithook(lambda event, words: event == "open" and opened.update([str(words[0])]))
+    measure(known, data, tmp_path / "o", robustness=["jpeg:60", "blur:1"], threshold=0.0, workers=0)
+    images = list(data.rglob("*.png"))
+    assert len(images) == 14 and [opened[str(path)] for path in images] == [1] * 14
 
 
 def test_an_image_that_cannot_be_distorted_is_listed(model, tmp_path, monkeypatch):

@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -72,6 +73,11 @@ def test_a_fifth_is_held_out_of_every_generator_and_class(generators):
     assert Counter(cells) == {("board", 0): 2, ("board", 1): 2, ("stripes", 0): 3, ("stripes", 1): 2}
     assert hold_out(samples, seed=3) == (kept, out) and hold_out(samples, seed=4) != (kept, out)
     assert hold_out(samples[:4], seed=3) == (samples[:4], [])
+    # One that is kept was made from one held out, another is what one held out was made from.
+    twins = {kept[0]: {"twin": out[0].path}, out[1]: {"twin": kept[1].path}, kept[2]: {"twin": kept[3].path}}
+    paired = [replace(sample, **twins.get(sample, {})) for sample in samples]
+    paths = {sample.path for sample in hold_out(paired, seed=3)[1]}
+    assert paths == {sample.path for sample in [*out, *kept[:2]]}
 
 
 # -- deterministic, resumable ----------------------------------------------------------------------------
