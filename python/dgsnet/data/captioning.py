@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
+import contextlib
+import hashlib
 import json
 import os
 import sys
@@ -14,7 +15,7 @@ from dgsnet.data.captions import CAPTIONS_FILE
 from dgsnet.data.items import Item, find_samples
 from dgsnet.data.tables import Table, partial
 from dgsnet.errors import UserError
-from dgsnet.files import replacing
+from dgsnet.files import one_line, replacing
 from dgsnet.processes import default_workers, start_worker
 
 if TYPE_CHECKING:
@@ -63,7 +64,7 @@ class Captioner:
             raise
         # What a missing, damaged, foreign or hostile folder raises has no class in common.
         except Exception as error:
-            reason = " ".join(str(error).split())[:200]
+            reason = one_line(error)[:200]
             raise UserError(
                 f"{model}: cannot be loaded as BLIP ({reason}); give a folder that holds one, or a network"
             ) from None
@@ -127,16 +128,18 @@ def caption_command(
     samples = [sample for sample in find_samples(data, split) if sample.caption is None]
     if not samples:
         raise UserError(f"{data}: every image has a caption already")
-    captioner = _quietly(model, device)
+    with quiet_transformers():
+        captioner = Captioner(model, device)
 
     from dgsnet.model.checkpoint import sampled_hash
 
+    paths = "\n".join(sample.path for sample in samples).encode(errors="surrogateescape")
     settings = {
         "model": model,
         "weights": sampled_hash(captioner.model.state_dict().values()),
         "generation": [PROMPT, GENERATION],
         "batch_size": batch_size,
-        "images": _digest("\n".join(sample.path for sample in samples).encode(errors="surrogateescape")),
+        "images": hashlib.sha256(paths).hexdigest()[:16],
     }
     with Table(partial(target), settings, COLUMNS, resume=resume) as table:
         done = {row["path"] for row in table.rows()}
@@ -204,31 +207,26 @@ class _Batches:
         return torch.stack(pixels) if pixels else torch.empty(0), errors
 
 
-def _quietly(model: str, device: str | None) -> Captioner:
-    """A Captioner, without transformers' own progress bars and advice."""
+@contextlib.contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Within it transformers shows no progress bars and gives no advice."""
     from transformers.utils import logging
 
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        return Captioner(model, device)
+        yield
     finally:
         logging.set_verbosity(level)
         if bars:
             logging.enable_progress_bar()
 
 
-def _digest(data: bytes) -> str:
-    import hashlib
-
-    return hashlib.sha256(data).hexdigest()[:16]
-
-
 def _report(target: Path, rows: Sequence[dict[str, str]]) -> None:
     bad = [row for row in rows if row["error"]]
     print(f"{target}: {len(rows) - len(bad)} captions, {len(bad)} images could not be read")
-    for row in itertools.islice(bad, 10):
+    for row in bad[:10]:
         print(f"no caption: {row['error']}", file=sys.stderr)
     if len(bad) > 10:
         print(f"and {len(bad) - 10} more", file=sys.stderr)

@@ -15,6 +15,7 @@ import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
@@ -131,7 +132,7 @@ def convert(
 
 
 def read(checkpoint: Path, *, name: str, alpha: float) -> Official:
-    """Read a published checkpoint; nothing is written. Arguments and errors are those of `convert`."""
+    """What a published checkpoint holds; arguments and errors are those of `convert`."""
     if not has_text(name):
         raise UserError(
             f"the published checkpoints are of a CLIP, and {name} has no text tower: give --name one"
@@ -141,16 +142,8 @@ def read(checkpoint: Path, *, name: str, alpha: float) -> Official:
         found = _stage2(state, name, alpha) if _holds(state, STUDENT) else _stage1(state, name)
     except ValueError as error:
         raise UserError(f"{checkpoint} is no checkpoint of DGS-Net on {name}: {error}") from None
-    found.sha256 = _sha256(checkpoint)
+    found.sha256 = hashlib.sha256(np.memmap(checkpoint, mode="r").data).hexdigest()
     return found
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _load(checkpoint: Path) -> State:
@@ -183,7 +176,7 @@ def _load(checkpoint: Path) -> State:
 
 def _stage1(state: State, name: str) -> Official:
     heads = _heads(state, {TEACHER_HEAD: "teacher_head"}, _skeleton(name).dim)
-    clip = _part(state, TEACHER, _clip_shapes(name))
+    clip = _part(state, TEACHER, _shapes(name)[0])
     _nothing_left(state)
     # In stage 1 the frozen encoder with its head is the detector; there is no text head yet.
     same = {key.replace("teacher", "image"): tensor for key, tensor in heads.items()}
@@ -201,10 +194,15 @@ def _stage2(state: State, name: str, alpha: float) -> Official:
         {IMAGE_HEAD: "image_head", TEXT_HEAD: "text_head", TEACHER + TEACHER_HEAD: "teacher_head"},
         _skeleton(name).dim,
     )
-    shapes = _clip_shapes(name)
-    clip = _part(state, TEACHER + TEACHER, shapes)
-    split, targets = _split_shapes(shapes)
-    adapters, rank = _adapters(state, targets)
+    fused, split = _shapes(name)
+    clip = _part(state, TEACHER + TEACHER, fused)
+    found = (ADAPTED.fullmatch(key) for key in split)
+    linears = {
+        match[0].removesuffix(".weight"): split[match[0]][0]
+        for match in found
+        if match and match[3] == "weight"
+    }
+    adapters, rank = _adapters(state, linears)
     student = _part(state, STUDENT, split)
     _nothing_left(state)
     merged = _check_student(student, clip, adapters, alpha / rank**0.5)
@@ -295,36 +293,16 @@ def _holds(state: State, prefix: str) -> bool:
     return any(key.startswith(prefix) for key in state)
 
 
-def _clip_shapes(name: str) -> dict[str, tuple[int, ...]]:
-    """Shapes of a CLIP's tensors by OpenAI's names: fused attention, text tower at the top level."""
+def _shapes(name: str) -> tuple[dict[str, tuple[int, ...]], dict[str, tuple[int, ...]]]:
+    """Shapes of a CLIP's tensors by OpenAI's names, and by the student's, which has q, k and v apart."""
     clip = _skeleton(name)
     assert clip.text
-    shapes: dict[str, tuple[int, ...]] = {"logit_scale": ()}
-    for prefix, tower in (("visual.", clip.visual), ("", clip.text)):
-        for key, tensor in tower.state_dict().items():
-            shape = tuple(tensor.shape)
-            if ".attn.k_proj." in key or ".attn.v_proj." in key:
-                continue
-            if ".attn.q_proj." in key:
-                key, shape = key.replace("q_proj.", "in_proj_"), (3 * shape[0], *shape[1:])
-            shapes[prefix + key] = shape
-    return shapes
-
-
-def _split_shapes(shapes: dict[str, tuple[int, ...]]) -> tuple[dict[str, tuple[int, ...]], dict[str, int]]:
-    """The student's shapes, with the vision tower's q, k, v apart; its adapted linears with their width."""
-    split, targets = {}, {}
-    for key, shape in shapes.items():
-        if not (key.startswith("visual.") and ".attn." in key):
-            split[key] = shape
-        elif "in_proj_" in key:
-            prefix, kind = key.split("in_proj_")
-            for letter in "qkv":
-                split[f"{prefix}{letter}_proj.{kind}"] = (shape[0] // 3, *shape[1:])
-                targets[f"{prefix}{letter}_proj"] = shape[0] // 3
-        else:
-            split[key.replace(".out_proj.", ".proj.")] = shape
-    return split, targets
+    text = {"logit_scale": ()} | {key: tuple(tensor.shape) for key, tensor in clip.text.state_dict().items()}
+    fused, split = (
+        {f"visual.{key}": tuple(tensor.shape) for key, tensor in state.items()}
+        for state in (clip.backbone.state(), clip.visual.state_dict())
+    )
+    return fused | text, text | {key.replace(".attn.out_proj.", ".attn.proj."): split[key] for key in split}
 
 
 @functools.lru_cache(maxsize=1)

@@ -6,16 +6,15 @@ is written into the file. docs/export.md describes the formats.
 
 from __future__ import annotations
 
-import contextlib
-import importlib
 import json
 import os
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
+from dgsnet.data.captioning import quiet_transformers
 from dgsnet.errors import UserError
 from dgsnet.exchange.huggingface import form_of, frozen_encoder
 from dgsnet.exchange.model_card import model_card
@@ -84,7 +83,7 @@ def export(model: str | Path, out: str | Path, format: Format, *, pretrained: st
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=".export-") as folder:
         new = Path(folder) / out.name
-        with warnings.catch_warnings(), _no_progress_bars():
+        with warnings.catch_warnings(), quiet_transformers():
             warnings.simplefilter("ignore")  # exporters announce their successors
             forward = _WRITERS[format](detector, new)
         _check(forward, _pixels(detector), expected, format)
@@ -159,9 +158,12 @@ def _module(detector: Detector) -> Any:
 def _write_onnx(detector: Detector, path: Path) -> Callable[[Tensor], Any]:
     import torch
 
-    for package in ("onnx", "onnxscript", "onnxruntime"):
-        _need(package)
-    import onnxruntime
+    try:
+        import onnx  # noqa: F401
+        import onnxruntime
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise UserError(f"this needs the package {error.name}: pip install 'dgs-kernels[export]'") from None
 
     program = torch.onnx.export(
         _module(detector),
@@ -206,7 +208,7 @@ def _write_safetensors(detector: Detector, path: Path) -> Callable[[Tensor], Any
     written = load_file(path)
     tower = {key.removeprefix("visual."): t for key, t in written.items() if key.startswith("visual.")}
     visual.load_state_dict(tower, assign=True)
-    return lambda pixels: _linear(visual(pixels), written["head.weight"], written["head.bias"])
+    return lambda pixels: _linear(visual(pixels), written, "head.")
 
 
 def _write_hf(detector: Detector, folder: Path) -> Callable[[Tensor], Any]:
@@ -247,32 +249,7 @@ def _write_hf(detector: Detector, folder: Path) -> Callable[[Tensor], Any]:
         loaded = PeftModel.from_pretrained(loaded, folder / "adapter")
     loaded.eval()
     head = load_file(folder / "head.safetensors")
-
-    def forward(pixels: Tensor) -> Tensor:
-        features = getattr(loaded(pixel_values=pixels), form.output)
-        return _linear(features, head["weight"], head["bias"])
-
-    return forward
-
-
-@contextlib.contextmanager
-def _no_progress_bars() -> Iterator[None]:
-    from transformers.utils import logging
-
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            logging.enable_progress_bar()
-
-
-def _need(package: str) -> None:
-    try:
-        importlib.import_module(package)
-    except ImportError:
-        raise UserError(f"this needs the package {package}: pip install 'dgs-kernels[export]'") from None
+    return lambda pixels: _linear(getattr(loaded(pixel_values=pixels), form.output), head)
 
 
 def _pixels(detector: Detector) -> Tensor:
@@ -298,8 +275,8 @@ def _check(forward: Callable[[Tensor], Any], pixels: Tensor, expected: Tensor, f
                 )
 
 
-def _linear(features: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    return (features @ weight.T + bias).squeeze(-1)
+def _linear(features: Tensor, head: dict[str, Tensor], prefix: str = "") -> Tensor:
+    return (features @ head[f"{prefix}weight"].T + head[f"{prefix}bias"]).squeeze(-1)
 
 
 _WRITERS: dict[str, Callable[[Detector, Path], Callable[[Tensor], Any]]] = {
