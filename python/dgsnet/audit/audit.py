@@ -39,21 +39,13 @@ REMEDIES = {
 
 @dataclasses.dataclass(frozen=True)
 class Audit:
-    """What `dgsnet audit` measured of a data set.
-
-    Attributes:
-        shortcuts: the figures.
-        nuisances: float32 [n, len(NUISANCES)] of the images that could be read.
-        labels: [n] of these.
-        total: images of the data set, of which some may not have been looked at.
-        damaged: of each file that could not be read a line that says why.
-    """
+    """What `dgsnet audit` measured of a data set."""
 
     shortcuts: Shortcuts
-    nuisances: np.ndarray
-    labels: np.ndarray
-    total: int
-    damaged: list[str]
+    nuisances: np.ndarray  # float32 [n, len(NUISANCES)] of the images that could be read
+    labels: np.ndarray  # [n] of these
+    total: int  # images of the data set, of which some may not have been looked at
+    damaged: list[str]  # of each file that could not be read a line that says why
 
 
 def audit(

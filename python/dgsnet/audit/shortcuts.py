@@ -50,18 +50,11 @@ class Leak(NamedTuple):
 
 @dataclass(frozen=True)
 class Prediction:
-    """What models say of images that they were not fitted on.
+    """What models say of images that they were not fitted on."""
 
-    Attributes:
-        logits: [N] of being generated, both classes counted alike; NaN where no model could be fitted.
-        auc: mean over the folds of the AUC within each.
-        trained: whether the models' order of the images was learned: not of a single column, of which only
-            the sign is.
-    """
-
-    logits: np.ndarray
-    auc: float
-    trained: bool
+    logits: np.ndarray  # [N] of being generated, both classes counted alike; NaN: no model could be fitted
+    auc: float  # mean over the folds of the AUC within each
+    trained: bool  # the order of the images was learned: not of a single column, of which only the sign is
 
 
 @dataclass(frozen=True)
@@ -205,16 +198,10 @@ def _columns(nuisances: np.ndarray, medians: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class FileModel:
-    """What the files of a data set say of the label, to be asked of other images.
+    """What the files of a data set say of the label, to be asked of other images."""
 
-    Attributes:
-        medians: of the MEASURED nuisances.
-        weights: [len(NUISANCES) + len(MEASURED)] of the nuisances and of the distances from the medians.
-        bias: added to their sum.
-    """
-
-    medians: list[float]
-    weights: list[float]
+    medians: list[float]  # of the MEASURED nuisances
+    weights: list[float]  # of the nuisances and of the MEASURED ones' distances from the medians
     bias: float
 
     @classmethod

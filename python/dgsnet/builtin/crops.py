@@ -24,22 +24,14 @@ JPEG = (("uncompressed", 100, 100), ("compressed", 70, 92), ("heavily compressed
 
 @dataclass(frozen=True)
 class Quality:
-    """How a crop is degraded, and in which words.
+    """How a crop is degraded, and in which words."""
 
-    Args:
-        blur: standard deviation of a Gaussian, in pixels.
-        noise: standard deviation of white noise, of 255.
-        jpeg: JPEG quality; 100 is no JPEG.
-        gain, offset: of brightness.
-        words: for blur, noise and JPEG.
-    """
-
-    blur: float
-    noise: float
-    jpeg: int
-    gain: float
+    blur: float  # standard deviation of a Gaussian, in pixels
+    noise: float  # standard deviation of white noise, of 255
+    jpeg: int  # quality; 100 is no JPEG
+    gain: float  # of brightness, as is the offset
     offset: float
-    words: tuple[str, ...]
+    words: tuple[str, ...]  # for blur, noise and JPEG
 
     @classmethod
     def draw(cls, rng: np.random.Generator, shares: tuple[tuple[float, ...], ...] | None = None) -> Quality:

@@ -19,23 +19,12 @@ from PIL import Image
 from dgsnet.errors import UserError
 
 SPLITS = ("train", "val", "test")
-_FOLDERS = {
-    "skimage": "data",
-    "sklearn": "datasets/images",
-    "matplotlib": "mpl-data/sample_data",
-}
+_FOLDERS = {"skimage": "data", "sklearn": "datasets/images", "matplotlib": "mpl-data/sample_data"}
 
 
 @dataclass(frozen=True)
 class Photograph:
-    """One photograph.
-
-    Args:
-        file: "package/file name".
-        content: what it shows, wherever no region says more.
-        regions: (left, top, right, bottom, content), as fractions of the picture; the first that holds a
-            crop's centre names the crop.
-    """
+    """One photograph, as photographs.yaml has it."""
 
     file: str
     content: str

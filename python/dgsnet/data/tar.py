@@ -40,17 +40,11 @@ class Member(NamedTuple):
 
 @dataclass
 class Record:
-    """What an archive holds under one key.
+    """What an archive holds under one key."""
 
-    Attributes:
-        key: the members' common name, folders included.
-        images: the images among them.
-        texts: the contents of the members .cls, .txt and .json, by extension.
-    """
-
-    key: str
+    key: str  # the members' common name, folders included
     images: list[Member] = field(default_factory=list)
-    texts: dict[str, str] = field(default_factory=dict)
+    texts: dict[str, str] = field(default_factory=dict)  # of .cls, .txt and .json, by extension
 
 
 def images(path: str) -> Iterator[Member]:

@@ -53,27 +53,16 @@ MEASURES = {
 
 @dataclass
 class Run:
-    """One trained and measured model.
+    """One trained and measured model; measures are those of measure.Measures."""
 
-    Args:
-        task: one of TASKS.
-        method: one of METHODS, or another of `configurations`.
-        seed: decides everything random in it, its training images too.
-        folder: the run's folder.
-        curves: columns of metrics.csv in the main stage, with "step" counted from its start; NaN where empty.
-        evaluation: its scores on the test images.
-        auc: mean over test decoders.
-        auc_conflicting, zero_shot, cka: see measure.Measures.
-        seconds: time it took.
-    """
-
-    task: str
-    method: str
-    seed: int
+    task: str  # of TASKS
+    method: str  # of `configurations`
+    seed: int  # decides everything random in it, its training images too
     folder: Path
+    # Columns of metrics.csv in the main stage, with "step" counted from its start; NaN where empty.
     curves: dict[str, np.ndarray]
-    evaluation: Evaluation
-    auc: float
+    evaluation: Evaluation  # on the test images
+    auc: float  # mean over test decoders
     auc_conflicting: float
     zero_shot: float
     cka: float
@@ -109,18 +98,10 @@ def compare(
     tasks: Sequence[str] = tuple(TASKS),
     methods: Sequence[str] = METHODS,
 ) -> list[Run]:
-    """Train every method on every task with every seed, and measure it on the test split.
+    """Train every method on every task with every seed, and measure it on the split test below `data`.
 
-    Args:
-        data: dataset folder with the split test; training images go to data/TASK-SEED.
-        configure: gives what the methods share, for a folder that holds the split train.
-        folder: for the runs' folders.
-        seeds: one run of every task and method for each.
-        tasks: of TASKS.
-        methods: names of `configurations`.
-
-    Returns:
-        The runs, ordered by task, method and seed.
+    Training images go to data/TASK-SEED; `configure` gives what the methods share for such a folder. The runs
+    come ordered by task, method and seed.
     """
     pairs = [(task, seed) for seed in seeds for task in tasks]
     configs = {pair: configurations(configure(training_set(data, *pair)), pair[1]) for pair in pairs}
@@ -135,14 +116,9 @@ def train_all(
 ) -> Iterator[Run]:
     """Make the training sets, then train and measure each job; gives the runs as they end.
 
-    One thread each, as many at a time as there are cores: a model this small gains little from a second
-    thread and much from a second process.
-
-    Args:
-        data: dataset folder with `split`.
-        split: images to measure on.
-        folder: for the runs' folders.
-        jobs: task, seed, name of the method, and the configuration, trained on `training_set`.
+    A job is task, seed, name of the method, and configuration, trained on `training_set`. One thread each, as
+    many at a time as there are cores: a model this small gains little from a second thread and much from a
+    second process.
     """
     started = time.monotonic()
     processes = min(len(jobs), usable_cores())
@@ -193,7 +169,6 @@ def _write(data: Path, task: str, seed: int) -> None:
 def _train_one(
     data: Path, split: str, folder: Path, task: str, seed: int, method: str, config: Config
 ) -> Run:
-    """Train and measure one model."""
     import torch
 
     from dgsnet.config import Config
@@ -257,18 +232,11 @@ def values(runs: list[Run], task: str, method: str, key: str) -> np.ndarray:
 
 @dataclass
 class Gain:
-    """Paired difference of a method to plain LoRA: same task, seed and images.
+    """Paired difference of a method to plain LoRA: same task, seed and images."""
 
-    Args:
-        mean: over seeds, as a fraction.
-        error: standard error of the mean; NaN of a single seed.
-        won: seeds in which the method has more.
-        seeds: how many there are.
-    """
-
-    mean: float
-    error: float
-    won: int
+    mean: float  # over seeds, as a fraction
+    error: float  # standard error of the mean; NaN of a single seed
+    won: int  # seeds in which the method has more
     seeds: int
 
     def __str__(self) -> str:

@@ -25,40 +25,24 @@ CROPS, CROPS_SEED = 480, 10**6
 
 @dataclass
 class Exam:
-    """What detectors are measured with, decoded and encoded once.
-
-    Args:
-        samples: labelled images.
-        pixels: their inputs [N, 3, S, S].
-        frozen: their features [N, D] in the frozen tower.
-        crops: inputs [M, 3, S, S] of real crops of photographs that the tiny CLIP knows.
-        contents: [M], what each shows, as a row of `names`.
-        names: [C, D], the frozen text tower's unit feature of every content.
-    """
+    """What detectors are measured with, decoded and encoded once."""
 
     samples: list[Item]
-    pixels: Tensor
-    frozen: Tensor
-    crops: Tensor
-    contents: Tensor
-    names: Tensor
+    pixels: Tensor  # their inputs [N, 3, S, S]
+    frozen: Tensor  # their features [N, D] in the frozen tower
+    crops: Tensor  # inputs [M, 3, S, S] of real crops of photographs that the tiny CLIP knows
+    contents: Tensor  # [M], what each shows, as a row of `names`
+    names: Tensor  # [C, D], the frozen text tower's unit feature of every content
 
 
 @dataclass
 class Measures:
-    """What was measured of a detector.
-
-    Args:
-        evaluation: its scores.
-        conflicting: mean over decoders of the AUC on `conflicting` images.
-        zero_shot: share of crops whose content is the nearest of all contents' captions.
-        cka: linear centred kernel alignment of its features with the frozen ones.
-    """
+    """What was measured of a detector."""
 
     evaluation: Evaluation
-    conflicting: float
-    zero_shot: float
-    cka: float
+    conflicting: float  # mean over decoders of the AUC on `conflicting` images
+    zero_shot: float  # share of crops whose content is the nearest of all contents' captions
+    cka: float  # linear centred kernel alignment of its features with the frozen ones
 
 
 @torch.inference_mode()

@@ -53,15 +53,9 @@ def write(
     map_labels: np.ndarray,
     seconds: float,
 ) -> None:
-    """Write the report.
+    """Write the report of runs of every task, method and seed.
 
-    Args:
-        path: the HTML file.
-        runs: every task and method with every seed.
-        samples: name of a set to its images.
-        maps: title to t-SNE points [N, 2].
-        map_labels: [N], 0 real, 1 generated.
-        seconds: time of the whole demo.
+    `samples`: name of a set to its images. `maps`: title to t-SNE points [N, 2]. `seconds`: of the demo.
     """
     first = of(runs, BIASED, EXPERT)[0]
     decoders = list(first.evaluation.by_generator())

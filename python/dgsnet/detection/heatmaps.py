@@ -92,13 +92,7 @@ def heatmap(detector: Detector, image: np.ndarray) -> Heatmap:
 
 
 def draw(result: Heatmap, image: np.ndarray, title: str = "") -> Figure:
-    """The heatmap over its image, hatched where the model did not look, beside a bar of colours.
-
-    Args:
-        result: of `heatmap`.
-        image: uint8 [H, W, 3], the same.
-        title: above it.
-    """
+    """The heatmap over its image, uint8 [H, W, 3], hatched where the model did not look; a colour bar."""
     import matplotlib
     from matplotlib.colors import LinearSegmentedColormap, Normalize
     from matplotlib.figure import Figure
@@ -141,13 +135,9 @@ def draw(result: Heatmap, image: np.ndarray, title: str = "") -> Figure:
 
 
 def save(detector: Detector, name: str, image: np.ndarray, folder: str | Path) -> Path:
-    """Write an image's heatmap as .png and .json, and give the path of the former.
+    """Write the heatmap of an image, uint8 [H, W, 3], as .png, whose path it gives, and .json.
 
-    Args:
-        detector: the model.
-        name: what the image is called; the files' names are made of it.
-        image: uint8 [H, W, 3].
-        folder: where to; is made.
+    The files' names are made of its name.
     """
     import torch
 

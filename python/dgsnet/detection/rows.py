@@ -59,17 +59,11 @@ def columns(*, consistency: bool = False, provenance: bool = False) -> tuple[str
 
 @dataclass(frozen=True)
 class Todo:
-    """The images that have no row yet; can be gone through in another process.
+    """The images that have no row yet; can be gone through in another process."""
 
-    Attributes:
-        paths: as find_items takes them.
-        table: a partial table.
-        end: its length in bytes when it was opened: later rows are of images gone through already.
-    """
-
-    paths: list[str]
-    table: Path
-    end: int
+    paths: list[str]  # as find_items takes them
+    table: Path  # a partial table
+    end: int  # its length in bytes when it was opened: later rows are of images gone through already
 
     def __iter__(self) -> Iterator[Item]:
         rows = read_rows(self.table, Row._fields, self.end)

@@ -17,18 +17,11 @@ ALL = "all"
 
 @dataclass(frozen=True)
 class Change:
-    """How many of n images are decided rightly by two detectors, `before` and `after`.
-
-    Attributes:
-        both: by both.
-        gained: by `after` alone.
-        lost: by `before` alone.
-        neither: by neither.
-    """
+    """How many of n images are decided rightly by two detectors, `before` and `after`."""
 
     both: int
-    gained: int
-    lost: int
+    gained: int  # by `after` alone
+    lost: int  # by `before` alone
     neither: int
 
     @property
@@ -47,7 +40,6 @@ class Change:
 
     @property
     def difference(self) -> float:
-        """Accuracy gained, negative where it is lost."""
         return (self.gained - self.lost) / self.n
 
     @property

@@ -13,19 +13,14 @@ from dgsnet.evaluation.results import Evaluation, between, percent
 class SourceRate:
     """The false-positive rate of one source of real images.
 
-    Attributes:
-        source: the generator, with its suite where there are several, beside which the real images lie.
-        n: its real images.
-        wrong: those called generated.
-        low, high: Clopper and Pearson's interval of the rate.
-        exceeds: whether so many are above what was promised that chance does not explain it, at the level of
-            1 - CONFIDENCE for all sources together (binomial test, Bonferroni's correction).
+    `exceeds`: so many are above what was promised that chance does not explain it, at the level of
+    1 - CONFIDENCE for all sources together (binomial test, Bonferroni's correction).
     """
 
-    source: str
-    n: int
-    wrong: int
-    low: float
+    source: str  # the generator, with its suite where there are several, beside which the real images lie
+    n: int  # its real images
+    wrong: int  # those called generated
+    low: float  # Clopper and Pearson's interval of the rate
     high: float
     exceeds: bool
 
@@ -35,7 +30,6 @@ class SourceRate:
 
 
 def threshold_of(evaluation: Evaluation) -> float:
-    """The calibrated threshold; without a calibration the evaluation's."""
     calibrated = evaluation.calibrated_threshold
     return evaluation.threshold if calibrated is None else calibrated
 

@@ -54,32 +54,20 @@ def find(suite: str) -> Published | None:
 
 @dataclass(frozen=True)
 class Comparison:
-    """One's own figures of a suite beside the published ones, all in percent.
-
-    Attributes:
-        published: the suite's published results.
-        generators: (generator, own accuracy, own AP, published accuracy, published AP) of those in both.
-        missing: published generators that one's own suite lacks.
-        own: own (accuracy, AP), means over `generators`.
-        official: the authors' (accuracy, AP) over the same generators.
-    """
+    """One's own figures of a suite beside the published ones, all in percent."""
 
     published: Published
+    # Generator, own accuracy, own AP, published accuracy, published AP, of those in both.
     generators: list[tuple[str, float, float, float, float]]
-    missing: list[str]
-    own: tuple[float, float]
-    official: tuple[float, float]
+    missing: list[str]  # published generators that one's own suite lacks
+    own: tuple[float, float]  # accuracy and AP, means over `generators`
+    official: tuple[float, float]  # the authors', over the same generators
 
 
 def compare(suite: str, measured: Mapping[str, Mapping[str, float]]) -> Comparison | None:
-    """Put results beside the published ones.
+    """Results, generator to `accuracy` and `ap` as fractions, beside those published under the suite's name.
 
-    Args:
-        suite: the suite's name.
-        measured: generator to its `accuracy` and `ap`, as fractions.
-
-    Returns:
-        None where nothing is published under this name, or for none of these generators.
+    None where there are none, or for none of these generators.
     """
     published = find(suite)
     if published is None:

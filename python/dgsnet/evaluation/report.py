@@ -148,14 +148,7 @@ def published_generators(comparison: Comparison) -> list[list[str]]:
 
 
 def write_page(path: str | Path, evaluation: Evaluation, *, model: str, views: int = 1) -> None:
-    """Write the HTML page.
-
-    Args:
-        path: the file.
-        evaluation: what it shows.
-        model: the model's folder, as it was given.
-        views: views averaged per image.
-    """
+    """Write the HTML page; `model` is the model's folder, as it was given."""
     import torch  # for its version; whoever has something to write has imported it
 
     mean = evaluation.mean_of()

@@ -35,22 +35,14 @@ class Score:
 
 @dataclass
 class Result:
-    """The measures of one generator, or their mean over generators.
+    """The measures of one generator, or their mean over generators."""
 
-    Attributes:
-        suite: the test suite; "" for the mean over all of several.
-        generator: the generator, "mean" for a mean.
-        distortion: what was done to the images; "" for nothing.
-        values: measures as fractions, and n_real, n_generated, n_damaged.
-        is_mean: whether it is a mean; a generator may have that name.
-    """
-
-    suite: str
-    generator: str
-    distortion: str
-    values: dict[str, float]
+    suite: str  # "" for the mean over all of several
+    generator: str  # "mean" for a mean
+    distortion: str  # "" for none
+    values: dict[str, float]  # measures as fractions, and n_real, n_generated, n_damaged
     draw: Callable[[], dict[str, np.ndarray]] = field(repr=False)
-    is_mean: bool = False
+    is_mean: bool = False  # a generator may have that name
 
     @cached_property
     def samples(self) -> dict[str, np.ndarray]:

@@ -22,12 +22,7 @@ def model_card(
 ) -> str:
     """The card of an exported model, Markdown.
 
-    Args:
-        detector: the model, with its calibration if any.
-        extra: what is stored with it (`dgsnet.model.checkpoint.read_extra`).
-        contract: `dgsnet.exchange.export.contract`.
-        out: where the export will lie; its last part is named in the example.
-        format: of the export.
+    `extra` is what is stored with the model; the last part of `out`, where the export will lie, is named.
     """
     from dgsnet.model.checkpoint import fingerprint
 

@@ -36,11 +36,7 @@ from dgsnet.training.step import Batch
 
 
 class Feed:
-    """Batches for one process of a run, in the order of its steps.
-
-    Args:
-        job: with a number for optim.batch_size; the images of an update are replayed beside its own.
-        accelerator: of the processes, which share the images.
+    """Batches for one process of a run, in the order of its steps; the processes share the images.
 
     Attributes:
         data_hash: tells these training images, labels and captions from others.
@@ -116,8 +112,7 @@ class Feed:
     ) -> list[tuple[int, list[MicroBatch]]]:
         """Begin, or go on with, an epoch, whose number over both stages decides order and augmentation.
 
-        Returns at most `limit` steps: each its images over all processes and this process's micro-batches,
-        with those that are replayed if `replay`.
+        Returns at most `limit` steps: each its images over all processes and this process's micro-batches.
         """
         self.order.set_epoch(epoch, skip=position.seen)
 

@@ -199,15 +199,9 @@ class ImageFeatures:
                 accelerator.wait_for_everyone()
 
     def __call__(self, index: Tensor, epoch: int, hashes: Tensor) -> Tensor:
-        """Features [n, D], float32, on the CPU, of images as an epoch sees them.
+        """Features [n, D], float32, on the CPU, of the images at `index` [n] as an epoch sees them.
 
-        Args:
-            index: [n], places in the dataset.
-            epoch: decides the view.
-            hashes: [n], of the images' files as they were read.
-
-        Raises:
-            UserError: the store is damaged, or a file has changed since its feature was computed.
+        UserError if the store is damaged, or a file has not the hash [n] of when its feature was computed.
         """
         rows = [self._row(int(i), epoch) for i in index]
         for i, row, file_hash in zip(index.tolist(), rows, hashes.tolist()):

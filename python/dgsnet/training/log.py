@@ -24,12 +24,7 @@ COLUMNS = ("step", "stage", "epoch", *TRAIN_COLUMNS, *VAL_COLUMNS)
 
 
 class Log:
-    """metrics.csv and TensorBoard; both go back to where a resumed run stands.
-
-    Args:
-        out: the run's folder.
-        accelerator: carries the tracker.
-    """
+    """metrics.csv and TensorBoard; both go back to where a resumed run stands."""
 
     def __init__(self, out: Path, accelerator: Accelerator) -> None:
         self.out, self.accelerator = out, accelerator
@@ -73,13 +68,7 @@ class Log:
 
 
 class Progress:
-    """How far an epoch is, on stderr: a bar on a terminal, a line for every `show` in a log.
-
-    Args:
-        place: stage and epoch in words.
-        done, total: optimiser steps of the epoch that are done, and all of them.
-        silent: say nothing, as all processes but the first.
-    """
+    """How far an epoch is, in optimiser steps, on stderr: a bar on a terminal, a line per `show` in a log."""
 
     def __init__(self, place: str, done: int, total: int, *, silent: bool = False) -> None:
         self.place, self.done, self.total = place, done, total
@@ -95,7 +84,6 @@ class Progress:
         self.bar.close()
 
     def step(self, images: int) -> None:
-        """An optimiser step over so many images is done."""
         self.done += 1
         self.images += images
         self.bar.update()

@@ -18,15 +18,7 @@ HEAD, BRANCHES = 1, 2  # the stages
 
 @dataclass(frozen=True)
 class Job:
-    """What is to be trained, and where.
-
-    Args:
-        config: the settings.
-        out: the folder, which no other job writes to.
-        samples: images to train on.
-        val: images to validate on; may be empty.
-        update: what makes it an update of a detector.
-    """
+    """What is to be trained, and in which folder, which no other job writes to."""
 
     config: Config
     out: Path
@@ -37,21 +29,13 @@ class Job:
 
 @dataclass
 class Position:
-    """Where a run stands; with the trained weights and the optimiser, all that decides how it goes on.
+    """Where a run stands; with the trained weights and the optimiser, all that decides how it goes on."""
 
-    Args:
-        stage: HEAD or BRANCHES, BRANCHES + 1 when finished.
-        epoch: epoch within the stage.
-        seen: images of this epoch already used.
-        stage_step: optimiser steps done in this stage.
-        step: optimiser steps done in the run.
-    """
-
-    stage: int
-    epoch: int = 0
-    seen: int = 0
-    stage_step: int = 0
-    step: int = 0
+    stage: int  # HEAD or BRANCHES, BRANCHES + 1 when finished
+    epoch: int = 0  # of the stage
+    seen: int = 0  # images of the epoch
+    stage_step: int = 0  # optimiser steps of the stage
+    step: int = 0  # and of the run
 
 
 def dropout_seed(seed: int, step: int, process: int) -> int:
@@ -86,9 +70,8 @@ class StepPlan:
     def __init__(self, images: int, batch_size: int, rank: int, world: int) -> None:
         self.images, self.batch_size = images, batch_size
         self.rank, self.world = rank, world
-        self.steps: list[
-            tuple[int, list[MicroBatch]]
-        ] = []  # images over all processes, micro-batches of this one
+        # Images over all processes, micro-batches of this one.
+        self.steps: list[tuple[int, list[MicroBatch]]] = []
 
     def set(
         self,

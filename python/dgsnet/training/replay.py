@@ -19,25 +19,15 @@ REPLAYED = "replayed"
 
 @dataclass(frozen=True)
 class Update:
-    """What makes a run an update of a detector.
+    """What makes a run an update of a detector."""
 
-    Args:
-        start: the detector's `trained_state`.
-        trained_on: hashes of the files that it was trained on, int64 [N].
-        samples: old images.
-        rule: of WEIGHTINGS, or "none".
-        ratio: replayed images for each new one of a step.
-        seed: decides which old images a step replays.
-        record: what is stored of it with the model; anything JSON can hold.
-    """
-
-    start: dict[str, Tensor]
-    trained_on: np.ndarray
-    samples: list[Item]
-    rule: str
-    ratio: float
-    seed: int
-    record: dict[str, str]
+    start: dict[str, Tensor]  # the detector's `trained_state`
+    trained_on: np.ndarray  # hashes of the files that it was trained on, int64 [N]
+    samples: list[Item]  # old images
+    rule: str  # of WEIGHTINGS, or "none"
+    ratio: float  # replayed images for each new one of a step
+    seed: int  # decides which old images a step replays
+    record: dict[str, str]  # what is stored of it with the model
 
     @property
     def replayed(self) -> list[Item]:

@@ -37,13 +37,8 @@ STATE_FILE = Path("state") / "resume.pt"
 class State:
     """All that changes as a run goes on; with its configuration and data, all that decides how it ends.
 
-    Args:
-        job, accelerator: of the run.
-        model, expert: what is trained; saved and restored in place.
-        feed: what has been read of the data.
-        backbone: fingerprint of the frozen encoder.
-
     Attributes:
+        backbone: fingerprint of the frozen encoder.
         position: stage, epoch and step.
         best: AP and negative loss of the model in best/; None before there is one.
         sums: TRAIN_COLUMNS since the last logged step, weighted and added up; last, the sum of the weights.
@@ -67,7 +62,6 @@ class State:
         self.moments = torch.zeros(drift.size(model.dim), dtype=torch.float64, device=accelerator.device)
 
     def add(self, found: Found, weight: float) -> None:
-        """Take in what a micro-batch found."""
         self.sums += weight * torch.cat([found.values, found.values.new_ones(1)])
         if found.moments is not None:
             self.moments += weight * found.moments
@@ -89,10 +83,7 @@ class State:
     ) -> None:
         """Write last/, then the state to resume from, which counts on all else being there.
 
-        Args:
-            optimizer: of the stage; None between stages.
-            log: of which the state knows the size.
-            result: of a validation of this very model.
+        Between stages there is no optimiser. `result`: of a validation of this very model.
         """
         # All processes take part in what is gathered; the first one writes.
         sums, moments = (self.accelerator.reduce(x, "mean") for x in (self.sums, self.moments))

@@ -32,37 +32,22 @@ def speed_up(model: DGSNet, optim: OptimConfig) -> DGSNet:
 
 
 class Batch(NamedTuple):
-    """What a step is given.
+    """What a step is given."""
 
-    Args:
-        pixels: normalised images [B, 3, S, S].
-        labels: [B], 0 or 1.
-        text: text features [B, D], if the step is captioned.
-        nuisances: [B, len(NUISANCES)], if there is an expert on files.
-        frozen: the frozen tower's features [B, D], where they are known.
-    """
-
-    pixels: Tensor
-    labels: Tensor
-    text: Tensor | None = None
-    nuisances: Tensor | None = None
-    frozen: Tensor | None = None
+    pixels: Tensor  # normalised images [B, 3, S, S]
+    labels: Tensor  # [B], 0 or 1
+    text: Tensor | None = None  # features [B, D], if the step is captioned
+    nuisances: Tensor | None = None  # [B, len(NUISANCES)], if there is an expert on files
+    frozen: Tensor | None = None  # features [B, D] of the frozen tower, where they are known
 
 
 class Found(NamedTuple):
-    """What a step finds; all are means over the batch.
-
-    Args:
-        loss: to differentiate.
-        values: TRAIN_COLUMNS, detached [5].
-        harmful: the harmful reference loss of layer-wise surgery, where there are captions.
-        moments: `drift.moments`, of three branches.
-    """
+    """What a step finds; all are means over the batch."""
 
     loss: Tensor
-    values: Tensor
-    harmful: Tensor | None = None
-    moments: Tensor | None = None
+    values: Tensor  # TRAIN_COLUMNS, detached [5]
+    harmful: Tensor | None = None  # reference loss of layer-wise surgery, where there are captions
+    moments: Tensor | None = None  # `drift.moments`, of three branches
 
 
 # What the head finds, the experts' logits as constants, and the harmful reference loss.
@@ -73,7 +58,7 @@ class Step(nn.Module):
     """One forward pass of a stage, from images to losses, inside one module as data parallelism needs it.
 
     Args:
-        model: the model; which parameters require a gradient is set here.
+        model: which of its parameters require a gradient is set here.
         stage: HEAD or BRANCHES.
         surgery: settings of the three branches; None trains the student alone, plain LoRA or a linear probe.
         captioned: whether there are text features.

@@ -53,32 +53,18 @@ def fit(job: Job) -> None:
 
 @dataclass
 class Stage:
-    """What one stage trains with.
+    """What one stage trains with."""
 
-    Args:
-        module: the `Step`, as data parallelism wraps it.
-        optimizer: over what the stage trains.
-        surgery: layer-wise surgery before every step of the optimiser, if there is any.
-        objectives: what replayed images do to a step, if there are any.
-        epochs: of the stage.
-        epochs_before: of the stages before it.
-    """
-
-    module: Any
+    module: Any  # the `Step`, as data parallelism wraps it
     optimizer: Any
-    surgery: OptimizerSurgery | None
-    objectives: ObjectiveSurgery | None
+    surgery: OptimizerSurgery | None  # layer-wise
+    objectives: ObjectiveSurgery | None  # of replayed images
     epochs: int
     epochs_before: int
 
 
 class Trainer:
-    """Trains a job's model, from wherever its folder stands.
-
-    Args:
-        job: with a number for optim.batch_size.
-        accelerator: of the processes that train together.
-    """
+    """Trains a job's model, from wherever its folder stands; optim.batch_size is a number by now."""
 
     def __init__(self, job: Job, accelerator: Accelerator) -> None:
         config = job.config
@@ -98,7 +84,6 @@ class Trainer:
         self.sharded: Step | None = None  # for both stages, since weights are sharded once
 
     def train(self) -> None:
-        """Train to the end."""
         saved = self.state.restore()
         if self.state.position.stage > BRANCHES:
             return self.accelerator.print(f"{self.out} is already trained")
