@@ -76,7 +76,6 @@ class Watched:
         self._stop = sys.maxsize
         shutil.copytree(files, ".", dirs_exist_ok=True)
         self._detector = Detector.load("mine", "cpu")
-        monkeypatch.setattr(torch.utils.data, "DataLoader", self._loader())
         monkeypatch.setattr(
             uvicorn.Server, "run", lambda server, **_: self.seen.update(app=server.config.app)
         )
@@ -96,6 +95,9 @@ class Watched:
             ("socket", "create_server", lambda real, **_: real(("127.0.0.1", 0))),
         ]:
             self._replace(home, name, answer)
+        # What is imported while the loader is another's would keep it.
+        importlib.import_module("dgsnet.builtin.pretrain")
+        monkeypatch.setattr(torch.utils.data, "DataLoader", self._loader())
 
     def call(self, words: list[str], interrupt_after: int = sys.maxsize) -> int:
         """Call one command, interrupted after so many images or batches; returns its exit code."""
