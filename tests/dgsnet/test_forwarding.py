@@ -69,8 +69,10 @@ SETTINGS = {
     },
     **{"seed": 14, "checkpoint_every": 15, "log_every": 16},
 }
+# How scores are made.
+HOW = {"views": 5, "batch": 4, "precision": "bf16"}
 DETECTOR = [
-    *plain("load", device="cuda:5", views=2, pretrained="weights.pt"),
+    *plain("load", device="cuda:5", **HOW, pretrained="weights.pt"),
     Row("--model", "mine", "load.run", "mine"),
 ]
 CREDENTIALS = [
@@ -152,7 +154,7 @@ TABLE: dict[str, list[Row]] = {
     ],
     "calibrate": [
         *DETECTOR,
-        Row("--views", "2", "views", 2),
+        *(Row(f"--{name}", str(value), name, value) for name, value in HOW.items()),
         Row("--reals", "old/val --reals new/val noise", "sources", {"old/val": 12, "new/val noise": 16 + 3}),
         Row("--generated", "new/val/1_fake old/val", "n_generated", 19 + 14),
         Row("--fpr", "0.4", "fpr", 0.4),

@@ -137,8 +137,9 @@ class Watched:
             if getattr(module, last, None) is real:
                 self._monkeypatch.setattr(module, last, stand_in)
 
-    def _load(self, _: Any, views: int | None, **__: Any) -> Detector:
-        return Detector(self._detector.model, self._detector.config, None, views)
+    def _load(self, _: Any, views: int | None, batch: int | None, precision: Any, **__: Any) -> Detector:
+        model, config = self._detector.model, self._detector.config
+        return Detector(model, config, None, views, batch=batch, precision=precision)
 
     def _score_on_ray(self, _: Any, detector: Detector, todo: Any, **__: Any) -> Iterator[Any]:
         self.seen["ray"] = True

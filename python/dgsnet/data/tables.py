@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ class Table:
     Args:
         path: the file; its folder is made where there is none.
         settings: what the rows depend on, as JSON values by name; always the same names in the same order.
+        missing: what settings were that tables of earlier versions do not name.
         columns: of every row.
         resume: go on with rows that are there.
 
@@ -44,9 +45,15 @@ class Table:
     """
 
     def __init__(
-        self, path: Path, settings: dict[str, Any], columns: Collection[str], *, resume: bool = True
+        self,
+        path: Path,
+        settings: dict[str, Any],
+        columns: Collection[str],
+        *,
+        missing: Mapping[str, Any] = {},
+        resume: bool = True,
     ):
-        self.path, self.columns = path, columns
+        self.path, self.columns, self._missing = path, columns, missing
         path.parent.mkdir(parents=True, exist_ok=True)
         file = open_locked(path)
         if file is None:
@@ -107,6 +114,8 @@ class Table:
         name = head[: head.index(b":") + 1]
         begun = first.startswith(name) or name.startswith(first)
         found = _parse(first) if lines else expected if begun else None
+        if found is not None:
+            found = {key: self._missing[key] for key in expected if key in self._missing} | found
         if found is None or found.keys() != expected.keys():
             raise UserError(
                 f"{self.path} is no table of this command and version of dgsnet: give another --out, or "

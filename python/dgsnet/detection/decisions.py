@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 
@@ -23,6 +23,20 @@ THRESHOLD = 0.5
 DECIMALS = 6
 # Probability with which the stated rates hold, over the choice of calibration images.
 CONFIDENCE = 0.95
+
+Precision = Literal["fp32", "bf16", "fp16"]
+PRECISIONS = get_args(Precision)
+# What scores are made with where nothing else is said, by the names in Calibration.
+SETTINGS: dict[str, Any] = {"views": 1, "batch": 1, "precision": "fp32"}
+
+
+def check_setting(name: str, value: Any) -> None:
+    """UserError where one of SETTINGS has a value that it cannot have."""
+    if name == "precision":
+        if value not in PRECISIONS:
+            raise UserError(f"precision is {value!r}; it must be one of {', '.join(PRECISIONS)}")
+    elif value < 1:
+        raise UserError(f"{name} is {value}; it must be 1 or more")
 
 
 @dataclass(frozen=True)
@@ -66,6 +80,8 @@ class Calibration:
         n_reals: real images it rests on.
         n_generated: generated images it rests on.
         views: mosaics averaged per image; the calibration holds for scores made with as many.
+        batch: images that go through the network at a time, then and now.
+        precision: of the network's weights, one of PRECISIONS, then and now.
         sources: of the real images, where there are several.
     """
 
@@ -84,6 +100,8 @@ class Calibration:
     n_reals: int
     n_generated: int
     views: int = 1
+    batch: int = 1
+    precision: str = "fp32"
     sources: tuple[Source, ...] = ()
 
     def __post_init__(self) -> None:
@@ -91,8 +109,8 @@ class Calibration:
             raise ValueError(f"threshold={self.threshold} must be in 0..1 and low={self.low} not above it")
         if not (0 < self.temperature < math.inf):
             raise ValueError(f"temperature={self.temperature} must be positive and finite")
-        if self.views < 1:
-            raise ValueError(f"views={self.views} must be at least 1")
+        for name in SETTINGS:
+            check_setting(name, getattr(self, name))
 
     def to_json(self) -> str:
         """The text of calibration.json."""
@@ -105,7 +123,9 @@ class Calibration:
         if not isinstance(values, dict):
             raise ValueError("not a JSON object")
         names = {f.name for f in fields(cls)}
-        sources = values.setdefault("sources", [])  # there were none once
+        # There were none of these once.
+        values = {"batch": SETTINGS["batch"], "precision": SETTINGS["precision"], "sources": []} | values
+        sources = values["sources"]
         if wrong := sorted(values.keys() ^ names):
             raise ValueError(f"{'unknown' if wrong[0] not in names else 'missing'} field {wrong[0]}")
         try:
@@ -114,7 +134,7 @@ class Calibration:
             raise ValueError("sources are not what calibrate writes") from None
         for name, value in values.items():
             if (
-                name != "sources"
+                name not in ("sources", "precision")
                 and not (value is None and "None" in cls.__annotations__[name])
                 and (isinstance(value, bool) or not isinstance(value, (int, float)))
             ):
@@ -130,6 +150,8 @@ def calibrate(
     miss_rate: float | None = None,
     confidence: float = CONFIDENCE,
     views: int = 1,
+    batch: int = 1,
+    precision: str = "fp32",
 ) -> Calibration:
     """Find threshold, temperature and band from scores of images whose class is known.
 
@@ -147,7 +169,7 @@ def calibrate(
         fpr: how many of all real images may be called generated.
         miss_rate: how many of all generated images may be called real; None is `fpr`.
         confidence: with which both hold.
-        views: what the logits were averaged over; recorded.
+        views, batch, precision: what the logits were made with; recorded.
 
     Raises:
         UserError: too few images for the rates, or generated images that score no higher than real ones.
@@ -215,6 +237,8 @@ def calibrate(
         n_reals=len(reals),
         n_generated=len(generated),
         views=views,
+        batch=batch,
+        precision=precision,
         sources=sources if len(sources) > 1 else (),
     )
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import itertools
 import os
+import warnings
 from collections.abc import Iterable, Iterator, Sequence, Sized
 from dataclasses import asdict
 from pathlib import Path
@@ -12,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dgsnet.data.items import Item
-from dgsnet.detection.decisions import Calibration, decide
+from dgsnet.detection.decisions import SETTINGS, Calibration, check_setting, decide
 from dgsnet.errors import UserError
 
 # torch, open_clip and the rest are imported where they are used: `from dgsnet import Detector` stays quick.
@@ -23,6 +26,7 @@ if TYPE_CHECKING:
     from dgsnet.config import Config
     from dgsnet.data.distortions import Distortion
     from dgsnet.data.preprocess import Preprocessor
+    from dgsnet.detection.batches import Batches
     from dgsnet.model.dgsnet import DGSNet
 
 # More processes than this wait for the model, not for the images.
@@ -34,9 +38,10 @@ MIN_IMAGES_FOR_WORKERS = 64
 class Detector:
     """A trained model that says how likely an image was generated.
 
-    A score is a function of the image alone: the patch shuffle is seeded from the image's content, and every
-    image goes through the network by itself, because floating-point sums depend on the shape of the batch.
-    Between machines, versions or numbers of threads the last digits may differ.
+    A score is a function of the image alone: the patch shuffle is seeded from the image's content, and all
+    images go through the network in batches of one shape, because floating-point sums depend on that shape
+    and on nothing else in a batch. Between machines, versions or numbers of threads the last digits may
+    differ.
 
     With `views=k` it is the mean logit of k views: the plain one and k - 1 made as in training (another
     shuffle or crop, maybe mirrored), seeded from the image's content too.
@@ -46,10 +51,14 @@ class Detector:
         config: the configuration it was trained with, preprocessing included.
         calibration: what turns scores into decisions; None decides at 0.5.
         views: views averaged per image; None is what the calibration was made with, else 1.
+        batch: images that go through the network at a time; None is what the calibration was made with, else
+            1. An image alone costs as much as a whole batch.
+        precision: of the network's weights, "fp32", "bf16" or "fp16"; None is what the calibration was made
+            with, else "fp32".
 
     Attributes:
-        model: the network, in evaluation mode.
-        config, calibration, views: as given.
+        model: the network, in evaluation mode. What scores is a copy made at the first score.
+        config, calibration, views, batch, precision: as given or found.
         errors: index to message of the images that the last `predict` could not read.
 
     >>> detector = Detector.load("runs/demo/model")  # doctest: +SKIP
@@ -60,23 +69,23 @@ class Detector:
     """
 
     def __init__(
-        self, model: DGSNet, config: Config, calibration: Calibration | None = None, views: int | None = None
+        self,
+        model: DGSNet,
+        config: Config,
+        calibration: Calibration | None = None,
+        views: int | None = None,
+        *,
+        batch: int | None = None,
+        precision: str | None = None,
     ):
         from dgsnet.data.preprocess import Preprocessor
 
-        if views is None:
-            views = calibration.views if calibration else 1
-        if views < 1:
-            raise UserError(f"views is {views}; it must be 1 or more")
-        if calibration and views != calibration.views:
-            raise UserError(
-                f"the model is calibrated for views={calibration.views}, and its threshold does not hold for "
-                f"views={views}: leave views out, or run dgsnet calibrate --views {views}"
-            )
+        self.views: int = _setting(calibration, "views", views)
+        self.batch: int = _setting(calibration, "batch", batch)
+        self.precision: str = _setting(calibration, "precision", precision)
         self.model = model.eval()
         self.config = config
         self.calibration = calibration
-        self.views = views
         self.preprocess = Preprocessor(config.preprocess)
         self.errors: dict[int, str] = {}
 
@@ -87,6 +96,8 @@ class Detector:
         device: str | None = None,
         *,
         views: int | None = None,
+        batch: int | None = None,
+        precision: str | None = None,
         calibrated: bool = True,
         pretrained: str | None = None,
     ) -> Detector:
@@ -95,14 +106,14 @@ class Detector:
         Args:
             run: folder written by `dgsnet train`, `dgsnet convert` or `dgsnet demo`.
             device: torch device, such as "cpu" or "cuda:1"; None takes the GPU where there is one.
-            views: views averaged per image; None is what the calibration was made with, else 1.
+            views, batch, precision: as of the class.
             calibrated: False leaves the folder's calibration aside.
             pretrained: weights file of the backbone, in place of the one that the folder names; TorchScript,
                 such as OpenAI's own files, can run code and is loaded only if it is named here.
 
         Raises:
-            UserError: the folder holds no model, its backbone cannot be loaded, it was calibrated for another
-                number of views, or there is no such device.
+            UserError: the folder holds no model, its backbone cannot be loaded, it was calibrated for other
+                views, batches or another precision, or there is no such device.
         """
         from dgsnet.detection.decisions import load_calibration
         from dgsnet.model.folders import model_folder
@@ -120,17 +131,37 @@ class Detector:
         except (RuntimeError, AssertionError) as error:
             raise UserError(f"device {device} cannot be used here ({error}); try cpu") from None
         calibration = load_calibration(run) if calibrated else None
-        return cls(*load_model(Path(run), device=device, pretrained=pretrained), calibration, views)
+        model = load_model(Path(run), device=device, pretrained=pretrained)
+        return cls(*model, calibration, views, batch=batch, precision=precision)
+
+    def fastest(self, batch: int | None = None, precision: str | None = None) -> Detector:
+        """The same, at the precision and in the batches that are fast on this machine, unless they are given.
+
+        `dgsnet.detection.batches` says how they are chosen.
+        """
+        from dgsnet.detection.batches import best_size, fast_precision, ready
+
+        precision = precision or fast_precision(next(self.model.parameters()).device)
+        batch = batch or best_size(ready(self.model, precision))[0]
+        return Detector(
+            self.model, self.config, self.calibration, self.views, batch=batch, precision=precision
+        )
 
     def settings(self) -> dict[str, Any]:
-        """What logits depend on besides the image, as JSON values: model (a hash), preprocessing, views."""
+        """What logits depend on besides the image, as JSON values: a hash of the model, preprocessing, ..."""
         from dgsnet.model.checkpoint import fingerprint, trained_state
 
         model = hashlib.sha256(fingerprint(self.model).encode())
         for name, tensor in sorted(trained_state(self.model).items()):
             model.update(name.encode() + tensor.float().numpy().tobytes())
         preprocessing = asdict(self.config.preprocess)
-        return {"model": model.hexdigest()[:16], "preprocessing": preprocessing, "views": self.views}
+        return {
+            "model": model.hexdigest()[:16],
+            "preprocessing": preprocessing,
+            "views": self.views,
+            "batch": self.batch,
+            "precision": self.precision,
+        }
 
     def predict(self, images: Any, *, workers: int | None = None, consistency: bool = False) -> np.ndarray:
         """Probability that each image was generated, float32 [N]; calibrated where the model is.
@@ -195,22 +226,32 @@ class Detector:
         """Logits [1 + copies] of one image after another, NaN with an error."""
         import torch
 
-        prepared = Prepared(self.preprocess, self.views, copies)
-        unread = torch.full((1 + len(copies),), float("nan"))
-        # No more images are taken from `images` than are being prepared.
+        # No more images are taken from `images` than are being prepared and fill a batch.
         images = images if isinstance(images, list) else map(_image, images)
-        for pixels, error in in_order(prepared, images, workers):
-            yield unread if error else self.mean_logits(pixels), error
+        prepared = in_order(Prepared(self.preprocess, self.views, copies), images, workers)
+        unread = torch.full((1 + len(copies),), float("nan"))
+        while filled := list(itertools.islice(prepared, self.at_a_time(1 + len(copies)))):
+            logits = iter(self.mean_logits([pixels for pixels, error in filled if not error]))
+            for _, error in filled:
+                yield unread if error else next(logits), error
 
-    def mean_logits(self, pixels: Tensor) -> Tensor:
-        """Logits of what `Prepared` makes of an image, averaged over the views: [1 + copies], on the CPU.
+    def at_a_time(self, versions: int = 1) -> int:
+        """How many images, each in so many versions, fill a batch; at least 1."""
+        return max(1, self.batch // (versions * self.views))
+
+    def mean_logits(self, images: Sequence[Tensor]) -> list[Tensor]:
+        """Logits of what `Prepared` makes of images, averaged over the views: each [1 + copies], on the CPU.
 
         Args:
-            pixels: [(1 + copies) * views, 3, S, S], the views of one after those of the other.
+            images: each [(1 + copies) * views, 3, S, S], the views of one after those of the other.
         """
         import torch
 
-        return torch.stack([part.mean() for part in self.logits(pixels).split(self.views)]).cpu()
+        if not images:
+            return []
+        logits = self.logits(torch.cat(list(images)))
+        means = torch.stack([part.mean() for part in logits.split(self.views)]).cpu()
+        return list(means.split([len(views) // self.views for views in images]))
 
     def logits(self, pixels: Tensor) -> Tensor:
         """Logits, float32 [N] on the model's device; generated is positive.
@@ -221,17 +262,24 @@ class Detector:
         Raises:
             ValueError: another shape than the model's input.
         """
-        import torch
-
         size = self.model.image_size
         if pixels.ndim != 4 or pixels.shape[1:] != (3, size, size):
             raise ValueError(f"pixels must be [N, 3, {size}, {size}], got {list(pixels.shape)}")
-        pixels = pixels.to(next(self.model.parameters()).device)
-        with torch.inference_mode():
-            rows = (
-                [self.model.logits(row) for row in pixels.split(1)] if len(pixels) else [pixels.new_empty(0)]
+        return self.batches(pixels)
+
+    @functools.cached_property
+    def batches(self) -> Batches:
+        """What scores: a copy of the model with its adapters merged, made when it is first asked for."""
+        from dgsnet.detection.batches import Batches, ready
+
+        batches = Batches(ready(self.model, self.precision), self.batch)
+        if batches.size < self.batch:
+            warnings.warn(
+                f"in batches of {self.batch} the bits of an image's score depend on what is beside it on "
+                f"{batches.device}: images are scored one by one",
+                stacklevel=2,
             )
-            return torch.cat(rows).float()
+        return batches
 
     def probabilities(self, logits: Tensor) -> Tensor:
         """sigmoid(logit / temperature), float64 of the shape of `logits`; temperature 1 if uncalibrated."""
@@ -245,6 +293,20 @@ class Detector:
         must agree, else it is "unsure".
         """
         return decide(probabilities, self.calibration)
+
+
+def _setting(calibration: Calibration | None, name: str, given: Any) -> Any:
+    """One of SETTINGS: what is given, else the calibration's, else the default."""
+    made = getattr(calibration, name) if calibration else SETTINGS[name]
+    if given is None:
+        return made
+    check_setting(name, given)
+    if calibration and given != made:
+        raise UserError(
+            f"the model is calibrated for {name}={made}, and its threshold does not hold for {name}={given}: "
+            f"leave {name} out, or run dgsnet calibrate --{name} {given}"
+        )
+    return given
 
 
 def _listed(images: Any) -> list[Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import logging
+import math
 import os
 import pickle
 import warnings
@@ -175,14 +176,17 @@ class _Scorer:
         import torch
 
         size = self.detector.model.image_size
+        items = [pickle.loads(packed.as_py()) for packed in table["item"]]
+        views = [
+            torch.from_numpy(np.frombuffer(pixels.as_py(), np.float32).reshape(-1, 3, size, size).copy())
+            for (_, error), pixels in zip(items, table["pixels"])
+            if not error
+        ]
+        # All of a table go through the network together.
+        logits = iter(self.detector.mean_logits(views))
         rows = []
-        for packed, pixels in zip(table["item"], table["pixels"]):
-            item, error = pickle.loads(packed.as_py())
-            answer: Any = float("nan")
-            if not error:
-                views = np.frombuffer(pixels.as_py(), np.float32).reshape(-1, 3, size, size).copy()
-                logits = self.detector.mean_logits(torch.from_numpy(views))
-                answer = self.detector.probabilities(logits).tolist()
+        for item, error in items:
+            answer: Any = math.nan if error else self.detector.probabilities(next(logits)).tolist()
             rows.append(pickle.dumps(Row.of(self.detector, item, answer, error)))
         return _table(row=rows)
 

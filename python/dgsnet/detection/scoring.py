@@ -23,7 +23,7 @@ from typing import Any, Literal
 from dgsnet.data.items import Item, find_items
 from dgsnet.data.parquet import import_pyarrow
 from dgsnet.data.tables import Table, partial
-from dgsnet.detection.decisions import DECIMALS
+from dgsnet.detection.decisions import DECIMALS, SETTINGS, Precision
 from dgsnet.detection.detector import MIN_IMAGES_FOR_WORKERS, Detector
 from dgsnet.detection.heatmaps import save
 from dgsnet.detection.provenance import ProvenanceReader
@@ -126,6 +126,8 @@ def predict_command(
     out: str = "scores.csv",
     device: str | None = None,
     views: int | None = None,
+    batch: int | None = None,
+    precision: Precision | None = None,
     workers: int | None = None,
     resume: bool = False,
     engine: Literal["local", "ray"] = "local",
@@ -144,6 +146,9 @@ def predict_command(
         out: the .csv, .jsonl or .parquet to write; it appears under this name when complete.
         device: torch device; the GPU where there is one if not given.
         views: mosaics averaged per image; if not given, what the model was calibrated with, else 1.
+        batch: images that go through the network at a time; if not given, what the model was calibrated with,
+            else 1. A lone image costs as much as a whole batch.
+        precision: of the network's weights; if not given, what the model was calibrated with, else fp32.
         workers: processes that read and prepare images, or with ray that score them; chosen if not given.
         resume: go on where a call with the same words was stopped or killed.
         engine: local scores on this machine's device, ray on all of a Ray cluster's.
@@ -167,11 +172,12 @@ def predict_command(
     if write is _write_parquet:
         import_pyarrow()
     _check_found(paths)
-    load = functools.partial(Detector.load, model, device, views=views, pretrained=pretrained)
+    how: dict[str, Any] = {"views": views, "batch": batch, "precision": precision, "pretrained": pretrained}
+    load = functools.partial(Detector.load, model, device, **how)
     with ProvenanceReader(trust) if provenance else contextlib.nullcontext() as reader:
         detector = load()
         begun = settings(detector, paths, consistency=consistency, provenance=reader)
-        with Table(partial(target), begun, Row._fields, resume=resume) as table:
+        with Table(partial(target), begun, Row._fields, missing=SETTINGS, resume=resume) as table:
             todo = Todo(paths, table.path, table.end)
             if engine == "ray":
                 rows = score_on_ray(detector, load, todo, workers=workers, consistency=consistency)

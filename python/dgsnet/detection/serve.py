@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 
 from dgsnet.data.images import ImageError, read_image
 from dgsnet.data.items import Item
-from dgsnet.detection.decisions import THRESHOLD
+from dgsnet.detection.decisions import THRESHOLD, Precision
 from dgsnet.detection.detector import Detector
 from dgsnet.detection.heatmaps import draw, heatmap
 from dgsnet.detection.provenance import ProvenanceReader
@@ -241,6 +241,8 @@ def serve_command(
     port: int = 8000,
     device: str | None = None,
     views: int | None = None,
+    batch: int | None = None,
+    precision: Precision | None = None,
     max_megabytes: int = 32,
     per_minute: int = 120,
     consistency: bool = False,
@@ -257,6 +259,9 @@ def serve_command(
         port: to listen on; 0 takes a free one.
         device: torch device; the GPU where there is one if not given.
         views: mosaics averaged per image; if not given, what the model was calibrated with, else 1.
+        batch: images that go through the network at a time; if not given, what the model was calibrated with,
+            else 1. A lone image costs as much as a whole batch.
+        precision: of the network's weights; if not given, what the model was calibrated with, else fp32.
         max_megabytes: largest image file.
         per_minute: requests that one client may make.
         consistency: score re-encoded and resized copies too, and decide "unsure" where they are decided
@@ -274,7 +279,9 @@ def serve_command(
     if host not in LOOPBACK:
         print(f"dgsnet: warning: anybody who can reach {host} can use the page", file=sys.stderr)
     with ProvenanceReader(trust) if provenance else contextlib.nullcontext() as reader:
-        detector = Detector.load(model, device, views=views, pretrained=pretrained)
+        detector = Detector.load(
+            model, device, views=views, batch=batch, precision=precision, pretrained=pretrained
+        )
         try:
             listening = socket.create_server(
                 (host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET

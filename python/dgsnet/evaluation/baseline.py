@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 from typing import TYPE_CHECKING
 
 from dgsnet.errors import UserError
 from dgsnet.evaluation.results import Evaluation
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from dgsnet.detection.detector import Detector
 
 # Its name among an evaluation's variants, in the table of logits.
@@ -26,6 +23,8 @@ def frozen_detector(detector: Detector) -> Detector:
     """
     import torch
 
+    from dgsnet.detection.detector import Detector
+
     config = detector.config
     for name, lacking in (
         ("model.lora_rank=0", not config.model.lora_rank),
@@ -38,19 +37,8 @@ def frozen_detector(detector: Detector) -> Detector:
                 f"was trained with {name}: train one with model.lora_rank=0, and evaluate it by itself"
             )
 
-    class Frozen(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.model = detector.model
-            self.image_size = detector.model.image_size
-
-        def logits(self, pixels: Tensor) -> Tensor:
-            return self.model.teacher_logits(pixels)
-
-    result = copy.copy(detector)
-    result.model = Frozen()  # type: ignore[assignment] # as much of a DGSNet as a detector asks for
-    result.calibration = None
-    return result
+    frozen = detector.model.merged(torch.float32, teacher=True)
+    return Detector(frozen, config, None, detector.views, batch=detector.batch, precision=detector.precision)
 
 
 def caption(_: Evaluation) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -17,7 +18,7 @@ from dgsnet.audit.audit import load_model
 from dgsnet.data.images import ImageError, file_hash, read_image
 from dgsnet.data.nuisances import NUISANCES, file_nuisances
 from dgsnet.data.tables import Table, damaged
-from dgsnet.detection.decisions import DECIMALS
+from dgsnet.detection.decisions import DECIMALS, SETTINGS, Precision
 from dgsnet.detection.detector import Detector, Prepared, in_order
 from dgsnet.detection.overlap import warn_of_both_labels, warn_of_training_images
 from dgsnet.errors import UserError
@@ -90,18 +91,21 @@ def evaluate(
             bar.initial = bar.n  # not part of the speed shown
         missing = [[name for name in variants if i not in done[name]] for i in range(len(listed))]
         wanted = [(item, {variants[name][0] for name in lacks}) for (_, item), lacks in zip(listed, missing)]
-        examined = in_order(_Examined(detector, distortions), wanted, workers)
-        for index, (file, nuisances[index], views) in enumerate(examined):
-            hashes.append(file)
-            for name in missing[index]:
-                distortion, scorer = variants[name]
-                pixels, error = views[distortion]
-                logit = math.nan if error else scorer.mean_logits(pixels).item()
-                done[name][index] = logit, error
-                if table:
-                    row = {"distortion": name, "index": index, "path": listed[index][1].path}
-                    table.add(row | {"logit": None if error else logit, "error": error})
-                bar.update()
+        examined = enumerate(in_order(_Examined(detector, distortions), wanted, workers))
+        while filled := list(itertools.islice(examined, detector.at_a_time())):
+            for index, (file, measured, _) in filled:
+                hashes.append(file)
+                nuisances[index] = measured
+            for name, (distortion, scorer) in variants.items():
+                lacking = [(i, *views[distortion]) for i, (_, _, views) in filled if name in missing[i]]
+                found = iter(scorer.mean_logits([pixels for _, pixels, error in lacking if not error]))
+                for index, _, error in lacking:
+                    done[name][index] = math.nan if error else next(found).item(), error
+                    if table:
+                        logit = None if error else done[name][index][0]
+                        row = {"distortion": name, "index": index, "path": listed[index][1].path}
+                        table.add(row | {"logit": logit, "error": error})
+                    bar.update()
     scores = []
     for name, (_, scorer) in variants.items():
         logits = torch.tensor([done[name][i][0] for i in range(len(listed))], dtype=torch.float64)
@@ -155,7 +159,8 @@ def _journal(path: Path, detector: Detector, listed: Sequence[tuple[str, Item]])
     images = hashlib.sha256()
     for suite, sample in listed:
         images.update(repr((suite, sample.path, sample.label, sample.generator)).encode())
-    return Table(path, detector.settings() | {"images": images.hexdigest()[:16]}, COLUMNS)
+    settings = detector.settings() | {"images": images.hexdigest()[:16]}
+    return Table(path, settings, COLUMNS, missing=SETTINGS)
 
 
 def _kept(table: Table, listed: Sequence[tuple[str, Item]]) -> dict[str, dict[int, tuple[float, str]]]:
@@ -182,6 +187,8 @@ def evaluate_command(
     audit: str | None = None,
     frozen: bool = False,
     views: int | None = None,
+    batch: int | None = None,
+    precision: Precision | None = None,
     device: str | None = None,
     workers: int | None = None,
     pretrained: str | None = None,
@@ -203,6 +210,9 @@ def evaluate_command(
             rather than with what the measured images' own say.
         frozen: measure the frozen backbone with the linear head of training's stage 1 beside the model.
         views: views averaged per image; what the calibration was made with, else 1, if not given.
+        batch: images that go through the network at a time; if not given, what the model was calibrated with,
+            else 1. A lone image costs as much as a whole batch.
+        precision: of the network's weights; if not given, what the model was calibrated with, else fp32.
         device: torch device; the GPU where there is one if not given.
         workers: processes that read and prepare images; chosen if not given.
         pretrained: weights file of the model's backbone, in place of what the folder names; TorchScript, such
@@ -211,7 +221,9 @@ def evaluate_command(
     distortions = parse(robustness or ())
     file_model = load_model(audit) if audit else None
     suites = find_suites(data, split)
-    detector = Detector.load(model, device, views=views, pretrained=pretrained)
+    detector = Detector.load(
+        model, device, views=views, batch=batch, precision=precision, pretrained=pretrained
+    )
     result = evaluate(
         detector,
         suites,

@@ -64,12 +64,33 @@ def adapters_skipped(visual: nn.Module) -> Iterator[None]:
             adapter.skipped = False
 
 
-def merge_adapters(visual: nn.Module) -> None:
-    """Add every adapter to its linear, which takes its place again."""
+def merge_adapters(visual: nn.Module, dtype: torch.dtype | None = None) -> None:
+    """Add every adapter to its linear, which takes its place again: in float64, rounded once, to `dtype`."""
+    for adapter in visual.modules():
+        if isinstance(adapter, Adapter):
+            linear = adapter.get_base_layer()
+            merged = merged_weight(adapter).to(linear.weight.device, dtype or linear.weight.dtype)
+            linear.weight = nn.Parameter(merged, requires_grad=False)
+    drop_adapters(visual)
+
+
+def drop_adapters(visual: nn.Module) -> None:
+    """Put every linear in its adapter's place again, as it was before `inject_lora`."""
     for path, adapter in list(visual.named_modules()):
         if isinstance(adapter, Adapter):
-            adapter.merge(safe_merge=True)
             visual.set_submodule(path, adapter.get_base_layer())
+
+
+def merged_weight(adapter: Adapter) -> Tensor:
+    """What stands for linear and adapter together, float64 on the CPU."""
+    base, a, b = (
+        weight.detach().cpu().double()
+        for weight in (
+            adapter.get_base_layer().weight,
+            *(weights.get_parameter("default.weight") for weights in (adapter.lora_A, adapter.lora_B)),
+        )
+    )
+    return torch.addmm(base, b, a, alpha=adapter.scaling["default"])
 
 
 def _dropout(x: Tensor, dropout: nn.Module) -> Tensor:

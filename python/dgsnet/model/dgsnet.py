@@ -4,6 +4,7 @@ frozen text tower, and three linear heads.
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from dgs_kernels import SurgeryHead
 from dgsnet.config import ModelConfig
 from dgsnet.errors import UserError
-from dgsnet.model.adapters import adapters_skipped, inject_lora
+from dgsnet.model.adapters import adapters_skipped, drop_adapters, inject_lora, merge_adapters
 from dgsnet.model.backbones import backbone_of
 from dgsnet.model.catalogue import side
 from dgsnet.model.pretrained import build_towers, encode_text, tokenizer_of
@@ -138,6 +139,25 @@ class DGSNet(nn.Module):
             if "lora_" not in name:
                 tensor.data = tensor.data.to(dtype)
         return self
+
+    def merged(self, dtype: torch.dtype, *, teacher: bool = False) -> DGSNet:
+        """A copy that gives logits alone: adapters in the weights, the tower in `dtype`, the head as it is.
+
+        Args:
+            dtype: of the tower's weights. Those that are in it already are shared with this model.
+            teacher: make of it the frozen tower with the teacher's head.
+        """
+        shared: dict[int, Any] = {id(tensor): tensor for tensor in (*self.parameters(), *self.buffers())}
+        copied = copy.deepcopy(self, shared | {id(self.text): None, id(self._tokenizer): None})
+        if teacher:
+            drop_adapters(copied.visual)
+            copied.head.image_head = copied.head.teacher_head
+        else:
+            merge_adapters(copied.visual, dtype)
+        for module in copied.visual.modules():
+            for name, parameter in module.named_parameters(recurse=False):
+                setattr(module, name, nn.Parameter(parameter.detach().to(dtype), requires_grad=False))
+        return copied.eval()
 
     def train(self, mode: bool = True) -> DGSNet:
         """As `nn.Module.train`, but the frozen text tower stays in evaluation mode."""

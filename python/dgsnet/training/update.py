@@ -244,7 +244,10 @@ def report(
 
     before = Detector.load(model, pretrained=pretrained)
     device = next(before.model.parameters()).device
-    after = Detector(*load_model(out, device=device, pretrained=pretrained), before.calibration, before.views)
+    updated = load_model(out, device=device, pretrained=pretrained)
+    after = Detector(
+        *updated, before.calibration, before.views, batch=before.batch, precision=before.precision
+    )
     workers = after.config.data.workers
     measured = [
         evaluate(detector, suites, journal=out / "state" / f"{name}.jsonl", workers=workers)

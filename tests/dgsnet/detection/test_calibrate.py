@@ -11,6 +11,7 @@ import torch
 from dgsnet.cli import main
 from dgsnet.config import Config, ModelConfig, PreprocessConfig
 from dgsnet.data.images import file_hash, read_image
+from dgsnet.detection.batches import SIZES
 from dgsnet.detection.decisions import Calibration, calibrate, load_calibration, save_calibration
 from dgsnet.detection.detector import Detector
 from dgsnet.errors import UserError
@@ -58,6 +59,7 @@ def test_from_images_to_decisions(folder, tmp_path, capsys):
     (folder / "real" / "twin.png").write_bytes((folder / "real" / "000.png").read_bytes())
     command = ["calibrate", "--model", str(folder / "run"), "--reals", str(folder / "real"), "--workers", "0"]
     command += ["--generated", str(folder / "fake"), "--fpr", "0.05", "--miss-rate", "0.2", "--views", "2"]
+    command += ["--batch", "8", "--precision", "bf16"]
     main(command)
     printed = capsys.readouterr().out
     assert "broken.png" in printed and "above" in printed and "temperature" in printed
@@ -80,6 +82,11 @@ def test_from_images_to_decisions(folder, tmp_path, capsys):
 
     with pytest.raises(UserError, match=r"calibrated for views=2.*views=3"):
         Detector.load(folder / "run", device="cpu", views=3)
+    assert (c.batch, c.precision) == (8, "bf16")
+    with pytest.raises(
+        UserError, match=r"calibrated for precision=bf16.*run dgsnet calibrate --precision fp32"
+    ):
+        Detector.load(folder / "run", device="cpu", precision="fp32")
     # Calibrating again starts from the model, not from the calibration.
     main([*command, "--replace"])
     assert load_calibration(folder / "run") == c
@@ -206,6 +213,7 @@ def test_of_a_labelled_dataset_each_option_takes_its_class(folder, tmp_path, cap
     run = shutil.copytree(folder / "run", tmp_path / "run")
     (run / "best" / "calibration.json").unlink(missing_ok=True)
     command = ["calibrate", "--model", str(run), "--fpr", "0.1", "--workers", "0"]
+    command += ["--batch", "16"]
     main([*command, "--reals", str(root), "--generated", str(root)])
     found = load_calibration(run)
     said = capsys.readouterr().out
@@ -259,7 +267,11 @@ def test_options_given_twice_add_up(folder, tmp_path):
         str(folder / "real"),
     ]
     main([*command, "--generated", *files[:50], "--generated", *files[50:]])
-    assert load_calibration(run).n_generated == len(files)
+    made = load_calibration(run)
+    assert made.n_generated == len(files)
+    # Neither was given.
+    chosen = Detector.load(run, device="cpu", calibrated=False).fastest()
+    assert made.precision == chosen.precision and made.batch in SIZES
 
 
 def test_a_calibration_is_not_replaced_unasked(folder, tmp_path, capsys):

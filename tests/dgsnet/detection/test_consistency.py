@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from dgsnet.cli import main
 from dgsnet.data import distortions
-from dgsnet.detection.decisions import Calibration, decide
+from dgsnet.detection.decisions import SETTINGS, Calibration, decide
 from dgsnet.detection.detector import Detector
 from dgsnet.detection.scoring import predict_command
 from dgsnet.errors import UserError
@@ -100,7 +100,7 @@ def test_what_differs_is_unsure(detector, probabilities):
 )
 def test_the_band_of_a_calibration_counts(row, name):
     numbers = {field: 0.5 for field in Calibration.__dataclass_fields__}
-    calibration = Calibration(**numbers | {"threshold": 0.8, "low": 0.3, "views": 1, "sources": ()})
+    calibration = Calibration(**numbers | SETTINGS | {"threshold": 0.8, "low": 0.3, "sources": ()})
     assert decide([row], calibration) == [name]
     assert decide([[p] for p in row], calibration) == decide(row, calibration)
 

@@ -42,13 +42,17 @@ def test_scores_differ_between_images_and_agree_with_the_plain_model(run, images
     np.testing.assert_allclose(probabilities, expected, rtol=1e-4)
 
 
-def test_a_score_does_not_depend_on_company_order_or_workers(run, images):
+@pytest.mark.parametrize("settings", [{}, {"batch": 16, "precision": "bf16"}], ids=["alone", "in batches"])
+def test_a_score_does_not_depend_on_company_order_or_workers(run, images, settings):
     paths = sorted(images.glob("*.png"))
-    detector = Detector.load(run, device="cpu")
+    detector = Detector.load(run, device="cpu", **settings)
     together = detector.predict(paths, workers=2)
     np.testing.assert_array_equal(together, [detector.predict(path)[0] for path in paths])
     np.testing.assert_array_equal(together, detector.predict(paths[::-1], workers=0)[::-1])
-    np.testing.assert_array_equal(together, Detector.load(run, device="cpu").predict(paths, workers=1))
+    again = Detector.load(run, device="cpu", **settings)
+    np.testing.assert_array_equal(together, again.predict(paths, workers=1))
+    with_copies = again.predict(paths[5:12], consistency=True)
+    np.testing.assert_array_equal(together[5:12], with_copies[:, 0])
 
 
 def test_logits_of_a_batch_are_those_of_its_images(run):

@@ -10,7 +10,7 @@ from dataclasses import fields, replace
 import numpy as np
 import psutil
 import pytest
-from dgsnet.detection.decisions import Calibration, calibrate, save_calibration
+from dgsnet.detection.decisions import SETTINGS, Calibration, calibrate, save_calibration
 from dgsnet.detection.scoring import predict_command
 from dgsnet.errors import UserError
 from dgsnet.evaluation.evaluate import evaluate_command
@@ -87,9 +87,14 @@ def test_whatever_part_of_a_calibration_changes_the_rows_are_refused(calibrated,
     before = (tmp_path / "s.csv.partial").read_bytes()
     for part in fields(Calibration):
         value = getattr(calibration, part.name)
-        other = value[::-1] if part.name == "sources" else value + (1 if isinstance(value, int) else 0.001)
+        if isinstance(value, str):
+            other = "bf16"
+        else:
+            other = (
+                value[::-1] if part.name == "sources" else value + (1 if isinstance(value, int) else 0.001)
+            )
         save_calibration(model, replace(calibration, **{part.name: other}))
-        named = r"views, calibration" if part.name == "views" else "calibration"
+        named = f"{part.name}, calibration" if part.name in SETTINGS else "calibration"
         with pytest.raises(UserError, match=rf"begun with other settings \({named}\)"):
             predict_command(*arguments, resume=True)
     assert (tmp_path / "s.csv.partial").read_bytes() == before

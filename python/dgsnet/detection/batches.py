@@ -1,0 +1,145 @@
+"""Scoring in batches of one shape, at one precision, with the adapters merged.
+
+Sums in floating point depend on the shape of a batch, and on nothing else of it: in batches of one shape an
+image's logit is the same to the bit, whatever stands beside it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dgsnet.model.dgsnet import DGSNet
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+SIZES = (1, 2, 4, 8, 16, 32, 64)
+# The smallest size is taken whose rate is at least this share of the best.
+ENOUGH = 0.9
+# A size of which one batch takes longer, in seconds, is the last that is tried.
+PATIENCE = 4.0
+
+
+def ready(model: nn.Module, precision: str) -> nn.Module:
+    """A `DGSNet` as a copy with its adapters merged, at a precision; another module as it is."""
+    return model.merged(DTYPES[precision]) if isinstance(model, DGSNet) else model
+
+
+class Batches:
+    """Logits of prepared images, in batches of one shape.
+
+    Args:
+        model: the network, as `ready` gives it.
+        size: images in a batch. Less is filled up, and costs as much.
+
+    Attributes:
+        size: as given, or 1 where images change each other's bits on this device.
+        device: the model's.
+    """
+
+    def __init__(self, model: Any, size: int) -> None:
+        self.model, self.size = model, size
+        self.device = next(model.parameters()).device
+        self._run: Callable[[Tensor], Tensor] = model.logits
+        if size > 1 and isinstance(model, DGSNet) and not self._independent():
+            self.size = 1
+        if self.device.type == "cuda":
+            self._run = _captured(model.logits, self._random())
+
+    @torch.inference_mode()
+    def __call__(self, pixels: Tensor) -> Tensor:
+        """Logits, float32 [N] on the model's device, of normalised images [N, 3, S, S] on any device."""
+        logits = [torch.empty(0, device=self.device)]
+        for part in pixels.split(self.size) if len(pixels) else ():
+            filled = torch.cat([part, part[-1:].expand(self.size - len(part), -1, -1, -1)])
+            logits.append(self._run(filled.to(self.device, non_blocking=True))[: len(part)].float())
+        return torch.cat(logits)
+
+    def _random(self) -> Tensor:
+        generator = torch.Generator().manual_seed(0)
+        shape = (self.size, 3, self.model.image_size, self.model.image_size)
+        return torch.randn(shape, generator=generator).to(self.device)
+
+    @torch.inference_mode()
+    def _independent(self) -> bool:
+        """Whether an image has the same bits in every place of a batch and among others.
+
+        Asked of all that differs between kinds of layers: what is before the blocks and behind them, and one
+        block.
+        """
+        pixels = self._random()
+        backbone = self.model.backbone
+
+        def logits(images: Tensor) -> Tensor:
+            tokens, contexts = backbone.embed(images)
+            for block, context in zip(backbone.blocks[:1], contexts):
+                tokens = block(tokens, **context)
+            return self.model.head.image_head(backbone.pool(tokens).float())
+
+        alike = logits(pixels[:1].expand_as(pixels).contiguous())
+        others = logits(pixels)
+        return bool((alike == alike[0]).all() and alike[0] == others[0])
+
+
+def _captured(function: Callable[[Tensor], Tensor], example: Tensor) -> Callable[[Tensor], Tensor]:
+    """The function as one CUDA graph, for tensors of the example's shape; what it returns is overwritten."""
+    with torch.inference_mode():
+        given = example.clone()
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):  # what is set up at a first call stays outside
+            for _ in range(2):
+                function(given)
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            result = function(given)
+
+    def run(pixels: Tensor) -> Tensor:
+        given.copy_(pixels)
+        graph.replay()
+        return result.clone()
+
+    return run
+
+
+def fast_precision(device: torch.device) -> str:
+    """Name "bf16" where the device multiplies matrices in it by units of its own, else "fp32"."""
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp32"
+    if device.type == "cpu":
+        capabilities: dict = getattr(
+            torch.cpu, "get_capabilities", dict
+        )()  # older versions of torch do not tell
+        return "bf16" if capabilities.get("amx_bf16") or capabilities.get("avx512_bf16") else "fp32"
+    return "fp32"
+
+
+def best_size(model: nn.Module) -> tuple[int, dict[int, float]]:
+    """The smallest of SIZES whose rate is within a tenth of the best on this machine, and images per second.
+
+    The model is one that is `ready`. Larger sizes are not tried where two in a row were no faster, or where a
+    batch takes seconds.
+    """
+    rates: dict[int, float] = {}
+    for size in SIZES:
+        batches = Batches(model, size)
+        if batches.size < size:
+            continue
+        pixels = batches._random()
+        batches(pixels[:1])  # memory is allocated and kernels are chosen
+        seconds = min(_seconds(batches, pixels) for _ in range(3))
+        rates[size] = size / seconds
+        best = max(rates, key=rates.__getitem__)
+        if seconds > PATIENCE or SIZES.index(size) - SIZES.index(best) >= 2:
+            break
+    return next(size for size in rates if rates[size] >= ENOUGH * max(rates.values())), rates
+
+
+def _seconds(batches: Batches, pixels: Tensor) -> float:
+    begin = time.perf_counter()
+    batches(pixels).sum().item()
+    return time.perf_counter() - begin
