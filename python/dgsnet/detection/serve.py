@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import io
-import math
+import logging
 import os
 import secrets
 import socket
 import sys
-import time
-from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
+
+from PIL import Image
 
 from dgsnet.data.images import ImageError, read_image
 from dgsnet.data.items import Item
@@ -30,42 +29,21 @@ try:
     import anyio
     import uvicorn
     from fastapi import FastAPI, HTTPException, Request, Response
-    from fastapi.responses import HTMLResponse, JSONResponse
-    from python_multipart.exceptions import FormParserError
-    from python_multipart.multipart import File, FormParser, parse_options_header
+    from fastapi.responses import HTMLResponse
+    from starlette.requests import ClientDisconnect
+
+    from dgsnet.detection.connections import Guard, Protocol
+    from dgsnet.detection.uploads import RateLimit, Uploads, image_of, too_many
 except ImportError:
     raise UserError("the page needs more packages: pip install 'dgs-kernels[serve]'") from None
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 # Requests that may wait for the model at a time; a page sends one after the other.
 MAX_WAITING = 32
-# Clients whose rate is remembered; the one not heard of for longest is forgotten first.
-MAX_CLIENTS = 10_000
+# The longer side of a thumbnail, in pixels.
+THUMBNAIL = 224
 
-
-class RateLimit:
-    """Token buckets: a client may make `per_minute` requests at once, and as many per minute ever after.
-
-    >>> limit = RateLimit(60, clock=iter([0.0, 0.0, 0.0, 1.0]).__next__)
-    >>> limit._buckets["a"] = (1.0, 0.0)
-    >>> limit("a"), limit("a"), limit("a"), limit("a")
-    (0.0, 1.0, 1.0, 0.0)
-    """
-
-    def __init__(self, per_minute: int, clock: Callable[[], float] = time.monotonic):
-        self.per_minute, self.clock = per_minute, clock
-        self._buckets: OrderedDict[str, tuple[float, float]] = OrderedDict()
-
-    def __call__(self, client: str) -> float:
-        """Take a token; 0 if there was one, else the seconds until there will be."""
-        now = self.clock()
-        tokens, then = self._buckets.pop(client, (float(self.per_minute), now))
-        tokens = min(self.per_minute, tokens + (now - then) * self.per_minute / 60)
-        wait = 0.0 if tokens >= 1 else (1 - tokens) * 60 / self.per_minute
-        self._buckets[client] = (tokens - (not wait), now)
-        if len(self._buckets) > MAX_CLIENTS:
-            self._buckets.popitem(last=False)
-        return wait
+log = logging.getLogger(__name__)
 
 
 def create_app(
@@ -95,52 +73,39 @@ def create_app(
     """
     # The interactive documentation would load scripts from elsewhere; /openapi.json stays.
     app = FastAPI(title="dgsnet", docs_url=None, redoc_url=None)
-    limit = RateLimit(per_minute)
+    app.add_middleware(Guard, hosts=hosts)
+    limit, uploads = RateLimit(per_minute), Uploads(max_bytes)
     model = anyio.CapacityLimiter(1)
     facts = _facts(detector) | {"max_bytes": max_bytes, "consistency": consistency}
     facts["provenance"] = provenance is not None
 
-    @app.middleware("http")
-    async def guard(request: Request, call_next: Callable) -> Response:
-        origin, host = request.headers.get("origin"), request.headers.get("host", "")
-        if "*" not in hosts and urlsplit(f"//{host}").hostname not in hosts:
-            response: Response = JSONResponse({"detail": f"this page is not served as {host!r}"}, 400)
-        elif request.method != "GET" and origin and urlsplit(origin).netloc != host:
-            response = JSONResponse({"detail": "requests from other sites are refused"}, 403)
-        else:
-            response = await call_next(request)
-        response.headers["X-Content-Type-Options"] = "nosniff"
-        response.headers["Referrer-Policy"] = "no-referrer"
-        response.headers["Cache-Control"] = "no-store"
-        response.headers.setdefault("Content-Security-Policy", "default-src 'none'; frame-ancestors 'none'")
-        return response
+    @app.exception_handler(ClientDisconnect)
+    async def hung_up(request: Request, _: Exception) -> Response:
+        log.warning("%s hung up", request.client.host if request.client else "a client")
+        return Response(status_code=499)  # which nobody receives
 
-    async def body(request: Request) -> bytes:
-        """The image sent, never more of it in memory than is allowed."""
-        if wait := limit(request.client.host if request.client else ""):
-            raise _too_many(429, f"more than {per_minute} requests per minute", wait)
+    def check_queue() -> None:
         if model.statistics().tasks_waiting >= MAX_WAITING:
-            raise _too_many(503, "too many images are waiting", 5)
-        data = bytearray()
-        too_large = HTTPException(413, f"larger than {max_bytes:,} bytes")
-        declared = request.headers.get("content-length", "")
-        if declared.isdecimal() and int(declared) > max_bytes:
-            raise too_large
-        async for chunk in request.stream():
-            data += chunk
-            if len(data) > max_bytes:
-                raise too_large
-        return bytes(data)
+            raise too_many(503, "too many images are waiting", 5)
 
     async def answer(function: Callable[[bytes, str], Any], request: Request, name: str) -> Any:
-        data = await body(request)
-        if request.headers.get("content-type", "").startswith("multipart/form-data"):
-            name, data = _uploaded(request.headers["content-type"], data, name)
+        if wait := limit(request.client.host if request.client else ""):
+            raise too_many(429, f"more than {per_minute} requests per minute", wait)
+        check_queue()
 
-        try:
-            return await anyio.to_thread.run_sync(function, data, name or "image", limiter=model)
-        except ImageError as error:
-            raise HTTPException(422, str(error)) from None
+        def work() -> Any:
+            given, data = image_of(file, request.headers.get("content-type", ""))
+            return function(data, name or given or "image")
+
+        async with uploads.received(request) as file:
+            check_queue()
+            async with model:
+                if await request.is_disconnected():
+                    raise ClientDisconnect
+                try:
+                    return await anyio.to_thread.run_sync(work)
+                except ImageError as error:
+                    raise HTTPException(422, str(error)) from None
 
     def score_image(data: bytes, name: str) -> dict[str, Any]:
         image = read_image(data, name=name)
@@ -166,6 +131,12 @@ def create_app(
     content = {"application/octet-stream": {}, "multipart/form-data": {"schema": form}}
     binary = {"requestBody": {"required": True, "content": content}}
 
+    def thumbnail_image(data: bytes, name: str) -> bytes:
+        small, file = Image.fromarray(read_image(data, name=name)), io.BytesIO()
+        small.thumbnail((THUMBNAIL, THUMBNAIL))
+        small.save(file, format="png")
+        return file.getvalue()
+
     @app.post("/api/score", openapi_extra=binary)
     async def score(request: Request, name: str = "") -> dict[str, Any]:
         """Score the image that is the request's body: its probability and the decision."""
@@ -175,6 +146,11 @@ def create_app(
     async def heatmap_png(request: Request, name: str = "") -> Response:
         """The heatmap, as PNG, of the image that is the request's body."""
         return Response(await answer(heatmap_image, request, name), media_type="image/png")
+
+    @app.post("/api/thumbnail", openapi_extra=binary, response_class=Response)
+    async def thumbnail_png(request: Request, name: str = "") -> Response:
+        """The image that is the request's body in small, as PNG, for browsers that cannot show it."""
+        return Response(await answer(thumbnail_image, request, name), media_type="image/png")
 
     @app.get("/api/model")
     async def model_facts() -> dict[str, Any]:
@@ -189,36 +165,13 @@ def create_app(
     async def index() -> HTMLResponse:
         nonce = secrets.token_urlsafe(16)
         policy = (
-            f"default-src 'none'; script-src 'nonce-{nonce}'; style-src 'nonce-{nonce}'; img-src blob:; "
-            "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+            f"default-src 'none'; script-src 'nonce-{nonce}'; style-src 'nonce-{nonce}'; img-src blob: "
+            "data:; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
         )
         html = page.render(Path(__file__).with_name("serve.html"), nonce=nonce, facts=facts)
         return HTMLResponse(html, headers={"Content-Security-Policy": policy})
 
     return app
-
-
-def _uploaded(content_type: str, data: bytes, name: str) -> tuple[str, bytes]:
-    """Name and content of the one file in a form; `name` stands where it is given."""
-    files: list[tuple[str, bytes]] = []
-
-    def take(file: File) -> None:
-        file.file_object.seek(0)
-        files.append((os.fsdecode(file.file_name or b""), file.file_object.read()))
-
-    options = {"MAX_MEMORY_FILE_SIZE": len(data) + 1, "UPLOAD_ERROR_ON_BAD_CTE": True}  # nothing on disk
-    try:
-        boundary = parse_options_header(content_type)[1].get(b"boundary")
-        parser = FormParser(
-            "multipart/form-data", lambda field: None, take, boundary=boundary, config=options
-        )
-        parser.write(data)
-        parser.finalize()
-    except (FormParserError, ValueError) as error:
-        raise HTTPException(400, f"not a form that can be read: {error}") from None
-    if len(files) != 1:
-        raise HTTPException(400, f"expected one file in the form, got {len(files)}")
-    return name or files[0][0], files[0][1]
 
 
 def _facts(detector: Detector) -> dict[str, Any]:
@@ -230,9 +183,20 @@ def _facts(detector: Detector) -> dict[str, Any]:
     return facts | {"threshold": THRESHOLD, "low": THRESHOLD}
 
 
-def _too_many(status: int, message: str, wait: float) -> HTTPException:
-    seconds = math.ceil(wait)
-    return HTTPException(status, f"{message}; try again in {seconds} s", {"Retry-After": str(seconds)})
+def server(app: FastAPI) -> uvicorn.Server:
+    """uvicorn for a page, with its limits."""
+    config = uvicorn.Config(
+        app,
+        http=Protocol,
+        ws="none",
+        log_level="warning",
+        server_header=False,
+        access_log=False,
+        # Anybody can write X-Forwarded-For: it is believed from those only whom uvicorn's variable names.
+        proxy_headers="FORWARDED_ALLOW_IPS" in os.environ,
+        timeout_graceful_shutdown=5,
+    )
+    return uvicorn.Server(config)
 
 
 def serve_command(
@@ -298,6 +262,5 @@ def serve_command(
         )
         shown = f"[{host}]" if ":" in host else host
         print(f"http://{shown}:{listening.getsockname()[1]} (Ctrl-C stops it)", flush=True)
-        config = uvicorn.Config(app, log_level="warning", server_header=False, access_log=False)
         with listening:
-            uvicorn.Server(config).run(sockets=[listening])
+            server(app).run(sockets=[listening])

@@ -237,10 +237,14 @@ def test_mistakes_are_told_in_one_line(run, capsys):
 
 
 @pytest.mark.skipif(not CHROMIUM, reason="no Chromium (Debian's package chromium)")
-def test_the_page_in_a_browser(url, images, detector):
+def test_the_page_in_a_browser(url, images, detector, tmp_path):
+    from axe_playwright_python.sync_playwright import Axe
     from playwright.sync_api import expect, sync_playwright
 
+    axe = Axe()
     paths = [images / "0.png", images / "broken.jpg", images / "2.png"]
+    scan = tmp_path / "scan.tiff"  # which browsers do not show
+    Image.open(images / "1.png").save(scan)
     quiet = ("background-networking", "component-update", "sync")
     arguments = ["--no-sandbox", "--disable-gpu", "--no-first-run", *(f"--disable-{x}" for x in quiet)]
     with sync_playwright() as playwright:
@@ -252,6 +256,7 @@ def test_the_page_in_a_browser(url, images, detector):
         page.on("pageerror", lambda error: problems.append(str(error)))
         page.on("console", lambda message: problems.append(message.text) if message.type == "error" else None)
         page.goto(url)
+        assert axe.run(page).response["violations"] == []
         expect(page.get_by_text("This model is not calibrated")).to_be_visible()
 
         page.set_input_files("#files", paths[:2])
@@ -271,7 +276,7 @@ def test_the_page_in_a_browser(url, images, detector):
             probability = float(detector.predict(path)[0])
             decision = detector.decide(probability)[0]
             expect(item.locator(".name")).to_have_text(path.name)
-            assert item.locator(".result").inner_text().startswith(decision)
+            assert item.locator(".result").inner_text().startswith(f"{decision}, probability ")
             shown = float(item.locator(".result span").inner_text().removeprefix("probability "))
             assert shown == pytest.approx(probability, abs=2e-6)
             heat = item.locator("img.heat")
@@ -287,7 +292,30 @@ def test_the_page_in_a_browser(url, images, detector):
         assert "broken.jpg: " in items.nth(1).locator(".result").inner_text()
         assert items.nth(1).locator("img.heat").count() == 0
 
+        # The server makes the thumbnail of what the browser cannot show.
+        page.set_input_files("#files", scan)
+        wide = "image => image.complete && image.naturalWidth == 51 && image.naturalHeight == 40"
+        page.wait_for_function(wide, arg=items.nth(3).locator("img.thumb").element_handle())
+        expect(items.nth(3).locator("img.heat")).to_be_visible()
+        for colors in ("dark", "light"):
+            page.emulate_media(color_scheme=colors)
+            assert axe.run(page).response["violations"] == []
+
+        # A refresh keeps all of it in the tab, and in no other one.
+        page.wait_for_function("() => Object.values(sessionStorage)[0].split('\"heat\"').length == 4")
+        shown = items.all_inner_texts()
+        page.reload()
+        assert items.all_inner_texts() == shown and len(shown) == 4
+        expect(page.locator("#status")).to_have_text("4 of 4 scored")
+        for picture in (items.nth(3).locator("img.thumb"), items.nth(0).locator("img.heat")):
+            page.wait_for_function("image => image.naturalWidth > 50", arg=picture.element_handle())
+        assert page.locator("img.heat").count() == 3 and items.nth(1).locator(".thumb").count() == 1
+        other = browser.new_page()
+        other.goto(url)
+        assert other.locator("#results li").count() == 0
+
         page.get_by_role("button", name="Clear").click()
+        page.reload()
         assert items.count() == 0
         # What the browser itself says of the answer 422 to the broken image, and nothing else.
         assert [text for text in problems if "422" not in text] == []
