@@ -26,8 +26,10 @@ def test_help_lists_every_command(capsys):
     "words, expected",
     [
         (["fly"], "fly"),
+        (["fly"], "; see dgsnet --help"),
         (["predict", "--model", "m"], "PATHS"),
         (["predict", "a.jpg"], "model"),
+        (["predict", "a.jpg"], "; see dgsnet predict --help"),
         (["predict", "a.jpg", "--model", "m", "--views", "many"], "views"),
         (["predict", "a.jpg", "--model", "m", "--no-such", "1"], "no_such"),
         (["predict", "a.jpg", "--model", "m", "--out", "scores.xls"], ".parquet"),

@@ -8,6 +8,7 @@ import logging
 import math
 import os
 import pickle
+import socket
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -76,17 +77,32 @@ def _cluster(ray: Any) -> Iterator[None]:
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     address = os.environ.get("RAY_ADDRESS")
+    nobody = UserError(f"no Ray cluster at RAY_ADDRESS={address}")
+    if address and not _answers(address):
+        raise nobody
     local = {} if address else {"include_dashboard": False}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         try:
             ray.init(logging_level=logging.ERROR, log_to_driver=False, **local)
         except ConnectionError:
-            raise UserError(f"no Ray cluster at RAY_ADDRESS={address}") from None
+            raise nobody from None
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def _answers(address: str) -> bool:
+    """Whether anybody listens at host:port; Ray itself would try for minutes. True for other addresses."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not (host and port.isdigit()):
+        return True
+    try:
+        with socket.create_connection((host.strip("[]"), int(port)), timeout=10):
+            return True
+    except OSError:
+        return False
 
 
 def _dataset(

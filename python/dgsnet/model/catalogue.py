@@ -138,7 +138,7 @@ def check_model(model: ModelConfig, image_size: int) -> None:
         check_known(model.name, config_files())
         config = read_config_file(model.name)
         check_tower(model.name, config)
-        size = config["vision_cfg"].get("image_size", 224)
+        size = config["vision_cfg"]["image_size"]
     else:
         size = timm_config(model.name).input_size[1:]
     check_image_size(model.name, size, image_size)

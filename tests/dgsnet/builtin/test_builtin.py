@@ -57,6 +57,33 @@ def test_photographs_are_disjoint_across_splits_and_large_enough():
     assert len({hashlib.sha256(p.tobytes()).hexdigest() for p in pixels}) == len(pixels)
 
 
+def test_regions_lie_in_their_photographs():
+    for photograph in (p for split in SPLITS for p in PHOTOGRAPHS[split]):
+        for left, top, right, bottom, content in photograph.regions:
+            assert 0 <= left < right <= 1 and 0 <= top < bottom <= 1 and content != photograph.content
+
+
+def test_degradations_are_drawn_from_their_levels():
+    rng, names = np.random.default_rng(0), ("blur", "noise", "jpeg", "gain", "offset")
+    drawn = {name: {} for name in names}
+    for quality in (Quality.draw(rng) for _ in range(3000)):
+        for name, word in zip(names, (*quality.words, "", "")):
+            drawn[name].setdefault(word, []).append(getattr(quality, name))
+    ranges = {
+        name: {word: pytest.approx((min(found), max(found)), abs=0.02) for word, found in of_name.items()}
+        for name, of_name in drawn.items()
+    }
+    assert ranges["blur"] == {"sharp": (0, 0.4), "soft": (0.6, 1.1), "blurry": (1.3, 2.2)}
+    assert ranges["noise"] == {"clean": (0, 1), "grainy": (3, 6), "noisy": (8, 14)}
+    assert ranges["jpeg"] == {
+        "uncompressed": (100, 100),
+        "compressed": (70, 92),
+        "heavily compressed": (30, 55),
+    }
+    assert ranges["gain"] == {"": (0.75, 1.2)} and ranges["offset"] == {"": (-12, 12)}
+    assert all(len(found) > 900 for of_name in list(drawn.values())[:3] for found in of_name.values())
+
+
 def test_decoder_families_of_the_test_are_not_trained_on():
     assert set(builtin.FAMILIES["val"]) <= set(builtin.FAMILIES["train"])
     assert not set(builtin.FAMILIES["test"]) & set(builtin.FAMILIES["train"])

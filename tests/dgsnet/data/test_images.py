@@ -61,9 +61,10 @@ def test_given_pil_image_is_left_as_it_is(rgb):
 def test_greyscale(grey):
     np.testing.assert_array_equal(read_image(encode(grey, "png")), stacked(grey))
     bilevel = Image.fromarray(grey).convert("1")
-    np.testing.assert_array_equal(
-        read_image(encode(bilevel, "png")), stacked(np.asarray(bilevel).astype(np.uint8) * 255)
-    )
+    for format in ("png", "ppm"):
+        np.testing.assert_array_equal(
+            read_image(encode(bilevel, format)), stacked(np.asarray(bilevel).astype(np.uint8) * 255)
+        )
 
 
 def test_cmyk(rgb):

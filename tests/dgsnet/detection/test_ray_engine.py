@@ -51,3 +51,10 @@ def test_ray_gives_the_same_table(run, images, table, tmp_path, monkeypatch, cap
 
     with pytest.raises(UserError, match="engine ray cannot read a list from standard input"):
         predict_command(["-"], run, "ray.csv", engine="ray")
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "ray://127.0.0.1:1", "auto"])
+def test_an_address_without_a_cluster_is_one_line(run, images, tmp_path, monkeypatch, address):
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    with pytest.raises(UserError, match=f"no Ray cluster at RAY_ADDRESS={address}"):
+        predict_command([str(images)], run, str(tmp_path / "s.csv"), engine="ray")
