@@ -104,6 +104,8 @@ def test_explain_names_every_backend_and_what_kernels_do_not_take(monkeypatch, c
     for operation in backends.OPERATIONS:
         assert f"  {operation}: " in text
     assert all(f"    {name:7s}" in text for name in backends.BACKENDS)
+    of_cpu = text.partition("cuda:")[0]
+    assert "    eager  available\n" in of_cpu and "    cuda   it serves cuda tensors only\n" in of_cpu
     monkeypatch.setenv(backends.VARIABLE, "cuda")
     assert "project_align: none: an error" in dgs_kernels.explain()
 

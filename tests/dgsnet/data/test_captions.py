@@ -114,7 +114,7 @@ def test_captions_do_not_depend_on_workers(blip, data, tmp_path):
 def test_unreadable_images_are_told_and_do_not_stop_training(blip, data, capsys):
     broken = data / "train" / "gan" / "1_fake" / "99.png"
     broken.write_bytes(b"no image")
-    caption_command(str(data), model=blip, device="cpu")
+    caption_command(str(data), model=blip, batch_size=1, device="cpu")
     printed = capsys.readouterr()
     assert "20 captions, 1 images could not be read" in printed.out
     assert f"no caption: {broken}: not an image" in printed.err

@@ -143,6 +143,8 @@ def test_columns_may_be_named(tmp_path):
             "a caption of more than",
         ),
         ({"label": [0, 1]}, "no column of bytes"),
+        ({"image": [{"bytes": "text"}, {"bytes": "text"}], "label": [0, 1]}, "no column of bytes"),
+        ({"image": [{"raw": b"1"}, {"raw": b"2"}], "label": [0, 1]}, "no column of bytes"),
         ({"image": pa.array([], pa.binary()), "label": pa.array([], pa.int64())}, "holds no images"),
     ],
 )

@@ -5,7 +5,14 @@ import time
 import numpy as np
 import pytest
 import torch
-from dgsnet.data.patches import enlarged_size, mosaics, permutations, select_patches, splitmix64
+from dgsnet.data.patches import (
+    enlarged_size,
+    mosaics,
+    permutations,
+    select_patches,
+    selected_boxes,
+    splitmix64,
+)
 from PIL import Image
 
 from dgs_kernels import backends, spectral_entropy
@@ -185,3 +192,17 @@ def test_selection_is_at_least_eight_times_as_fast_per_core_as_the_loop():
     # Eager PyTorch, which serves where nothing could be compiled, is about five times as fast.
     compiled = not backends.obstacle("cpu", "spectral_entropy", "cpu")
     assert best[loop] >= (8 if compiled else 3) * best[ours], best
+
+
+@pytest.mark.parametrize("shape", [(90, 41), (41, 100), (50, 47), (64, 64)])
+def test_boxes_of_an_enlarged_image_are_in_pixels_of_the_one_given(shape):
+    """Across and down by ratios of their own, which rounding makes differ."""
+    height, width = enlarged_size(*shape, 32, 9)
+    assert height > shape[0]
+    boxes = selected_boxes(torch.rand(1, 3, *shape), 32, 9, seed=1)[0]
+    one = torch.tensor([32 * shape[1] / width, 32 * shape[0] / height], dtype=torch.float64)
+    torch.testing.assert_close(boxes[:, 2:] - boxes[:, :2], one.expand(9, 2))
+    places = boxes[:, :2] / one
+    torch.testing.assert_close(places, places.round(), rtol=0, atol=1e-9)
+    assert places.unique(dim=0).shape == (9, 2)
+    assert places.min() >= 0 and (places < torch.tensor([width // 32, height // 32])).all()
