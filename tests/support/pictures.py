@@ -72,3 +72,12 @@ def grey_tiff(grey, prefix=b"II*\0", big=False, strips=1, more=None):
     values |= more or {}
     entries = [(tag, 4, strips if tag in (273, 279) else 1, value) for tag, value in values.items()]
     return tiff(sorted(entries), prefix=prefix, big=big).ljust(400, b"\0") + grey.tobytes()
+
+
+def vast_webp():
+    """34 bytes of one colour and as many pixels as may be, of which WebP's reader makes copies."""
+    data = bytearray(encode(Image.new("RGB", (8, 8)), "webp", lossless=True))
+    place = data.index(b"VP8L") + 9
+    (header,) = struct.unpack_from("<I", data, place)
+    struct.pack_into("<I", data, place, header >> 28 << 28 | 8191 << 14 | 16382)
+    return bytes(data)

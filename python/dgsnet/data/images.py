@@ -1,24 +1,30 @@
-"""Decoding: any image file to 8-bit RGB, or one line that says why not; files are taken to be hostile."""
+"""Decoding: any image file to 8-bit RGB, or one line that says why not; files are taken to be hostile.
+
+They are decoded in processes of their own (apart.py), whatever process asks for it.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import io
 import os
 import stat
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
 import pillow_heif
 from PIL import Image, UnidentifiedImageError
 
+from dgsnet.apart import Apart, Gone
 from dgsnet.data.headers import MAX_EXIF_BYTES, MAX_PIXELS, ImageError, check_exif, check_headers, webp_frame
 
 # What one image may cost, beside MAX_PIXELS. Sizes are known before anything is decoded.
 MAX_SIDE = 2**17
+LARGE = 2**25  # pixels, of which no decoder needs more memory than there is
 MAX_BYTES = 2**29
 
 _JPEG = (".jfif", ".jp2", ".jpe", ".jpeg", ".jpg")
@@ -39,17 +45,18 @@ FORMATS: list[str] = [
     for name in ("AVIF", "BMP", "GIF", "HEIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
     if name in Image.OPEN
 ]
-# By EXIF orientation, the view of an upright array that is as the file has it.
-_AS_STORED: dict[int, Callable[[np.ndarray], np.ndarray]] = {
-    1: lambda upright: upright,
-    2: lambda upright: upright[:, ::-1],
-    3: lambda upright: upright[::-1, ::-1],
-    4: lambda upright: upright[::-1],
-    5: lambda upright: upright.swapaxes(0, 1),
-    6: lambda upright: np.rot90(upright),
-    7: lambda upright: upright[::-1, ::-1].swapaxes(0, 1),
-    8: lambda upright: np.rot90(upright, -1),
+# By EXIF orientation, what makes an image upright; rows of the upright one are columns of it from 5 on.
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
 }
+_FROM_THE_END = (3, 4, 7, 8)
+_Box = tuple[int, int, int, int]
 
 
 def read_image(
@@ -84,12 +91,72 @@ def read_image(
         name = "image" if isinstance(source, bytes | np.ndarray | Image.Image) else os.fsdecode(source)
     with one_line_errors(name):
         if isinstance(source, Image.Image):
-            return _to_rgb(source)
+            return np.concatenate(list(_decode(source)[1]))
         if isinstance(source, np.ndarray):
-            return _to_rgb(Image.fromarray(source))
+            return np.concatenate(list(_decode(Image.fromarray(source))[1]))
         data = source if isinstance(source, bytes) else read_file(source)
-        with opened(data) as image:
-            return _to_rgb(image, webp_frame(data))
+    (height, width), pixels = read_apart("dgsnet.data.images:decode", data, name)
+    return np.frombuffer(pixels, np.uint8).reshape(height, width, 3)
+
+
+def read_apart(function: str, data: bytes, name: str) -> tuple[Any, bytearray]:
+    """Call "module:function" with an encoded image and its name, in a process of its own.
+
+    Args:
+        function: what `answering` has made of one that gives a JSON value and bytes.
+
+    Raises:
+        ImageError: that the function raises; or the process died, or was stopped at a limit.
+    """
+    try:
+        if len(data) > MAX_BYTES:
+            raise Gone(f"larger than {MAX_BYTES:,} bytes")
+        answer, content = _apart(function, data, name)
+    except Gone as gone:
+        raise ImageError(f"{name}: {gone}") from None
+    if "error" in answer:
+        raise ImageError(answer["error"])
+    return answer["value"], content
+
+
+_Content = tuple[Any, int, Iterable[Any]]
+
+
+def answering(read: Callable[[bytes], _Content]) -> Callable[[bytes, str], _Content]:
+    """A function on an encoded image that `read_apart` can call, made of one that raises what it likes."""
+
+    @functools.wraps(read)
+    def answer(data: bytes, name: str) -> _Content:
+        try:
+            with one_line_errors(name):
+                value, size, parts = read(data)
+        except ImageError as error:
+            if isinstance(error.__context__, MemoryError):  # for its process to tell
+                raise error.__context__ from None
+            return {"error": str(error)}, 0, ()
+        return {"value": value}, size, parts
+
+    return answer
+
+
+@answering
+def decode(data: bytes) -> _Content:
+    """The part of `read_image` that its process does: height and width, and the pixels."""
+    with opened(data) as image:
+        (height, width), bands = _decode(image, webp_frame(data))
+    return (height, width), height * width * 3, bands
+
+
+def prepare() -> None:
+    """What such a process does first: it decodes in one thread, since as many work as there are images."""
+    pillow_heif.options.DECODE_THREADS = 1
+    with contextlib.suppress(ImportError):  # of a Pillow without it
+        from PIL import AvifImagePlugin
+
+        AvifImagePlugin.DEFAULT_MAX_THREADS = 1
+
+
+_apart = Apart("dgsnet.data.images:prepare", library="Pillow")
 
 
 @contextlib.contextmanager
@@ -202,8 +269,17 @@ def _too_large() -> str:
     return f"larger than {MAX_PIXELS:,} pixels; scale it down first"
 
 
-def _to_rgb(image: Image.Image, frame: tuple[int, int, int, int] | None = None) -> np.ndarray:
-    """Decode an image; `frame` is what of it the first of several covers, where Pillow does not say."""
+def _decode(image: Image.Image, frame: _Box | None = None) -> tuple[tuple[int, int], Iterator[np.ndarray]]:
+    """Decode an image.
+
+    Args:
+        image: whose header alone has been read, or which is decoded already.
+        frame: what of it the first of several covers, where Pillow does not say.
+
+    Returns:
+        Its height and width, and it, in bands uint8 [h, W, 3]: the memory beside the decoded image must not
+        grow with its size.
+    """
     width, height = image.size
     if width * height > MAX_PIXELS:
         raise ImageError(_too_large())
@@ -215,31 +291,62 @@ def _to_rgb(image: Image.Image, frame: tuple[int, int, int, int] | None = None) 
     frame = tiles[0].extents if tiles and image.format == "GIF" else frame
     clear = _transparent_colour(image)
     with _without_xmp(image):
-        image.load()
+        try:
+            image.load()
+        except OSError as error:  # which is what some decoders call it if they get no memory
+            if width * height < LARGE:
+                raise
+            reason = f"{_one_line(error)}, or so large an image takes more memory than there is for one"
+            raise ImageError(f"cannot be decoded: {reason}") from None
     width, height = image.size
     orientation = _orientation(image)
-    rgb = np.empty((width, height, 3) if orientation > 4 else (height, width, 3), np.uint8)
-    stored = _AS_STORED[orientation](rgb)
-    # Band by band, so that the memory beside the decoded image and the result does not grow with its size.
-    rows = max(1, 2**22 // width)
-    bands = [(0, top, width, min(top + rows, height)) for top in range(0, height, rows)]
-    wide = image.mode.startswith("I") or image.mode == "F"
-    white = _full_scale(image, bands) if wide else 0
-    for box in bands:
-        band = image.crop(box)
-        if wide:
-            values = np.asarray(band)[..., None]
-            result = np.where(values == clear, 255, np.rint(values * (255 / white)))
-        else:
+    size = (width, height) if orientation > 4 else (height, width)
+    boxes = list(_boxes(width, height, orientation))
+    white = _full_scale(image, boxes) if _is_wide(image) else 0
+
+    def bands() -> Iterator[np.ndarray]:
+        for box in boxes:
+            band = image.crop(box)
             if clear is not None:
                 band.info["transparency"] = clear
-            result = np.asarray(_opaque(band))
-        stored[box[1] : box[3]] = result
-    if frame and frame != (0, 0, width, height):
-        # What the first frame leaves out has any colour in Pillow; a page shows nothing there.
-        left, top, right, bottom = frame
-        stored[:top] = stored[bottom:] = stored[:, :left] = stored[:, right:] = 255
-    return rgb
+            if not white:
+                band = _opaque(band)
+                if frame and frame != (0, 0, width, height):
+                    band = _within(frame, band, box)
+            if orientation in _TURNS:
+                band = band.transpose(_TURNS[orientation])
+            pixels = np.asarray(band)
+            if white:
+                scaled = np.where(pixels == clear, 255, np.rint(pixels * (255 / white)))
+                pixels = np.repeat(scaled.astype(np.uint8)[..., None], 3, axis=2)
+            yield pixels
+
+    return size, bands()
+
+
+def _boxes(width: int, height: int, orientation: int) -> Iterator[_Box]:
+    """What of an image as it lies in its file makes the bands of the upright one, from the top."""
+    long, across = (width, height) if orientation > 4 else (height, width)
+    step = max(1, 2**22 // across)
+    for start in range(0, long, step):
+        first, end = start, min(start + step, long)
+        if orientation in _FROM_THE_END:
+            first, end = long - end, long - first
+        yield (first, 0, end, height) if orientation > 4 else (0, first, width, end)
+
+
+def _within(frame: _Box, band: Image.Image, box: _Box) -> Image.Image:
+    """A band without what is outside a frame: that has any colour in Pillow, and a page does not show it."""
+    left, top, right, bottom = frame[0] - box[0], frame[1] - box[1], frame[2] - box[0], frame[3] - box[1]
+    seen = (max(left, 0), max(top, 0), min(right, band.width), min(bottom, band.height))
+    white = Image.new("RGB", band.size, "white")
+    if seen[0] < seen[2] and seen[1] < seen[3]:
+        white.paste(band.crop(seen), seen)
+    return white
+
+
+def _is_wide(image: Image.Image) -> bool:
+    return image.mode.startswith("I") or image.mode == "F"
 
 
 def _transparent_colour(image: Image.Image) -> Any:
@@ -280,7 +387,7 @@ def _orientation(image: Image.Image) -> int:
         check_exif(exif)
         tags = Image.Exif()
         tags.load(exif)
-        return tags[0x0112] if tags.get(0x0112) in _AS_STORED else 1
+        return tags[0x0112] if tags.get(0x0112) in _TURNS else 1
     except Exception:  # as various as the damage
         return 1
 
@@ -294,7 +401,7 @@ def _opaque(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _full_scale(image: Image.Image, boxes: list[tuple[int, int, int, int]]) -> int:
+def _full_scale(image: Image.Image, boxes: list[_Box]) -> int:
     """White of wide samples, which their files do not state: the smallest usual one that holds them all."""
     bands = (np.asarray(image.crop(box)) for box in boxes)
     low, high = np.array([(band.min(), band.max()) for band in bands]).T

@@ -11,7 +11,7 @@ import math
 import numpy as np
 from PIL import JpegImagePlugin
 
-from dgsnet.data.images import ImageError, one_line_errors, opened
+from dgsnet.data.images import ImageError, answering, opened, read_apart
 
 _FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "GIF", "BMP", "AVIF", "HEIF", "JPEG2000", "PPM")
 _CHROMA = {0: "4:4:4", 1: "4:2:2", 2: "4:2:0", -1: "other"}  # by Pillow's numbers
@@ -77,7 +77,13 @@ def file_nuisances(data: bytes, *, name: str = "image") -> np.ndarray:
         >>> found["JPEG quality"], found["chroma 4:2:0"], found["log2 aspect"]
         (0.7, 1.0, 2.0)
     """
-    with one_line_errors(name), opened(data) as image:
+    return np.array(read_apart("dgsnet.data.nuisances:of_header", data, name)[0], np.float32)
+
+
+@answering
+def of_header(data: bytes) -> tuple[list[float], int, tuple[()]]:
+    """The part of `file_nuisances` that another process does."""
+    with opened(data) as image:
         width, height = image.size
         if not width * height:
             raise ImageError("has no pixels")
@@ -87,20 +93,18 @@ def file_nuisances(data: bytes, *, name: str = "image") -> np.ndarray:
         chroma = JpegImagePlugin.get_sampling(jpeg) if jpeg and jpeg.layers == 3 else None
         mode = image.mode.partition(";")[0]
         transparent = "transparency" in image.info
-        return np.array(
-            [
-                *(written == name for name in _FORMATS),
-                _quality(jpeg) / 100 if jpeg else 0,
-                *(chroma == number for number in _CHROMA),
-                math.log2(width),
-                math.log2(height),
-                abs(math.log2(width / height)),
-                math.log2(len(data) / (width * height)),
-                *(mode in modes or (kind == "alpha" and transparent) for kind, modes in _MODES.items()),
-                bool(image.info.get("exif")),
-            ],
-            np.float32,
-        )
+        values = [
+            *(written == name for name in _FORMATS),
+            _quality(jpeg) / 100 if jpeg else 0,
+            *(chroma == number for number in _CHROMA),
+            math.log2(width),
+            math.log2(height),
+            abs(math.log2(width / height)),
+            math.log2(len(data) / (width * height)),
+            *(mode in modes or (kind == "alpha" and transparent) for kind, modes in _MODES.items()),
+            bool(image.info.get("exif")),
+        ]
+    return [float(value) for value in values], 0, ()
 
 
 def _quality(image: JpegImagePlugin.JpegImageFile) -> int:

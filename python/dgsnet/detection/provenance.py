@@ -1,23 +1,19 @@
 """Content Credentials (C2PA) in an image's file: who signed it, if anybody, and whether that holds.
 
 The library that reads them is native code, and what it reads comes from strangers: it works in a process of
-its own, without network, and whatever becomes of that process is an answer about one image.
+its own (apart.py), without network, and whatever becomes of that process is an answer about one image.
 """
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 import io
 import json
-import os
-import pickle
-import subprocess
-import sys
-import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from dgsnet.apart import Apart, Gone
+from dgsnet.data.images import ImageError, one_line_errors, opened
 from dgsnet.data.items import Item
 from dgsnet.errors import UserError
 from dgsnet.files import one_line
@@ -25,7 +21,7 @@ from dgsnet.files import one_line
 if TYPE_CHECKING:
     from c2pa import Context
 
-MAX_SECONDS = 30.0  # that one image may take
+MAX_SECONDS = 30.0  # of processor time that one image may take
 MAX_WORDS = 200  # characters of a name that somebody else has chosen
 
 # By Pillow's names; the others have no place for credentials, or none that the library knows.
@@ -39,7 +35,6 @@ SETTINGS = {
     "verify": {"verify_trust": True, "remote_manifest_fetch": False, "ocsp_fetch": False},
     "core": {"allowed_network_hosts": [], "decode_identity_assertions": False},
 }
-PROGRAM = "import sys; sys.path[:] = {path}; from dgsnet.detection import provenance; provenance.answer()"
 
 
 class Provenance(NamedTuple):
@@ -62,10 +57,9 @@ class Provenance(NamedTuple):
 
 
 class ProvenanceReader:
-    """Reads the Content Credentials of one image after another, in a process of its own, one at a time.
+    """Reads the Content Credentials of one image after another, in a process of its own.
 
-    An image at which that process dies, or takes longer than MAX_SECONDS, has that as its answer, and the
-    next one is read by a new process.
+    An image at which that process dies, or reaches a limit, has that as its answer.
 
     Args:
         trust: file of the certificates, in PEM, that a signer's may descend from; None trusts nobody.
@@ -85,7 +79,13 @@ class ProvenanceReader:
         if importlib.util.find_spec("c2pa") is None:
             raise UserError("Content Credentials need c2pa-python: pip install 'dgs-kernels[provenance]'")
         self.anchors = _read_anchors(Path(trust)) if trust else ""
-        self._process = self._start()
+        self._apart = Apart(
+            "dgsnet.detection.provenance:prepare",
+            self.anchors,
+            library="c2pa-python",
+            seconds=MAX_SECONDS,
+        )
+        self._apart.start()
 
     def __call__(self, image: str | Path | bytes | Item) -> Provenance:
         """Read one image: a path, an encoded image or an item."""
@@ -93,108 +93,50 @@ class ProvenanceReader:
             image = Item("image", data=image)
         elif not isinstance(image, Item):
             image = Item(str(image))
-        if self._process.poll() is not None:
-            self._process = self._start()
-        late = threading.Event()
-
-        def stop() -> None:
-            late.set()
-            self._process.kill()
-
-        timer = threading.Timer(MAX_SECONDS, stop)
-        timer.start()
         try:
-            return Provenance(*self._ask(image))
-        except (EOFError, OSError, TypeError, ValueError):
-            self.close()
-            slow = f"not read within {MAX_SECONDS:g} seconds"
-            note = slow if late.is_set() else "the process that read it died"
-            return Provenance("invalid", provenance_note=note)
-        finally:
-            timer.cancel()
+            data = image.read_bytes()
+        except ImageError as error:
+            return Provenance("", provenance_note=str(error))
+        try:
+            return Provenance(*self._apart("dgsnet.detection.provenance:answer", data, image.path)[0])
+        except Gone as gone:
+            return Provenance("invalid", provenance_note=str(gone))
 
     def __enter__(self) -> ProvenanceReader:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def close(self) -> None:
-        """End the process."""
-        self._process.kill()
-        for pipe in (self._process.stdin, self._process.stdout):
-            with contextlib.suppress(OSError):  # what it did not take
-                pipe.close()  # type: ignore[union-attr]
-        self._process.wait()
-
-    def _start(self) -> subprocess.Popen:
-        """A new process, ready to read."""
-        # With the search path of this one, so that nothing is imported from the current folder.
-        command = [sys.executable, "-c", PROGRAM.format(path=sys.path)]
-        self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
-        )
-        try:
-            [problem] = self._ask(self.anchors)
-        except (EOFError, OSError, ValueError):
-            problem = "its process ends at once"
-        if problem:
-            self.close()
-            raise UserError(f"c2pa-python does not work here: {problem}")
-        return self._process
-
-    def _ask(self, question: str | Item) -> list[str]:
-        """Hand over a question, and wait for its answer: no pickle, for an image may have written it."""
-        requests, answers = self._process.stdin, self._process.stdout
-        assert requests and answers
-        pickle.dump(question, requests)
-        requests.flush()
-        if not (line := answers.readline()).endswith(b"\n"):
-            raise EOFError
-        return json.loads(line)
+        self._apart.close()
 
 
-def answer() -> None:
-    """The other process: answers what comes through standard input, until that is closed."""
-    questions = sys.stdin.buffer
-    with os.fdopen(os.dup(1), "w", encoding="ascii") as answers:
-        os.dup2(2, 1)  # whatever else is printed goes nowhere
-
-        def tell(words: Any) -> None:
-            answers.write(json.dumps(words) + "\n")
-            answers.flush()
-
-        try:
-            from c2pa import Context
-
-            anchors = pickle.load(questions)
-            trust = {"trust": {"trust_anchors": anchors}} if anchors else {}
-            context = Context.from_dict(SETTINGS | trust)
-        except Exception as error:
-            return tell([one_line(error) or type(error).__name__])
-        tell([""])
-        with contextlib.suppress(EOFError):
-            while True:
-                tell(_of_item(pickle.load(questions), context))
+_context: Context | None = None
 
 
-def _of_item(item: Item, context: Context) -> Provenance:
-    from dgsnet.data.images import ImageError, one_line_errors, opened
+def prepare(anchors: str) -> None:
+    """What the other process does first."""
+    from c2pa import Context
 
+    global _context
+    trust = {"trust": {"trust_anchors": anchors}} if anchors else {}
+    _context = Context.from_dict(SETTINGS | trust)
+
+
+def answer(data: bytes, name: str) -> tuple[Provenance, int, tuple[()]]:
+    """The part of `ProvenanceReader` that the other process does."""
+    assert _context
     try:
-        data = item.read_bytes()
-        with one_line_errors(item.path), opened(data) as image:  # the limits of images hold here too
+        with one_line_errors(name), opened(data) as image:  # the limits of images hold here too
             kind = image.format or ""
     except ImageError as error:
-        return Provenance("", provenance_note=str(error))
+        return Provenance("", provenance_note=str(error)), 0, ()
     if kind not in FORMATS:
-        return Provenance("absent", provenance_note=f"none is looked for in {kind} files")
+        return Provenance("absent", provenance_note=f"none is looked for in {kind} files"), 0, ()
     if not any(trace in data for trace in TRACES):
-        return Provenance("absent")
+        return Provenance("absent"), 0, ()
     try:
-        return _of_bytes(data, context)
+        return _of_bytes(data, _context), 0, ()
     except Exception as error:  # as various as the damage
-        return Provenance("invalid", provenance_note=_plain(error) or type(error).__name__)
+        return Provenance("invalid", provenance_note=_plain(error) or type(error).__name__), 0, ()
 
 
 def _of_bytes(data: bytes, context: Context) -> Provenance:

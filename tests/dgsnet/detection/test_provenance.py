@@ -20,6 +20,7 @@ from dgsnet.errors import UserError
 from PIL import Image
 
 from tests.support.credentials import Authority, picture, signed
+from tests.support.pictures import encode
 from tests.support.tables import interrupted
 
 KNOWN, STRANGE = Authority(), Authority("Another Authority")
@@ -254,6 +255,16 @@ def test_what_cannot_be_read_or_has_no_place_for_credentials(read, tmp_path):
     }.items():
         state, issuer, source_type, note = read(image)
         assert (state, issuer, source_type) == ("", "", "") and reason in note
+
+
+def test_an_image_that_stops_the_library_costs_one_answer(monkeypatch):
+    """As one at which it dies does: tests/dgsnet/test_apart.py."""
+    data = signed(encode(np.zeros((2000, 2000, 3), np.uint8), "png", compress_level=0), KNOWN.signer())
+    monkeypatch.setattr(provenance, "MAX_SECONDS", 0.002)
+    with ProvenanceReader() as read:
+        note = "not read within 0.002 seconds of processor time"
+        assert read(data) == Provenance("invalid", "", "", note)
+        assert read(picture("BMP")).provenance == "absent"
 
 
 def test_a_certificate_that_has_run_out_is_invalid(read):

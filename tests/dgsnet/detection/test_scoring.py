@@ -17,6 +17,7 @@ from dgsnet.detection.scoring import predict_command, score
 from dgsnet.errors import UserError
 from PIL import Image
 
+from tests.support.pictures import vast_webp
 from tests.support.tables import read_csv, same
 
 
@@ -202,6 +203,16 @@ def test_an_image_that_kills_its_reader_costs_one_row(run, images, table):
         if not row.error:
             assert f"{row.probability:.6f}" == table[os.path.basename(row.path)]["probability"]
     assert seen == [row.path for row in found if not row.error]
+
+
+def test_an_image_beyond_the_limits_costs_one_row(run, images, table, tmp_path):
+    """In this process too."""
+    (tmp_path / "vast.webp").write_bytes(vast_webp())
+    paths = [str(images / "03.png"), str(tmp_path / "vast.webp"), str(images / "05.png")]
+    predict_command(paths, run, str(tmp_path / "s.csv"), workers=0)
+    before, vast, after = read_csv(tmp_path / "s.csv")
+    assert vast["error"] == f"{paths[1]}: it takes more than 1.2 GiB of memory to read"
+    same([before, after], {name: table[name] for name in ("03.png", "05.png")})
 
 
 def test_endless_sources_are_not_read_ahead(run, images):
