@@ -39,7 +39,7 @@ def foreach(*tensors: Tensor) -> None:
     products = torch.empty(
         groups[-1] + 1, 2, 2, dtype=reference.compute_dtype(*grads), device=grads[0].device
     )
-    eager_gramian(first + second, groups, products)
+    eager_gramian(first + second, groups, 2, products)
     eager_combine_(grads, list(tensors[count:]), pcgrad_weights(products), groups)
 
 

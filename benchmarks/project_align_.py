@@ -52,7 +52,7 @@ def foreach(*tensors: Tensor) -> None:
     grads, harmful, beneficial = lists(tensors, 3)
     groups = layers(len(grads))
     sums = grads[0].new_zeros(groups[-1] + 1, 6, dtype=reference.compute_dtype(*grads))
-    eager(grads, harmful, beneficial, groups, sums, None, 0.2, 1e-6, 0, 0, 0)
+    eager(grads, harmful, beneficial, groups, sums, None, 0.2, 1e-6, "align_first", "positive", "all")
 
 
 def loop(*tensors: Tensor, groups: list[int] | None = None) -> None:

@@ -1,17 +1,21 @@
 // What Python hands to an operation, taken apart and checked: the same for torch's tensors and for NumPy's arrays.
 //
 // A call is served whose arrays are dense, of fitting shapes, and of one dtype and device. Any other is left alone, and
-// `reason` says why: to the user of dgs_numpy; and to dgs_kernels/operation.py, which then makes tensors that fit, or
-// raises an error by the rules of dgs_kernels/ops. Options are checked there (dgs_kernels/options.py), not here.
+// `reason` says why. Here stands what a kernel can read, and nothing else: dgs_numpy has no other rules, and raises the
+// reason as its error. What dgs_kernels' public functions take is more, and is said in Python alone: where a call is
+// refused here, dgs_kernels/operation.py makes tensors that fit, or raises an error.
 //
-// Each function takes its arguments in the order of the implementations that dgs_kernels/ops documents. `Runtime`
-// says where it runs: launch(device, on_cpu, on_cuda) calls one of them, and parallel_for shares the CPU's work.
+// Each function takes the arguments of the operator of its name, and then its results, as dgs_kernels/ops documents.
+// `Runtime` says where it runs: launch(device, on_cpu, on_cuda) calls one of them, and parallel_for shares the CPU's
+// work.
 #pragma once
 
 #include <Python.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
+#include <limits>
 #include <memory>
 #include <string>
 #include <utility>
@@ -35,8 +39,27 @@ struct Device {
 enum class Element : uint8_t { f32, f64, bf16, f16, u8, other };  // the first four as DType has them
 constexpr const char* element_names[] = {"float32", "float64", "bfloat16", "float16", "uint8"};
 
+// As users write the options; the places are those in their enumerations.
+constexpr const char* orders[] = {"align_first", "project_first"};
+constexpr const char* rules[] = {"positive", "full", "conflict"};
+constexpr const char* parts[] = {"all", "sums", "apply"};
+constexpr const char* text_roles[] = {"project", "expert", "both"};
+enum class TextRole { project, expert, both };
+
 inline Element computing_type(Element x) { return x == Element::f64 ? Element::f64 : Element::f32; }
 inline int64_t size_of(Element x) { return x == Element::f64 ? 8 : x == Element::f32 ? 4 : x == Element::u8 ? 1 : 2; }
+
+// A Python object in words: what `in_words` makes of it, of which this takes possession.
+inline std::string text(PyObject* words) {
+  PyObject* const bytes = words ? PyUnicode_AsUTF8String(words) : nullptr;
+  std::string found = bytes ? PyBytes_AsString(bytes) : "what has no words";
+  Py_XDECREF(bytes), Py_XDECREF(words);
+  PyErr_Clear();
+  return found;
+}
+inline std::string type_name(PyObject* object) {
+  return text(PyObject_GetAttrString(reinterpret_cast<PyObject*>(Py_TYPE(object)), "__name__"));
+}
 
 class Call;
 
@@ -47,13 +70,14 @@ struct View {
   int64_t place = -1;
   void* data = nullptr;
   bool absent = false;  // None
+  bool read_only = false;
   Element element = Element::other;
   Device device;
   int ndim = 0;
   const int64_t *shape = nullptr, *strides = nullptr;  // strides in elements
 
-  // Each module has its own: false, and a reason, where no kernel could read the object.
-  bool of(PyObject* object, Call& call);
+  // Each module has its own: fills in the rest, or refuses the call where no kernel could read the object.
+  void of(PyObject* object, Call& call);
 
   std::string called() const { return place < 0 ? name : std::string(name) + "[" + std::to_string(place) + "]"; }
 
@@ -67,14 +91,10 @@ struct View {
 
   std::string type_text() const {
     if (element != Element::other) return element_names[int(element)];
-    std::string text = "another type";
     PyObject* const dtype = PyObject_GetAttrString(object, "dtype");
-    PyObject* const words = dtype ? PyObject_Str(dtype) : nullptr;
-    PyObject* const bytes = words ? PyUnicode_AsUTF8String(words) : nullptr;
-    if (bytes) text = PyBytes_AsString(bytes);
-    Py_XDECREF(bytes), Py_XDECREF(words), Py_XDECREF(dtype);
-    PyErr_Clear();
-    return text;
+    std::string found = text(dtype ? PyObject_Str(dtype) : nullptr);
+    Py_XDECREF(dtype);
+    return found;
   }
 
   int64_t numel() const {
@@ -96,7 +116,7 @@ struct View {
   }
 };
 
-// A call's arguments, taken one after the other, and why it is not served.
+// A call's arguments, taken one after the other, and why it is not served. What is taken after a refusal means nothing.
 class Call {
   PyObject* const* next_;
 
@@ -113,60 +133,113 @@ class Call {
   }
   bool fine() const { return reason.empty(); }
 
-  bool view(View& x, const char* name, bool optional = false) {
-    PyObject* const object = *next_++;
-    x.name = name;
-    x.absent = object == Py_None;
-    if (x.absent) return optional || refuse(x.called() + " is needed");
-    return x.of(object, *this);
+  View needed(const char* name) {
+    const View x = optional(name);
+    if (x.absent) refuse(x.called() + " is needed");
+    return x;
   }
-  bool optional(View& x, const char* name) { return view(x, name, true); }
+  View optional(const char* name) {
+    View x{.name = name, .absent = *next_ == Py_None};
+    if (!x.absent) x.of(*next_, *this);
+    ++next_;
+    return x;
+  }
+  void skip() { ++next_; }
 
-  double real() {
-    PyObject* const number = *next_++;
-    if (PyFloat_Check(number) || PyLong_Check(number)) return PyFloat_AsDouble(number);
-    refuse("an option is no number");  // a tensor, which would have to be waited for
+  // None is an empty list.
+  std::vector<View> list(const char* name, bool edited = false) {
+    std::vector<View> views(length(name));
+    for (size_t i = 0; i < views.size() && fine(); ++i) {
+      views[i].name = name, views[i].place = int64_t(i);
+      views[i].of(item(i), *this);
+      if (edited && views[i].read_only) refuse(views[i].called() + " is edited in place, but it is read-only");
+    }
+    ++next_;
+    return views;
+  }
+  std::vector<int64_t> whole_numbers(const char* name) {
+    std::vector<int64_t> numbers(length(name));
+    for (size_t i = 0; i < numbers.size(); ++i) numbers[i] = whole(name, item(i));
+    ++next_;
+    return numbers;
+  }
+
+  double number(const char* name) {
+    PyObject* const given = *next_++;
+    if (PyFloat_Check(given) || PyLong_Check(given)) return PyFloat_AsDouble(given);
+    refuse(std::string(name) + " must be a number");  // of a tensor it would have to be waited for
     return 0;
   }
-  int64_t integer() { return integer(*next_++); }
+  double finite(const char* name) {
+    const double x = number(name);
+    if (!(std::abs(x) < std::numeric_limits<double>::infinity())) refuse_option(name, "must be finite");
+    return x;
+  }
+  double positive(const char* name) {
+    const double x = number(name);
+    if (!(x > 0)) refuse_option(name, "must be > 0");
+    if (x == std::numeric_limits<double>::infinity()) refuse_option(name, "must be finite");
+    return x;
+  }
+  double weight(const char* name) {
+    const double x = number(name);
+    if (!(x >= 0 && x < std::numeric_limits<double>::infinity())) refuse_option(name, "must be a finite number >= 0");
+    return x;
+  }
+  int64_t whole(const char* name, int64_t least) {
+    const int64_t x = whole(name, *next_++);
+    if (x < least) refuse_option(name, ("must be >= " + std::to_string(least)).c_str());
+    return x;
+  }
+  // 0 is None.
+  int64_t count_or_none(const char* name) {
+    if (*next_ != Py_None) return whole(name, 1);
+    ++next_;
+    return 0;
+  }
   bool truth() { return PyObject_IsTrue(*next_++) == 1; }
 
-  bool list(std::vector<View>& views, const char* name) {
-    return list(
-        name, [&](Py_ssize_t size) { views.resize(size); },
-        [&](PyObject* item, Py_ssize_t i) {
-          views[i].name = name;
-          views[i].place = i;
-          return views[i].of(item, *this);
-        });
+  template <typename Choice, size_t count>
+  Choice choice(const char* name, const char* const (&names)[count]) {
+    PyObject* const given = *next_++;
+    std::string expected;
+    for (size_t i = 0; i < count; ++i)
+      if (PyUnicode_Check(given) && PyUnicode_CompareWithASCIIString(given, names[i]) == 0)
+        return static_cast<Choice>(i);
+    for (const char* known : names) expected += (expected.empty() ? "" : ", ") + std::string(known);
+    refuse_option(name, ("must be one of " + expected).c_str());
+    return {};
   }
-  bool list(std::vector<int64_t>& numbers, const char* name) {
-    return list(
-        name, [&](Py_ssize_t size) { numbers.resize(size); },
-        [&](PyObject* item, Py_ssize_t i) {
-          numbers[i] = integer(item);
-          return fine();
-        });
+
+  // The options of gradient surgery, wherever they are kept.
+  template <typename Arguments>
+  void surgery(Arguments& a, const char* eps = "eps") {
+    a.alignment = finite("alignment"), a.eps = positive(eps);
+    a.order = choice<Order>("order", orders), a.rule = choice<Rule>("rule", rules);
   }
 
  private:
-  int64_t integer(PyObject* number) {
+  // Of the option that was taken last.
+  void refuse_option(const char* name, const char* rule) {
+    refuse(std::string(name) + " " + rule + ", got " + text(PyObject_Repr(next_[-1])));
+  }
+
+  int64_t whole(const char* name, PyObject* number) {
     const int64_t value = PyLong_AsLongLong(number);
     if (value != -1 || !PyErr_Occurred()) return value;
     PyErr_Clear();
-    refuse("an option is no whole number");
+    refuse(std::string(name) + " must be whole numbers");
     return 0;
   }
 
-  template <typename Resize, typename Take>
-  bool list(const char* name, Resize resize, Take take) {
-    PyObject* const items = *next_++;
-    if (!PyList_Check(items)) return refuse(std::string(name) + " must be a list");
-    const Py_ssize_t size = PyList_Size(items);
-    resize(size);
-    for (Py_ssize_t i = 0; i < size; ++i)
-      if (!take(PyList_GetItem(items, i), i)) return false;
-    return true;
+  size_t length(const char* name) {
+    if (*next_ == Py_None) return 0;
+    if (PyList_Check(*next_) || PyTuple_Check(*next_)) return size_t(PySequence_Size(*next_));
+    refuse(std::string(name) + " must be a list of numpy arrays, got " + type_name(*next_), PyExc_TypeError);
+    return 0;
+  }
+  PyObject* item(size_t i) const {
+    return PyList_Check(*next_) ? PyList_GetItem(*next_, Py_ssize_t(i)) : PyTuple_GetItem(*next_, Py_ssize_t(i));
   }
 };
 
@@ -186,15 +259,18 @@ inline bool gapless(Call& call, const View& x) {
   return x.contiguous() || call.refuse(x.called() + " must be C-contiguous");
 }
 
+inline bool same_type(Call& call, const View& x, const View& model) {
+  return x.element == model.element ||
+         call.refuse(x.called() + " must be " + model.type_text() + " as the others, got " + x.type_text(),
+                     PyExc_TypeError);
+}
+
 // Whether x is without gaps and as `model` is.
 inline bool alike(Call& call, const View& x, const View& model) {
   if (!gapless(call, x)) return false;
   if (!x.like(model))
     return call.refuse(x.called() + " must have shape " + model.shape_text() + ", got " + x.shape_text());
-  if (x.element != model.element)
-    return call.refuse(x.called() + " must be " + model.type_text() + " as the others, got " + x.type_text(),
-                       PyExc_TypeError);
-  return same_device(call, x, model);
+  return same_type(call, x, model) && same_device(call, x, model);
 }
 
 inline bool alike(Call& call, const char* name, const std::vector<View>& list, const std::vector<View>& wanted) {
@@ -285,14 +361,12 @@ struct Written {
 
 template <typename Runtime>
 bool project_align(Call& call) {
-  View grad, harmful, beneficial, scale, out;
-  if (!call.view(grad, "grad") || !call.view(harmful, "harmful") || !call.optional(beneficial, "beneficial") ||
-      !call.optional(scale, "scale"))
-    return false;
+  const View grad = call.needed("grad"), harmful = call.needed("harmful"), beneficial = call.optional("beneficial");
+  const View scale = call.optional("scale");
   ProjectAlign a{};
-  a.alignment = call.real(), a.eps = call.real();
-  a.order = static_cast<Order>(call.integer()), a.rule = static_cast<Rule>(call.integer());
-  if (!call.fine() || !call.view(out, "out") || !rows(call, grad, a.rows, a.grad_stride) || !floating(call, grad) ||
+  call.surgery(a);
+  const View out = call.needed("out");
+  if (!call.fine() || !rows(call, grad, a.rows, a.grad_stride) || !floating(call, grad) ||
       !direction(call, harmful, grad, a.harmful_stride) ||
       !(beneficial.absent || direction(call, beneficial, grad, a.beneficial_stride)) ||
       !scalar(call, scale, computing_type(grad.element), grad) || !alike(call, out, grad))
@@ -318,23 +392,20 @@ inline bool probabilities(Call& call, const View& x) {
 
 template <typename Runtime>
 bool surgery_head(Call& call) {
-  View features, teacher, text, labels, offsets, losses, logits, residuals, head_grads, differences;
-  if (!call.view(features, "features") || !call.view(teacher, "teacher_features") ||
-      !call.optional(text, "text_features") || !call.view(labels, "labels"))
-    return false;
-  constexpr const char* names[][2] = {
-      {"image_weight", "image_bias"}, {"teacher_weight", "teacher_bias"}, {"text_weight", "text_bias"}};
-  View heads[3][2];  // weight and bias of image, teacher and text
-  for (int head = 0; head < 3; ++head)
-    for (int part = 0; part < 2; ++part)
-      if (!call.view(heads[head][part], names[head][part], head == 2)) return false;
-  if (!call.optional(offsets, "offsets")) return false;
+  const View features = call.needed("features"), teacher = call.needed("teacher_features");
+  const View text = call.optional("text_features"), labels = call.needed("labels");
+  const View image_weight = call.needed("image_weight"), image_bias = call.needed("image_bias");
+  const View teacher_weight = call.needed("teacher_weight"), teacher_bias = call.needed("teacher_bias");
+  const View text_weight = call.optional("text_weight"), text_bias = call.optional("text_bias");
+  call.positive("eps"), call.choice<Order>("order", orders);  // which the backward is in need of
   SurgeryHead a{};
-  a.reference_batch_size = call.real(), a.expert = call.truth(), a.distillation = call.real();
-  if (!call.fine() || !call.view(losses, "losses") || !call.view(logits, "logits") ||
-      !call.view(residuals, "residuals") || !call.view(head_grads, "head_grads") ||
-      !call.view(differences, "differences"))
-    return false;
+  a.reference_batch_size = double(call.count_or_none("reference_batch_size"));
+  a.expert = call.choice<TextRole>("text", text_roles) != TextRole::project;
+  const View offsets = call.optional("offsets");
+  a.distillation = call.weight("distillation");
+  const View losses = call.needed("losses"), logits = call.needed("logits"), residuals = call.needed("residuals");
+  const View head_grads = call.needed("head_grads"), differences = call.needed("differences");
+  if (!call.fine()) return false;
 
   if (features.ndim != 2 || features.last() == 0)
     return call.refuse("features must be [B, D] with D >= 1, got " + features.shape_text());
@@ -342,27 +413,28 @@ bool surgery_head(Call& call) {
       !direction(call, teacher, features, a.teacher_stride, false) ||
       !(text.absent || direction(call, text, features, a.text_stride, false)))
     return false;
-  if (text.absent != heads[2][0].absent || text.absent != heads[2][1].absent)
-    return call.refuse("text_features, text_weight and text_bias must be given together or be None together");
+  if (!text.absent && (text_weight.absent || text_bias.absent))
+    return call.refuse("text_features, text_weight and text_bias must be given together");
   a.dim = features.last();
   const auto fit = [&](const View& x, int64_t count) {
     return numbers(call, x, count, computing_type(features.element), features);
   };
-  for (const auto& [weight, bias] : heads) {
-    if (weight.absent) continue;
-    if (!axes(call, weight, 2) || !fit(weight, a.dim) || !axes(call, bias, 1) || !fit(bias, 1)) return false;
-    if (weight.shape[0] != 1) return call.refuse(weight.called() + " must be one row");
-  }
-  if (!axes(call, labels, 1) || !fit(labels, a.batch) || !probabilities(call, labels) ||
-      !(offsets.absent || (axes(call, offsets, 1) && fit(offsets, a.batch))) || !fit(losses, 4) ||
+  const auto vector = [&](const View& x, int64_t count) { return axes(call, x, 1) && fit(x, count); };
+  const auto row = [&](const View& x) {
+    return axes(call, x, 2) && fit(x, a.dim) && (x.shape[0] == 1 || call.refuse(x.called() + " must be one row"));
+  };
+  if (!row(image_weight) || !vector(image_bias, 1) || !row(teacher_weight) || !vector(teacher_bias, 1) ||
+      !(text.absent || (row(text_weight) && vector(text_bias, 1))) || !vector(labels, a.batch) ||
+      !probabilities(call, labels) || !(offsets.absent || vector(offsets, a.batch)) || !fit(losses, 4) ||
       !fit(logits, 3 * a.batch) || !fit(residuals, 3 * a.batch) || !fit(head_grads, 2 * (a.dim + 1)) ||
       !numbers(call, differences, a.distillation ? a.batch * a.dim : 0, features.element, features))
     return false;
   a.dtype = features.dtype();
   a.features = features.data, a.teacher_features = teacher.data, a.text_features = text.data;
   a.labels = labels.data, a.offsets = offsets.data;
-  a.image_weight = heads[0][0].data, a.teacher_weight = heads[1][0].data, a.text_weight = heads[2][0].data;
-  a.image_bias = heads[0][1].data, a.teacher_bias = heads[1][1].data, a.text_bias = heads[2][1].data;
+  a.image_weight = image_weight.data, a.teacher_weight = teacher_weight.data;
+  a.image_bias = image_bias.data, a.teacher_bias = teacher_bias.data;
+  if (!text.absent) a.text_weight = text_weight.data, a.text_bias = text_bias.data;
   a.losses = losses.data, a.logits = logits.data, a.residuals = residuals.data, a.head_grads = head_grads.data;
   a.differences = a.distillation ? differences.data : nullptr;
   return Runtime::launch(
@@ -377,18 +449,17 @@ bool surgery_head(Call& call) {
 
 template <typename Runtime>
 bool surgery_head_backward(Call& call) {
-  View residuals, image_weight, teacher_weight, text_weight, image_scale, alignment_scale, differences;
-  View distillation_scale, out;
-  if (!call.view(residuals, "residuals") || !call.view(image_weight, "image_weight") ||
-      !call.view(teacher_weight, "teacher_weight") || !call.optional(text_weight, "text_weight") ||
-      !call.view(image_scale, "image_scale") || !call.view(alignment_scale, "alignment_scale") ||
-      !call.optional(differences, "differences") || !call.optional(distillation_scale, "distillation_scale"))
-    return false;
+  const View residuals = call.needed("residuals"), image_weight = call.needed("image_weight");
+  const View teacher_weight = call.needed("teacher_weight"), text_weight = call.optional("text_weight");
+  const View image_scale = call.needed("image_scale"), alignment_scale = call.needed("alignment_scale");
+  call.skip();  // the type of the result, which is there
   SurgeryHeadBackward a{};
-  a.eps = call.real(), a.order = static_cast<Order>(call.integer());
-  a.reference_batch_size = call.real(), a.distillation = call.real();
-  if (!call.fine() || !call.view(out, "out") || !floating(call, out) || !gapless(call, out) || !axes(call, out, 2))
-    return false;
+  a.eps = call.positive("eps"), a.order = call.choice<Order>("order", orders);
+  a.reference_batch_size = double(call.count_or_none("reference_batch_size"));
+  const View differences = call.optional("differences"), distillation_scale = call.optional("distillation_scale");
+  a.distillation = call.weight("distillation");
+  const View out = call.needed("out");
+  if (!call.fine() || !floating(call, out) || !gapless(call, out) || !axes(call, out, 2)) return false;
   a.batch = out.shape[0], a.dim = out.shape[1];
   const auto fit = [&](const View& x, int64_t count) {
     return numbers(call, x, count, computing_type(out.element), out);
@@ -412,10 +483,10 @@ bool surgery_head_backward(Call& call) {
 
 template <typename Runtime>
 bool spectral_entropy(Call& call) {
-  View images, out;
-  if (!call.view(images, "images")) return false;
-  const int64_t patch_size = call.integer();
-  if (!call.fine() || !call.view(out, "out")) return false;
+  const View images = call.needed("images");
+  const int64_t patch_size = call.whole("patch_size", 1);
+  const View out = call.needed("out");
+  if (!call.fine()) return false;
   if (images.ndim != 4 || images.shape[1] != 3)
     return call.refuse("images must be [B, 3, H, W], got " + images.shape_text());
   if (images.element != Element::u8 && images.element != Element::f32)
@@ -448,30 +519,23 @@ bool spectral_entropy(Call& call) {
 // What both operations of surgery on lists are given besides, and what the kernels are told of it.
 struct SurgeryLists {
   std::vector<View> grads;
-  std::vector<ListTensor> tensors;
-  TensorList list;
+  std::vector<ListTensor> tensors{};
+  TensorList list{};
 
-  // Takes harmful, beneficial, groups, sums, scale, alignment, eps, order, rule and part.
+  // Takes harmful, beneficial, groups, sums, scale and the options, the last of them `part`.
   bool read(Call& call, bool edited) {
-    std::vector<View> harmful, beneficial;
-    std::vector<int64_t> groups;
-    View sums, scale;
-    if (!call.list(harmful, "harmful") || !call.list(beneficial, "beneficial") || !call.list(groups, "groups") ||
-        !call.view(sums, "sums") || !call.optional(scale, "scale"))
-      return false;
-    list.alignment = call.real(), list.eps = call.real();
-    list.order = static_cast<Order>(call.integer()), list.rule = static_cast<Rule>(call.integer());
-    list.part = static_cast<Part>(call.integer());
+    const std::vector<View> harmful = call.list("harmful"), beneficial = call.list("beneficial");
+    const std::vector<int64_t> groups = call.whole_numbers("groups");
+    const View sums = call.needed("sums"), scale = call.optional("scale");
+    call.surgery(list, edited ? "eps" : "surgery_eps");
+    list.part = call.choice<Part>("part", parts);
     if (!call.fine()) return false;
     if (grads.empty()) return call.refuse("there are no arrays");
     const View& first = grads[0];
     if (!floating(call, first)) return false;
     Written written;
     for (const View& x : grads) {
-      if (!gapless(call, x) || !same_device(call, x, first)) return false;
-      if (x.element != first.element)
-        return call.refuse(x.called() + " must be " + first.type_text() + " as the others, got " + x.type_text(),
-                           PyExc_TypeError);
+      if (!gapless(call, x) || !same_device(call, x, first) || !same_type(call, x, first)) return false;
       if (edited) written.add(x.data, x.numel() * size_of(x.element));
     }
     if (!alike(call, "harmful", harmful, grads) ||
@@ -482,7 +546,8 @@ struct SurgeryLists {
     const Element computing = computing_type(first.element);
     if (!numbers(call, sums, num_groups * group_sums, computing, first) || !scalar(call, scale, computing, first))
       return false;
-    if (groups.size() != grads.size()) return call.refuse("groups must name the layer of every array");
+    if (groups.size() != grads.size())
+      return call.refuse("groups must name the layer of " + std::to_string(grads.size()) + " arrays");
     tensors.reserve(grads.size());
     for (size_t i = 0; i < grads.size(); ++i) {
       if (groups[i] < 0 || groups[i] >= num_groups) return call.refuse("there is no such group");
@@ -501,8 +566,8 @@ struct SurgeryLists {
 
 template <typename Runtime>
 bool project_align_(Call& call) {
-  SurgeryLists made;
-  return call.list(made.grads, "grads") && made.read(call, true) &&
+  SurgeryLists made{.grads = call.list("grads", true)};
+  return made.read(call, true) &&
          Runtime::launch(
              call, made.grads[0].device, [&] { cpu::project_align_(made.list, Runtime::parallel_for); },
              [&](const auto& allocate, auto stream) { return cuda::project_align_(made.list, allocate, stream); });
@@ -528,16 +593,16 @@ struct Step {
 
 template <typename Runtime>
 bool surgery_adamw_(Call& call) {
-  std::vector<View> params, exp_avgs, exp_avg_sqs, steps;
-  SurgeryLists made;
-  if (!call.list(params, "params") || !call.list(made.grads, "grads") || !call.list(exp_avgs, "exp_avgs") ||
-      !call.list(exp_avg_sqs, "exp_avg_sqs") || !call.list(steps, "steps") || !made.read(call, false))
-    return false;
-  AdamW options{.lr = call.real(),
-                .beta1 = call.real(),
-                .beta2 = call.real(),
-                .weight_decay = call.real(),
-                .eps = call.real(),
+  const std::vector<View> params = call.list("params", true);
+  SurgeryLists made{.grads = call.list("grads")};
+  const std::vector<View> exp_avgs = call.list("exp_avgs", true), exp_avg_sqs = call.list("exp_avg_sqs", true);
+  const std::vector<View> steps = call.list("steps", true);
+  if (!made.read(call, false)) return false;
+  AdamW options{.lr = call.number("lr"),
+                .beta1 = call.number("beta1"),
+                .beta2 = call.number("beta2"),
+                .weight_decay = call.number("weight_decay"),
+                .eps = call.number("eps"),
                 .maximize = call.truth()};
   if (!call.fine() || !alike(call, "params", params, made.grads) || !alike(call, "exp_avgs", exp_avgs, made.grads) ||
       !alike(call, "exp_avg_sqs", exp_avg_sqs, made.grads))
@@ -571,7 +636,7 @@ bool surgery_adamw_(Call& call) {
 // Several gradients of the same arrays: objective k's array i is view k * T + i.
 struct ObjectiveLists {
   std::vector<View> views;
-  std::vector<ObjectivesTensor> tensors;
+  std::vector<ObjectivesTensor> tensors{};
   Objectives objectives{};
 
   bool read(Call& call, const std::vector<int64_t>& groups, int64_t count, int64_t num_groups) {
@@ -582,8 +647,8 @@ struct ObjectiveLists {
     tensors.resize(size);
     for (size_t i = 0; i < size; ++i) {
       const View& model = views[i];
-      if (!gapless(call, model) || !same_device(call, model, views[0])) return false;
-      if (model.element != views[0].element) return call.refuse(model.called() + " is of another type than the first");
+      if (!gapless(call, model) || !same_device(call, model, views[0]) || !same_type(call, model, views[0]))
+        return false;
       if (groups[i] < 0 || groups[i] >= num_groups) return call.refuse("there is no such group");
       tensors[i] = {.numel = model.numel(), .group = groups[i], .grad = nullptr, .objectives = {}};
       for (int64_t k = 0; k < count; ++k) {
@@ -614,14 +679,11 @@ struct ObjectiveLists {
 
 template <typename Runtime>
 bool gramian(Call& call) {
-  ObjectiveLists lists;
-  std::vector<int64_t> groups;
-  View out;
-  if (!call.list(lists.views, "objectives") || !call.list(groups, "groups") || !call.view(out, "out") ||
-      !axes(call, out, 3))
-    return false;
-  const int64_t count = out.shape[2];
-  if (!lists.read(call, groups, count, out.shape[0]) ||
+  ObjectiveLists lists{.views = call.list("objectives")};
+  const std::vector<int64_t> groups = call.whole_numbers("groups");
+  const int64_t count = call.whole("num_objectives", 2);
+  const View out = call.needed("out");
+  if (!call.fine() || !axes(call, out, 3) || !lists.read(call, groups, count, out.shape[0]) ||
       !numbers(call, out, out.shape[0] * count * count, computing_type(lists.views[0].element), lists.views[0]))
     return false;
   lists.objectives.gramian = out.data;
@@ -632,13 +694,11 @@ bool gramian(Call& call) {
 
 template <typename Runtime>
 bool combine_(Call& call) {
-  std::vector<View> grads;
-  ObjectiveLists lists;
-  std::vector<int64_t> groups;
-  View weights;
-  if (!call.list(grads, "grads") || !call.list(lists.views, "objectives") || !call.view(weights, "weights") ||
-      !call.list(groups, "groups"))
-    return false;
+  const std::vector<View> grads = call.list("grads", true);
+  ObjectiveLists lists{.views = call.list("objectives")};
+  const View weights = call.needed("weights");
+  const std::vector<int64_t> groups = call.whole_numbers("groups");
+  if (!call.fine()) return false;
   if (groups.empty() || grads.size() != groups.size() || weights.ndim < 1 || weights.ndim > 2)
     return call.refuse("grads, groups and weights do not fit");
   const int64_t count = weights.last(), rows = weights.ndim == 1 ? 1 : weights.shape[0];

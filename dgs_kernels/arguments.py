@@ -19,11 +19,12 @@ WHOLE: Any = (int, Integral, torch.SymInt)
 
 def check_tensors(caller: str, **tensors: object) -> None:
     """Raise a TypeError unless all are dense tensors."""
+    # Sparse tensors are none of those that torch.compile traces, and dynamo does not read the layout.
+    reads_layouts = not torch.compiler.is_compiling()
     for name, x in tensors.items():
         if not isinstance(x, Tensor):
             raise TypeError(f"{caller}: {name} must be a torch.Tensor, got {type_name(x)}")
-        # Sparse tensors are none of those that torch.compile traces, and dynamo does not read the layout.
-        if not torch.compiler.is_compiling() and x.layout != torch.strided:
+        if reads_layouts and x.layout != torch.strided:
             raise TypeError(f"{caller}: {name} must be a dense tensor (.to_dense()), got layout {x.layout}")
 
 

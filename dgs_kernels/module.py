@@ -45,17 +45,10 @@ class SurgeryHead(nn.Module):
         distillation: float = 0.0,
     ) -> SurgeryHeadOutput:
         """`surgery_head` with this module's weights."""
+        heads = (self.image_head, self.teacher_head, self.text_head)
         return surgery_head(
-            features,
-            teacher_features,
-            text_features,
-            labels,
-            self.image_head.weight,
-            self.image_head.bias,
-            self.teacher_head.weight,
-            self.teacher_head.bias,
-            self.text_head.weight,
-            self.text_head.bias,
+            *(features, teacher_features, text_features, labels),
+            *(parameter for head in heads for parameter in (head.weight, head.bias)),
             order=order,
             eps=eps,
             reference_batch_size=reference_batch_size,

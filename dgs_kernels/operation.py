@@ -2,11 +2,15 @@
 kernel.
 
 What an implementation is, in every backend: a function of the operation's name in a file of that name
-(`dgs_kernels/eager`, `dgs_kernels/triton`, `csrc/torch/module.cpp`) with the same arguments, outputs last,
-which it fills. It returns None. A native function looks at its arguments by itself, in a fraction of the
-time that Python takes: where tensors are not the usual ones (dense, of one dtype and device, of shapes that
-fit, of no subclass), it touches nothing and returns the reason. So the usual call reaches it through little
-of Python and past torch's dispatcher, and only an unusual one is checked and laid out here.
+(`dgs_kernels/eager`, `dgs_kernels/triton`, `csrc/torch/module.cpp`). It takes the arguments of the operator,
+then the results, which it fills, and returns None. A native function looks at its arguments by itself, in a
+fraction of the time that Python takes: where tensors are not the usual ones (dense, of one dtype and device,
+of shapes that fit, of no subclass), it touches nothing and returns the reason. So the usual call reaches it
+through little of Python and past torch's dispatcher, and only an unusual one is checked and laid out here.
+
+So each rule has one home. What a kernel can read is the native functions' affair (csrc/calls.h). What a user
+may pass, which is more, and the words where it does not fit, are said here and in `dgs_kernels/ops`, as
+backends without the native library are in need of them too.
 """
 
 from __future__ import annotations
@@ -22,11 +26,14 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from dgs_kernels import backends, private_torch
+from dgs_kernels.tensors import in_a_row
 
 _library = torch.library.Library("dgs", "FRAGMENT")
 
 Named = Any  # the arguments of an operator, under the names of its schema
-Called = tuple[tuple, Any]  # what an implementation is given, and the outputs among that
+# Of such arguments, and of lists of such tensors or of integers, torch's dispatcher would make nothing else.
+_TENSORS = frozenset((Tensor, torch.nn.Parameter))
+_PLAIN = _TENSORS | {type(None), float, int, bool, str, torch.dtype}
 
 
 class Operation:
@@ -36,14 +43,13 @@ class Operation:
 
     Args:
         schema: of the operator, as torch writes it. The first argument says which device serves a call.
-        check: raises what the public function documents.
-        call: what an implementation is given, outputs included, and those outputs; None where no native
-            function could take these arguments.
-        lay_out: what `call` makes of checked arguments of any type and layout, and pairs (tensor, result) to
-            be copied once the kernel has run; None where there is nothing to do.
-        fake: the results, empty, as checked arguments promise them.
-        kinds: what of `check` has to come before torch's dispatcher, and is read by torch.compile.
-        finish: the results, of what the kernel has filled.
+        check: raises what the public function documents; what `kinds` looks at is right by then.
+        lay_out: checked arguments of any type and layout as kernels read them, lists in any dense layout;
+            None where there is nothing to do.
+        results: memory for what a kernel returns; None where no kernel could take these arguments.
+        fake: the results as they come of arguments that were not laid out, if those are others.
+        kinds: what has to be looked at before torch's dispatcher, and can be read by torch.compile.
+        finish: the result, of the one that the kernel has filled.
         written: the tensors that are edited in place.
         case: why eager PyTorch alone serves a call, None where kernels do.
         gradient: `setup_context` and `backward` of `torch.library.register_autograd`.
@@ -54,24 +60,26 @@ class Operation:
         self,
         schema: str,
         *,
-        check: Callable[[Named], None],
-        call: Callable[[Named], Called | None],
-        lay_out: Callable[[Named], tuple[Called, Sequence[tuple[Tensor, Tensor]]] | None],
-        fake: Callable[[Named], Any] = lambda a: None,
-        kinds: Callable[[Named], None] | None = None,
-        finish: Callable[[Named, Any], Any] = lambda a, results: results,
+        check: Callable[[Named], object],
+        lay_out: Callable[[Named], Named | None],
+        results: Callable[[Named], tuple[Tensor, ...] | None] = lambda a: (),
+        fake: Callable[[Named], tuple[Tensor, ...] | None] | None = None,
+        kinds: Callable[[Named], None] = lambda a: None,
+        finish: Callable[[Named, Tensor], Tensor] | None = None,
         written: Callable[[Named], Iterable[Tensor]] | None = None,
         case: Callable[[Named], str | None] | None = None,
         gradient: tuple[Callable, Callable] | None = None,
         differentiable: Sequence[str] = (),
     ) -> None:
         self.name = schema.partition("(")[0]
-        self._check, self._kinds, self._call, self._lay_out = check, kinds or check, call, lay_out
-        self._fake, self._finish, self._written, self._case = fake, finish, written, case
+        self._check, self._kinds, self._lay_out, self._results = check, kinds, lay_out, results
+        self._fake, self._finish, self._written, self._case = fake or results, finish, written, case
         _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
         self.operator = getattr(torch.ops.dgs, self.name).default
         names = [argument.name for argument in self.operator._schema.arguments]
         self.arguments: Any = namedtuple(self.name, names)  # type: ignore[misc]
+        self._has_lists = "[]" in schema
+        self._has_one_result = len(self.operator._schema.returns) == 1
         self._differentiable = [names.index(name) for name in differentiable]
         _library.impl(self.name, self.kernel, "CompositeExplicitAutograd")
         if written is not None:  # the kernel sees to negated views
@@ -105,8 +113,8 @@ class Operation:
         also where torch wants to see the call. Functions that know everything by themselves, since looking
         things up in an object, and stepping from one of its methods into the next, take a small call long.
         """
-        call, written, case, differentiable = self._call, self._written, self._case, self._differentiable
-        name, wants_gradient = self.name, self._wants_gradient
+        make, written, case, differentiable = self._results, self._written, self._case, self._differentiable
+        name, wants_gradient, has_one_result = self.name, self._wants_gradient, self._has_one_result
         named = functools.partial(tuple.__new__, self.arguments)
         implementation, looks_by_itself = backends.implementation, backends.looks_by_itself
         is_grad_enabled, strided = torch.is_grad_enabled, torch.strided
@@ -130,12 +138,12 @@ class Operation:
             serve = implementation(name, "cpu" if first.is_cpu else first.device.type)
             if not looks_by_itself(serve):
                 return None
-            called = call(a)
-            if called is None or serve(*called[0]) is not None:
+            results = make(a)
+            if results is None or serve(*arguments, *results) is not None:
                 return None
             if written is not None:
                 increment_version(written(a))
-            return called[1]
+            return results[0] if has_one_result else results
 
         return past_torch, as_given
 
@@ -148,10 +156,13 @@ class Operation:
         """The operator, its arguments looked at before torch does; where torch does not care, its kernel."""
         is_seen = private_torch.watched() or private_torch.transformed()
         wants_gradient = torch.is_grad_enabled() and self._wants_gradient(arguments)
-        if wants_gradient and not is_seen and type(arguments[0]) in (Tensor, torch.nn.Parameter):
-            return self._function.apply(*arguments)
+        if not is_seen and all(map(_is_plain, arguments)):
+            if wants_gradient:
+                return self._function.apply(*arguments)
+            with torch.no_grad():
+                return self._laid_out(arguments)
         self._kinds(self.arguments(*arguments))
-        with contextlib.nullcontext() if is_seen or wants_gradient else private_torch.below_autograd():
+        with contextlib.nullcontext() if is_seen or wants_gradient else torch.no_grad():
             return self.operator(*arguments)
 
     def _wants_gradient(self, arguments: tuple) -> bool:
@@ -163,26 +174,51 @@ class Operation:
     def kernel(self, *arguments: Any) -> Any:
         """What torch's dispatcher calls."""
         results = self._as_given(arguments)
-        if results is not None:
-            return results if self._written is None else None
+        if results is None:
+            results = self._laid_out(arguments)
+        return results if self._written is None else None
+
+    def _laid_out(self, arguments: tuple) -> Any:
+        """The results, of arguments that are to be checked and laid out first."""
         a = self.arguments._make(arguments)
+        self._kinds(a)
         self._check(a)
-        laid_out = self._lay_out(a)
-        if laid_out is None:
-            return None
-        (given, results), copies = laid_out
-        case = None if self._case is None else self._case(a)
+        ready = self._lay_out(a)
+        if ready is None:
+            return ()
+        results = self._results(ready)
+        assert results is not None, f"{self.name}: what was laid out has no results"
         first = a[0][0] if isinstance(a[0], list) else a[0]
-        reason = backends.implementation(self.name, first.device.type, case)(*given)
+        case = None if self._case is None else self._case(a)
+        serve = backends.implementation(self.name, first.device.type, case)
+        given = (in_a_row(x) if _are_tensors(x) else x for x in ready) if self._has_lists else ready
+        reason = serve(*given, *results)
         assert reason is None, f"{self.name}: what was laid out for a native function is refused: {reason}"
-        if self._written is None:
-            return self._finish(a, results)
-        increment_version(self._written(a))
-        for tensor, result in copies:
-            tensor.copy_(result)
-        return None
+        if self._written is not None:
+            increment_version(self._written(a))
+            for tensor, result in zip(self._written(a), self._written(ready)):
+                if result is not tensor:
+                    tensor.copy_(result)
+        if not self._has_one_result:
+            return results
+        return results[0] if self._finish is None else self._finish(a, results[0])
 
     def _faked(self, *arguments: Any) -> Any:
         a = self.arguments._make(arguments)
+        self._kinds(a)
         self._check(a)
-        return self._fake(a)
+        if self._written is not None:
+            return None
+        results = self._fake(a)
+        return results[0] if results and self._has_one_result else results
+
+
+def _is_plain(x: Any) -> bool:
+    if type(x) is not list:
+        return type(x) in _PLAIN
+    kinds = set(map(type, x))
+    return kinds <= _TENSORS or kinds == {int}
+
+
+def _are_tensors(x: Any) -> bool:
+    return isinstance(x, list) and bool(x) and isinstance(x[0], Tensor)

@@ -15,9 +15,6 @@ dispatch_modes = torch._C._len_torch_dispatch_stack
 profiled = torch.autograd._profiler_enabled
 # Whether one of `torch.func`'s transforms is at work, whose tensors have no memory of their own.
 transformed = torch._C._are_functorch_transforms_active
-# A context in which operators pass their autograd formula by. That is Python: entering it to find that there
-# is nothing to do would double the host time of a small call.
-below_autograd = torch._C._AutoDispatchBelowAutograd
 
 
 def forward_mode() -> bool:

@@ -11,8 +11,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dgs_kernels.reference import compute_dtype
-
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _GAPLESS = torch.ops.aten.is_non_overlapping_and_dense
 _KIND = operator.attrgetter("device", "dtype", "layout")
@@ -76,8 +74,7 @@ def common_rows(*matrices: Tensor | None) -> list[Tensor | None]:
     """Matrices of the first one's rows, in one type: theirs or, of mixed ones, what they compute in."""
     first = matrices[0]
     assert first is not None
-    mixed = any(x is not None and x.dtype != first.dtype for x in matrices)
-    dtype = compute_dtype(*matrices) if mixed else first.dtype
+    dtype = common_dtype([x for x in matrices if x is not None])
     return [rows_of(x, dtype, first.shape) for x in matrices]
 
 

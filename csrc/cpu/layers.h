@@ -11,8 +11,6 @@
 
 namespace dgs::cpu {
 
-constexpr int64_t work_per_thread = 16384;  // elements; less than that is done before a second thread wakes up
-
 // body(i) for i from 0 to count, `grain` at a time by whichever thread comes first: a thread that has to be woken,
 // which takes as long as tens of small tensors, finds less to do instead of keeping the others waiting.
 template <typename Body>

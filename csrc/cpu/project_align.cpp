@@ -16,7 +16,6 @@ namespace {
 // Sums run in vector lanes over one block and in double over blocks, in the order of the blocks: the result
 // is as accurate for long rows as for short ones and does not depend on the number of threads.
 constexpr int64_t block = 4096;
-constexpr int64_t work_per_thread = 16384;  // elements; less than that is done before a second thread wakes up
 
 struct Sums {
   double inner = 0, square = 0;  // <x, h>, ||h||^2
@@ -108,20 +107,35 @@ DGS_KERNELS(bf16)
 // The rows of one call, stored as T.
 template <typename T>
 class Rows {
-  static constexpr bool half = std::is_same_v<T, f16>;
-  using Seen = std::conditional_t<half, float, T>;  // what the loops read and write
+  using Seen = typename Widened<T, block>::Seen;  // what the loops read and write
   using F = typename Block<Seen>::F;
 
   const ProjectAlign& a_;
   const double alignment_;
   const Align align_;
 
- public:
-  // Where float16 is widened. A row of one block is still here when its result is computed.
-  struct Scratch {
-    Seen grad[half ? block : 1], harmful[half ? block : 1], beneficial[half ? block : 1];
-  };
+  // Where a block of a row is read.
+  struct Streams {
+    const int64_t size;
+    const Widened<T, block> grad, harmful, beneficial;
 
+    Streams(const ProjectAlign& a, int64_t row, int64_t begin)
+        : size(std::min(block, a.dim - begin)),
+          grad(a.grad, row * a.grad_stride + begin, size),
+          harmful(a.harmful, row * a.harmful_stride + begin, size),
+          beneficial(a.beneficial, row * a.beneficial_stride + begin, size) {}
+  };
+  Block<Seen> block_of(const Streams& s) const {
+    return {s.grad.data, s.harmful.data, s.beneficial.data, F(alignment_), s.size};
+  }
+
+  void write(const Streams& s, double k, int64_t row, int64_t begin) const {
+    Widened<T, block> out(a_.out, row * a_.out_stride + begin, s.size, /*read=*/false);
+    apply(block_of(s), align_, a_.rule, k, out.data);
+    out.write_back();
+  }
+
+ public:
   explicit Rows(const ProjectAlign& a)
       : a_(a),
         alignment_(a.alignment * (a.scale ? double(*static_cast<const F*>(a.scale)) : 1.0)),
@@ -129,36 +143,12 @@ class Rows {
                : a.order == Order::align_first ? Align::first
                                                : Align::last) {}
 
-  Block<Seen> read(int64_t row, int64_t begin, Scratch& scratch) const {
-    const int64_t size = std::min(block, a_.dim - begin);
-    const auto stream = [&](const void* rows, int64_t stride, Seen* widened) -> const Seen* {
-      const T* from = static_cast<const T*>(rows) + row * stride + begin;
-      if constexpr (half) {
-        widen(from, widened, size);
-        return widened;
-      } else {
-        return from;
-      }
-    };
-    return {stream(a_.grad, a_.grad_stride, scratch.grad), stream(a_.harmful, a_.harmful_stride, scratch.harmful),
-            a_.beneficial ? stream(a_.beneficial, a_.beneficial_stride, scratch.beneficial) : nullptr, F(alignment_),
-            size};
-  }
-
-  Sums sums(const Block<Seen>& b) const { return sum(b, align_, a_.rule); }
+  Sums sums(int64_t row, int64_t begin) const { return sum(block_of({a_, row, begin}), align_, a_.rule); }
 
   // What of the direction h is removed: k h.
   double share_of(const Sums& total) const { return projection(total.inner, std::sqrt(total.square), a_.eps, a_.rule); }
 
-  void write(const Block<Seen>& b, double k, int64_t row, int64_t begin, Scratch& scratch) const {
-    T* out = static_cast<T*>(a_.out) + row * a_.out_stride + begin;
-    if constexpr (half) {
-      apply(b, align_, a_.rule, k, scratch.grad);
-      narrow(scratch.grad, out, b.size);
-    } else {
-      apply(b, align_, a_.rule, k, out);
-    }
-  }
+  void write(int64_t row, int64_t begin, double k) const { write({a_, row, begin}, k, row, begin); }
 
   // While one row is computed, the next one is on its way.
   void prefetch(int64_t row) const {
@@ -174,16 +164,17 @@ class Rows {
   }
 
   void whole_row(int64_t row) const {
-    Scratch scratch;
-    Block<Seen> b = read(row, 0, scratch);
-    Sums total = sums(b);
-    for (int64_t i = block; i < a_.dim; i += block) total += sums(read(row, i, scratch));
+    if (a_.dim <= block) {  // as it was read for the sums, it is there for the result
+      const Streams s(a_, row, 0);
+      const double k = share_of(sum(block_of(s), align_, a_.rule));
+      prefetch(row + 1);
+      return write(s, k, row, 0);
+    }
+    Sums total;
+    for (int64_t i = 0; i < a_.dim; i += block) total += sums(row, i);
     const double k = share_of(total);
     prefetch(row + 1);
-    for (int64_t i = 0; i < a_.dim; i += block) {
-      if (a_.dim > block) b = read(row, i, scratch);
-      write(b, k, row, i, scratch);
-    }
+    for (int64_t i = 0; i < a_.dim; i += block) write(row, i, k);
   }
 };
 
@@ -197,24 +188,18 @@ void project_align(const ProjectAlign& a, ParallelFor parallel_for) {
     return;
   }
   // Few long rows: threads share the blocks of a row.
-  using Scratch = typename Rows<T>::Scratch;
   const int64_t grain = work_per_thread / block;
   std::vector<Sums> parts(a.rows * blocks);
-  parallel(parallel_for, a.rows * blocks, grain, [&](int64_t i) {
-    Scratch scratch;
-    parts[i] = rows.sums(rows.read(i / blocks, i % blocks * block, scratch));
-  });
+  parallel(parallel_for, a.rows * blocks, grain,
+           [&](int64_t i) { parts[i] = rows.sums(i / blocks, i % blocks * block); });
   std::vector<double> shares(a.rows);
   for (int64_t row = 0; row < a.rows; ++row) {
     Sums total;
     for (int64_t i = 0; i < blocks; ++i) total += parts[row * blocks + i];
     shares[row] = rows.share_of(total);
   }
-  parallel(parallel_for, a.rows * blocks, grain, [&](int64_t i) {
-    Scratch scratch;
-    const int64_t row = i / blocks, begin = i % blocks * block;
-    rows.write(rows.read(row, begin, scratch), shares[row], row, begin, scratch);
-  });
+  parallel(parallel_for, a.rows * blocks, grain,
+           [&](int64_t i) { rows.write(i / blocks, i % blocks * block, shares[i / blocks]); });
 }
 
 }  // namespace

@@ -17,8 +17,7 @@ namespace dgs::cpu {
 namespace {
 
 constexpr int64_t block = 1024;  // elements that are summed in vector lanes, and in double beyond
-constexpr int64_t work_per_thread = 16384;
-constexpr int at_once = 4;  // samples: a weight, or a head gradient, is loaded once for all of them
+constexpr int at_once = 4;       // samples: a weight, or a head gradient, is loaded once for all of them
 
 struct Four {
   double of[at_once];

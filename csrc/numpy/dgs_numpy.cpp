@@ -6,8 +6,6 @@
 
 #include <algorithm>
 #include <atomic>
-#include <limits>
-#include <optional>
 #include <string>
 #include <thread>
 #include <vector>
@@ -42,15 +40,16 @@ struct Numpy {
 
 }  // namespace
 
-bool dgs::calls::View::of(PyObject* given, Call& call) {
+void dgs::calls::View::of(PyObject* given, Call& call) {
   object = given;
-  if (!py::isinstance<py::array>(given))
-    return call.refuse(
-        called() + " must be a numpy array, got " + py::type::of(given).attr("__name__").cast<std::string>(),
-        PyExc_TypeError);
+  if (!py::isinstance<py::array>(given)) {
+    call.refuse(called() + " must be a numpy array, got " + type_name(given), PyExc_TypeError);
+    return;
+  }
   const auto array = py::reinterpret_borrow<py::array>(given);
   if (!(array.flags() & py::detail::npy_api::NPY_ARRAY_ALIGNED_))
-    return call.refuse(called() + " is not aligned to its dtype; pass numpy.ascontiguousarray of it");
+    call.refuse(called() + " is not aligned to its dtype; pass numpy.ascontiguousarray of it");
+  read_only = !array.writeable();
   // bfloat16 is no type of NumPy's own; that of the package ml_dtypes is known by its name.
   const std::string type = py::str(py::object(array.dtype()));
   const auto* const known = std::find(std::begin(element_names), std::end(element_names), type);
@@ -61,39 +60,23 @@ bool dgs::calls::View::of(PyObject* given, Call& call) {
   int64_t* const steps = call.kept.emplace_back(new int64_t[ndim]).get();
   for (int i = 0; i < ndim; ++i) steps[i] = array.strides(i) / std::max<int64_t>(1, array.itemsize());
   strides = steps;
-  return true;
 }
 
 namespace {
-
-// Unless `ok`, raises Error with a message in Python's format syntax.
-template <typename Error = py::value_error, typename... Parts>
-void require(bool ok, const char* message, Parts&&... parts) {
-  if (!ok) throw Error(py::str(message).format(std::forward<Parts>(parts)...).template cast<std::string>());
-}
 
 // Calls an operation; where it is refused, raises the error in the name of `function`.
 template <typename... Arguments>
 void serve(bool (*operation)(dgs::calls::Call&), const char* function, const Arguments&... arguments) {
   const py::tuple objects = py::make_tuple(arguments...);
-  PyObject* given[sizeof...(arguments)];
-  for (size_t i = 0; i < objects.size(); ++i) given[i] = py::object(objects[i]).ptr();
-  dgs::calls::Call call(given);
+  dgs::calls::Call call(PySequence_Fast_ITEMS(objects.ptr()));
   if (operation(call)) return;
   PyErr_SetString(call.error, (std::string(function) + ": " + call.reason).c_str());
   throw py::error_already_set();
 }
 
-py::array array_of(const char* function, const char* name, py::handle x) {
-  require<py::type_error>(py::isinstance<py::array>(x), "{}: {} must be a numpy array, got {}", function, name,
-                          py::type::of(x).attr("__name__"));
-  return py::reinterpret_borrow<py::array>(x);
-}
-
-py::array zeros(const py::dtype& type, std::vector<py::ssize_t> shape) {
-  py::array made(type, std::move(shape));
-  std::fill_n(static_cast<char*>(made.mutable_data()), made.nbytes(), 0);
-  return made;
+// An array if it is one, and else an empty one: what is none is refused by name later.
+py::array array_of(py::handle x) {
+  return py::isinstance<py::array>(x) ? py::reinterpret_borrow<py::array>(x) : py::array();
 }
 
 // What inner products and scalars are held in.
@@ -101,27 +84,8 @@ py::dtype computing_type(const py::array& x) {
   return x.dtype().equal(py::dtype::of<double>()) ? py::dtype::of<double>() : py::dtype::of<float>();
 }
 
-// Places in the enumerations of surgery_math.h.
-int order_of(const char* function, const std::string& order) {
-  require(order == "align_first" || order == "project_first",
-          "{}: order must be one of align_first, project_first, got {!r}", function, order);
-  return order == "project_first";
-}
-
-int rule_of(const char* function, const std::string& rule) {
-  require(rule == "positive" || rule == "full" || rule == "conflict",
-          "{}: rule must be one of positive, full, conflict, got {!r}", function, rule);
-  return rule == "positive" ? 0 : rule == "full" ? 1 : 2;
-}
-
-void check_eps(const char* function, const char* name, double eps) {
-  require(eps > 0, "{}: {} must be > 0, got {}", function, name, eps);
-}
-
-constexpr const char* project_align_doc = R"(project_align(grad, harmful, beneficial=None, *, alignment=1.0, eps=1e-6,
-              order='align_first', rule='positive') -> numpy.ndarray
-
-Project the harmful direction out of every gradient row and align it with the beneficial one, into a new array.
+constexpr const char* project_align_doc =
+    R"(Project the harmful direction out of every gradient row and align it with the beneficial one, into a new array.
 
 The formula and the options are those of dgs_kernels.project_align (docs/method.md); arithmetic is float32 (float64 for
 float64), rounded once.
@@ -141,53 +105,31 @@ Example:
 )";
 
 py::array project_align(py::object grad, py::object harmful, py::object beneficial, double alignment, double eps,
-                        const std::string& order, const std::string& rule) {
-  const char* const name = "project_align";
-  check_eps(name, "eps", eps);
-  const py::array model = array_of(name, "grad", grad);
+                        py::object order, py::object rule) {
+  const py::array model = array_of(grad);
   py::array out(model.dtype(), std::vector<py::ssize_t>(model.shape(), model.shape() + model.ndim()));
-  serve(dgs::calls::project_align<Numpy>, name, grad, harmful, beneficial, py::none(), alignment, eps,
-        order_of(name, order), rule_of(name, rule), out);
+  serve(dgs::calls::project_align<Numpy>, "project_align", grad, harmful, beneficial, py::none(), alignment, eps, order,
+        rule, out);
   return out;
-}
-
-// A list, of arrays that may be written to if it is edited.
-py::list list_of(const char* function, const char* name, py::handle object, bool edited = false) {
-  if (object.is_none()) return py::list();
-  require<py::type_error>(py::isinstance<py::list>(object) || py::isinstance<py::tuple>(object),
-                          "{}: {} must be a list of numpy arrays, got {}", function, name,
-                          py::type::of(object).attr("__name__"));
-  const py::list list(py::reinterpret_borrow<py::object>(object));
-  for (size_t i = 0; edited && i < list.size(); ++i)
-    require(!py::isinstance<py::array>(list[i]) || py::array(list[i]).writeable(),
-            "{}: {}[{}] is edited in place, but it is read-only", function, name, i);
-  return list;
 }
 
 // Layers numbered as they first appear, and room for their sums.
 struct Layers {
+  py::ssize_t count;
   py::list groups;
   py::array sums;
 
-  Layers(const char* function, py::handle given, const py::list& grads) {
-    const size_t count = grads.size();
-    require(given.is_none() || py::len(given) == count, "{}: groups must name the layer of {} arrays", function, count);
+  Layers(const py::object& given, const py::object& grads) : count(py::len(grads)) {
     py::dict numbers;
-    for (size_t i = 0; i < count; ++i) {
-      const py::object group = given.is_none() ? py::object(py::int_(i)) : py::object(given[py::int_(i)]);
-      groups.append(numbers.attr("setdefault")(group, numbers.size()));
-    }
-    const bool first = count && py::isinstance<py::array>(grads[0]);
-    const py::dtype type = first ? computing_type(py::array(grads[0])) : py::dtype::of<float>();
-    sums = zeros(type, {py::ssize_t(numbers.size()), dgs::group_sums});
+    for (const py::handle name : given.is_none() ? py::module_::import("builtins").attr("range")(count) : given)
+      groups.append(numbers.attr("setdefault")(name, numbers.size()));
+    const py::dtype type = computing_type(count ? array_of(py::object(grads[py::int_(0)])) : py::array_t<float>());
+    sums = py::module_::import("numpy").attr("zeros")(py::make_tuple(numbers.size(), dgs::group_sums), type);
   }
 };
 
 constexpr const char* project_align__doc =
-    R"(project_align_(grads, harmful, beneficial=None, *, groups=None, alignment=1.0,
-               eps=1e-6, order='align_first', rule='positive') -> numpy.ndarray
-
-`project_align` on whole layers, in place: lists of C-contiguous arrays of any shapes and one dtype. `groups` are equal
+    R"(`project_align` on whole layers, in place: lists of C-contiguous arrays of any shapes and one dtype. `groups` are equal
 for arrays of one layer; None: every array is its own. Returns sums [G, 6], as dgs_kernels.project_align_ does.
 
 Example:
@@ -198,25 +140,17 @@ Example:
     [0.] [4.]
 )";
 
-py::array project_align_(py::object grads_, py::object harmful, py::object beneficial, py::object groups,
-                         double alignment, double eps, const std::string& order, const std::string& rule) {
-  const char* const name = "project_align_";
-  check_eps(name, "eps", eps);
-  const py::list grads = list_of(name, "grads", grads_, true);
-  const Layers layers(name, groups, grads);
-  if (!grads.empty())
-    serve(dgs::calls::project_align_<Numpy>, name, grads, list_of(name, "harmful", harmful),
-          list_of(name, "beneficial", beneficial), layers.groups, layers.sums, py::none(), alignment, eps,
-          order_of(name, order), rule_of(name, rule), int(dgs::Part::all));
+py::array project_align_(py::object grads, py::object harmful, py::object beneficial, py::object groups,
+                         double alignment, double eps, py::object order, py::object rule) {
+  const Layers layers(groups, grads);
+  if (layers.count)
+    serve(dgs::calls::project_align_<Numpy>, "project_align_", grads, harmful, beneficial, layers.groups, layers.sums,
+          py::none(), alignment, eps, order, rule, "all");
   return layers.sums;
 }
 
-constexpr const char* surgery_adamw__doc = R"(surgery_adamw_(params, grads, exp_avgs, exp_avg_sqs, step, harmful,
-               beneficial=None, *, groups=None, lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01,
-               maximize=False, alignment=1.0, surgery_eps=1e-6, order='align_first',
-               rule='positive') -> numpy.ndarray
-
-One step of AdamW (arXiv 1711.05101) on surgered gradients, which are never written: params and both averages, which
+constexpr const char* surgery_adamw__doc =
+    R"(One step of AdamW (arXiv 1711.05101) on surgered gradients, which are never written: params and both averages, which
 start as zeros, are edited in place. `step` counts from 1; `surgery_eps` is the eps of `project_align_`, whose sums are
 returned.
 
@@ -228,37 +162,28 @@ Example:
     [0.899]
 )";
 
-py::array surgery_adamw_(py::object params, py::object grads_, py::object exp_avgs, py::object exp_avg_sqs,
-                         int64_t step, py::object harmful, py::object beneficial, py::object groups, double lr,
+py::array surgery_adamw_(py::object params, py::object grads, py::object exp_avgs, py::object exp_avg_sqs, int64_t step,
+                         py::object harmful, py::object beneficial, py::object groups, double lr,
                          std::pair<double, double> betas, double eps, double weight_decay, bool maximize,
-                         double alignment, double surgery_eps, const std::string& order, const std::string& rule) {
-  const char* const name = "surgery_adamw_";
-  require(step >= 1, "{}: step counts from 1, got {}", name, step);
-  check_eps(name, "surgery_eps", surgery_eps);
-  const py::list grads = list_of(name, "grads", grads_);
-  const Layers layers(name, groups, grads);
+                         double alignment, double surgery_eps, py::object order, py::object rule) {
+  if (step < 1) throw py::value_error("surgery_adamw_: step counts from 1, got " + std::to_string(step));
+  const Layers layers(groups, grads);
   py::list steps;
-  for (size_t i = 0; i < grads.size(); ++i) steps.append(py::module_::import("numpy").attr("array")(step - 1.0));
-  if (!grads.empty())
-    serve(dgs::calls::surgery_adamw_<Numpy>, name, list_of(name, "params", params, true), grads,
-          list_of(name, "exp_avgs", exp_avgs, true), list_of(name, "exp_avg_sqs", exp_avg_sqs, true), steps,
-          list_of(name, "harmful", harmful), list_of(name, "beneficial", beneficial), layers.groups, layers.sums,
-          py::none(), alignment, surgery_eps, order_of(name, order), rule_of(name, rule), int(dgs::Part::all), lr,
+  while (py::ssize_t(steps.size()) < layers.count)
+    steps.append(py::module_::import("numpy").attr("array")(double(step - 1)));
+  if (layers.count)
+    serve(dgs::calls::surgery_adamw_<Numpy>, "surgery_adamw_", params, grads, exp_avgs, exp_avg_sqs, steps, harmful,
+          beneficial, layers.groups, layers.sums, py::none(), alignment, surgery_eps, order, rule, "all", lr,
           betas.first, betas.second, weight_decay, eps, maximize);
   return layers.sums;
 }
 
 constexpr const char* surgery_head_doc =
-    R"(surgery_head(features, teacher_features, text_features, labels, image_weight,
-             image_bias, teacher_weight, teacher_bias, text_weight, text_bias, *, alignment=0.2,
-             order='align_first', eps=1e-6, reference_batch_size=None, text='project', offsets=None,
-             distillation=0.0) -> SurgeryHeadOutput
-
-DGS-Net's three branches on linear heads (arXiv 2511.13108) in closed form: losses, logits and gradients.
+    R"(DGS-Net's three branches on linear heads (arXiv 2511.13108) in closed form: losses, logits and gradients.
 
 Features are [B, D] matrices of one dtype, as `project_align` takes them; labels, offsets, weights (D numbers) and
-biases are converted to float64 if features are, else to float32. Without text_features, text_weight and text_bias are
-None too. The options are those of dgs_kernels.surgery_head; `alignment` is the weight of the alignment loss.
+biases are converted to float64 if features are, else to float32. Without text_features, text_weight and text_bias
+are not looked at. The options are those of dgs_kernels.surgery_head; `alignment` is the weight of the alignment loss.
 
 Returns:
     SurgeryHeadOutput, a named tuple: losses, logits [B] of each head alone, and the gradients of image_loss + text_loss
@@ -273,67 +198,55 @@ Example:
     (8, 16)
 )";
 
-// Real numbers in the computing type: few, so they may be copied.
-py::object numbers_of(const char* function, const char* name, py::handle object, const py::dtype& type,
-                      const py::tuple& shape) {
-  if (object.is_none()) return py::none();
-  const py::module_ numpy = py::module_::import("numpy");
-  const py::array given = numpy.attr("asarray")(object);
-  require<py::type_error>(std::string("biuf").find(given.dtype().kind()) != std::string::npos ||
-                              std::string(py::str(py::object(given.dtype()))) == "bfloat16",
-                          "{}: {} must be real numbers, got {}", function, name, given.dtype());
-  return numpy.attr("ascontiguousarray")(given.attr("reshape")(*shape), type);
-}
-
 py::object surgery_head(py::object features_, py::object teacher, py::object text, py::object labels,
-                        py::object image_weight_, py::object image_bias, py::object teacher_weight_,
-                        py::object teacher_bias, py::object text_weight_, py::object text_bias, double alignment,
-                        const std::string& order, double eps, std::optional<int64_t> reference_batch_size,
-                        const std::string& role, py::object offsets, double distillation) {
-  const char* const name = "surgery_head";
-  require(role == "project" || role == "expert" || role == "both",
-          "{}: text must be 'project', 'expert' or 'both', got '{}'", name, role);
-  require(distillation >= 0 && distillation < std::numeric_limits<double>::infinity(),
-          "{}: distillation must be a finite number >= 0, got {}", name, distillation);
-  check_eps(name, "eps", eps);
-  require(reference_batch_size.value_or(1) >= 1, "{}: reference_batch_size must be >= 1, got {}", name,
-          reference_batch_size.value_or(0));
-  const py::array features = array_of(name, "features", features_);
+                        py::object image_weight, py::object image_bias, py::object teacher_weight,
+                        py::object teacher_bias, py::object text_weight, py::object text_bias, double alignment,
+                        py::object order, double eps, py::object reference_batch_size, py::object role,
+                        py::object offsets, double distillation) {
+  const py::array features = array_of(features_);
   const bool is_matrix = features.ndim() == 2, has_text = !text.is_none();
   const py::ssize_t batch = is_matrix ? features.shape(0) : 0, dim = is_matrix ? features.shape(1) : 0;
   const py::dtype type = computing_type(features);
-  const auto vector = [&](const char* of, py::handle x) { return numbers_of(name, of, x, type, py::make_tuple(-1)); };
-  const auto row = [&](const char* of, py::handle x) { return numbers_of(name, of, x, type, py::make_tuple(1, -1)); };
-  const py::object image_weight = row("image_weight", image_weight_),
-                   teacher_weight = row("teacher_weight", teacher_weight_),
-                   text_weight = row("text_weight", text_weight_);
+  // Few real numbers, so they may be copied.
+  const auto row = [&](const char* name, py::object x, int axes = 2) -> py::object {
+    if (x.is_none()) return x;
+    const py::module_ numpy = py::module_::import("numpy");
+    py::array given = numpy.attr("asarray")(x);
+    const std::string given_type = py::str(py::object(given.dtype()));
+    if (std::string("biuf").find(given.dtype().kind()) == std::string::npos && given_type != "bfloat16")
+      throw py::type_error("surgery_head: " + std::string(name) + " must be real numbers, got " + given_type);
+    return numpy.attr("ascontiguousarray")(axes == 2 ? given.reshape({1, -1}) : given.reshape({-1}), type);
+  };
+  const auto vector = [&](const char* name, py::object x) { return row(name, x, 1); };
+  image_weight = row("image_weight", image_weight), teacher_weight = row("teacher_weight", teacher_weight);
+  text_weight = row("text_weight", text_weight);
   const auto made = [&](std::vector<py::ssize_t> shape) { return py::array(type, std::move(shape)); };
   py::array losses = made({4}), logits = made({3, batch}), residuals = made({3, batch}), grads = made({2, dim + 1});
   // The forward leaves the differences where the backward finds them, and replaces them by the gradient.
   py::array features_grad(features.dtype(), std::vector<py::ssize_t>{batch, dim});
   py::array nothing(features.dtype(), std::vector<py::ssize_t>{0, dim});
-  const double counted = double(reference_batch_size.value_or(0));
-  serve(dgs::calls::surgery_head<Numpy>, name, features, teacher, text, vector("labels", labels), image_weight,
-        vector("image_bias", image_bias), teacher_weight, vector("teacher_bias", teacher_bias), text_weight,
-        vector("text_bias", text_bias), vector("offsets", offsets), counted, role != "project", distillation, losses,
-        logits, residuals, grads, distillation ? features_grad : nothing);
-  const auto pull = [&](py::object x) { return distillation ? x : py::object(py::none()); };
-  const py::object one = vector("one", py::float_(1.0));
-  serve(dgs::calls::surgery_head_backward<Numpy>, name, residuals, image_weight, teacher_weight,
-        role == "expert" ? py::none() : text_weight, one, vector("alignment", py::float_(alignment)),
-        pull(features_grad), pull(one), eps, order_of(name, order), counted, distillation, features_grad);
-  const auto weights = [&](int head) { return grads[py::make_tuple(head, py::slice(0, dim, 1))]; };
-  const auto none_without_text = [&](py::object x) { return has_text ? x : py::object(py::none()); };
-  const py::object output = py::module_::import("dgs_numpy").attr("SurgeryHeadOutput");
-  return output(losses[py::int_(0)], losses[py::int_(1)], losses[py::int_(2)], logits[py::int_(0)],
-                none_without_text(logits[py::int_(1)]), logits[py::int_(2)], features_grad, weights(0),
-                grads[py::make_tuple(0, dim)], none_without_text(weights(1)),
-                none_without_text(grads[py::make_tuple(1, dim)]), losses[py::int_(3)]);
+  serve(dgs::calls::surgery_head<Numpy>, "surgery_head", features_, teacher, text, vector("labels", labels),
+        image_weight, vector("image_bias", image_bias), teacher_weight, vector("teacher_bias", teacher_bias),
+        text_weight, vector("text_bias", text_bias), eps, order, reference_batch_size, role, vector("offsets", offsets),
+        distillation, losses, logits, residuals, grads, distillation ? features_grad : nothing);
+  const py::object none = py::none(), one = vector("one", py::float_(1.0));
+  const bool projects = has_text && !role.equal(py::str("expert"));
+  serve(dgs::calls::surgery_head_backward<Numpy>, "surgery_head", residuals, image_weight, teacher_weight,
+        projects ? text_weight : none, one, vector("alignment", py::float_(alignment)), none, eps, order,
+        reference_batch_size, distillation ? features_grad : none, distillation ? one : none, distillation,
+        features_grad);
+  const auto item = [](const py::object& x, auto... places) { return py::object(x[py::make_tuple(places...)]); };
+  const auto of_text = [&](py::object x) { return has_text ? x : none; };
+  const auto weights = [&](int head) { return item(grads, head, py::slice(0, dim, 1)); };
+  return py::module_::import("dgs_numpy")
+      .attr("SurgeryHeadOutput")(item(losses, 0), item(losses, 1), item(losses, 2), item(logits, 0),
+                                 of_text(item(logits, 1)), item(logits, 2), features_grad, weights(0),
+                                 item(grads, 0, dim), of_text(weights(1)), of_text(item(grads, 1, dim)),
+                                 item(losses, 3));
 }
 
-constexpr const char* spectral_entropy_doc = R"(spectral_entropy(images) -> numpy.ndarray
-
-Entropy in bits of the normalised power spectrum of the luma of every patch of 32 x 32 pixels, float32 [B, patches].
+constexpr const char* spectral_entropy_doc =
+    R"(Entropy in bits of the normalised power spectrum of the luma of every patch of 32 x 32 pixels, float32 [B, patches].
 
 `images` are [B, 3, H, W] RGB, uint8 in 0..255 or float32 in 0..1; planar, or interleaved as decoders leave them. H and
 W are cut from the bottom and the right to multiples of 32.
@@ -346,22 +259,19 @@ Example:
 )";
 
 py::array spectral_entropy(py::object object) {
-  const py::array images = array_of("spectral_entropy", "images", object);
+  const py::array images = array_of(object);
   const auto patches = [&](int axis) { return images.ndim() == 4 ? images.shape(axis) / dgs::entropy_patch : 0; };
   const py::ssize_t batch = images.ndim() ? images.shape(0) : 0;
   py::array_t<float> entropy({batch, patches(2) * patches(3)});
-  serve(dgs::calls::spectral_entropy<Numpy>, "spectral_entropy", images, dgs::entropy_patch, entropy);
+  serve(dgs::calls::spectral_entropy<Numpy>, "spectral_entropy", object, dgs::entropy_patch, entropy);
   return entropy;
 }
 
 }  // namespace
 
 PYBIND11_MODULE(dgs_numpy, m) {
-  py::options options;
-  options.disable_function_signatures();  // the docstrings begin with them
   m.doc() = "Gradient surgery on NumPy arrays: the CPU kernels of dgs_kernels, without torch.";
-  const py::str align_first("align_first"), positive("positive");
-  const py::arg_v surgery[] = {"alignment"_a = 1.0, "eps"_a = 1e-6, "order"_a = align_first, "rule"_a = positive};
+  const py::arg_v surgery[] = {"alignment"_a = 1.0, "eps"_a = 1e-6, "order"_a = "align_first", "rule"_a = "positive"};
 
   m.def("project_align", &project_align, "grad"_a, "harmful"_a, "beneficial"_a = py::none(), py::kw_only(), surgery[0],
         surgery[1], surgery[2], surgery[3], project_align_doc);
@@ -389,11 +299,9 @@ PYBIND11_MODULE(dgs_numpy, m) {
   m.def(
       "set_num_threads",
       [](int64_t count) {
-        require(count >= 1, "set_num_threads: expected at least 1, got {}", count);
+        if (count < 1) throw py::value_error("set_num_threads: expected at least 1, got " + std::to_string(count));
         num_threads = count;
       },
-      "count"_a, "set_num_threads(count) -> None\n\nUse at most this many threads; at first, as many as processors.");
-  m.def(
-      "get_num_threads", [] { return num_threads.load(); },
-      "get_num_threads() -> int\n\nHow many threads a call uses at most.");
+      "count"_a, "Use at most this many threads; at first, as many as processors.");
+  m.def("get_num_threads", [] { return num_threads.load(); }, "How many threads a call uses at most.");
 }

@@ -26,6 +26,10 @@ inline void parallel_for(int64_t count, int64_t grain, void (*body)(int64_t, int
   for (auto& thread : threads) thread.join();
 }
 
+inline void single_thread(int64_t count, int64_t, void (*body)(int64_t, int64_t, void*), void* context) {
+  body(0, count, context);
+}
+
 // The half types by plain arithmetic, to compare the kernels' conversions with.
 inline double half_value(uint16_t bits, int exponent_bits) {
   const int mantissa_bits = 15 - exponent_bits, bias = (1 << (exponent_bits - 1)) - 1;

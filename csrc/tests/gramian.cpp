@@ -12,10 +12,6 @@ constexpr int64_t groups = 5;
 // A layer of many tensors, one without any, an empty tensor, and layers that are cut into pieces.
 const std::vector<int64_t> sizes{41, 1, 0, 5, 70000, 1023, 4097, 6, 7}, layer_of{0, 1, 1, 2, 4, 2, 0, 4, 1};
 
-void single_thread(int64_t count, int64_t, void (*body)(int64_t, int64_t, void*), void* context) {
-  body(0, count, context);
-}
-
 // Streams 0 to count - 1 of the lists are the objectives; `written` is the stream of the results.
 std::vector<dgs::ObjectivesTensor> tensors_of(check::Lists& l, int count, int written) {
   std::vector<dgs::ObjectivesTensor> tensors;
@@ -45,7 +41,7 @@ void compare(DType dtype, int count, bool in_place) {
                     .weights_stride = count};
   dgs::cpu::gramian(o, check::parallel_for);
   o.gramian = room_again.data();
-  dgs::cpu::gramian(o, single_thread);
+  dgs::cpu::gramian(o, check::single_thread);
   expect(!std::memcmp(room.data(), room_again.data(), room.size() * check::size_of(wide)),
          "dtype %d: the Gramian depends on threads", int(dtype));
   for (int64_t group = 0; group < groups; ++group) {

@@ -35,14 +35,47 @@ struct Lists {
   }
 };
 
+// Streams 0, 1 and 2 are gradient, harmful and beneficial; 3, 4 and 5 where there are so many, what AdamW edits.
+inline std::vector<dgs::ListTensor> tensors_of(Lists& l, bool aligned) {
+  std::vector<dgs::ListTensor> tensors;
+  const bool adamw = l.memory.size() > 3 * l.sizes.size();
+  for (size_t t = 0; t < l.sizes.size(); ++t)
+    tensors.push_back({.numel = l.sizes[t],
+                       .group = l.groups[t],
+                       .grad = l.at(0, t),
+                       .harmful = l.at(1, t),
+                       .beneficial = aligned ? l.at(2, t) : nullptr,
+                       .param = adamw ? l.at(3, t) : nullptr,
+                       .exp_avg = adamw ? l.at(4, t) : nullptr,
+                       .exp_avg_sq = adamw ? l.at(5, t) : nullptr});
+  return tensors;
+}
+
+constexpr double alignment = 0.375, eps = 1e-6;
+
+inline dgs::TensorList list_of(dgs::DType dtype, const std::vector<dgs::ListTensor>& tensors, int64_t groups,
+                               std::vector<double>& sums, dgs::Order order, dgs::Rule rule) {
+  sums.assign(groups * 6, NAN);
+  if (dtype != dgs::DType::f64) std::fill_n(reinterpret_cast<float*>(sums.data()), groups * 6, NAN);
+  return {.dtype = dtype,
+          .order = order,
+          .rule = rule,
+          .part = dgs::Part::all,
+          .tensors = tensors.data(),
+          .num_tensors = int64_t(tensors.size()),
+          .num_groups = groups,
+          .sums = sums.data(),
+          .scale = nullptr,
+          .alignment = alignment,
+          .eps = eps};
+}
+
 struct Surgery {
   std::vector<long double> sums;                // [groups, 6]
   std::vector<std::vector<long double>> grads;  // the edited gradients
 };
 
-// Streams 0, 1, 2 of the lists are gradient, harmful and beneficial.
-inline Surgery plain_surgery(const Lists& l, int64_t groups, bool aligned, dgs::Order order, dgs::Rule rule,
-                             long double alignment, long double eps) {
+inline Surgery plain_surgery(const Lists& l, int64_t groups, bool aligned, dgs::Order order, dgs::Rule rule) {
   Surgery result{std::vector<long double>(groups * 6), {}};
   const auto h = [&](size_t t, int64_t i) {
     return rule == dgs::Rule::positive ? std::max(l.value(1, t, i), 0.0L) : l.value(1, t, i);

@@ -1,6 +1,4 @@
 // project_align_ on the CPU against plain loops in long double: types, options, parts, layers of every size.
-#include "tensor_list.h"
-
 #include "lists.h"
 
 namespace {
@@ -11,62 +9,29 @@ using dgs::Order;
 using dgs::Part;
 using dgs::Rule;
 
-constexpr double alignment = 0.375, eps = 1e-6;
 constexpr int64_t groups = 5;
 // A layer of many tensors, one without any, an empty tensor, and one too large for a core's cache.
 const std::vector<int64_t> sizes{41, 1, 0, 5, 140000, 1023, 4097, 6, 7}, layer_of{0, 1, 1, 2, 4, 2, 0, 4, 1};
 
-void* no_sums(DType dtype, std::vector<double>& memory) {
-  memory.assign(groups * 6, NAN);
-  if (dtype != DType::f64) std::fill_n(reinterpret_cast<float*>(memory.data()), groups * 6, NAN);
-  return memory.data();
-}
-
-void single_thread(int64_t count, int64_t, void (*body)(int64_t, int64_t, void*), void* context) {
-  body(0, count, context);
-}
-
-std::vector<dgs::ListTensor> tensors_of(check::Lists& l, bool aligned) {
-  std::vector<dgs::ListTensor> tensors;
-  for (size_t t = 0; t < l.sizes.size(); ++t)
-    tensors.push_back({.numel = l.sizes[t],
-                       .group = l.groups[t],
-                       .grad = l.at(0, t),
-                       .harmful = l.at(1, t),
-                       .beneficial = aligned ? l.at(2, t) : nullptr});
-  return tensors;
-}
-
 void compare(check::Lists l, const check::Surgery& want, Order order, Rule rule, bool aligned, bool parts) {
   const DType dtype = l.dtype;
   check::Lists again = l;
-  const auto tensors = tensors_of(l, aligned), tensors_again = tensors_of(again, aligned);
-  std::vector<double> memory, memory_again;
-  dgs::TensorList list{.dtype = dtype,
-                       .order = order,
-                       .rule = rule,
-                       .part = Part::all,
-                       .tensors = tensors.data(),
-                       .num_tensors = int64_t(tensors.size()),
-                       .num_groups = groups,
-                       .sums = no_sums(dtype, memory),
-                       .scale = nullptr,
-                       .alignment = alignment,
-                       .eps = eps};
+  const auto tensors = check::tensors_of(l, aligned), tensors_again = check::tensors_of(again, aligned);
+  std::vector<double> sums, sums_again;
+  auto list = check::list_of(dtype, tensors, groups, sums, order, rule);
   if (parts) {
     list.part = Part::sums;
     dgs::cpu::project_align_(list, check::parallel_for);
     list.part = Part::apply;
   }
   dgs::cpu::project_align_(list, check::parallel_for);
-  list.part = Part::all, list.tensors = tensors_again.data(), list.sums = no_sums(dtype, memory_again);
-  dgs::cpu::project_align_(list, single_thread);
+  dgs::cpu::project_align_(check::list_of(dtype, tensors_again, groups, sums_again, order, rule), check::single_thread);
   expect(l.memory == again.memory, "dtype %d: the result depends on threads or parts", int(dtype));
   l.expect_ends_untouched("project_align_");
 
   const double computing = dtype == DType::f64 ? 0x1p-53 : 0x1p-24;
   for (int64_t n = 0; n < groups * 6; ++n) {
-    const double got = check::get(memory.data(), n, dtype == DType::f64 ? DType::f64 : DType::f32);
+    const double got = check::get(sums.data(), n, dtype == DType::f64 ? DType::f64 : DType::f32);
     // A sum of products is as wrong as the sum of their sizes, here at most four times as large as <g, g>.
     const double size = 4 * double(want.sums[n / 6 * 6 + 2] + want.sums[n / 6 * 6 + 1]);
     expect(std::fabs(got - double(want.sums[n])) <= 64 * computing * size,
@@ -86,20 +51,9 @@ void visible(float poison, int stream, Rule rule) {
   check::Random random;
   check::Lists l(DType::f32, {9, 140000, 3, 5}, {0, 1, 1, 2}, 3, random);
   static_cast<float*>(l.at(stream, 2))[1] = poison;
-  const auto tensors = tensors_of(l, true);
-  std::vector<double> memory;
-  dgs::cpu::project_align_({.dtype = DType::f32,
-                            .order = Order::align_first,
-                            .rule = rule,
-                            .part = Part::all,
-                            .tensors = tensors.data(),
-                            .num_tensors = 4,
-                            .num_groups = 3,
-                            .sums = no_sums(DType::f32, memory),
-                            .scale = nullptr,
-                            .alignment = alignment,
-                            .eps = eps},
-                           check::parallel_for);
+  const auto tensors = check::tensors_of(l, true);
+  std::vector<double> sums;
+  dgs::cpu::project_align_(check::list_of(DType::f32, tensors, 3, sums, Order::align_first, rule), check::parallel_for);
   for (size_t t = 0; t < 4; ++t) {
     bool finite = true;
     for (int64_t i = 0; i < l.sizes[t]; ++i) finite &= std::isfinite(double(l.value(0, t, i)));
@@ -117,7 +71,7 @@ int main() {
     for (Order order : {Order::align_first, Order::project_first})
       for (Rule rule : {Rule::positive, Rule::full, Rule::conflict})
         for (bool aligned : {true, false}) {
-          const auto want = check::plain_surgery(l, groups, aligned, order, rule, alignment, eps);
+          const auto want = check::plain_surgery(l, groups, aligned, order, rule);
           for (bool parts : {true, false}) compare(l, want, order, rule, aligned, parts);
         }
   }

@@ -1,6 +1,4 @@
 // surgery_adamw_ on the CPU against plain loops in long double.
-#include "tensor_list.h"
-
 #include "lists.h"
 
 namespace {
@@ -10,7 +8,6 @@ using dgs::DType;
 using dgs::Order;
 using dgs::Rule;
 
-constexpr double alignment = 0.375, eps = 1e-6;
 constexpr dgs::AdamW adamw{.lr = 0.03, .beta1 = 0.8, .beta2 = 0.95, .weight_decay = 0.1, .eps = 0.25};
 constexpr int64_t groups = 3;
 const std::vector<int64_t> sizes{41, 1, 0, 140000, 1023, 6}, layer_of{0, 1, 1, 2, 0, 2};
@@ -22,36 +19,15 @@ void compare(DType dtype, Order order, Rule rule, bool aligned, bool maximize, b
   for (size_t t = 0; t < sizes.size(); ++t)  // second moments are not negative
     for (int64_t i = 0; i < sizes[t]; ++i) check::set(l.at(5, t), i, dtype, std::fabs(double(l.value(5, t, i))));
   const check::Lists before = l;
-  const auto want = check::plain_surgery(l, groups, aligned, order, rule, alignment, eps);
+  const auto want = check::plain_surgery(l, groups, aligned, order, rule);
   const auto step_of = [&](size_t t) { return all_alike ? 5 : 1 + 2 * double(t); };
-  std::vector<dgs::ListTensor> tensors;
   std::vector<dgs::Rates> rates;
-  for (size_t t = 0; t < sizes.size(); ++t) {
-    tensors.push_back({.numel = sizes[t],
-                       .group = layer_of[t],
-                       .grad = l.at(0, t),
-                       .harmful = l.at(1, t),
-                       .beneficial = aligned ? l.at(2, t) : nullptr,
-                       .param = l.at(3, t),
-                       .exp_avg = l.at(4, t),
-                       .exp_avg_sq = l.at(5, t)});
-    if (t == 0 || !all_alike) rates.push_back(adamw.at_step(step_of(t)));
-  }
-  std::vector<double> sums(groups * 6);
+  for (size_t t = 0; t < (all_alike ? 1 : sizes.size()); ++t) rates.push_back(adamw.at_step(step_of(t)));
   dgs::AdamW options = adamw;
   options.maximize = maximize, options.rates = rates.data(), options.all_alike = all_alike;
-  dgs::cpu::surgery_adamw_({.dtype = dtype,
-                            .order = order,
-                            .rule = rule,
-                            .part = dgs::Part::all,
-                            .tensors = tensors.data(),
-                            .num_tensors = int64_t(tensors.size()),
-                            .num_groups = groups,
-                            .sums = sums.data(),
-                            .scale = nullptr,
-                            .alignment = alignment,
-                            .eps = eps},
-                           options, check::parallel_for);
+  const auto tensors = check::tensors_of(l, aligned);
+  std::vector<double> sums;
+  dgs::cpu::surgery_adamw_(check::list_of(dtype, tensors, groups, sums, order, rule), options, check::parallel_for);
   l.expect_ends_untouched("surgery_adamw_");
   for (size_t n = 0; n < 3 * sizes.size(); ++n)
     expect(l.memory[n] == before.memory[n], "array %ld, which is only read, was written", long(n));

@@ -68,21 +68,23 @@ struct Torch {
 
 }  // namespace
 
-bool View::of(PyObject* given, Call& call) {
+void View::of(PyObject* given, Call& call) {
   object = given;
   PyObject* const type = reinterpret_cast<PyObject*>(Py_TYPE(given));
-  if (type != tensor_type && type != parameter_type) return call.refuse(called() + " is no plain tensor");
   DLTensor found;
-  if (exchange->dltensor_from_py_object_no_sync(given, &found) != 0) {
+  if (type != tensor_type && type != parameter_type) {
+    call.refuse(called() + " is no plain tensor");
+  } else if (exchange->dltensor_from_py_object_no_sync(given, &found) != 0) {
     PyErr_Clear();
-    return call.refuse(called() + " has no memory, or none that it could show");
+    call.refuse(called() + " has no memory, or none that it could show");
+  } else {
+    data = static_cast<char*>(found.data) + found.byte_offset;
+    element = element_of(found.dtype);
+    device = {found.device.device_type == kDLCUDA, found.device.device_id};
+    ndim = found.ndim, shape = found.shape, strides = found.strides;
+    if (!device.cuda && found.device.device_type != kDLCPU) call.refuse(called() + " is on another device");
+    if (negated(*this)) call.refuse(called() + " is a negated view");
   }
-  data = static_cast<char*>(found.data) + found.byte_offset;
-  element = element_of(found.dtype);
-  device = {found.device.device_type == kDLCUDA, found.device.device_id};
-  ndim = found.ndim, shape = found.shape, strides = found.strides;
-  if (!device.cuda && found.device.device_type != kDLCPU) return call.refuse(called() + " is on another device");
-  return !negated(*this) || call.refuse(called() + " is a negated view");
 }
 
 namespace {
@@ -107,16 +109,16 @@ PyObject* function(PyObject*, PyObject* const* arguments, Py_ssize_t given) {
 template <bool (*serve)(Call&), Py_ssize_t count>
 PyMethodDef method(const char* name) {
   return {name, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(function<serve, count>)), METH_FASTCALL,
-          "See dgs_kernels/ops: the implementation's arguments there, in that order."};
+          "See dgs_kernels/ops: the operator's arguments there, and then its results."};
 }
 
 PyMethodDef methods[] = {
     method<project_align<Torch>, 9>("project_align"),
-    method<surgery_head<Torch>, 19>("surgery_head"),
-    method<surgery_head_backward<Torch>, 13>("surgery_head_backward"),
+    method<surgery_head<Torch>, 21>("surgery_head"),
+    method<surgery_head_backward<Torch>, 14>("surgery_head_backward"),
     method<spectral_entropy<Torch>, 3>("spectral_entropy"),
     method<project_align_<Torch>, 11>("project_align_"),
-    method<gramian<Torch>, 3>("gramian"),
+    method<gramian<Torch>, 4>("gramian"),
     method<combine_<Torch>, 4>("combine_"),
     method<surgery_adamw_<Torch>, 21>("surgery_adamw_"),
     {},

@@ -9,7 +9,7 @@ from torch import Tensor
 from dgs_kernels.eager.project_align_ import products
 
 
-def gramian(objectives: list[Tensor], groups: list[int], out: Tensor) -> None:
+def gramian(objectives: list[Tensor], groups: list[int], num_objectives: int, out: Tensor) -> None:
     count = len(groups)
     flat = [
         [t.to(out.dtype).reshape(-1) for t in objectives[i : i + count]]

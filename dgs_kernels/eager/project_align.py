@@ -5,7 +5,6 @@ from __future__ import annotations
 from torch import Tensor
 
 from dgs_kernels import reference
-from dgs_kernels.reference import ORDERS, RULES
 
 
 def project_align(
@@ -15,13 +14,10 @@ def project_align(
     scale: Tensor | None,
     alignment: float,
     eps: float,
-    order: int,
-    rule: int,
+    order: str,
+    rule: str,
     out: Tensor,
 ) -> None:
     pull = alignment if scale is None else alignment * scale
-    out.copy_(
-        reference.project_align(
-            grad, harmful, beneficial, alignment=pull, eps=eps, order=ORDERS[order], rule=RULES[rule]
-        )
-    )
+    made = reference.project_align(grad, harmful, beneficial, alignment=pull, eps=eps, order=order, rule=rule)
+    out.copy_(made)

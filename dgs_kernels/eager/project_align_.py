@@ -7,8 +7,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dgs_kernels.reference import ORDERS, RULES
-
 
 def project_align_(
     grads: list[Tensor],
@@ -19,16 +17,16 @@ def project_align_(
     scale: Tensor | None,
     alignment: float,
     eps: float,
-    order: int,
-    rule: int,
-    part: int,
+    order: str,
+    rule: str,
+    part: str,
 ) -> None:
     g, h, b = ([t.to(sums.dtype) for t in tensors] for tensors in (grads, harmful, beneficial))
-    h = list(torch._foreach_clamp_min(h, 0.0)) if RULES[rule] == "positive" else h
+    h = list(torch._foreach_clamp_min(h, 0.0)) if rule == "positive" else h
     b = list(torch._foreach_clamp_max(b, 0.0)) if b else b
-    if part != 2:
+    if part != "apply":
         sums.copy_(_layer_sums(g, h, b, groups, len(sums)))
-    if part == 1:
+    if part == "sums":
         return
     pull = alignment if scale is None else alignment * scale
     shares = (-projection(sums, pull, eps, order, rule)).unbind()
@@ -39,10 +37,10 @@ def project_align_(
         torch._foreach_copy_(grads, g)
 
 
-def projection(sums: Tensor, pull: float | Tensor, eps: float, order: int, rule: int) -> Tensor:
+def projection(sums: Tensor, pull: float | Tensor, eps: float, order: str, rule: str) -> Tensor:
     """k [G] such that the surgery subtracts k h from a layer, from its sums [G, 6]."""
-    inner = sums[:, 0] + pull * sums[:, 3] if ORDERS[order] == "align_first" else sums[:, 0]
-    if RULES[rule] == "conflict":
+    inner = sums[:, 0] + pull * sums[:, 3] if order == "align_first" else sums[:, 0]
+    if rule == "conflict":
         inner = inner.clamp(max=0)
     norm = sums[:, 1].sqrt() + eps
     return inner / norm / norm

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 from torch.optim.adamw import adamw
 
@@ -14,40 +16,11 @@ def surgery_adamw_(
     exp_avgs: list[Tensor],
     exp_avg_sqs: list[Tensor],
     steps: list[Tensor],
-    harmful: list[Tensor],
-    beneficial: list[Tensor],
-    groups: list[int],
-    sums: Tensor,
-    scale: Tensor | None,
-    alignment: float,
-    surgery_eps: float,
-    order: int,
-    rule: int,
-    part: int,
-    lr: float,
-    beta1: float,
-    beta2: float,
-    weight_decay: float,
-    eps: float,
-    maximize: bool,
+    *surgery_and_adamw: Any,
 ) -> None:
+    *surgery, lr, beta1, beta2, weight_decay, eps, maximize = surgery_and_adamw
     edited = [g.clone() for g in grads]
-    project_align_(
-        edited, harmful, beneficial, groups, sums, scale, alignment, surgery_eps, order, rule, part
-    )
-    adamw(
-        params,
-        edited,
-        exp_avgs,
-        exp_avg_sqs,
-        [],
-        steps,
-        foreach=True,
-        amsgrad=False,
-        beta1=beta1,
-        beta2=beta2,
-        lr=lr,
-        weight_decay=weight_decay,
-        eps=eps,
-        maximize=maximize,
-    )
+    project_align_(edited, *surgery)
+    options = {"beta1": beta1, "beta2": beta2, "lr": lr, "weight_decay": weight_decay, "eps": eps}
+    options |= {"foreach": True, "amsgrad": False, "maximize": maximize}
+    adamw(params, edited, exp_avgs, exp_avg_sqs, [], steps, **options)

@@ -10,6 +10,7 @@ from torch import Tensor
 from dgs_kernels import reference
 from dgs_kernels.arguments import refuse_forward_mode
 from dgs_kernels.ops.project_align import check, project_align
+from dgs_kernels.options import Surgery
 
 
 def gradient_surgery(
@@ -49,10 +50,10 @@ def gradient_surgery(
         >>> f.grad.round(decimals=4)
         tensor([[0., 1.]])
     """
-    options = (1.0, eps, order, rule)
-    check(features, harmful, beneficial, *options, caller="gradient_surgery", name="features")
+    surgery = Surgery.of(1.0, eps, order, rule)
+    check(features, harmful, beneficial, surgery, caller="gradient_surgery", name="features")
     refuse_forward_mode("gradient_surgery", features)
-    return _GradientSurgery.apply(features, harmful, beneficial, eps, order, rule)
+    return _GradientSurgery.apply(features, harmful, beneficial, surgery)
 
 
 class _GradientSurgery(torch.autograd.Function):
@@ -60,14 +61,14 @@ class _GradientSurgery(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        features: Tensor, harmful: Tensor, beneficial: Tensor | None, eps: float, order: str, rule: str
+        features: Tensor, harmful: Tensor, beneficial: Tensor | None, surgery: Surgery
     ) -> tuple[Tensor, Tensor]:
         # A copy, because torch lets no in-place layer change a view that an edited gradient flows through.
         return features.clone(), reference.alignment_loss(features, beneficial)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        features, harmful, beneficial, ctx.eps, ctx.order, ctx.rule = inputs
+        features, harmful, beneficial, ctx.surgery = inputs
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(harmful, beneficial)
         ctx.shape, ctx.dtype, ctx.device = features.shape, features.dtype, features.device
@@ -75,7 +76,7 @@ class _GradientSurgery(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, loss_grad: Tensor | None) -> tuple[Tensor | None, ...]:
         harmful, beneficial = ctx.saved_tensors
-        nothing = (None,) * 5
+        nothing = (None,) * 3
         if grad is None and (loss_grad is None or beneficial is None):
             return None, *nothing
         if grad is None:
@@ -85,7 +86,6 @@ class _GradientSurgery(torch.autograd.Function):
             beneficial = None
         elif beneficial is not None:
             alignment = loss_grad / max(1, ctx.shape[:-1].numel())
-        edited = project_align(
-            grad, harmful, beneficial, alignment=alignment, eps=ctx.eps, order=ctx.order, rule=ctx.rule
-        )
-        return edited, *nothing
+        _, _, eps, order, rule = ctx.surgery
+        options = {"alignment": alignment, "eps": eps, "order": order, "rule": rule}
+        return project_align(grad, harmful, beneficial, **options), *nothing

@@ -12,7 +12,7 @@ from torch import Tensor
 from dgs_kernels.hooks.capture import BeforeStep, Capture, Part, average
 from dgs_kernels.hooks.metrics import SurgeryMetrics, cosine, length
 from dgs_kernels.ops.project_align_ import SUMS, run
-from dgs_kernels.options import check_options
+from dgs_kernels.options import Surgery
 from dgs_kernels.tensors import sums_dtype
 
 
@@ -27,9 +27,9 @@ class ReferenceSurgery(Capture):
     caller: ClassVar[str] = "SurgeryAdamW"
 
     def __post_init__(self) -> None:
-        check_options(self.caller, None, self.alignment, self.eps, self.order, self.rule)
+        self.options.check(self.caller)
         super().__post_init__()
-        self._last: tuple[list[str], Tensor, tuple] | None = None
+        self._last: tuple[list[str], Tensor, Surgery] | None = None
         self._names: list[str] = []
 
     def harmful(self) -> AbstractContextManager[None]:
@@ -41,11 +41,8 @@ class ReferenceSurgery(Capture):
         return self.capture("beneficial", "beneficial()")
 
     @property
-    def options(self) -> tuple[Tensor | None, float, float, str, str]:
-        """The operators' arguments (scale, alignment, eps, order, rule)."""
-        if isinstance(self.alignment, Tensor):
-            return self.alignment, 1.0, self.eps, self.order, self.rule
-        return None, self.alignment, self.eps, self.order, self.rule
+    def options(self) -> Surgery:
+        return Surgery.of(self.alignment, self.eps, self.order, self.rule)
 
     @torch.no_grad()
     def take(self) -> list[Part]:
@@ -77,8 +74,10 @@ class ReferenceSurgery(Capture):
         at_once &= len(parts) == 1 and not parts[0].meshes and self._ranks_checked
         dtype = sums_dtype(*(tensors for part in parts for tensors in part.lists))
         total = torch.zeros(len(self._names), SUMS, dtype=dtype, device=parts[0].device)
-        scale, *rest = self.options
-        self._last = self._names, total, (None if scale is None else scale.detach().clone(), *rest)
+        surgery = self.options
+        if surgery.scale is not None:
+            surgery = surgery._replace(scale=surgery.scale.detach().clone())
+        self._last = self._names, total, surgery
         if at_once:
             return total, "all"
         for part in parts:
@@ -93,16 +92,17 @@ class ReferenceSurgery(Capture):
         """What the last step's surgery did to each layer; None if it had nothing to do. Waits for nothing."""
         if self._last is None:
             return None
-        layers, sums, (scale, alignment, eps, order, rule) = self._last
-        pull = alignment if scale is None else scale
+        layers, sums, surgery = self._last
+        pull = surgery.weight
         gh, hh, gg, bh, bb, gb = sums.unbind(1)
         inner, energy = gh, gg
-        if order == "align_first":
+        if surgery.order == "align_first":
             inner, energy = gh + pull * bh, gg + 2 * pull * gb + pull * pull * bb
         along = cosine(inner, energy, hh)
-        if rule == "conflict":
+        if surgery.rule == "conflict":
             along = along.clamp(max=0)
-        share = (hh.sqrt() / (hh.sqrt() + eps)).square()  # of the part along h, what eps lets be taken
+        # Of the part along h, what eps lets be taken.
+        share = (hh.sqrt() / (hh.sqrt() + surgery.eps)).square()
         return SurgeryMetrics(
             layers,
             cosine=cosine(gh, gg, hh),

@@ -22,13 +22,12 @@ import torch
 from torch import Tensor
 
 from dgs_kernels.arguments import check_items
-from dgs_kernels.operation import Called, Named, Operation
+from dgs_kernels.operation import Named, Operation
 from dgs_kernels.ops.gramian import in_lists, in_one_list, laid_out, refuse_what_is_no_tensor
 from dgs_kernels.tensors import (
     check_list,
     common_dtype,
     dense,
-    in_a_row,
     number_layers,
     numbers,
     refuse_overlaps,
@@ -99,11 +98,7 @@ def _check(a: Named) -> None:
         )
 
 
-def _call(a: Named) -> Called:
-    return (a.grads, a.objectives, a.weights, a.groups), ()
-
-
-def _lay_out(a: Named) -> tuple[Called, list[tuple[Tensor, Tensor]]] | None:
+def _lay_out(a: Named) -> Named | None:
     if not a.grads:
         return None
     count = len(a.grads)
@@ -116,19 +111,17 @@ def _lay_out(a: Named) -> tuple[Called, list[tuple[Tensor, Tensor]]] | None:
         g if g is grad and g.dtype == dtype else torch.empty_like(g, dtype=dtype)
         for grad, g in zip(a.grads, like)
     ]
-    ready = a._replace(
-        grads=in_a_row(work),
-        objectives=laid_out(a.objectives, count, dtype, like),
+    return a._replace(
+        grads=work,
+        objectives=laid_out(a.objectives, dtype, like),
         weights=numbers(a.weights, sums_dtype(work)),
     )
-    return _call(ready), [(grad, w) for grad, w in zip(a.grads, work) if w is not grad]
 
 
 _operation = Operation(
     "combine_(Tensor(a!)[] grads, Tensor[] objectives, Tensor weights, int[] groups) -> ()",
     kinds=_kinds,
     check=_check,
-    call=_call,
     lay_out=_lay_out,
     written=lambda a: a.grads,
 )

@@ -2,12 +2,13 @@
 
 What an implementation has to do::
 
-    gramian(Tensor[] objectives, int[] groups, Tensor(a!) out) -> ()
+    gramian(Tensor[] objectives, int[] groups, int num_objectives, Tensor(a!) out) -> ()
 
 objectives are K lists of T tensors one after the other (objective k's tensor i is objectives[k * T + i]),
-2 <= K <= 16, T >= 1, of one dtype and device, contiguous; tensor i has the same shape in every list (0
-numbers are possible). The tensors belong to G groups (layers): `groups[i]` in 0..G-1, in any order; a group
-may be empty. With X [K, D] the tensors of a group, end to end, as they are in each list, it writes all of
+2 <= K = num_objectives <= 16, T >= 1, of one dtype and device, contiguous; tensor i has the same shape in
+every list (0 numbers are possible). The tensors belong to G groups (layers): `groups[i]` in 0..G-1, in any
+order; a group may be empty. With X [K, D] the tensors of a group, end to end, as they are in each list, it
+writes all of
 
     out[G, K, K]:  out[g] = X X^T
 
@@ -22,13 +23,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dgs_kernels.operation import Called, Named, Operation
+from dgs_kernels.operation import Named, Operation
 from dgs_kernels.tensors import (
     check_list,
     common_dtype,
     common_layout,
     dense,
-    in_a_row,
     number_layers,
     sums_dtype,
 )
@@ -111,37 +111,26 @@ def in_lists(
     return lists
 
 
-def laid_out(objectives: list[Tensor], count: int, dtype: torch.dtype, like: list[Tensor]) -> list[Tensor]:
-    """Every list with the strides of `like`, and then in a row."""
-    lists = (objectives[i : i + count] for i in range(0, len(objectives), count))
-    return [t for tensors in lists for t in in_a_row(common_layout(dtype, tensors, like))]
+def laid_out(objectives: list[Tensor], dtype: torch.dtype, like: list[Tensor]) -> list[Tensor]:
+    """Every list with the strides of `like`."""
+    return common_layout(dtype, objectives, like * (len(objectives) // len(like)))
 
 
-def _check(a: Named) -> None:
-    in_lists("gramian", a.objectives, a.groups, a.num_objectives)
+def _lay_out(a: Named) -> Named:
+    dtype = common_dtype(a.objectives)
+    return a._replace(objectives=laid_out(a.objectives, dtype, dense(a.objectives[: len(a.groups)])))
 
 
-def _empty(a: Named, dtype: torch.dtype) -> Tensor:
+def _empty(a: Named, dtype: torch.dtype) -> tuple[Tensor]:
     shape = (max(a.groups) + 1, a.num_objectives, a.num_objectives)
-    return torch.empty(shape, dtype=dtype, device=a.objectives[0].device)
-
-
-def _call(a: Named) -> Called:
-    out = _empty(a, sums_dtype(a.objectives[:1]))
-    return (a.objectives, a.groups, out), out
-
-
-def _lay_out(a: Named) -> tuple[Called, tuple]:
-    count, dtype = len(a.groups), common_dtype(a.objectives)
-    like = dense(a.objectives[:count])
-    return _call(a._replace(objectives=laid_out(a.objectives, count, dtype, like))), ()
+    return (torch.empty(shape, dtype=dtype, device=a.objectives[0].device),)
 
 
 _operation = Operation(
     "gramian(Tensor[] objectives, int[] groups, int num_objectives) -> Tensor",
     kinds=lambda a: refuse_what_is_no_tensor("gramian", a.objectives, len(a.groups)),
-    check=_check,
-    call=_call,
+    check=lambda a: in_lists("gramian", a.objectives, a.groups, a.num_objectives),
     lay_out=_lay_out,
+    results=lambda a: _empty(a, sums_dtype(a.objectives[:1])),
     fake=lambda a: _empty(a, sums_dtype(a.objectives)),
 )

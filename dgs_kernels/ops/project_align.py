@@ -3,13 +3,12 @@
 What an implementation has to do::
 
     project_align(Tensor grad, Tensor harmful, Tensor? beneficial, Tensor? scale, float alignment, float eps,
-                  int order, int rule, Tensor(a!) out) -> ()
+                  str order, str rule, Tensor(a!) out) -> ()
 
 The matrices are [rows, D], D >= 1, of one dtype and device, with unit stride inside a row and any stride
 between rows (0: one row for all); out is contiguous. scale is 0-dim, of the computing type (float64 for
-float64, else float32); alignment * scale is the weight of the alignment, None stands for 1. order and rule
-are places in `reference.ORDERS` and `RULES`. Of a native function, out and grad may have any leading axes,
-and a direction may be one row, [D] or [1, D].
+float64, else float32); alignment * scale is the weight of the alignment, None stands for 1. Of a native
+function, out and grad may have any leading axes, and a direction may be one row, [D] or [1, D].
 """
 
 from __future__ import annotations
@@ -21,8 +20,8 @@ from torch import Tensor
 
 from dgs_kernels import private_torch, reference
 from dgs_kernels.arguments import check_tensors
-from dgs_kernels.operation import Called, Named, Operation
-from dgs_kernels.options import Surgery, check_options, split
+from dgs_kernels.operation import Named, Operation
+from dgs_kernels.options import Surgery
 from dgs_kernels.reference import compute_dtype
 from dgs_kernels.tensors import check_dtype, common_rows, number
 
@@ -69,33 +68,50 @@ def project_align(
         >>> dgs_kernels.project_align(torch.tensor([[3.0, 4.0]]), torch.tensor([1.0, -1.0]), eps=1e-12)
         tensor([[0., 4.]])
     """
-    scale, strength = split(alignment)
+    surgery = Surgery.of(alignment, eps, order, rule)
     if private_torch.transformed() or private_torch.forward_mode():
         # Operators with an autograd formula know neither function transforms nor tangents.
-        check(grad, harmful, beneficial, alignment, eps, order, rule)
+        check(grad, harmful, beneficial, surgery)
         constants = (harmful.detach(), None if beneficial is None else beneficial.detach())
         return reference.project_align(grad, *constants, alignment=alignment, eps=eps, order=order, rule=rule)
-    return _operation(grad, harmful, beneficial, scale, strength, eps, order, rule)
+    return _operation(grad, harmful, beneficial, *surgery)
 
 
 def check(
     grad: Tensor,
     harmful: Tensor,
     beneficial: Tensor | None,
-    alignment: float | Tensor,
-    eps: float,
-    order: str,
-    rule: str,
+    surgery: Surgery,
     *,
     caller: str = "project_align",
     name: str = "grad",
 ) -> None:
     """Raise what the docstrings promise; `name` is what the caller calls its first argument."""
-    check_tensors(caller, **{name: grad, "harmful": harmful})
-    if beneficial is not None:
-        check_tensors(caller, beneficial=beneficial)
+    _check_kinds(grad, harmful, beneficial, surgery, caller, name)
+    _check_shapes(grad, harmful, beneficial, caller, name)
+
+
+def _check_kinds(
+    grad: Tensor,
+    harmful: Tensor,
+    beneficial: Tensor | None,
+    surgery: Surgery,
+    caller: str = "project_align",
+    name: str = "grad",
+) -> None:
+    tensors = {name: grad, "harmful": harmful}
+    check_tensors(caller, **(tensors if beneficial is None else tensors | {"beneficial": beneficial}))
+    surgery.check(caller, grad.device)
+
+
+def _check_shapes(
+    grad: Tensor,
+    harmful: Tensor,
+    beneficial: Tensor | None,
+    caller: str = "project_align",
+    name: str = "grad",
+) -> None:
     shape, device = grad.shape, grad.device
-    check_options(caller, device, alignment, eps, order, rule)
     if not shape or shape[-1] == 0:
         raise ValueError(f"{caller}: {name} must be [..., D] with D >= 1, got shape {tuple(shape)}")
     check_dtype(caller, name, grad.dtype)
@@ -119,30 +135,15 @@ def _broadcasts(shape: torch.Size, target: torch.Size) -> bool:
     return all(n in (1, m) for n, m in zip(reversed(shape), reversed(target)))
 
 
-def _kinds(a: Named) -> None:
-    tensors = {"grad": a.grad, "harmful": a.harmful}
-    check_tensors(
-        "project_align", **tensors, **({} if a.beneficial is None else {"beneficial": a.beneficial})
-    )
-    alignment = a.alignment if a.scale is None else a.scale
-    check_options("project_align", a.grad.device, alignment, a.eps, a.order, a.rule)
-
-
-def _check(a: Named) -> None:
-    alignment = a.alignment if a.scale is None else a.scale
-    check(a.grad, a.harmful, a.beneficial, alignment, a.eps, a.order, a.rule)
-
-
-def _call(a: Named) -> Called:
-    surgery = Surgery.of("project_align", a.alignment, a.eps, a.order, a.rule)
-    out = torch.empty_like(a.grad, memory_format=torch.contiguous_format)
-    return (a.grad, a.harmful, a.beneficial, a.scale, *surgery.codes, out), out
-
-
-def _lay_out(a: Named) -> tuple[Called, tuple]:
+def _lay_out(a: Named) -> Named:
     grad, harmful, beneficial = common_rows(a.grad, a.harmful, a.beneficial)
-    scale = number(a.scale, compute_dtype(grad))
-    return _call(a._replace(grad=grad, harmful=harmful, beneficial=beneficial, scale=scale)), ()
+    scale = None if a.scale is None else number(a.scale, compute_dtype(grad))
+    return a._replace(grad=grad, harmful=harmful, beneficial=beneficial, scale=scale)
+
+
+def _finish(a: Named, out: Tensor) -> Tensor:
+    out = out if out.shape == a.grad.shape else out.view(a.grad.shape)
+    return out if out.dtype == a.grad.dtype else out.to(a.grad.dtype)
 
 
 def _setup_context(ctx: Any, a: Named, output: Tensor) -> None:
@@ -182,12 +183,11 @@ def _conflicts(
 _operation = Operation(
     "project_align(Tensor grad, Tensor harmful, Tensor? beneficial, Tensor? scale, "
     "float alignment, float eps, str order, str rule) -> Tensor",
-    kinds=_kinds,
-    check=_check,
-    call=_call,
+    kinds=lambda a: _check_kinds(a.grad, a.harmful, a.beneficial, Surgery.among(a)),
+    check=lambda a: _check_shapes(a.grad, a.harmful, a.beneficial),
     lay_out=_lay_out,
-    fake=lambda a: a.grad.new_empty(a.grad.shape),
-    finish=lambda a, out: out.view(a.grad.shape).to(a.grad.dtype),
+    results=lambda a: (torch.empty_like(a.grad, memory_format=torch.contiguous_format),),
+    finish=_finish,
     gradient=(_setup_context, _backward),
     differentiable=("grad", "scale"),
 )

@@ -3,12 +3,12 @@
 What an implementation has to do::
 
     project_align_(Tensor(a!)[] grads, Tensor[] harmful, Tensor[] beneficial, int[] groups, Tensor(b!) sums,
-                   Tensor? scale, float alignment, float eps, int order, int rule, int part) -> ()
+                   Tensor? scale, float alignment, float eps, str order, str rule, str part) -> ()
 
 T tensors belong to G groups (layers): `groups[i]` in 0..G-1, in any order; a group may be empty, its sums
 are 0. grads, harmful and beneficial (T tensors, or none: no alignment) have one dtype and device, tensor i
 has the same shape in the three lists, and all are contiguous (0 numbers are possible). With g, h, b what a
-group's tensors hold, end to end, after h <- relu(h) under rule 0 (positive) and b <- min(b, 0), both letting
+group's tensors hold, end to end, after h <- relu(h) under rule "positive" and b <- min(b, 0), both letting
 NaN through, the first pass writes
 
     sums[G, 6] = <g, h>, <h, h>, <g, g>, <b, h>, <b, b>, <g, b>      (the last three 0 without beneficial)
@@ -16,13 +16,14 @@ NaN through, the first pass writes
 in float32 (float64 for float64 gradients), in a fixed order of summation. The second is, for every group,
 
     A = alignment * scale  (scale: 0-dim, of the type of sums; None is 1)
-    inner = <g, h> + A <b, h>  under order 0 (align_first),  <g, h>  under order 1 (project_first)
-    inner = min(inner, 0)      under rule 2 (conflict), letting NaN through
+    inner = <g, h> + A <b, h>  under order "align_first",  <g, h>  under "project_first"
+    inner = min(inner, 0)      under rule "conflict", letting NaN through
     k = inner / (sqrt(<h, h>) + eps) / (sqrt(<h, h>) + eps)
     g <- g + A b - k h         rounded once
 
-`part` 0 does both (a layer that fits on chip is then read once), 1 only the first, 2 only the second with
-the sums it is given: between the two, sharded training adds up its sums. No host synchronisation, no atomics.
+`part` "all" does both (a layer that fits on chip is then read once), "sums" only the first, "apply" only the
+second with the sums it is given: between the two, sharded training adds up its sums. No host
+synchronisation, no atomics.
 """
 
 from __future__ import annotations
@@ -33,15 +34,14 @@ import torch
 from torch import Tensor
 
 from dgs_kernels.arguments import check_choice, check_items, refuse_forward_mode
-from dgs_kernels.operation import Called, Named, Operation
-from dgs_kernels.options import Surgery, check_options, split
+from dgs_kernels.operation import Named, Operation
+from dgs_kernels.options import Surgery
 from dgs_kernels.tensors import (
     check_groups,
     check_list,
     common_dtype,
     common_layout,
     dense,
-    in_a_row,
     number,
     number_layers,
     refuse_shared_memory,
@@ -92,12 +92,11 @@ def project_align_(
         [tensor([0.]), tensor([4.])]
     """
     lists = _lists(grads, harmful, beneficial)
-    scale, strength = split(alignment)
     layers, count = number_layers("project_align_", groups, len(grads))
     device = grads[0].device if grads and isinstance(grads[0], Tensor) else None
     sums = torch.zeros(count, SUMS, dtype=sums_dtype(grads[:1]), device=device)
     refuse_forward_mode("project_align_", *grads)
-    options = (scale, strength, eps, order, rule, "all")
+    options = (*Surgery.of(alignment, eps, order, rule), "all")
     with torch.no_grad():
         if run.past_torch((*lists, layers, sums, *options)) is None:
             sums = sums.to(sums_dtype(*lists))
@@ -124,11 +123,9 @@ def _lists(grads: object, harmful: object, beneficial: object) -> tuple[list[Ten
     return tuple(lists)
 
 
-def check_surgery(caller: str, a: Named, eps: float) -> None:
-    """Shapes, dtypes, devices and options of surgery on lists; `caller` is the operator's name."""
+def check_lists(caller: str, a: Named) -> None:
+    """Shapes, dtypes and devices of surgery on lists; `caller` is the operator's name."""
     check_choice(caller, "part", a.part, PARTS)
-    alignment = a.alignment if a.scale is None else a.scale
-    check_options(caller, a.sums.device, alignment, eps, a.order, a.rule)
     for name in ("grads", "harmful", *(["beneficial"] if a.beneficial else [])):
         check_list(caller, name, getattr(a, name), "grads", a.grads, a.sums.device)
     check_groups(caller, a.groups, len(a.grads), len(a.sums))
@@ -138,27 +135,19 @@ def check_surgery(caller: str, a: Named, eps: float) -> None:
 
 def _kinds(a: Named) -> None:
     check_items("project_align_", grads=a.grads, harmful=a.harmful, beneficial=a.beneficial)
-    alignment = a.alignment if a.scale is None else a.scale
-    check_options("project_align_", a.sums.device, alignment, a.eps, a.order, a.rule)
+    Surgery.among(a).check("project_align_", a.sums.device)
 
 
-def _call(a: Named) -> Called:
-    surgery = Surgery.of("project_align_", a.alignment, a.eps, a.order, a.rule)
-    scale = number(a.scale, a.sums.dtype)
-    part = PARTS.index(a.part)
-    return (a.grads, a.harmful, a.beneficial, a.groups, a.sums, scale, *surgery.codes, part), ()
-
-
-def _lay_out(a: Named) -> tuple[Called, list[tuple[Tensor, Tensor]]] | None:
+def _lay_out(a: Named) -> Named | None:
     if not a.grads:
         return None
     refuse_shared_memory("project_align_", "grads", a.grads)
     dtype = common_dtype(a.grads, a.harmful, a.beneficial)
     work = dense(a.grads)
     work = common_layout(dtype, work, work)
-    harmful, beneficial = (in_a_row(common_layout(dtype, ts, work)) for ts in (a.harmful, a.beneficial))
-    ready = a._replace(grads=in_a_row(work), harmful=harmful, beneficial=beneficial)
-    return _call(ready), [(g, w) for g, w in zip(a.grads, work) if w is not g and a.part != "sums"]
+    harmful, beneficial = (common_layout(dtype, tensors, work) for tensors in (a.harmful, a.beneficial))
+    scale = number(a.scale, a.sums.dtype)
+    return a._replace(grads=work, harmful=harmful, beneficial=beneficial, scale=scale)
 
 
 # `dgs::project_align_`, but past it where a native function takes the lists as they are.
@@ -166,8 +155,7 @@ run = Operation(
     "project_align_(Tensor(a!)[] grads, Tensor[] harmful, Tensor[] beneficial, int[] groups, "
     "Tensor(b!) sums, Tensor? scale, float alignment, float eps, str order, str rule, str part) -> ()",
     kinds=_kinds,
-    check=lambda a: check_surgery("project_align_", a, a.eps),
-    call=_call,
+    check=lambda a: check_lists("project_align_", a),
     lay_out=_lay_out,
     written=lambda a: () if a.part == "sums" else a.grads,
 )

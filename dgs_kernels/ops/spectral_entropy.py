@@ -16,9 +16,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dgs_kernels.arguments import check_tensors, check_whole
+from dgs_kernels.arguments import WHOLE, check_tensors, check_whole
 from dgs_kernels.backends import KERNEL_PATCH_SIZE
-from dgs_kernels.operation import Called, Named, Operation
+from dgs_kernels.operation import Named, Operation
 from dgs_kernels.tensors import plain
 
 
@@ -65,36 +65,29 @@ def _case(a: Named) -> str | None:
     return "its kernels compute in float32" if a.images.dtype == torch.float64 else None
 
 
-def _empty(a: Named) -> Tensor:
+def _results(a: Named) -> tuple[Tensor] | None:
+    if a.images.dim() != 4 or not isinstance(a.patch_size, WHOLE):
+        return None
     batch, _, height, width = a.images.shape
     dtype = torch.float64 if a.images.dtype == torch.float64 else torch.float32
     patches = (height // a.patch_size) * (width // a.patch_size)
-    return a.images.new_empty((batch, patches), dtype=dtype)
+    return (a.images.new_empty((batch, patches), dtype=dtype),)
 
 
-def _call(a: Named) -> Called | None:
-    if a.images.dim() != 4 or type(a.patch_size) is not int:
-        return None
-    out = _empty(a)
-    return (a.images, a.patch_size, out), out
-
-
-def _lay_out(a: Named) -> tuple[Called, tuple]:
+def _lay_out(a: Named) -> Named:
     images = a.images
     if _case(a) is None:
         images = images if images.dtype == torch.uint8 else images.float()
         _, channel, _, pixel = images.stride()
         images = images if pixel == 1 or (channel, pixel) == (1, 3) else images.contiguous()
-    called = _call(a._replace(images=plain(images)))
-    assert called is not None
-    return called, ()
+    return a._replace(images=plain(images))
 
 
 _operation = Operation(
     "spectral_entropy(Tensor images, int patch_size) -> Tensor",
-    check=_check,
-    call=_call,
+    kinds=_check,
+    check=lambda a: None,
     lay_out=_lay_out,
-    fake=_empty,
+    results=_results,
     case=_case,
 )

@@ -4,10 +4,10 @@ What an implementation has to do::
 
     surgery_adamw_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs,
                    Tensor(d!)[] steps, Tensor[] harmful, Tensor[] beneficial, int[] groups, Tensor(e!) sums,
-                   Tensor? scale, float alignment, float surgery_eps, int order, int rule, int part,
+                   Tensor? scale, float alignment, float surgery_eps, str order, str rule, str part,
                    float lr, float beta1, float beta2, float weight_decay, float eps, bool maximize) -> ()
 
-grads, harmful, beneficial, groups, sums, scale, order, rule and part (0 or 2, not 1) are those of
+grads, harmful, beneficial, groups, sums, scale, order, rule and part (not "sums") are those of
 `project_align_`, save that grads are only read; params, exp_avgs and exp_avg_sqs have their dtype and shapes,
 and are contiguous too. steps are 0-dim float32 or float64 tensors on the CPU, one per tensor; each is
 incremented first and then counts from 1. With the surgered gradient g kept in the computing type::
@@ -30,15 +30,16 @@ import itertools
 import torch
 from torch import Tensor
 
-from dgs_kernels.operation import Called, Named, Operation
-from dgs_kernels.ops.project_align_ import PARTS, check_surgery
+from dgs_kernels.operation import Named, Operation
+from dgs_kernels.ops.project_align_ import check_lists
 from dgs_kernels.options import Surgery
-from dgs_kernels.tensors import common_dtype, common_layout, dense, in_a_row, number, plain
+from dgs_kernels.tensors import common_dtype, common_layout, dense, number, plain
 
 
 def _check(a: Named) -> None:
     name = "surgery_adamw_"
-    check_surgery(name, a, a.surgery_eps)
+    Surgery.among(a)._replace(eps=a.surgery_eps).check(name, a.sums.device)
+    check_lists(name, a)
     if a.part == "sums":
         raise ValueError(f"{name}: part must be all or apply; project_align_ makes the sums")
     shapes = [g.shape for g in a.grads]
@@ -54,24 +55,20 @@ def _check(a: Named) -> None:
         raise ValueError(f"{name}: steps must be {len(a.grads)} 0-dim float tensors on the CPU")
 
 
-def _call(a: Named) -> Called:
+def _results(a: Named) -> tuple:
     if a.sums.is_cuda and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
             "surgery_adamw_: steps are counted on the host, so a captured graph would repeat this one; "
             "capture OptimizerSurgery on torch.optim.AdamW(capturable=True)"
         )
-    surgery = Surgery.of("surgery_adamw_", a.alignment, a.surgery_eps, a.order, a.rule)
-    state = (a.params, a.grads, a.exp_avgs, a.exp_avg_sqs, a.steps)
-    layers = (a.harmful, a.beneficial, a.groups, a.sums, number(a.scale, a.sums.dtype))
-    adam = (a.lr, a.beta1, a.beta2, a.weight_decay, a.eps, a.maximize)
-    return (*state, *layers, *surgery.codes, PARTS.index(a.part), *adam), ()
+    return ()
 
 
 def _written(a: Named) -> itertools.chain[Tensor]:
     return itertools.chain(a.params, a.exp_avgs, a.exp_avg_sqs, a.steps)
 
 
-def _lay_out(a: Named) -> tuple[Called, list[tuple[Tensor, Tensor]]] | None:
+def _lay_out(a: Named) -> Named | None:
     if not a.grads:
         if a.part == "all":
             a.sums.zero_()
@@ -80,13 +77,12 @@ def _lay_out(a: Named) -> tuple[Called, list[tuple[Tensor, Tensor]]] | None:
     params = dense(a.params)
     params = common_layout(dtype, params, params)
     lists = ("exp_avgs", "exp_avg_sqs", "grads", "harmful", "beneficial")
-    work = a._replace(
+    return a._replace(
         params=params,
         steps=[plain(step) for step in a.steps],
+        scale=number(a.scale, a.sums.dtype),
         **{name: common_layout(dtype, getattr(a, name), params) for name in lists},
     )
-    ready = work._replace(**{name: in_a_row(getattr(work, name)) for name in ("params", *lists)})
-    return _call(ready), [(x, y) for x, y in zip(_written(a), _written(work)) if x is not y]
 
 
 # `dgs::surgery_adamw_`, but past it where a native function takes the tensors as they are.
@@ -95,9 +91,8 @@ run = Operation(
     "Tensor(d!)[] steps, Tensor[] harmful, Tensor[] beneficial, int[] groups, Tensor(e!) sums, "
     "Tensor? scale, float alignment, float surgery_eps, str order, str rule, str part, "
     "float lr, float beta1, float beta2, float weight_decay, float eps, bool maximize) -> ()",
-    kinds=lambda a: None,
     check=_check,
-    call=_call,
     lay_out=_lay_out,
+    results=_results,
     written=_written,
 )

@@ -4,18 +4,18 @@ What an implementation has to do::
 
     surgery_head(Tensor features, Tensor teacher_features, Tensor? text_features, Tensor labels,
                  Tensor image_weight, Tensor image_bias, Tensor teacher_weight, Tensor teacher_bias,
-                 Tensor? text_weight, Tensor? text_bias, Tensor? offsets,
-                 float reference_batch_size, bool expert, float distillation, Tensor(a!) losses,
-                 Tensor(b!) logits, Tensor(c!) residuals, Tensor(d!) head_grads,
-                 Tensor(e!) differences) -> ()
+                 Tensor? text_weight, Tensor? text_bias, float eps, str order, int? reference_batch_size,
+                 str text, Tensor? offsets, float distillation, Tensor(a!) losses, Tensor(b!) logits,
+                 Tensor(c!) residuals, Tensor(d!) head_grads, Tensor(e!) differences) -> ()
 
 The formulas are those of the same name in `reference.py`. The feature matrices [B, D] have one dtype and
 unit stride inside a row, the stride between rows is any (0 too). Everything else is contiguous; differences
 are [B, D] in the features' type, or [0, D] where distillation is 0, all others of the computing type:
 float64 for float64 features, else float32. labels and offsets [B], weights [1, D], biases [1]; losses [4],
-logits and residuals [3, B] in the order image, text, teacher, head_grads [2, D + 1]. Text features, weight
-and bias are there or absent together. A reference_batch_size of 0 is the batch's own. B may be 0: then all
-sums are 0. Sums are in a fixed order, without atomics, and nothing waits for the device.
+logits and residuals [3, B] in the order image, text, teacher, head_grads [2, D + 1]. Without text features,
+text_weight and text_bias are None, or a native function's, which does not look at them. Without a
+reference_batch_size it is the batch's own. eps and order are the backward's. B may be 0: then all sums are 0.
+Sums are in a fixed order, without atomics, and nothing waits for the device.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ from dgs_kernels.arguments import (
     check_whole,
     refuse_forward_mode,
 )
-from dgs_kernels.operation import Called, Named, Operation
+from dgs_kernels.operation import Named, Operation
 from dgs_kernels.ops import surgery_head_backward
 from dgs_kernels.options import check_eps
 from dgs_kernels.reference import ORDERS, TEXT_ROLES, compute_dtype
-from dgs_kernels.tensors import numbers, rows_of
+from dgs_kernels.tensors import numbers, rows_of, sums_dtype
 
 
 class SurgeryHeadOutput(NamedTuple):
@@ -125,37 +125,16 @@ def surgery_head(
         >>> f.grad.shape
         torch.Size([8, 16])
     """
-    arguments = (
-        features,
-        teacher_features,
-        text_features,
-        labels,
-        image_weight,
-        image_bias,
-        teacher_weight,
-        teacher_bias,
-        text_weight,
-        text_bias,
-        eps,
-        order,
-        reference_batch_size,
-        text,
-        offsets,
-        distillation,
-    )
-    refuse_forward_mode("surgery_head", *arguments)
-    losses, logits, *_ = _operation(*arguments)
+    matrices = (features, teacher_features, text_features)
+    heads = (image_weight, image_bias, teacher_weight, teacher_bias, text_weight, text_bias)
+    refuse_forward_mode("surgery_head", *matrices, labels, *heads, offsets)
+    options = (eps, order, reference_batch_size, text, offsets, distillation)
+    losses, logits, *_ = _operation(*matrices, labels, *heads, *options)
     image_loss, text_loss, alignment_loss, distillation_loss = losses.unbind()
     image_logits, text_logits, teacher_logits = logits.detach().unbind()
-    return SurgeryHeadOutput(
-        image_loss,
-        text_loss,
-        alignment_loss,
-        image_logits,
-        None if text_features is None else text_logits,
-        teacher_logits,
-        distillation_loss,
-    )
+    text_logits = None if text_features is None else text_logits
+    logits = (image_logits, text_logits, teacher_logits)
+    return SurgeryHeadOutput(image_loss, text_loss, alignment_loss, *logits, distillation_loss)
 
 
 HEADS = ("image", "teacher", "text")
@@ -191,10 +170,6 @@ def _check(a: Named) -> None:
             raise TypeError(f"surgery_head: {name} must be a floating-point tensor, got {tensor.dtype}")
     if not a.features.dtype.is_floating_point:
         raise TypeError(f"surgery_head: features must be a floating-point tensor, got {a.features.dtype}")
-    _check_options(a)
-
-
-def _check_options(a: Named) -> None:
     check_choice("surgery_head", "order", a.order, ORDERS)
     check_eps("surgery_head", a.eps)
     if a.reference_batch_size is not None:
@@ -205,26 +180,16 @@ def _check_options(a: Named) -> None:
         raise ValueError(f"surgery_head: distillation must be a finite number >= 0, got {a.distillation}")
 
 
+def _results(a: Named) -> tuple[Tensor, ...] | None:
+    return _empty(a, sums_dtype([a.features]), a.features.dtype) if a.features.dim() == 2 else None
+
+
 def _empty(a: Named, dtype: torch.dtype, storage: torch.dtype) -> tuple[Tensor, ...]:
     """Memory for losses, logits, residuals, head_grads and differences."""
-    batch, dim = a.features.shape
-    new = a.features.new_empty
+    (batch, dim), new = a.features.shape, a.features.new_empty
     per_sample = (new((3, batch), dtype=dtype) for _ in range(2))
     differences = new((batch if a.distillation else 0, dim), dtype=storage)
     return new(4, dtype=dtype), *per_sample, new((2, dim + 1), dtype=dtype), differences
-
-
-def _call(a: Named) -> Called | None:
-    _check_options(a)
-    if a.features.dim() != 2:
-        return None
-    dtype = torch.float64 if a.features.dtype == torch.float64 else torch.float32
-    results = _empty(a, dtype, a.features.dtype)
-    matrices = (a.features, a.teacher_features, a.text_features)
-    text_head = (a.text_weight, a.text_bias) if a.text_features is not None else (None, None)
-    heads = (a.image_weight, a.image_bias, a.teacher_weight, a.teacher_bias, *text_head)
-    options = (float(a.reference_batch_size or 0), a.text != "project", float(a.distillation))
-    return (*matrices, a.labels, *heads, a.offsets, *options, *results), results
 
 
 def _types(a: Named) -> tuple[torch.dtype, torch.dtype]:
@@ -237,7 +202,7 @@ def _types(a: Named) -> tuple[torch.dtype, torch.dtype]:
     return dtype, types.pop() if len(types) == 1 and compute_dtype(a.features) == dtype else dtype
 
 
-def _lay_out(a: Named) -> tuple[Called, tuple]:
+def _lay_out(a: Named) -> Named:
     dtype, storage = _types(a)
     if a.labels.device.type == "cpu" and not ((a.labels >= 0) & (a.labels <= 1)).all():
         raise ValueError("surgery_head: labels must lie in 0 (real) to 1 (generated)")
@@ -245,17 +210,15 @@ def _lay_out(a: Named) -> tuple[Called, tuple]:
     vectors = ["labels", "offsets", *(f"{head}_{part}" for head in HEADS for part in ("weight", "bias"))]
     laid_out = {name: rows_of(getattr(a, name), storage) for name in matrices}
     laid_out |= {name: numbers(getattr(a, name), dtype) for name in vectors}
-    called = _call(a._replace(**laid_out))
-    assert called is not None
-    return called, ()
+    if a.text_features is None:
+        laid_out |= {"text_weight": None, "text_bias": None}
+    return a._replace(**laid_out)
 
 
 def _setup_context(ctx: Any, a: Named, output: tuple[Tensor, ...]) -> None:
     _, _, residuals, head_grads, differences = output
-    ctx.eps, ctx.order, ctx.reference_batch_size, ctx.distillation = (
-        *(a.eps, a.order),
-        *(a.reference_batch_size, a.distillation),
-    )
+    ctx.eps, ctx.order = a.eps, a.order
+    ctx.reference_batch_size, ctx.distillation = a.reference_batch_size, a.distillation
     ctx.projects = a.text_features is not None and a.text != "expert"
     ctx.types = a._make(getattr(x, "dtype", None) for x in a)
     ctx.mark_non_differentiable(*output[1:])
@@ -270,20 +233,11 @@ def _backward(ctx: Any, losses_grad: Tensor | None, *_: Any) -> tuple[Tensor | N
     image_scale, text_scale, alignment_scale, distillation_scale = losses_grad.unbind()
     wants, types, grads = _operation.arguments(*ctx.needs_input_grad), ctx.types, {}
     if wants.features:
+        pull = (differences, distillation_scale) if ctx.distillation else (None, None)
         grads["features"] = surgery_head_backward.run(
-            residuals,
-            image_w,
-            teacher_w,
-            text_w if ctx.projects else None,
-            image_scale,
-            alignment_scale,
-            types.features,
-            ctx.eps,
-            ctx.order,
-            ctx.reference_batch_size,
-            differences if ctx.distillation else None,
-            distillation_scale if ctx.distillation else None,
-            ctx.distillation,
+            *(residuals, image_w, teacher_w, text_w if ctx.projects else None),
+            *(image_scale, alignment_scale, types.features),
+            *(ctx.eps, ctx.order, ctx.reference_batch_size, *pull, ctx.distillation),
         )
     if wants.text_features:
         weight = text_w.to(residuals.dtype) * (text_scale / max(residuals.shape[1], 1))
@@ -304,9 +258,10 @@ _operation = Operation(
     "Tensor? text_weight, Tensor? text_bias, float eps, str order, int? reference_batch_size, "
     "str text, Tensor? offsets, float distillation) "
     "-> (Tensor losses, Tensor logits, Tensor residuals, Tensor head_grads, Tensor differences)",
-    check=_check,
-    call=_call,
+    kinds=_check,
+    check=lambda a: None,
     lay_out=_lay_out,
+    results=_results,
     fake=lambda a: _empty(a, *_types(a)),
     gradient=(_setup_context, _backward),
     differentiable=(

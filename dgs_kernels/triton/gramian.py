@@ -92,8 +92,8 @@ def launch_shape(count: int) -> dict[str, int]:
     return {"WIDTH": 2048 if count <= 8 else 1024, "THREADS": 32 * WARPS}
 
 
-def gramian(objectives: list[Tensor], groups: list[int], out: Tensor) -> None:
-    tensors, count = len(groups), out.shape[-1]
+def gramian(objectives: list[Tensor], groups: list[int], num_objectives: int, out: Tensor) -> None:
+    tensors, count = len(groups), num_objectives
     with torch.cuda.device_of(out):
         rows = [objectives[i : i + tensors] for i in range(0, len(objectives), tensors)]
         lists = lists_of(groups, len(out), *rows)

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dgs_kernels.reference import ORDERS, RULES
 from dgs_kernels.triton.rounding import divide, root
 
 # Widest row, in bytes of the computing type, that one program keeps in registers: 16 warps, 128 bytes a
@@ -26,9 +27,10 @@ NARROWEST_BLOCK = 64
 CHUNK = 4096
 MOST_PARTS = tl.constexpr(512)
 
-PROJECT_FIRST = tl.constexpr(1)  # place in reference.ORDERS
-POSITIVE = tl.constexpr(0)  # places in reference.RULES
-CONFLICT = tl.constexpr(2)
+# As kernels are told of options: by places.
+PROJECT_FIRST = tl.constexpr(ORDERS.index("project_first"))
+POSITIVE = tl.constexpr(RULES.index("positive"))
+CONFLICT = tl.constexpr(RULES.index("conflict"))
 SUMS = tl.constexpr(2)  # of a row: <x, h>, <h, h>
 # Triton would ask of each of these whether it divides by 16, and compile a kernel for every combination of
 # answers: ALIGNED is one answer for all.
@@ -215,6 +217,10 @@ def _part_kernel(
         tl.store(out_ptr + row * dim + column, x, mask)
 
 
+def places(order: str, rule: str) -> tuple[int, int]:
+    return ORDERS.index(order), RULES.index(rule)
+
+
 def launch_shape(rows: int, dim: int, dtype: torch.dtype) -> tuple[tuple[int], dict[str, int]] | None:
     """Grid and constants of the row kernel; None for rows too long for it."""
     block = max(NARROWEST_BLOCK, triton.next_power_of_2(dim))
@@ -238,8 +244,8 @@ def project_align(
     scale: Tensor | None,
     alignment: float,
     eps: float,
-    order: int,
-    rule: int,
+    order: str,
+    rule: str,
     out: Tensor,
 ) -> None:
     rows, dim = grad.shape
@@ -252,12 +258,13 @@ def project_align(
     with torch.cuda.device_of(grad):
         if shape := launch_shape(rows, dim, grad.dtype):
             grid, block = shape
-            options = (alignment, eps, order, rule)
+            options = (alignment, eps, *places(order, rule))
             _row_kernel[grid](*given, out, rows, dim, *strides, *options, **constants, **block)
             return
         part_size, parts = cut(dim)
         partials = torch.empty((rows, parts, SUMS.value), dtype=wide, device=grad.device)
         sizes = (dim, part_size, parts, *strides, alignment)
+        order_place, rule_place = places(order, rule)
         constants |= {"BLOCK": CHUNK, "num_warps": 8}
-        _part_sums_kernel[(rows * parts,)](*given, partials, *sizes, order, rule, **constants)
-        _part_kernel[(rows * parts,)](*given, partials, out, *sizes, eps, rule, **constants)
+        _part_sums_kernel[(rows * parts,)](*given, partials, *sizes, order_place, rule_place, **constants)
+        _part_kernel[(rows * parts,)](*given, partials, out, *sizes, eps, rule_place, **constants)

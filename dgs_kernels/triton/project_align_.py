@@ -16,7 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dgs_kernels.triton.project_align import CONFLICT, PROJECT_FIRST, _direction, _strength
+from dgs_kernels.reference import RULES
+from dgs_kernels.triton.project_align import CONFLICT, PROJECT_FIRST, _direction, _strength, places
 from dgs_kernels.triton.rounding import divide, root
 
 # Numbers of a tensor that a program works on, and those it holds at a time: 8 in each of 256 threads.
@@ -253,12 +254,17 @@ def as_arguments(numbers: list[int], device: torch.device) -> Tensor:
     return sent
 
 
-def layer_sums(lists: Lists, sums: Tensor, rule: int, has_beneficial: bool) -> None:
+def layer_sums(lists: Lists, sums: Tensor, rule: str, has_beneficial: bool) -> None:
     """The first two launches."""
     partials = sums.new_empty((lists.chunks, SUMS.value))
     if lists.chunks:
         _chunk_kernel[(lists.chunks,)](
-            lists.table, partials, lists.tensors, rule, HAS_BENEFICIAL=has_beneficial, **lists.constants
+            lists.table,
+            partials,
+            lists.tensors,
+            RULES.index(rule),
+            HAS_BENEFICIAL=has_beneficial,
+            **lists.constants,
         )
     _layer_kernel[(len(sums),)](partials, lists.begins, sums, ACC=lists.constants["ACC"], ROWS=128)
 
@@ -272,14 +278,14 @@ def project_align_(
     scale: Tensor | None,
     alignment: float,
     eps: float,
-    order: int,
-    rule: int,
-    part: int,
+    order: str,
+    rule: str,
+    part: str,
 ) -> None:
     with torch.cuda.device_of(sums):
         lists = lists_of(groups, len(sums), grads, harmful, *([beneficial] if beneficial else []))
-        if part != 2:
+        if part != "apply":
             layer_sums(lists, sums, rule, bool(beneficial))
-        if part != 1 and lists.chunks:
-            given = (lists.table, sums, scale, lists.tensors, alignment, eps, order, rule)
+        if part != "sums" and lists.chunks:
+            given = (lists.table, sums, scale, lists.tensors, alignment, eps, *places(order, rule))
             _apply_kernel[(lists.chunks,)](*given, HAS_BENEFICIAL=bool(beneficial), **lists.constants)

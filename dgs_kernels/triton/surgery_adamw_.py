@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from dgs_kernels.triton import project_align_ as layers
-from dgs_kernels.triton.project_align import _direction, _strength
+from dgs_kernels.triton.project_align import _direction, _strength, places
 from dgs_kernels.triton.project_align_ import (
     ADDRESSES,
     BLOCK,
@@ -98,9 +98,9 @@ def surgery_adamw_(
     scale: Tensor | None,
     alignment: float,
     surgery_eps: float,
-    order: int,
-    rule: int,
-    part: int,
+    order: str,
+    rule: str,
+    part: str,
     lr: float,
     beta1: float,
     beta2: float,
@@ -121,10 +121,10 @@ def surgery_adamw_(
         lists = layers.lists_of(
             groups, len(sums), *directions, params, exp_avgs, exp_avg_sqs, extra=as_integers
         )
-        if part != 2:
+        if part != "apply":
             layers.layer_sums(lists, sums, rule, bool(beneficial))
         if lists.chunks:
             hyper = (1 - lr * weight_decay, 1 - beta1, beta2, 1 - beta2)
-            options = (alignment, surgery_eps, *hyper, order, rule, int(maximize))
+            options = (alignment, surgery_eps, *hyper, *places(order, rule), int(maximize))
             given = (lists.table, sums, scale, lists.tensors, *options)
             _step_kernel[(lists.chunks,)](*given, HAS_BENEFICIAL=bool(beneficial), **lists.constants)

@@ -405,9 +405,11 @@ def surgery_head(
     teacher_bias: Tensor,
     text_weight: Tensor | None,
     text_bias: Tensor | None,
+    eps: float,
+    order: str,
+    reference_batch_size: int | None,
+    text: str,
     offsets: Tensor | None,
-    reference_batch_size: float,
-    expert: bool,
     distillation: float,
     losses: Tensor,
     logits: Tensor,
@@ -416,6 +418,7 @@ def surgery_head(
     differences: Tensor,
 ) -> None:
     batch, dim = features.shape
+    expert = text != "project"
     shape = launch_shape(dim, features.dtype)
     rows = 1 if shape is None else shape["ROWS"]
     chunk_rows = triton.cdiv(triton.cdiv(batch, PROGRAMS), rows) * rows

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dgs_kernels.reference import ORDERS
 from dgs_kernels.triton.surgery_head import PROGRAMS, TILE, negative, weight
 
 # Rows of one program: what it reads is then small beside what it writes.
@@ -169,11 +170,12 @@ def surgery_head_backward(
     text_weight: Tensor | None,
     image_scale: Tensor,
     alignment_scale: Tensor,
+    out_dtype: torch.dtype,
+    eps: float,
+    order: str,
+    reference_batch_size: int | None,
     differences: Tensor | None,
     distillation_scale: Tensor | None,
-    eps: float,
-    order: int,
-    reference_batch_size: float,
     distillation: float,
     out: Tensor,
 ) -> None:
@@ -207,7 +209,7 @@ def surgery_head_backward(
             1 / (reference_batch_size or batch),
             eps,
             distillation / (dim * batch),
-            PROJECT_FIRST=order,
+            PROJECT_FIRST=ORDERS.index(order),
             ACC=acc,
             **shape,
         )

@@ -150,11 +150,11 @@ def draw(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torc
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 def test_equals_reference(native, dtype):
-    for order, rule, aligned in product(range(2), range(3), (True, False)):
+    for order, rule, aligned in product(reference.ORDERS, reference.RULES, (True, False)):
         grad, harmful, beneficial = draw(3, 9, 515, dtype=dtype)
         inputs = grad, harmful, beneficial if aligned else None
         out = native(*inputs, None, 0.3, 1e-6, order, rule)
-        options = {"alignment": 0.3, "order": reference.ORDERS[order], "rule": reference.RULES[rule]}
+        options = {"alignment": 0.3, "order": order, "rule": rule}
         exact = reference.project_align(*(t if t is None else t.double() for t in inputs), **options)
         eager = reference.project_align(*inputs, **options)
         assert out.dtype == dtype
@@ -167,7 +167,7 @@ def test_equals_reference(native, dtype):
 def test_every_half_survives(native, dtype):
     """All 65536 bit patterns in; where nothing is projected, all finite ones come out unchanged."""
     x = torch.arange(65536).to(torch.int16).view(dtype)[:, None]
-    out = native(x, torch.zeros_like(x), None, None, 1.0, 1e-6, 0, 1)
+    out = native(x, torch.zeros_like(x), None, None, 1.0, 1e-6, "align_first", "full")
     finite = x.isfinite()
     assert torch.equal(out[finite], x[finite]) and out[~finite].isnan().all()
 
@@ -178,7 +178,16 @@ def test_rounding(native, dtype):
     ones = torch.full((1, 4001), -1.0, dtype=dtype)
     for scale in torch.logspace(-9, 5.5, 400).tolist():
         scale_tensor = torch.tensor(scale)
-        out = native(torch.zeros_like(ones), torch.zeros_like(ones), ones, scale_tensor, 1.0, 1e-6, 1, 1)
+        out = native(
+            torch.zeros_like(ones),
+            torch.zeros_like(ones),
+            ones,
+            scale_tensor,
+            1.0,
+            1e-6,
+            "project_first",
+            "full",
+        )
         assert torch.equal(out[0, 0], (-scale_tensor).to(dtype)) and torch.equal(
             out, out[0, 0].expand_as(out)
         )
@@ -191,13 +200,13 @@ def test_few_long_rows_do_not_depend_on_threads(native):
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            results.append(native(*inputs, None, 0.3, 1e-6, 0, 0))
+            results.append(native(*inputs, None, 0.3, 1e-6, "align_first", "positive"))
     finally:
         torch.set_num_threads(before)
     assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
     # ... nor on how many rows there are
     many = [t.repeat(4, 1) for t in inputs]
-    assert torch.equal(native(*many, None, 0.3, 1e-6, 0, 0)[:2], results[0])
+    assert torch.equal(native(*many, None, 0.3, 1e-6, "align_first", "positive")[:2], results[0])
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
@@ -205,13 +214,17 @@ def test_few_long_rows_do_not_depend_on_threads(native):
 def test_not_finite_stays_visible(native, bad, dtype):
     inputs = draw(3, 4, 100, dtype=dtype)
     inputs[0, 2, 77] = bad
-    out = native(*inputs, None, 0.3, 1e-6, 0, 0)
+    out = native(*inputs, None, 0.3, 1e-6, "align_first", "positive")
     assert out[[0, 1, 3]].isfinite().all() and not out[2, 77].isfinite()
 
 
 def test_what_does_not_fit_is_left_alone(native):
     """The caller words the errors."""
-    serve, x, options = backends.implementation("project_align", "cpu"), draw(2, 3), (1.0, 1e-6, 0, 0)
+    serve, x, options = (
+        backends.implementation("project_align", "cpu"),
+        draw(2, 3),
+        (1.0, 1e-6, "align_first", "full"),
+    )
     for change in (
         {"grad": x.int(), "harmful": x.int()},
         {"harmful": x[:, :2]},
@@ -227,7 +240,7 @@ def test_what_does_not_fit_is_left_alone(native):
         names = ("grad", "harmful", "beneficial", "scale", "alignment", "eps", "order", "rule", "out")
         arguments = dict(zip(names, (x, x, None, None, *options, out))) | change
         reason = serve(*arguments.values())
-        assert reason.startswith("an option" if "eps" in change else next(iter(change))), (change, reason)
+        assert reason.startswith(next(iter(change))), (change, reason)
         assert not out.any()
     with pytest.raises(TypeError, match="expected 9 arguments, got 1"):
         serve(x)

@@ -272,7 +272,8 @@ def test_labels_that_are_none_become_nan_where_nothing_can_be_raised(backend):
     serve = backends._load(backend, "surgery_head")
     results = [torch.zeros(shape) for shape in ((4,), (3, 3), (3, 3), (2, 5), (0, 4))]
     labels = torch.tensor([0.0, 1.0, 1.5])
-    serve(features, teacher, text, labels, *pairs, None, 0.0, False, 0.0, *results)
+    options = (1e-6, "align_first", None, "project", None, 0.0)
+    serve(features, teacher, text, labels, *pairs, *options, *results)
     assert results[0][:3].isnan().all()
 
 

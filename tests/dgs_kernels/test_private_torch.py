@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
-
 import pytest
 import torch
 from torch._subclasses import FakeTensorMode
@@ -61,12 +59,6 @@ def carries_tangents() -> bool:
         return forward_ad.unpack_dual(out).tangent is not None
 
 
-def leaves_no_graph() -> bool:
-    """A direction that requires grad gives a result that does not, by whichever way it came."""
-    wide = HARMFUL.double().requires_grad_()  # of another type than the rows: no native function takes both
-    return not dgs_kernels.project_align(ROWS, wide).requires_grad
-
-
 @pytest.mark.parametrize(
     "function, behaviour",
     [
@@ -74,14 +66,24 @@ def leaves_no_graph() -> bool:
         ("profiled", is_in_profiles),
         ("transformed", is_mapped),
         ("forward_mode", carries_tangents),
-        ("below_autograd", leaves_no_graph),
     ],
 )
 def test_what_breaks_without(function, behaviour, monkeypatch):
     assert behaviour()
-    without = nullcontext if function == "below_autograd" else lambda: False
-    monkeypatch.setattr(private_torch, function, without)
+    monkeypatch.setattr(private_torch, function, lambda: False)
     assert not behaviour()
+
+
+@pytest.mark.parametrize("backend", ["cpu", "eager"])
+def test_a_direction_that_requires_grad_leaves_no_graph(backend, monkeypatch):
+    """By whichever way the result came: as it is, of two types, or through torch's dispatcher."""
+    monkeypatch.setenv(backends.VARIABLE, backend)
+
+    class Subclass(torch.Tensor):
+        pass
+
+    for harmful in (HARMFUL.clone(), HARMFUL.double(), HARMFUL.clone().as_subclass(Subclass)):
+        assert not dgs_kernels.project_align(ROWS, harmful.requires_grad_()).requires_grad
 
 
 def test_fake_tensors_are_seen():
