@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import inspect
 import re
@@ -57,6 +58,8 @@ COMMANDS = {
         "train and compare detectors on the built-in data", "dgsnet.demo.command", "demo_command"
     ),
 }
+# Control characters but tab and new line, what turns the direction of writing, and bytes that are no UTF-8.
+CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 POSITIONAL = ("paths", "checkpoint")
 LISTS = (list[str], list[str] | None)
 GROUPS = list[list[str]]
@@ -74,6 +77,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     argv = list(sys.argv[1:] if argv is None else argv)
     argv = [_option(word) for word in argv]
     warnings.formatwarning = lambda message, *_, **__: f"dgsnet: warning: {message}\n"  # without code
+    with (
+        contextlib.redirect_stdout(_Printable(sys.stdout)),
+        contextlib.redirect_stderr(_Printable(sys.stderr)),
+    ):
+        _run(argv)
+
+
+def _run(argv: list[str]) -> None:
     try:
         _call(argv)
     except UserError as error:
@@ -85,6 +96,30 @@ def main(argv: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+class _Printable:
+    """A stream whose terminal obeys no name: what a file or a stranger is called may hold control characters.
+
+    A line that begins with a carriage return is a progress bar's.
+    """
+
+    def __init__(self, stream: Any) -> None:
+        self.stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        """Write it, with the codes of control characters in their places."""
+        begin = text[:1] if text[:1] == "\r" else ""
+        self.stream.write(begin + CONTROLS.sub(_code, text[len(begin) :]))
+        return len(text)
+
+
+def _code(found: re.Match[str]) -> str:
+    number = ord(found[0])
+    return f"\\x{number & 0xFF:02x}" if number < 0x100 or number >= 0xD800 else f"\\u{number:04x}"
 
 
 def train_command(config: Config, out: Path, resume: bool = False) -> None:

@@ -131,6 +131,7 @@ TABLE: dict[str, list[Row]] = {
         Row("--audit", "audit.json", "evaluate.file_model", FILE_MODEL),
         Row("--threshold", "0.25", "evaluate.threshold", 0.25),
         Row("--frozen", "", "evaluate.frozen", True),
+        Row("--raw_cells", "", "write_tables.raw_cells", True),
         Row("--workers", "7", "workers", {7}),
     ],
     "predict": [
@@ -143,6 +144,12 @@ TABLE: dict[str, list[Row]] = {
         Row("--resume", "", "loaded", 1),
         Row("--heatmaps", "o/maps", "maps", 2),
         Row("--consistency", "", "spread", True),
+    ],
+    "predict, into CSV": [
+        Row("PATHS", "noise/02.png =none.png", "rows", 2),
+        Row("--model", "mine", "load.run", "mine"),
+        Row("--out", "o/scores.csv", "files", {"scores.csv"}),
+        Row("--raw_cells", "", "raw", True),
     ],
     "predict, with Ray": [
         Row("PATHS", "noise", "paths", ["00.png", "01.png", "02.png"]),
@@ -230,6 +237,8 @@ def look(command: str, seen: dict[str, Any]) -> None:
         seen["files"] &= {"metrics.csv", "metrics.json", "metrics.md", "report.html", "scores.jsonl"}
     elif command == "predict":
         seen["files"] -= {"maps"}
+        lines = (out / "scores.csv").read_text().splitlines() if (out / "scores.csv").exists() else []
+        seen |= {"rows": len(lines[1:]), "raw": any(line.startswith("=none.png,") for line in lines)}
         table = out / "scores.jsonl"
         rows = [json.loads(row) for row in table.read_text().splitlines()] if table.exists() else []
         seen["paths"] = [Path(row["path"]).name for row in rows]

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
+from dgsnet.data.cells import unguarded
 from dgsnet.data.images import ImageError, check_regular
 from dgsnet.errors import UserError
 
@@ -72,7 +73,7 @@ def _csv_rows(path: str, labelled: bool) -> Rows:
                 )
                 raise Unlabelled(f"{path}: its first line must name {columns}")
             for row in reader:
-                yield f"line {reader.line_num}", row
+                yield f"line {reader.line_num}", {name: unguarded(value) for name, value in row.items()}
     except (csv.Error, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not readable as CSV in UTF-8 or UTF-16: {error}") from None
 

@@ -20,6 +20,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
+from dgsnet.data.cells import guarded
 from dgsnet.data.items import Item, find_items
 from dgsnet.data.parquet import import_pyarrow
 from dgsnet.data.tables import Table, partial
@@ -136,6 +137,7 @@ def predict_command(
     provenance: bool = False,
     trust: str | None = None,
     pretrained: str | None = None,
+    raw_cells: bool = False,
 ) -> None:
     """Score images into a table with columns path, probability, decision, error.
 
@@ -159,6 +161,8 @@ def predict_command(
         trust: PEM file of the certificates that signers are trusted by; none are if not given.
         pretrained: weights file of the model's backbone, in place of what the folder names; TorchScript, such
             as OpenAI's own file, has to be named here.
+        raw_cells: write texts into the .csv as they are; if not given, one that a spreadsheet would compute,
+            such as a file's name that begins with =, begins with an apostrophe.
     """
     for option, given in {"heatmaps": heatmaps, "provenance": provenance}.items():
         if given and engine != "local":
@@ -189,6 +193,8 @@ def predict_command(
             rate = _fill(table, rows)
             counts = Counter(row["decision"] for row in table.rows())
             finished = (Row(**row) for row in table.rows())
+            if raw_cells and write is _write_csv:
+                write = functools.partial(_write_csv, raw=True)
             write(target, finished, columns(consistency=consistency, provenance=provenance))
             table.remove()
     read = ", ".join(
@@ -241,13 +247,14 @@ def _fill(table: Table, rows: Iterator[Row]) -> str:
     return f"; {new / seconds:.1f} images per second" if new else ""
 
 
-def _write_csv(target: Path, rows: Iterator[Row], columns: Sequence[str]) -> None:
+def _write_csv(target: Path, rows: Iterator[Row], columns: Sequence[str], *, raw: bool = False) -> None:
     # surrogateescape writes file names that are not UTF-8 as the bytes they are.
     with replacing(target, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
         writer = csv.writer(file)
         writer.writerow(columns)
         for row in rows:
-            writer.writerow([_cell(getattr(row, column)) for column in columns])
+            values = (getattr(row, column) for column in columns)
+            writer.writerow([_cell(value if raw else guarded(value)) for value in values])
 
 
 def _cell(value: object) -> object:

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from dgsnet.data.cells import guarded
 from dgsnet.evaluation.metrics import CONFIDENCE
 from dgsnet.evaluation.results import Score, bounded, percent, text_table
 
@@ -158,7 +159,8 @@ def per_image(before: Sequence[Score], after: Sequence[Score], threshold: float)
         error = old.error or new.error
         change = "" if error else _change(old, new, threshold)
         place = [old.suite, old.generator, old.path, old.label]
-        rows.writerow([*place, *("" if s.error else s.probability for s in (old, new)), change, error])
+        cells = [*place, *("" if s.error else s.probability for s in (old, new)), change, error]
+        rows.writerow(map(guarded, cells))
     return text.getvalue()
 
 

@@ -192,6 +192,7 @@ def evaluate_command(
     device: str | None = None,
     workers: int | None = None,
     pretrained: str | None = None,
+    raw_cells: bool = False,
 ) -> None:
     """Measure a model on labelled images, per generator and on average.
 
@@ -217,6 +218,8 @@ def evaluate_command(
         workers: processes that read and prepare images; chosen if not given.
         pretrained: weights file of the model's backbone, in place of what the folder names; TorchScript, such
             as OpenAI's own file, has to be named here.
+        raw_cells: write texts into the .csv files as they are; if not given, one that a spreadsheet would
+            compute, such as a generator's name that begins with =, begins with an apostrophe.
     """
     distortions = parse(robustness or ())
     file_model = load_model(audit) if audit else None
@@ -237,7 +240,7 @@ def evaluate_command(
     listed = [sample for samples in suites.values() for sample in samples]
     warn_of_training_images(model, listed, result.hashes)
     warn_of_both_labels(listed, hashes=result.hashes)
-    write_tables(out, result)
+    write_tables(out, result, raw_cells=raw_cells)
     write_page(Path(out) / "report.html", result, model=model, views=detector.views)
     print(result.table())
     if rates := false_positives.rows(result):

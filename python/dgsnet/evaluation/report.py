@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import base64
 import csv
+import html
 import io
 import json
 import math
 import platform
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ import numpy as np
 from markupsafe import Markup
 from PIL import Image
 
+from dgsnet.data.cells import guarded
 from dgsnet.data.images import ImageError, read_image
 from dgsnet.detection.decisions import DECIMALS
 from dgsnet.evaluation import baseline, false_positives, shortcut_tables
@@ -33,12 +36,17 @@ MISTAKES = 8
 THUMBNAIL = 112
 
 
-def write_tables(out: str | Path, evaluation: Evaluation) -> None:
-    """Write metrics.json, metrics.csv, metrics.md, metrics.png and scores.csv into the folder `out`."""
+def write_tables(out: str | Path, evaluation: Evaluation, *, raw_cells: bool = False) -> None:
+    """Write metrics.json, metrics.csv, metrics.md, metrics.png and scores.csv into the folder `out`.
+
+    `raw_cells`: in the .csv files no apostrophe stands before what a spreadsheet would compute.
+    """
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
     write_file(out / "metrics.json", _json(document(evaluation)))
-    write_file(out / "metrics.csv", _csv([_row(evaluation, result) for result in evaluation.results]))
+    write_file(
+        out / "metrics.csv", _csv([_row(evaluation, result) for result in evaluation.results], raw_cells)
+    )
     write_file(out / "metrics.md", markdown(evaluation).encode(errors="surrogateescape"))
     said = shortcut_tables.file_probabilities(evaluation)
     frozen = evaluation.frozen.scores if evaluation.frozen else []
@@ -50,7 +58,7 @@ def write_tables(out: str | Path, evaluation: Evaluation) -> None:
         | ({"frozen": _probability(beside.get(id(s)))} if beside else {})
         for s in evaluation.scores
     )
-    write_file(out / "scores.csv", _csv(list(rows)))
+    write_file(out / "scores.csv", _csv(list(rows), raw_cells))
     figure = plots.generators(evaluation.by_generator(), evaluation.mean(), evaluation.threshold)
     plots.save(figure, out / "metrics.png")
 
@@ -108,7 +116,12 @@ def markdown(evaluation: Evaluation) -> str:
         rows = [
             [r.generator, *cells(r)] for r in [*evaluation.of(suite=suite), evaluation.mean_of("", suite)]
         ]
-        lines += ["", f"## {suite or 'Generators'}", "", *_markdown_table([["generator", *columns], *rows])]
+        lines += [
+            "",
+            f"## {_plain_markdown(suite) or 'Generators'}",
+            "",
+            *_markdown_table([["generator", *columns], *rows]),
+        ]
     if len(evaluation.suites) > 1:
         rows = [["mean", *cells(evaluation.mean_of())]]
         lines += ["", "## All suites", "", *_markdown_table([["generator", *columns], *rows])]
@@ -119,11 +132,11 @@ def markdown(evaluation: Evaluation) -> str:
         lines += ["", "## Robustness", "", "Means over all generators.", ""]
         lines += _markdown_table([["distortion", *columns], *rows])
     for suite, comparison in evaluation.comparisons().items():
-        lines += ["", f"## {suite}: published results", "", _source(comparison), ""]
+        lines += ["", f"## {_plain_markdown(suite)}: published results", "", _source(comparison), ""]
         lines += [*_markdown_table(published_methods(comparison)), ""]
         lines += _markdown_table(published_generators(comparison))
     if evaluation.damaged:
-        lines += ["", "## Left out", "", *(f"- `{s.error}`" for s in evaluation.damaged)]
+        lines += ["", "## Left out", "", *(f"- {_plain_markdown(s.error)}" for s in evaluation.damaged)]
     return "\n".join(lines) + "\n"
 
 
@@ -395,8 +408,13 @@ def _row(evaluation: Evaluation, result: Result) -> dict[str, Any]:
 
 def _markdown_table(rows: Sequence[Sequence[str]]) -> list[str]:
     rule = ["---", *["---:"] * (len(rows[0]) - 1)]
-    escaped = [[cell.replace("|", "\\|") for cell in row] for row in rows]
+    escaped = [[_plain_markdown(cell) for cell in row] for row in rows]
     return [f"| {' | '.join(row)} |" for row in (escaped[0], rule, *escaped[1:])]
+
+
+def _plain_markdown(text: str) -> str:
+    """A text as Markdown shows it: a stranger's name is neither HTML nor a link nor a picture."""
+    return re.sub(r"([\\`|\[\]])", r"\\\1", html.escape(" ".join(text.split()), quote=False))
 
 
 def _one_decimal(values: Sequence[float]) -> list[str]:
@@ -411,10 +429,10 @@ def _json(value: Any) -> bytes:
     ).encode()
 
 
-def _csv(rows: list[dict[str, Any]]) -> bytes:
+def _csv(rows: list[dict[str, Any]], raw: bool) -> bytes:
     text = io.StringIO(newline="")
     writer = csv.DictWriter(text, fieldnames=list(rows[0]))
     writer.writeheader()
-    writer.writerows(rows)
+    writer.writerows(rows if raw else ({name: guarded(cell) for name, cell in row.items()} for row in rows))
     # File names that are not UTF-8 are written as the bytes they are.
     return text.getvalue().encode(errors="surrogateescape")
