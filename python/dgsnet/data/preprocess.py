@@ -39,7 +39,9 @@ class Preprocessor:
         self._scale = torch.tensor([1 / (255 * s) for s in std])[:, None, None]
         self._shift = torch.tensor([-m / s for m, s in zip(mean, std)])[:, None, None]
 
-    def __call__(self, image: np.ndarray, *, rng: np.random.Generator | None = None) -> Tensor:
+    def __call__(
+        self, image: np.ndarray, *, rng: np.random.Generator | None = None, normalised: bool = True
+    ) -> Tensor:
         """Preprocess one image.
 
         Args:
@@ -47,9 +49,10 @@ class Preprocessor:
             rng: for training: crop position, flip and shuffle are drawn from it. None, for scoring: no flip,
                 the centre crop, and a shuffle seeded by the image's pixels, so that a score is a function
                 of the image.
+            normalised: False leaves to `normalise` what is cheaper on the model's device.
 
         Returns:
-            float32 [3, S, S] with S = image_size, normalised.
+            float32 [3, S, S] with S = image_size, normalised; else uint8.
 
         Raises:
             ImageError: so narrow an image that it would have to be enlarged beyond MAX_PIXELS.
@@ -61,7 +64,11 @@ class Preprocessor:
             pixels = self._crop(pixels, rng)
         if rng and self.config.flip and rng.random() < 0.5:
             pixels = pixels.flip(2)
-        return torch.addcmul(self._shift, pixels, self._scale)
+        return self.normalise(pixels) if normalised else pixels.contiguous()
+
+    def normalise(self, pixels: Tensor) -> Tensor:
+        """float32 [..., 3, S, S] of uint8 ones, on their device."""
+        return torch.addcmul(self._shift.to(pixels.device), pixels, self._scale.to(pixels.device))
 
     def boxes(self, image: np.ndarray, *, rng: np.random.Generator | None = None) -> tuple[Tensor, Tensor]:
         """Which part of an image every cell of its model input shows.
@@ -128,7 +135,7 @@ class Preprocessor:
         """
         pixels = mosaics(patches, counts, self.config.num_patches, seeds=seeds)
         pixels = torch.where(flips[:, None, None, None], pixels.flip(3), pixels)
-        return torch.addcmul(self._shift.to(pixels.device), pixels, self._scale.to(pixels.device))
+        return self.normalise(pixels)
 
     def _mosaic(self, pixels: Tensor, seed: int) -> Tensor:
         self._check_enlarged(*pixels.shape[1:])

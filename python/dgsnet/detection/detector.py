@@ -243,13 +243,14 @@ class Detector:
         """Logits of what `Prepared` makes of images, averaged over the views: each [1 + copies], on the CPU.
 
         Args:
-            images: each [(1 + copies) * views, 3, S, S], the views of one after those of the other.
+            images: each uint8 [(1 + copies) * views, 3, S, S], the views of one after those of the other.
         """
         import torch
 
         if not images:
             return []
-        logits = self.logits(torch.cat(list(images)))
+        pixels = torch.cat(list(images)).to(self.batches.device, non_blocking=True)
+        logits = self.logits(self.preprocess.normalise(pixels))
         means = torch.stack([part.mean() for part in logits.split(self.views)]).cpu()
         return list(means.split([len(views) // self.views for views in images]))
 
@@ -365,7 +366,8 @@ def in_order(prepare: Any, images: Iterable[Any], workers: int | None = None) ->
 class Prepared:
     """Map-style dataset from an image to (views [k, 3, S, S], "") or (None, error message).
 
-    The views of copies follow those of the image: [(1 + copies) * k, 3, S, S].
+    Pixels are uint8, a quarter of what normalised ones take on their way to the model. The views of copies
+    follow those of the image: [(1 + copies) * k, 3, S, S].
     """
 
     def __init__(self, preprocess: Preprocessor, views: int, copies: Sequence[Distortion] = ()):
@@ -378,7 +380,7 @@ class Prepared:
 
         try:
             pixels = image.read() if isinstance(image, Item) else read_image(image)
-            views = [prepare_views(self.preprocess, pixels, self.views)]
+            views = [prepare_views(self.preprocess, pixels, self.views, normalised=False)]
             views += [self._copy(pixels, copy) for copy in self.copies]
             return torch.cat(views), ""
         except ImageError as error:
@@ -390,19 +392,22 @@ class Prepared:
         from dgsnet.data.images import ImageError
 
         try:
-            return prepare_views(self.preprocess, copy(image), self.views)
+            return prepare_views(self.preprocess, copy(image), self.views, normalised=False)
         except ImageError as error:
             raise ImageError(f"its copy {copy.name} cannot be scored: {error}") from None
 
 
-def prepare_views(preprocess: Preprocessor, image: np.ndarray, views: int) -> Tensor:
+def prepare_views(
+    preprocess: Preprocessor, image: np.ndarray, views: int, *, normalised: bool = True
+) -> Tensor:
     """Prepared views [k, 3, S, S] of one image, uint8 [H, W, 3]: a function of the image alone.
 
     The first is the plain one; the others are drawn as in training, from the image's content.
     """
     import torch
 
-    return torch.stack([preprocess(image, rng=view_generator(image, view)) for view in range(views)])
+    generators = (view_generator(image, view) for view in range(views))
+    return torch.stack([preprocess(image, rng=rng, normalised=normalised) for rng in generators])
 
 
 def view_generator(image: np.ndarray, view: int) -> np.random.Generator | None:

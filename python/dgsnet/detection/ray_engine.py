@@ -194,7 +194,7 @@ class _Scorer:
         size = self.detector.model.image_size
         items = [pickle.loads(packed.as_py()) for packed in table["item"]]
         views = [
-            torch.from_numpy(np.frombuffer(pixels.as_py(), np.float32).reshape(-1, 3, size, size).copy())
+            torch.from_numpy(np.frombuffer(pixels.as_py(), np.uint8).reshape(-1, 3, size, size).copy())
             for (_, error), pixels in zip(items, table["pixels"])
             if not error
         ]

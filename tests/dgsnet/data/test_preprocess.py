@@ -26,6 +26,8 @@ def test_scoring_is_a_function_of_the_image(config, height, width):
     assert first.shape == (3, config.image_size, config.image_size)
     assert first.dtype == torch.float32 and first.isfinite().all()
     assert torch.equal(first, second)
+    later = Preprocessor(config)(image, normalised=False)
+    assert later.dtype == torch.uint8 and torch.equal(Preprocessor(config).normalise(later), first)
 
 
 @pytest.mark.parametrize("config", CONFIGS)
