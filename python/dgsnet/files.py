@@ -62,13 +62,38 @@ def open_locked(path: Path) -> IO[bytes] | None:
     It has no buffer, and is locked until it is closed or this process ends.
     """
     while True:
-        file = open(path, "a+b", buffering=0)  # noqa: SIM115 - held by the caller
+        file = open_own(path, "a+b", buffering=0)
         if not _lock(file):
             file.close()
             return None
         if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
             return file
         file.close()  # whoever held it has removed it meanwhile
+
+
+def open_own(path: Path, mode: str, **options: Any) -> IO[Any]:
+    """Open a file to append to it, made where there is none; never one elsewhere that a link here leads to.
+
+    Folders may come from strangers.
+
+    Raises:
+        UserError: it is a link.
+    """
+
+    def opener(name: str, flags: int) -> int:
+        return os.open(name, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
+
+    link = f"{path} is a link, which may lead anywhere, and is not written: delete it"
+    try:
+        file = open(path, mode, opener=opener, **options)  # noqa: SIM115 - held by the caller
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise UserError(link) from None
+        raise
+    if os.fstat(file.fileno()).st_nlink > 1:  # a hard one
+        file.close()
+        raise UserError(link)
+    return file
 
 
 def _lock(file: IO[Any]) -> bool:
@@ -97,17 +122,25 @@ def replace_folder(folder: Path, fill: Callable[[Path], None]) -> Path:
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     new, previous = folder.with_name(f".{folder.name}.new"), aside(folder)
-    shutil.rmtree(new, ignore_errors=True)
+    _clear(new)
     new.mkdir()
     fill(new)
     sync_folder(new)
     if folder.exists():
-        shutil.rmtree(previous, ignore_errors=True)
+        _clear(previous)
         os.rename(folder, previous)
     os.rename(new, folder)
     sync_folder(folder.parent)
     shutil.rmtree(previous, ignore_errors=True)
     return folder
+
+
+def _clear(path: Path) -> None:
+    """Have nothing under a name; what a link leads to stays."""
+    if path.is_symlink() or path.is_file():
+        path.unlink()
+    else:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def write_file(path: Path, data: bytes) -> None:
@@ -121,7 +154,8 @@ def replacing(path: Path, mode: str, **options: Any) -> Iterator[IO[Any]]:
     """A new file that takes the place of `path` when it is complete and on the disk; an error removes it."""
     new = path.with_name(f".{path.name}.new")
     try:
-        with open(new, mode, **options) as file:
+        _clear(new)  # what a kill has left, or a link that a stranger has
+        with open(new, mode.replace("w", "x"), **options) as file:
             yield file
             sync(file)
         os.replace(new, path)

@@ -17,6 +17,7 @@ import numpy as np
 
 from dgsnet.detection.decisions import DECIMALS
 from dgsnet.detection.detector import Detector, view_generator
+from dgsnet.files import replacing, write_file
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -162,7 +163,8 @@ def save(detector: Detector, name: str, image: np.ndarray, folder: str | Path) -
             for box, value in zip(result.boxes.tolist(), result.contributions.tolist())
         ],
     }
-    path.with_suffix(".json").write_text(json.dumps(content, indent=1) + "\n", encoding="ascii")
+    write_file(path.with_suffix(".json"), (json.dumps(content, indent=1) + "\n").encode("ascii"))
     title = f"{Path(name).name[-40:]}: {decision}, {probability:.3f}"
-    draw(result, image, title.encode(errors="replace").decode()).savefig(path)
+    with replacing(path, "wb") as file:
+        draw(result, image, title.encode(errors="replace").decode()).savefig(file, format="png")
     return path

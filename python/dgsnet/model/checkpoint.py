@@ -26,7 +26,7 @@ from torch.distributed.tensor import DTensor
 
 from dgsnet.config import CONFIG_FILE, Config
 from dgsnet.errors import UserError
-from dgsnet.files import one_line, replace_folder, sync, sync_folder, write_synced
+from dgsnet.files import one_line, replace_folder, replacing, write_synced
 from dgsnet.model.dgsnet import DGSNet
 from dgsnet.model.folders import (
     BACKBONE_FILE,
@@ -248,12 +248,8 @@ def _read_weights(path: Path) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
 
 def save_state(path: Path, state: dict[str, Any]) -> None:
     """Write a resume state (tensors and plain values) in one atomic step."""
-    new = path.with_name(f".{path.name}.new")
-    with open(new, "wb") as file:
+    with replacing(path, "wb") as file:
         torch.save(state, file)
-        sync(file)
-    os.replace(new, path)
-    sync_folder(path.parent)
 
 
 def load_state(path: Path) -> dict[str, Any]:

@@ -15,6 +15,8 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
+from dgsnet.files import replacing
+
 # Okabe and Ito's palette, which survives the common kinds of colour blindness, on white and on black.
 REAL, GENERATED = "#009E73", "#D55E00"
 CLASSES = ((0, "real", REAL), (1, "generated", GENERATED))
@@ -318,8 +320,10 @@ def feature_maps(maps: Mapping[str, np.ndarray], labels: np.ndarray) -> Figure:
 
 def save(figure: Figure, path: str | Path) -> None:
     """Write a PNG (or what the extension says) on white paper."""
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150, facecolor="white")
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with replacing(path, "wb") as file:
+        figure.savefig(file, format=path.suffix[1:] or "png", dpi=150, facecolor="white")
 
 
 def svg(figure: Figure, description: str) -> Markup:

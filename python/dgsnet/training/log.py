@@ -9,12 +9,13 @@ import os
 import sys
 import time
 from pathlib import Path
+from typing import IO
 
 from accelerate import Accelerator
 from tqdm import tqdm
 
 from dgsnet.errors import UserError
-from dgsnet.files import write_file
+from dgsnet.files import open_own, write_file
 from dgsnet.training.plan import Position
 from dgsnet.training.step import TRAIN_COLUMNS
 
@@ -28,7 +29,7 @@ class Log:
 
     def __init__(self, out: Path, accelerator: Accelerator) -> None:
         self.out, self.accelerator = out, accelerator
-        self.file: io.TextIOWrapper | None = None
+        self.file: IO[str] | None = None
 
     def open(self, size: int | None, step: int) -> None:
         """Begin to write: after `size` bytes of metrics.csv (None: it is new), after `step` in TensorBoard.
@@ -42,14 +43,14 @@ class Log:
         path = self.out / METRICS_FILE
         if size is None:
             write_file(path, (",".join(COLUMNS) + "\n").encode())
-        elif path.is_file() and path.stat().st_size >= size:
-            os.truncate(path, size)
-        else:
+        elif not path.is_file() or path.stat().st_size < size:
             raise UserError(
                 f"cannot resume {self.out}: {path} is shorter than it was; put it back or start a new run"
             )
-        self.file = open(path, "a", newline="", encoding="utf-8")  # noqa: SIM115 - open as long as the run
-        self.writer = csv.DictWriter(self.file, COLUMNS, restval="", lineterminator="\n")
+        self.file = file = open_own(path, "a", newline="", encoding="utf-8")
+        if size is not None:
+            file.truncate(size)
+        self.writer = csv.DictWriter(file, COLUMNS, restval="", lineterminator="\n")
 
     def write(self, position: Position, row: dict[str, float], **tracked: float) -> None:
         """Add a row; `tracked` goes to TensorBoard only (times, which no two runs share)."""
