@@ -10,20 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from dgsnet.demo.compare import (
-    BALANCED,
-    BIASED,
-    DGSNET,
-    METHODS,
-    PROBE,
-    TASKS,
-    Run,
-    compare,
-    of,
-    results,
-    table,
-    training_set,
-)
+from dgsnet.demo import compare as demo
 from dgsnet.errors import UserError
 from dgsnet.files import LOCK_FILE, locked
 
@@ -61,17 +48,20 @@ def _demo(folder: Path) -> None:
     print("writing the built-in data ...", flush=True)
     data = builtin.write_dataset(folder / "data", splits=("test",), compressed=(0.5, 0.5))
     test = find_samples(data / "test")
-    runs = compare(data, builtin.demo_config, folder / "runs")
-    print(f"\n{table(runs)}\n\n{TABLE_NOTE}\n")
-    shutil.copytree(of(runs, BALANCED, DGSNET)[0].folder / "best", folder / "model")
-    (folder / "results.json").write_text(json.dumps(results(runs), indent=2) + "\n")
+    runs = demo.compare(data, builtin.demo_config, folder / "runs")
+    print(f"\n{demo.table(runs)}\n\n{TABLE_NOTE}\n")
+    shutil.copytree(demo.of(runs, demo.BALANCED, demo.DGSNET)[0].folder / "best", folder / "model")
+    (folder / "results.json").write_text(json.dumps(demo.results(runs), indent=2) + "\n")
     maps, labels = feature_maps(runs, test)
-    shown = [(task, runs[0].seed) for task in TASKS]
+    shown = [(task, runs[0].seed) for task in demo.TASKS]
     report.write(
         folder / "report.html",
         runs,
         samples={
-            **{f"{task}, seed {seed}": find_samples(training_set(data, task, seed)) for task, seed in shown},
+            **{
+                f"{task}, seed {seed}": find_samples(demo.training_set(data, task, seed))
+                for task, seed in shown
+            },
             "test": test,
         },
         maps=maps,
@@ -100,7 +90,7 @@ def _prepare(out: Path) -> Path:
     return out
 
 
-def feature_maps(runs: list[Run], test: list[Item]) -> tuple[dict[str, np.ndarray], np.ndarray]:
+def feature_maps(runs: list[demo.Run], test: list[Item]) -> tuple[dict[str, np.ndarray], np.ndarray]:
     """t-SNE of the test images' features: title to points [N, 2], and the labels [N].
 
     As in the paper's figure 1, the frozen encoder and what the methods made of it: trained on the data with
@@ -113,12 +103,14 @@ def feature_maps(runs: list[Run], test: list[Item]) -> tuple[dict[str, np.ndarra
     from dgsnet.detection.detector import Detector
 
     chosen = np.random.default_rng(0).permutation(len(test))[:MAP_IMAGES]
-    detectors = {method: Detector.load(of(runs, BIASED, method)[0].folder, "cpu") for method in METHODS}
-    preprocess = detectors[PROBE].preprocess
+    detectors = {
+        method: Detector.load(demo.of(runs, demo.BIASED, method)[0].folder, "cpu") for method in demo.METHODS
+    }
+    preprocess = detectors[demo.PROBE].preprocess
     pixels = torch.stack([preprocess(read_image(test[i].path)) for i in chosen])
     with torch.inference_mode():
         features = {
-            "frozen CLIP" if method == PROBE else method: detector.model.student_features(pixels)
+            "frozen CLIP" if method == demo.PROBE else method: detector.model.student_features(pixels)
             for method, detector in detectors.items()
         }
     maps = {

@@ -16,22 +16,7 @@ from scipy.stats import t as student
 
 from dgsnet.config import Config
 from dgsnet.data.items import Item
-from dgsnet.demo.compare import (
-    BALANCED,
-    BIASED,
-    DGSNET,
-    EXPERT,
-    LORA,
-    MEASURES,
-    METHODS,
-    TASKS,
-    Gain,
-    Run,
-    gain,
-    mean_and_spread,
-    of,
-    values,
-)
+from dgsnet.demo import compare as demo
 from dgsnet.demo.measure import conflicting
 from dgsnet.pages import page, plots
 
@@ -39,14 +24,14 @@ EXAMPLES_PER_DECODER = 1
 # Mean AUC below which no order of the methods is worth a word.
 NEAR_CHANCE = 0.55
 CONFIDENCE = 0.95
-COLORS = dict(zip(METHODS, plots.SERIES))
-TITLES = {BALANCED: "Balanced training images", BIASED: "Training images with a JPEG shortcut"}
-SPOKEN = MEASURES | {"auc_conflicting": "AUC on conflicting images", "zero_shot": "zero-shot accuracy"}
+COLORS = dict(zip(demo.METHODS, plots.SERIES))
+TITLES = {demo.BALANCED: "Balanced training images", demo.BIASED: "Training images with a JPEG shortcut"}
+SPOKEN = demo.MEASURES | {"auc_conflicting": "AUC on conflicting images", "zero_shot": "zero-shot accuracy"}
 
 
 def write(
     path: str | Path,
-    runs: list[Run],
+    runs: list[demo.Run],
     *,
     samples: Mapping[str, Sequence[Item]],
     maps: Mapping[str, np.ndarray],
@@ -57,16 +42,16 @@ def write(
 
     `samples`: name of a set to its images. `maps`: title to t-SNE points [N, 2]. `seconds`: of the demo.
     """
-    first = of(runs, BIASED, EXPERT)[0]
+    first = demo.of(runs, demo.BIASED, demo.EXPERT)[0]
     decoders = list(first.evaluation.by_generator())
     auc = {
         method: {
-            d: [100 * run.evaluation.by_generator()[d]["auc"] for run in of(runs, BIASED, method)]
+            d: [100 * run.evaluation.by_generator()[d]["auc"] for run in demo.of(runs, demo.BIASED, method)]
             for d in decoders
         }
-        for method in METHODS
+        for method in demo.METHODS
     }
-    curves = {method: [run.curves for run in of(runs, BIASED, method)] for method in METHODS}
+    curves = {method: [run.curves for run in demo.of(runs, demo.BIASED, method)] for method in demo.METHODS}
     figures = {
         "gains": plots.svg(plots.differences(_differences(runs)), "differences to LoRA, seed by seed"),
         "auc": plots.svg(
@@ -81,10 +66,10 @@ def write(
     text = page.render(
         Path(__file__).with_name("report.html"),
         figures={name: Markup(svg) for name, svg in figures.items()},
-        methods=METHODS,
+        methods=demo.METHODS,
         colors=COLORS,
-        measures=MEASURES,
-        tables={TITLES[task]: _table(runs, task) for task in TASKS},
+        measures=demo.MEASURES,
+        tables={TITLES[task]: _table(runs, task) for task in demo.TASKS},
         verdict=verdict(runs),
         sets=[_set(name, members) for name, members in samples.items()],
         examples=_examples(runs, decoders),
@@ -100,17 +85,17 @@ def write(
     Path(path).write_text(text, encoding="utf-8")
 
 
-def verdict(runs: list[Run]) -> list[str]:
+def verdict(runs: list[demo.Run]) -> list[str]:
     """What the numbers say, as sentences: either kind of DGS-Net against plain LoRA, task by task."""
     sentences = []
     for task, title in TITLES.items():
-        for method in (DGSNET, EXPERT):
-            gains = {name: gain(runs, task, method, key) for key, name in SPOKEN.items()}
+        for method in (demo.DGSNET, demo.EXPERT):
+            gains = {name: demo.gain(runs, task, method, key) for key, name in SPOKEN.items()}
             found = ", ".join(f"{name} {value}: {said(value)}" for name, value in gains.items())
             sentences.append(f"{title}, {method} against plain LoRA: {found}.")
-        if values(runs, task, LORA, "auc").mean() < NEAR_CHANCE:
+        if demo.values(runs, task, demo.LORA, "auc").mean() < NEAR_CHANCE:
             sentences.append("There LoRA is not far from guessing, so differences in AUC mean little.")
-    seeds = len(of(runs, BIASED, LORA))
+    seeds = len(demo.of(runs, demo.BIASED, demo.LORA))
     return [
         *sentences,
         "Percent points, mean ± standard error (seeds in which it is higher). “More” and “less”: the "
@@ -119,7 +104,7 @@ def verdict(runs: list[Run]) -> list[str]:
     ]
 
 
-def said(found: Gain) -> str:
+def said(found: demo.Gain) -> str:
     """A gain in a word: whether its interval of CONFIDENCE, by Student's t, holds 0."""
     reach = student.ppf((1 + CONFIDENCE) / 2, found.seeds - 1) * found.error if found.seeds > 1 else np.inf
     if abs(found.mean) <= reach:
@@ -127,16 +112,18 @@ def said(found: Gain) -> str:
     return "more" if found.mean > 0 else "less"
 
 
-def _differences(runs: list[Run]) -> dict[str, dict[str, dict[str, list[float]]]]:
+def _differences(runs: list[demo.Run]) -> dict[str, dict[str, dict[str, list[float]]]]:
     return {
         task: {
             title: {
-                method: (100 * (values(runs, task, method, key) - values(runs, task, LORA, key))).tolist()
-                for method in METHODS
+                method: (
+                    100 * (demo.values(runs, task, method, key) - demo.values(runs, task, demo.LORA, key))
+                ).tolist()
+                for method in demo.METHODS
             }
-            for key, title in MEASURES.items()
+            for key, title in demo.MEASURES.items()
         }
-        for task in TASKS
+        for task in demo.TASKS
     }
 
 
@@ -146,23 +133,23 @@ def _shown(path: Path) -> str:
     return os.path.relpath(path) if below else str(path.resolve())
 
 
-def _table(runs: list[Run], task: str) -> list[dict[str, Any]]:
+def _table(runs: list[demo.Run], task: str) -> list[dict[str, Any]]:
     """Rows of a task's table; the best mean of a column is marked."""
-    means = {key: {m: values(runs, task, m, key).mean() for m in METHODS} for key in MEASURES}
+    means = {key: {m: demo.values(runs, task, m, key).mean() for m in demo.METHODS} for key in demo.MEASURES}
     return [
         {
             "method": method,
             "cells": [
                 {
-                    "text": mean_and_spread(values(runs, task, method, key)),
-                    "gain": "" if method == LORA else str(gain(runs, task, method, key)),
+                    "text": demo.mean_and_spread(demo.values(runs, task, method, key)),
+                    "gain": "" if method == demo.LORA else str(demo.gain(runs, task, method, key)),
                     "best": means[key][method] == max(means[key].values()),
                 }
-                for key in MEASURES
+                for key in demo.MEASURES
             ],
-            "seconds": f"{np.mean([run.seconds for run in of(runs, task, method)]):.0f}",
+            "seconds": f"{np.mean([run.seconds for run in demo.of(runs, task, method)]):.0f}",
         }
-        for method in METHODS
+        for method in demo.METHODS
     ]
 
 
@@ -175,11 +162,11 @@ def _set(name: str, samples: Sequence[Item]) -> dict[str, Any]:
     return {"name": name, "real": count(0), "generated": count(1), "decoders": ", ".join(decoders)}
 
 
-def _examples(runs: list[Run], decoders: list[str]) -> list[dict[str, Any]]:
+def _examples(runs: list[demo.Run], decoders: list[str]) -> list[dict[str, Any]]:
     """Test images drawn by lot, per decoder, class and file format, with every score of the first seed."""
     rng = np.random.default_rng(0)
-    shown = {method: of(runs, BIASED, method)[0].evaluation.scores for method in METHODS}
-    scores = shown[LORA]
+    shown = {method: demo.of(runs, demo.BIASED, method)[0].evaluation.scores for method in demo.METHODS}
+    scores = shown[demo.LORA]
     examples = []
     for decoder in decoders:
         for label in (0, 1):
@@ -194,7 +181,7 @@ def _examples(runs: list[Run], decoders: list[str]) -> list[dict[str, Any]]:
                     kind = "jpeg" if path.suffix == ".jpg" else "png"
                     bars = [
                         {"method": method, "probability": p, "right": (p > 0.5) == label}
-                        for method in METHODS
+                        for method in demo.METHODS
                         for p in [shown[method][i].probability]
                     ]
                     picture = f"data:image/{kind};base64,{base64.b64encode(path.read_bytes()).decode()}"

@@ -15,20 +15,8 @@ from torch import Tensor, nn
 
 from dgsnet.errors import UserError
 from dgsnet.files import one_line
+from dgsnet.model import catalogue
 from dgsnet.model.backbones import backbone_of
-from dgsnet.model.catalogue import (
-    BUILTIN_FOLDER,
-    BUILTIN_NAME,
-    BUILTIN_WEIGHTS,
-    canonical,
-    check_known,
-    check_tower,
-    check_weights,
-    has_text,
-    is_torchscript,
-    timm_arguments,
-    timm_config,
-)
 
 Tokenizer = Callable[[list[str]], Tensor]
 
@@ -40,7 +28,7 @@ def build_towers(name: str, pretrained: str, with_text: bool) -> tuple[nn.Module
         UserError: an unknown name or tag, a model that cannot be adapted or has no text tower, or weights
             that cannot be found, downloaded, read or fitted.
     """
-    if not has_text(name):
+    if not catalogue.has_text(name):
         if with_text:
             raise UserError(f"{name} has no text tower: train without captions (data.captions none)")
         return build_timm(name, pretrained), None
@@ -50,11 +38,11 @@ def build_towers(name: str, pretrained: str, with_text: bool) -> tuple[nn.Module
 
 def build_timm(name: str, pretrained: str) -> nn.Module:
     """timm's model of the name after "timm/", without a classifier, on the CPU in fp32."""
-    arguments = timm_arguments(name)
-    timm_config(name)  # refuses an unknown one
+    arguments = catalogue.timm_arguments(name)
+    catalogue.timm_config(name)  # refuses an unknown one
     if not pretrained:
         return timm.create_model(**arguments)
-    check_weights(name, pretrained)
+    catalogue.check_weights(name, pretrained)
     with init_empty_weights(include_buffers=False):
         backbone_of(timm.create_model(**arguments), name)  # before anything is downloaded
     path, tags = Path(pretrained).expanduser(), timm_tags(name)
@@ -82,7 +70,7 @@ def build_timm(name: str, pretrained: str) -> nn.Module:
 
 def timm_tags(name: str) -> list[str]:
     """Tags of the pretrained weights that timm knows for a model."""
-    model = timm_arguments(name)["model_name"]
+    model = catalogue.timm_arguments(name)["model_name"]
     return [entry.partition(".")[2] for entry in timm.list_pretrained(f"{model}.*")]
 
 
@@ -90,7 +78,7 @@ def timm_tags(name: str) -> list[str]:
 def tokenizer_of(name: str) -> Tokenizer:
     """open_clip's tokenizer of a model: captions to tokens [N, context]."""
     try:
-        return open_clip.get_tokenizer(canonical(name))
+        return open_clip.get_tokenizer(catalogue.canonical(name))
     except Exception as error:  # those from the hub need a download
         raise UserError(
             f"cannot load the tokenizer of {name} ({one_line(error)[:200]}): check the network, or train "
@@ -101,8 +89,8 @@ def tokenizer_of(name: str) -> Tokenizer:
 def untouched_tower(name: str) -> nn.Module:
     """The image tower as its library builds it, without memory for its weights."""
     with init_empty_weights(include_buffers=False):
-        if not has_text(name):
-            return timm.create_model(**timm_arguments(name))
+        if not catalogue.has_text(name):
+            return timm.create_model(**catalogue.timm_arguments(name))
         config = _clip_arguments(name)
         quick_gelu = config.get("quick_gelu", False)
         return open_clip.model._build_vision_tower(config["embed_dim"], config["vision_cfg"], quick_gelu)
@@ -137,7 +125,7 @@ def build_clip(name: str, pretrained: str, with_text: bool) -> open_clip.CustomT
         clip = open_clip.CustomTextCLIP(**arguments)
     clip.load_state_dict = functools.partial(clip.load_state_dict, assign=True)
     try:
-        if is_torchscript(weights):
+        if catalogue.is_torchscript(weights):
             clip.load_state_dict(_openai_state(weights))
         else:
             open_clip.load_checkpoint(clip, str(weights), weights_only=True)
@@ -181,33 +169,34 @@ def _clip_arguments(name: str) -> dict[str, Any]:
 
 def _model_config(name: str) -> dict[str, Any]:
     """open_clip's configuration of a model whose vision tower DGS-Net can adapt."""
-    if name == BUILTIN_NAME and name not in open_clip.list_models():
-        open_clip.add_model_config(BUILTIN_FOLDER / f"{BUILTIN_NAME}.json")
-    check_known(name, open_clip.list_models())
-    config = open_clip.get_model_config(canonical(name))
-    check_tower(name, config)
+    if name == catalogue.BUILTIN_NAME and name not in open_clip.list_models():
+        open_clip.add_model_config(catalogue.BUILTIN_FOLDER / f"{catalogue.BUILTIN_NAME}.json")
+    catalogue.check_known(name, open_clip.list_models())
+    config = open_clip.get_model_config(catalogue.canonical(name))
+    catalogue.check_tower(name, config)
     return config
 
 
 def _find_weights(name: str, pretrained: str, quick_gelu: bool) -> Path:
     """The weights file for a tag, a path or "builtin"."""
-    check_weights(name, pretrained)
-    if pretrained == BUILTIN_WEIGHTS:
-        return BUILTIN_FOLDER / f"{BUILTIN_NAME}.safetensors"
+    catalogue.check_weights(name, pretrained)
+    if pretrained == catalogue.BUILTIN_WEIGHTS:
+        return catalogue.BUILTIN_FOLDER / f"{catalogue.BUILTIN_NAME}.safetensors"
 
-    tag = open_clip.get_pretrained_cfg(canonical(name), pretrained)
+    tag = open_clip.get_pretrained_cfg(catalogue.canonical(name), pretrained)
     path = Path(pretrained).expanduser()
     if tag:
         _check_activation(name, f"the {pretrained!r} weights", bool(tag.get("quick_gelu")), quick_gelu)
         return _download(name, pretrained, tag)
     if path.is_file():
-        if is_torchscript(path):  # the only TorchScript CLIPs are OpenAI's originals
+        if catalogue.is_torchscript(path):  # the only TorchScript CLIPs are OpenAI's originals
             _check_activation(name, str(path), True, quick_gelu)
         return path
     tags = [
         known
-        for known in open_clip.list_pretrained_tags_by_model(canonical(name))
-        if bool(open_clip.get_pretrained_cfg(canonical(name), known).get("quick_gelu")) == quick_gelu
+        for known in open_clip.list_pretrained_tags_by_model(catalogue.canonical(name))
+        if bool(open_clip.get_pretrained_cfg(catalogue.canonical(name), known).get("quick_gelu"))
+        == quick_gelu
     ]
     raise UserError(
         f"{name} has no pretrained weights {pretrained!r}: give a weights file"
@@ -218,7 +207,7 @@ def _find_weights(name: str, pretrained: str, quick_gelu: bool) -> Path:
 def _check_activation(name: str, weights: str, trained: bool, built: bool) -> None:
     # The wrong activation loads without complaint and only costs accuracy.
     if trained != built:
-        fitting = canonical(name).removesuffix("-quickgelu") + "-quickgelu" * trained
+        fitting = catalogue.canonical(name).removesuffix("-quickgelu") + "-quickgelu" * trained
         remedy = f"use name={fitting}" if fitting in open_clip.list_models() else "use other weights"
         raise UserError(
             f"{weights} were trained {'with' if trained else 'without'} QuickGELU but model {name} is built "

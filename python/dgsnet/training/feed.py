@@ -14,17 +14,8 @@ from accelerate.utils import gather_object
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from dgsnet.data import loading
 from dgsnet.data.items import Item
-from dgsnet.data.loading import (
-    DamageReport,
-    EpochSampler,
-    ImageDataset,
-    LoaderWatch,
-    collate,
-    loader_options,
-    make_loader,
-    pixels_on,
-)
 from dgsnet.data.preprocess import Preprocessor
 from dgsnet.errors import UserError
 from dgsnet.model.dgsnet import DGSNet
@@ -53,7 +44,7 @@ class Feed:
         samples = [*job.samples, *(job.update.replayed if job.update else [])]
         self.data_hash = _hash(samples)
         self.preprocess = Preprocessor(config.preprocess)
-        dataset = ImageDataset(
+        dataset = loading.ImageDataset(
             samples,
             self.preprocess,
             train=True,
@@ -62,26 +53,26 @@ class Feed:
             nuisances=uses_nuisances(config),
             views=data.views,
         )
-        self.order = EpochSampler(dataset, shuffle=True, seed=config.seed, count=len(job.samples))
+        self.order = loading.EpochSampler(dataset, shuffle=True, seed=config.seed, count=len(job.samples))
         images = optim.batch_size * optim.accumulation * self.world
         self.plan = StepPlan(images, optim.batch_size, self.rank, self.world)
         workers = default_workers() if data.workers is None else data.workers
         silent = not accelerator.is_main_process  # one process speaks for all
-        options = loader_options(workers, data.prefetch, silent=silent)
+        options = loading.loader_options(workers, data.prefetch, silent=silent)
         self.loader = DataLoader(dataset, batch_sampler=self.plan, **options)
-        self.watch = LoaderWatch(workers, accelerator.device)
+        self.watch = loading.LoaderWatch(workers, accelerator.device)
         self.watch.warned = silent
         self.val_loader: DataLoader | None = None
         if job.val:
-            val_dataset = ImageDataset(
+            val_dataset = loading.ImageDataset(
                 job.val[self.rank :: self.world], self.preprocess, train=False, selection=data.selection
             )
-            self.val_loader = make_loader(
+            self.val_loader = loading.make_loader(
                 val_dataset, batch_size=optim.batch_size, workers=workers, prefetch=data.prefetch, silent=True
             )
         # As many on every process, since a sharded model is gathered from all of them for each.
         self.val_batches = math.ceil(math.ceil(len(job.val) / self.world) / optim.batch_size)
-        self.damage, self.val_damage = DamageReport(len(samples)), DamageReport(len(job.val))
+        self.damage, self.val_damage = loading.DamageReport(len(samples)), loading.DamageReport(len(job.val))
         self.trained_on = set(job.update.trained_on.tolist()) if job.update else set[int]()
         self.readable = False
         self.text: CaptionFeatures | None = None
@@ -128,7 +119,7 @@ class Feed:
         head_alone = not self.config.model.lora_rank and not uses_surgery(self.config)
         if self.frozen is not None and (position.stage == HEAD or head_alone):
             # What is known of an image is all that a linear head on frozen features needs.
-            loader = DataLoader(self.frozen.images(), batch_sampler=self.plan, collate_fn=collate)
+            loader = DataLoader(self.frozen.images(), batch_sampler=self.plan, collate_fn=loading.collate)
         self._batches = iter(loader) if self.plan.steps else iter(())
         self.watch.start()
         return self.plan.steps
@@ -146,15 +137,15 @@ class Feed:
         device = self.accelerator.device
         others = (batch["labels"], text, batch.get("nuisances"), frozen)
         moved = (x if x is None else x.to(device, non_blocking=True) for x in others)
-        return Batch._make((pixels_on(device, batch, self.preprocess), *moved))
+        return Batch._make((loading.pixels_on(device, batch, self.preprocess), *moved))
 
     def validation(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Pixels on the device and labels [n] of this process's batches; n may be 0."""
         assert self.val_loader
-        batches = itertools.chain(self.val_loader, itertools.repeat(collate([])))
+        batches = itertools.chain(self.val_loader, itertools.repeat(loading.collate([])))
         for batch in itertools.islice(batches, self.val_batches):
             self.val_damage.add((i * self.world + self.rank, message) for i, message in batch["errors"])
-            yield pixels_on(self.accelerator.device, batch, self.preprocess), batch["labels"]
+            yield loading.pixels_on(self.accelerator.device, batch, self.preprocess), batch["labels"]
 
     def check_readable(self) -> None:
         """UserError if no process could read any training image."""

@@ -14,14 +14,7 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from dgsnet.errors import UserError
-from dgsnet.model.checkpoint import (
-    load_state,
-    load_trained_state,
-    save_state,
-    trained_state,
-    whole,
-    write_model,
-)
+from dgsnet.model import checkpoint
 from dgsnet.model.dgsnet import DGSNet
 from dgsnet.training import drift, parallel
 from dgsnet.training.checks import uses_surgery
@@ -76,7 +69,7 @@ class State:
         score = [np.nan_to_num(result["val_ap"]).item(), -result["val_loss"]] if result else None
         if score is None or self.best is None or score > self.best:
             self.best = score
-            self._write("best", trained_state(self.model), self._trained_on(), result)
+            self._write("best", checkpoint.trained_state(self.model), self._trained_on(), result)
 
     def save(
         self, optimizer: torch.optim.Optimizer | None, log: Log, result: dict[str, float] | None = None
@@ -87,9 +80,11 @@ class State:
         """
         # All processes take part in what is gathered; the first one writes.
         sums, moments = (self.accelerator.reduce(x, "mean") for x in (self.sums, self.moments))
-        trained, hashes = trained_state(self.model), self._trained_on()
+        trained, hashes = checkpoint.trained_state(self.model), self._trained_on()
         entries = parallel.optimizer_state(optimizer) if optimizer else None
-        expert = self.expert and {name: whole(t).cpu() for name, t in self.expert.state_dict().items()}
+        expert = self.expert and {
+            name: checkpoint.whole(t).cpu() for name, t in self.expert.state_dict().items()
+        }
         if self.position.stage == BRANCHES and self.position.stage_step:
             self._write("last", trained, hashes, result or {})
         if self.accelerator.is_main_process:
@@ -110,7 +105,7 @@ class State:
                 "trained_on": torch.from_numpy(hashes),
             }
             (self.job.out / STATE_FILE).parent.mkdir(exist_ok=True)
-            save_state(self.job.out / STATE_FILE, state)
+            checkpoint.save_state(self.job.out / STATE_FILE, state)
         self.accelerator.wait_for_everyone()
 
     def restore(self) -> dict[str, Any] | None:
@@ -118,7 +113,7 @@ class State:
         path = self.job.out / STATE_FILE
         if not path.is_file():
             return None
-        saved = load_state(path)
+        saved = checkpoint.load_state(path)
         for key, now, what in (
             ("data", self.feed.data_hash, "the training images, their labels or captions"),
             ("backbone", self.backbone, f"the weights of {self.job.config.model.name}"),
@@ -127,7 +122,7 @@ class State:
                 raise UserError(
                     f"cannot resume {self.job.out}: {what} have changed since it was started; start a new run"
                 )
-        load_trained_state(self.model, saved["model"])
+        checkpoint.load_trained_state(self.model, saved["model"])
         self.position, self.best = Position(**saved["position"]), saved["best"]
         self.sums.copy_(saved["sums"])
         if self.expert is not None:
@@ -149,7 +144,7 @@ class State:
             extra: dict[str, Any] = {key: value for key, value in result.items() if math.isfinite(value)}
             if self.job.update:
                 extra["update"] = self.job.update.record
-            write_model(
+            checkpoint.write_model(
                 self.job.out / name,
                 trained,
                 self.backbone,
