@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
 import inspect
+import pkgutil
 import re
 import sys
 import warnings
@@ -23,14 +23,13 @@ from dgsnet.model.catalogue import check_no_code, own_settings
 
 @dataclass
 class Command:
-    """A subcommand: its help line and where it is. The module is imported only when the command is called."""
+    """A subcommand: its help line and its function, imported only when the command is called."""
 
     summary: str
-    module: str
     function: str
 
     def load(self) -> Callable[..., Any]:
-        return getattr(importlib.import_module(self.module), self.function)
+        return pkgutil.resolve_name(f"dgsnet.{self.function}")
 
 
 # A command is a function whose parameters become options by their types and docstring. Those in POSITIONAL
@@ -38,25 +37,19 @@ class Command:
 # named, a bool no words, and is false without its name.
 # `train` alone has a configuration file.
 COMMANDS = {
-    "audit": Command(
-        "tell how much of the label files and captions give away", "dgsnet.audit.audit", "audit_command"
-    ),
-    "train": Command("train a detector", "dgsnet.cli", "train_command"),
-    "update": Command("teach a detector new generators", "dgsnet.training.update", "update"),
-    "evaluate": Command(
-        "measure a detector on labelled images", "dgsnet.evaluation.evaluate", "evaluate_command"
-    ),
-    "predict": Command("score images", "dgsnet.detection.scoring", "predict_command"),
+    "audit": Command("tell how much of the label files and captions give away", "audit.audit:audit_command"),
+    "train": Command("train a detector", "cli:train_command"),
+    "update": Command("teach a detector new generators", "training.update:update"),
+    "evaluate": Command("measure a detector on labelled images", "evaluation.evaluate:evaluate_command"),
+    "predict": Command("score images", "detection.scoring:predict_command"),
     "calibrate": Command(
-        "set the threshold for a false-positive rate", "dgsnet.detection.calibrate", "calibrate_command"
+        "set the threshold for a false-positive rate", "detection.calibrate:calibrate_command"
     ),
-    "convert": Command("import the authors' published weights", "dgsnet.exchange.convert", "convert_command"),
-    "export": Command("write a detector for other programs", "dgsnet.exchange.export", "export_command"),
-    "serve": Command("show a page to drop images on", "dgsnet.detection.serve", "serve_command"),
-    "caption": Command("write captions for training", "dgsnet.data.captioning", "caption_command"),
-    "demo": Command(
-        "train and compare detectors on the built-in data", "dgsnet.demo.command", "demo_command"
-    ),
+    "convert": Command("import the authors' published weights", "exchange.convert:convert_command"),
+    "export": Command("write a detector for other programs", "exchange.export:export_command"),
+    "serve": Command("show a page to drop images on", "detection.serve:serve_command"),
+    "caption": Command("write captions for training", "data.captioning:caption_command"),
+    "demo": Command("train and compare detectors on the built-in data", "demo.command:demo_command"),
 }
 # Control characters but tab and new line, what turns the direction of writing, and bytes that are no UTF-8.
 CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -74,8 +67,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     Example:
         >>> main(["train", "--data.train", "photos", "--out", "runs/mine"])  # doctest: +SKIP
     """
-    argv = list(sys.argv[1:] if argv is None else argv)
-    argv = [_option(word) for word in argv]
+    argv = [_option(word) for word in (sys.argv[1:] if argv is None else argv)]
     warnings.formatwarning = lambda message, *_, **__: f"dgsnet: warning: {message}\n"  # without code
     with (
         contextlib.redirect_stdout(_Printable(sys.stdout)),

@@ -21,12 +21,13 @@ import numpy as np
 import open_clip
 import torch
 from open_clip.loss import ClipLoss
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from dgsnet.builtin.crops import BLUR, JPEG, NOISE, Quality, degrade, describe, sample_crop
 from dgsnet.builtin.photographs import PHOTOGRAPHS, Photograph
+from dgsnet.files import replacing, write_file
 
 MODEL_CONFIG = Path(__file__).with_name("dgsnet-tiny.json")
 CROP, INPUT = 48, 32  # JPEG's grid is anywhere in the input, as in the images of the dataset
@@ -180,12 +181,9 @@ def _save(
     out: Path, model: open_clip.CLIP, optimizer: torch.optim.Optimizer, progress: dict[str, Any]
 ) -> None:
     half = {name: tensor.half().contiguous() for name, tensor in model.state_dict().items()}
-    save_file(half, out / "dgsnet-tiny.safetensors.part")
-    (out / "dgsnet-tiny.safetensors.part").replace(out / "dgsnet-tiny.safetensors")
-    torch.save(
-        dict(model=model.state_dict(), optimizer=optimizer.state_dict(), **progress), out / "state.pt.part"
-    )
-    (out / "state.pt.part").replace(out / "state.pt")
+    write_file(out / "dgsnet-tiny.safetensors", save(half))
+    with replacing(out / "state.pt", "wb") as file:
+        torch.save(dict(model=model.state_dict(), optimizer=optimizer.state_dict(), **progress), file)
 
 
 def main() -> None:

@@ -11,11 +11,9 @@ import math
 import numpy as np
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
-from dgsnet.data.images import ImageError
 from dgsnet.data.items import Item
-from dgsnet.data.nuisances import NUISANCES, file_nuisances
+from dgsnet.data.nuisances import NUISANCES
 
 # Adam's rate for numbers of unit variance, whatever suits the backbone: the expert has to learn faster than
 # the student, or the student learns from the files first.
@@ -49,15 +47,12 @@ class FileExpert(nn.Module):
 
         Files that cannot be read are left out; training reports them when it reads them.
         """
-        rows = []
+        from dgsnet.audit.shortcuts import read_nuisances
+
         chosen = samples[:: math.ceil(len(samples) / MOST_FILES)]
-        for sample in tqdm(chosen, desc="reading files' headers", disable=not progress):
-            try:
-                rows.append(file_nuisances(sample.read_bytes(), name=sample.path))
-            except ImageError:
-                continue
-        if rows:
-            values = np.stack(rows).astype(np.float64)
+        rows, _ = read_nuisances(chosen, progress=progress)
+        values = rows[~np.isnan(rows).any(axis=1)].astype(np.float64)
+        if len(values):
             self.mean.copy_(torch.from_numpy(values.mean(axis=0)))
             self.deviation.copy_(torch.from_numpy(values.std(axis=0).clip(LEAST_DEVIATION)))
 
