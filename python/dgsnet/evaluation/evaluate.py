@@ -79,7 +79,9 @@ def evaluate(
     variants = {name: (name, detector) for name in ("", *(distortion.name for distortion in distortions))}
     if frozen:
         variants[FROZEN] = "", frozen_detector(detector)
-    nuisances, hashes = np.empty((len(listed), len(NUISANCES)), np.float32), list[int | None]()
+    nuisances = np.empty((len(listed), len(NUISANCES)), np.float32)
+    hashes: list[int | None] = [None] * len(listed)
+    examine = _Examined(detector, distortions)
     with contextlib.ExitStack() as stack:
         table = stack.enter_context(_journal(Path(journal), detector, listed)) if journal else None
         done: dict[str, dict[int, tuple[float, str]]] = {name: {} for name in variants}
@@ -89,13 +91,19 @@ def evaluate(
         bar.update(sum(len(done[name]) for name in variants))
         if not bar.disable:
             bar.initial = bar.n  # not part of the speed shown
-        missing = [[name for name in variants if i not in done[name]] for i in range(len(listed))]
-        wanted = [(item, {variants[name][0] for name in lacks}) for (_, item), lacks in zip(listed, missing)]
-        examined = enumerate(in_order(_Examined(detector, distortions), wanted, workers))
+        missing = {
+            i: lacks
+            for i in range(len(listed))
+            if (lacks := [name for name in variants if i not in done[name]])
+        }
+        for index, (_, item) in enumerate(listed):
+            if index not in missing:
+                hashes[index], nuisances[index], _ = examine[item, set()]
+        wanted = [(listed[i][1], {variants[name][0] for name in lacks}) for i, lacks in missing.items()]
+        examined = zip(missing, in_order(examine, wanted, workers))
         while filled := list(itertools.islice(examined, detector.at_a_time())):
             for index, (file, measured, _) in filled:
-                hashes.append(file)
-                nuisances[index] = measured
+                hashes[index], nuisances[index] = file, measured
             for name, (distortion, scorer) in variants.items():
                 lacking = [(i, *views[distortion]) for i, (_, _, views) in filled if name in missing[i]]
                 found = iter(scorer.mean_logits([pixels for _, pixels, error in lacking if not error]))
