@@ -56,25 +56,21 @@ class Prediction:
     auc: float  # mean over the folds of the AUC within each
     trained: bool  # the order of the images was learned: not of a single column, of which only the sign is
 
+    def leak(self, n_real: int, n_generated: int, **options: Any) -> Leak:
+        """Its AUC with its `interval`."""
+        return interval(self.auc, n_real, n_generated, trained=self.trained, **options)
+
 
 @dataclass(frozen=True)
 class Shortcuts:
-    """What an audit found.
+    """What an audit found."""
 
-    Attributes:
-        files: all nuisances together.
-        captions: the captions; None where there are none.
-        nuisances: each of NUISANCES alone; exactly 0.5 where it is the same in all images.
-        generators: generator to "files" and "captions" of its images alone; without those that have fewer
-            than FEWEST images of a class.
-        words: the words that speak most for "real" and for "generated"; empty where captions tell nothing.
-    """
-
-    files: Leak
-    captions: Leak | None
-    nuisances: dict[str, Leak]
+    files: Leak  # all nuisances together
+    captions: Leak | None  # None where there are none
+    nuisances: dict[str, Leak]  # each alone; exactly 0.5 where it is the same in all images
+    # "files" and "captions" of a generator's images alone, of those with FEWEST of each class.
     generators: dict[str, dict[str, Leak | None]]
-    words: dict[str, list[str]]
+    words: dict[str, list[str]]  # that speak most for "real" and for "generated", where captions tell
 
     @property
     def verdict(self) -> str:
@@ -160,7 +156,10 @@ def find_shortcuts(
         measure_captions((name, "captions"), chosen)
 
     figures = sum(prediction is not None for prediction, *_ in found.values())
-    leaks = {key: _leak(*value, figures) for key, value in found.items()}
+    leaks = {
+        key: prediction.leak(*classes, figures=figures) if prediction else Leak(0.5, 0.5, 0.5)
+        for key, (prediction, *classes) in found.items()
+    }
     return Shortcuts(
         files=leaks["files"],
         captions=leaks.get("captions"),
@@ -295,11 +294,9 @@ def interval(
     the models of the folds share images, and it is larger by 1 + FOLDS / (FOLDS - 1) (Nadeau and Bengio).
 
     Args:
-        auc: the measured value.
         n_real, n_generated: images of each class.
         trained: whether the order was learned.
-        figures: how many intervals are to hold together.
-        confidence: with which probability.
+        figures, confidence: how many intervals are to hold together, and with which probability.
 
     Example:
         >>> from dgsnet.audit.shortcuts import interval
@@ -318,12 +315,6 @@ def interval(
 
 def _is_found(leak: Leak | None) -> bool:
     return leak is not None and leak.found
-
-
-def _leak(prediction: Prediction | None, n_real: int, n_generated: int, figures: int) -> Leak:
-    if prediction is None:
-        return Leak(0.5, 0.5, 0.5)
-    return interval(prediction.auc, n_real, n_generated, trained=prediction.trained, figures=figures)
 
 
 def _predict_captions(captions: np.ndarray, labels: np.ndarray) -> tuple[Prediction | None, int, int]:

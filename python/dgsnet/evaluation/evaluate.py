@@ -57,11 +57,9 @@ def evaluate(
     Args:
         detector: the model; the threshold of its calibration, if it has one, is measured too.
         samples: what `dgsnet.data.items.find_samples` found, or suite to that.
-        threshold: decision threshold of the accuracies.
+        threshold, frozen: as in `evaluate_command`.
         distortions: each is measured on all images, besides the images as they are.
-        file_model: what the files of other data say of the label, such as the training's, in place of what
-            these images' own say.
-        frozen: measure the frozen backbone with the linear head of stage 1 too, on the images as they are.
+        file_model: what the files of other data say of the label, in place of what these images' own say.
         journal: file that keeps the logits as they are made. Scores already in it are not made again.
         workers: as in `Detector.predict`.
         progress: show a progress bar on stderr, where that is a terminal.

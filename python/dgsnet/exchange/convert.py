@@ -44,25 +44,15 @@ PUBLISHED = {
 
 @dataclass
 class Official:
-    """What a published checkpoint holds.
+    """What a published checkpoint holds."""
 
-    Attributes:
-        clip: the one frozen CLIP, by OpenAI's names (fused attention).
-        adapters: LoRA A [r, width] and B [width, r] by peft's names; empty in stage 1.
-        heads: weight [1, D] and bias [1] of our three heads, by the names of `SurgeryHead`.
-        rank: r; 0 in stage 1.
-        stage: 1, the linear head on the frozen encoder, or 2, the detector.
-        merged: whether the file's student had its adapters added into its weights.
-        sha256: of the file, as hexadecimal digits.
-    """
-
-    clip: State
-    adapters: State
-    heads: State
-    rank: int
-    stage: int
-    merged: bool
-    sha256: str = ""
+    clip: State  # the one frozen CLIP, by OpenAI's names (fused attention)
+    adapters: State  # LoRA A [r, width] and B [width, r] by peft's names; empty in stage 1
+    heads: State  # weight [1, D] and bias [1] of our three heads, by the names of `SurgeryHead`
+    rank: int  # r; 0 in stage 1
+    stage: int  # 1, the linear head on the frozen encoder, or 2, the detector
+    merged: bool  # whether the file's student had its adapters added into its weights
+    sha256: str = ""  # of the file, as hexadecimal digits
 
 
 def convert_command(
@@ -95,11 +85,7 @@ def convert(
 ) -> Official:
     """Write a model folder that `Detector.load` reads: adapters and heads, and CLIP's weights beside them.
 
-    Args:
-        checkpoint: a file in the published layout; read with weights_only=True, no shape in it is trusted.
-        out: folder; must be new or empty.
-        name: open_clip model name of its CLIP.
-        alpha: numerator of the adapters' scaling alpha / sqrt(r).
+    The arguments are `convert_command`'s. The file is read with weights_only=True, no shape in it is trusted.
 
     Returns:
         What the file held.

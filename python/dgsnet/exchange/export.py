@@ -47,13 +47,9 @@ def export_command(model: str, format: Format, out: str, pretrained: str | None 
 
 
 def export(model: str | Path, out: str | Path, format: Format, *, pretrained: str | None = None) -> Path:
-    """Export a detector, check that it gives the original's scores, and write its model card.
+    """Export a detector with its calibration, check that its scores are the original's, write its model card.
 
-    Args:
-        model: a model folder, or the folder of a training run; its calibration goes with it.
-        out: the file; for "hf" a folder that does not exist or is empty.
-        format: "onnx", "torchscript", "safetensors" or "hf".
-        pretrained: as in `Detector.load`.
+    The arguments are `export_command`'s.
 
     Returns:
         The model card, Markdown: `<out>.md`, or README.md in the folder.

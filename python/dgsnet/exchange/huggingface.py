@@ -5,7 +5,10 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import yaml
 
 from dgsnet.errors import UserError
 
@@ -19,24 +22,15 @@ State = dict[str, "Tensor"]
 
 @dataclass(frozen=True)
 class Form:
-    """How transformers holds a family of towers.
-
-    Attributes:
-        config, model: names of its classes.
-        output: attribute of its output that holds the features.
-        blocks: path of the blocks in it.
-        settings: model to the arguments of its configuration.
-        names: regular expressions of parts of our names, and what stands there in its names.
-        tensors: changes what has another form there; by its names.
-    """
+    """How transformers holds a family of towers, as huggingface.yaml tells."""
 
     config: str
     model: str
     output: str
     blocks: str
-    settings: Callable[[DGSNet], dict[str, Any]]
     names: dict[str, str]
-    tensors: Callable[[State], State]
+    settings: Callable[[DGSNet], dict[str, Any]]  # a model to the arguments of the configuration
+    tensors: Callable[[State], State]  # changes what has another form there; by its names
 
     def name(self, key: str) -> str:
         """The name there of a tensor of our tower, adapters included."""
@@ -154,67 +148,7 @@ def _dinov3_tensors(state: State) -> State:
     }
 
 
-CLIP = Form(
-    "CLIPVisionConfig",
-    "CLIPVisionModelWithProjection",
-    "image_embeds",
-    "encoder.layers",
-    _clip_settings,
-    {
-        r"^proj$": "visual_projection.weight",
-        r"^(?!visual_projection)": "vision_model.",
-        r"transformer\.resblocks\.": "encoder.layers.",
-        r"\.attn\.": ".self_attn.",
-        r"\.ln_(\d)\.": r".layer_norm\1.",
-        r"\.mlp\.c_fc\.": ".mlp.fc1.",
-        r"\.mlp\.c_proj\.": ".mlp.fc2.",
-        r"\.conv1\.": ".embeddings.patch_embedding.",
-        r"\.class_embedding$": ".embeddings.class_embedding",
-        r"\.positional_embedding$": ".embeddings.position_embedding.weight",
-        r"\.ln_pre\.": ".pre_layrnorm.",
-        r"\.ln_post\.": ".post_layernorm.",
-    },
-    _clip_tensors,
-)
-SIGLIP = Form(
-    "SiglipVisionConfig",
-    "SiglipVisionModel",
-    "pooler_output",
-    "encoder.layers",
-    _timm_settings,
-    {
-        r"^trunk\.": "",
-        r"^patch_embed\.proj\.": "embeddings.patch_embedding.",
-        r"^pos_embed$": "embeddings.position_embedding.weight",
-        r"^blocks\.": "encoder.layers.",
-        r"\.norm(\d)\.": r".layer_norm\1.",
-        r"\.attn\.": ".self_attn.",
-        r"\.self_attn\.proj\.": ".self_attn.out_proj.",
-        r"^norm\.": "post_layernorm.",
-        r"^attn_pool\.": "head.",
-        r"^head\.latent$": "head.probe",
-        r"^head\.proj\.": "head.attention.out_proj.",
-        r"^head\.norm\.": "head.layernorm.",
-    },
-    _siglip_tensors,
-)
-DINOV3 = Form(
-    "DINOv3ViTConfig",
-    "DINOv3ViTModel",
-    "pooler_output",
-    "model.layer",
-    _dinov3_settings,
-    {
-        r"^cls_token$": "embeddings.cls_token",
-        r"^reg_token$": "embeddings.register_tokens",
-        r"^patch_embed\.proj\.": "embeddings.patch_embeddings.",
-        r"^blocks\.": "model.layer.",
-        r"\.attn\.": ".attention.",
-        r"\.attention\.proj\.": ".attention.o_proj.",
-        r"\.gamma_(\d)$": r".layer_scale\1.lambda1",
-        r"\.fc1_g\.": ".gate_proj.",
-        r"\.fc1(_x)?\.": ".up_proj.",
-        r"\.fc2\.": ".down_proj.",
-    },
-    _dinov3_tensors,
-)
+_FORMS = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text())
+CLIP = Form(**_FORMS["CLIP"], settings=_clip_settings, tensors=_clip_tensors)
+SIGLIP = Form(**_FORMS["SIGLIP"], settings=_timm_settings, tensors=_siglip_tensors)
+DINOV3 = Form(**_FORMS["DINOV3"], settings=_dinov3_settings, tensors=_dinov3_tensors)

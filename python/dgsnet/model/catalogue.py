@@ -208,12 +208,9 @@ def is_torchscript(path: str | Path) -> bool:
 
 
 def check_no_code(config: Path, pretrained: str, option: str) -> None:
-    """Refuse weights that a folder's configuration names and that would run code when they are loaded.
+    """Refuse weights that a configuration, which may be a stranger's, names and that run code when loaded.
 
-    Args:
-        config: the configuration's file, which may be a stranger's.
-        pretrained: the weights it names.
-        option: with which option the person who runs the command can name the file.
+    `option` is how whoever runs the command can name the file.
     """
     path = Path(pretrained).expanduser()
     if path.is_file() and is_torchscript(path):

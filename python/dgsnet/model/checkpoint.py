@@ -44,12 +44,7 @@ FORMAT = "dgsnet-1"  # changes when an older program could not read the file rig
 def build_model(config: Config, *, with_text: bool = True) -> DGSNet:
     """A new DGSNet; config.seed decides its random parts: heads, adapters, a backbone not pretrained.
 
-    Args:
-        config: the run's configuration; `model` and `seed` are used.
-        with_text: load the text encoder too (needed to train with gradient surgery only).
-
-    Raises:
-        UserError: the backbone does not exist or its weights cannot be had.
+    UserError if the backbone does not exist or its weights cannot be had.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
@@ -122,14 +117,9 @@ def save_model(
 
     Args:
         folder: where to; replaced when it exists.
-        model: the trained model.
-        config: the configuration it was trained with.
+        model, config: the trained model, and what it was trained with.
         backbone: weights file of its CLIP that is moved into the folder; None leaves config's.
-        extra: anything JSON can hold that belongs to this model (step, validation results, a threshold);
-            read_extra returns it.
-
-    Returns:
-        The folder.
+        extra: what belongs to this model (step, validation results) as JSON holds it; read_extra returns it.
 
     Example:
         >>> save_model("runs/mine/best", model, config, step=1000)  # doctest: +SKIP

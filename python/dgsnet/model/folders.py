@@ -23,10 +23,8 @@ def model_folder(path: str | Path) -> Path:
     """
     path = Path(path)
     for folder in (path / "best", path):
-        for candidate in (
-            folder,
-            aside(folder),
-        ):  # the latter after a kill between replace_folder's renames
+        # The latter after a kill between replace_folder's renames.
+        for candidate in (folder, aside(folder)):
             if (candidate / WEIGHTS_FILE).is_file():
                 return candidate
     if not path.exists():
@@ -43,12 +41,7 @@ def model_folder(path: str | Path) -> Path:
 def read_model_config(folder: Path, pretrained: str | None = None) -> Config:
     """The configuration of a model folder; `model.pretrained` is where its backbone's weights are.
 
-    Args:
-        folder: a model folder.
-        pretrained: the weights to take, as in load_model.
-
-    Raises:
-        UserError: no configuration, its own backbone is missing, or it names TorchScript by itself.
+    UserError if there is none, its own backbone is missing, or it names TorchScript by itself.
     """
     config = read_config(folder / CONFIG_FILE)
     if pretrained is None and config.model.pretrained == BACKBONE_FILE:

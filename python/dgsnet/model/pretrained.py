@@ -52,20 +52,14 @@ def build_timm(name: str, pretrained: str) -> nn.Module:
     elif pretrained in tags:
         source = {"pretrained_cfg": pretrained}
     else:
-        raise UserError(
-            f"{name} has no pretrained weights {pretrained!r}: give a weights file"
-            + (f" or one of {', '.join(tags)}" if tags else "")
-        )
+        raise _no_weights(name, pretrained, tags)
     try:
         return timm.create_model(**arguments, **source, pretrained=True)
     except Exception as error:  # timm's, torch's, safetensors' or the hub's
         reason = one_line(error)[:200]
         if path.is_file():
             raise _unfit(name, path, reason) from error
-        raise UserError(
-            f"cannot download the {pretrained!r} weights of {name} ({reason}): check the network, or fetch "
-            "the file elsewhere and give its path as pretrained"
-        ) from error
+        raise _not_downloaded(name, pretrained, f"({reason})") from error
 
 
 def timm_tags(name: str) -> list[str]:
@@ -148,10 +142,9 @@ def _openai_state(archive: Path) -> dict[str, Tensor]:
 
 
 def _unfit(name: str, weights: Path, reason: str) -> UserError:
-    reason = " ".join(reason.split())[:200]
     return UserError(
-        f"cannot load {weights} as weights of {name} ({reason}): check that the file is complete and was "
-        "made for this model"
+        f"cannot load {weights} as weights of {name} ({one_line(reason)[:200]}): check that the file is "
+        "complete and was made for this model"
     )
 
 
@@ -198,9 +191,18 @@ def _find_weights(name: str, pretrained: str, quick_gelu: bool) -> Path:
         if bool(open_clip.get_pretrained_cfg(catalogue.canonical(name), known).get("quick_gelu"))
         == quick_gelu
     ]
-    raise UserError(
-        f"{name} has no pretrained weights {pretrained!r}: give a weights file"
-        + (f" or one of {', '.join(tags)}" if tags else "")
+    raise _no_weights(name, pretrained, tags)
+
+
+def _no_weights(name: str, pretrained: str, tags: list[str]) -> UserError:
+    known = f" or one of {', '.join(tags)}" if tags else ""
+    return UserError(f"{name} has no pretrained weights {pretrained!r}: give a weights file{known}")
+
+
+def _not_downloaded(name: str, pretrained: str, why: str) -> UserError:
+    return UserError(
+        f"cannot download the {pretrained!r} weights of {name} {why}: check the network, or fetch the file "
+        "elsewhere and give its path as pretrained"
     )
 
 
@@ -219,8 +221,5 @@ def _download(name: str, pretrained: str, tag: dict) -> Path:
     try:
         return Path(open_clip.download_pretrained(tag))
     except Exception as error:  # whatever the hub, the proxy or the socket raised
-        source = str(tag.get("hf_hub") or tag.get("url"))
-        raise UserError(
-            f"cannot download the {pretrained!r} weights of {name} from {source.rstrip('/')}: check the "
-            "network, or fetch the file elsewhere and give its path as pretrained"
-        ) from error
+        source = str(tag.get("hf_hub") or tag.get("url")).rstrip("/")
+        raise _not_downloaded(name, pretrained, f"from {source}") from error

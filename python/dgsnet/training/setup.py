@@ -91,14 +91,12 @@ def accelerator_for(config: Config, out: Path) -> Iterator[Accelerator]:
                 f"training under accelerate's {kind} is not supported: launch plain data parallelism, and "
                 "set optim.parallel=fsdp to shard the weights"
             )
-        if (
-            precision == "fp16" and accelerator.device.type == "cpu"
-        ):  # accelerate would train in fp32 and not say so
+        # Accelerate would train in fp32 and not say so.
+        if precision == "fp16" and accelerator.device.type == "cpu":
             raise UserError("optim.precision=fp16 needs a GPU: use bf16 or fp32")
         if accelerator.device.type == "cuda":
-            os.environ.setdefault(
-                "CUBLAS_WORKSPACE_CONFIG", ":4096:8"
-            )  # cuBLAS is deterministic only with it
+            # cuBLAS is deterministic only with it.
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True, warn_only=True)
         yield accelerator
         accelerator.end_training()

@@ -93,9 +93,8 @@ def update(
     if {Path(model).resolve(), folder.resolve()} & {out.resolve(), *out.resolve().parents}:
         raise UserError(f"--out {out} lies in the model's own folder: give a new folder")
     with locked(out):
-        config = _configuration(
-            read_model_config(folder, pretrained), data, replay, rule=rule, lr=lr, seed=seed
-        )
+        before = read_model_config(folder, pretrained)
+        config = _configuration(before, [*data, *(replay if rule != "none" else ())], lr, seed)
         new, old = _samples(config, data, replay, rule)
         suites = None if test is None else find_suites(test) if test else {}
         if suites is None:
@@ -133,27 +132,13 @@ def update(
     return out
 
 
-def _configuration(
-    config: Config,
-    data: Sequence[str],
-    replay: Sequence[str],
-    *,
-    rule: Rule,
-    lr: float | None,
-    seed: int | None,
-) -> Config:
+def _configuration(config: Config, data: list[str], lr: float | None, seed: int | None) -> Config:
     """The settings of the model's training, for the student's loss alone and one pass over the new images."""
     try:
         return changed(
             config,
             seed=config.seed if seed is None else seed,
-            data=changed(
-                config.data,
-                train=[*data, *(replay if rule != "none" else ())],
-                val=[],
-                captions="none",
-                nuisances="none",
-            ),
+            data=changed(config.data, train=data, val=[], captions="none", nuisances="none"),
             optim=changed(config.optim, lr=config.optim.lr if lr is None else lr, epochs=1, max_steps=0),
             surgery=changed(config.surgery, mode="none", text="project", distillation=0.0),
         )
