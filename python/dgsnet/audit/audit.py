@@ -58,12 +58,8 @@ def audit(
 ) -> Audit:
     """Look for shortcuts in labelled images, without decoding them.
 
-    Args:
-        samples: the images.
-        captions: measure captions too, of the images that have one.
-        most: of more images so many are drawn, always the same.
-        seconds: read no further file after so long.
-        progress: show a bar on stderr, where that is a terminal.
+    Captions are measured of images that have one. Of more than `most` images so many are drawn, always the
+    same ones; after so many seconds no further file is read.
 
     Raises:
         UserError: too few images of a class could be read.

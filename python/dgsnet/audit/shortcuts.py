@@ -89,12 +89,7 @@ class Shortcuts:
 def read_nuisances(
     samples: Sequence[Item], *, seconds: float = math.inf, progress: bool = False
 ) -> tuple[np.ndarray, list[str]]:
-    """The nuisances of images' files.
-
-    Args:
-        samples: the images, in any layout.
-        seconds: begin no further image after so long.
-        progress: show a bar on stderr, where that is a terminal.
+    """The nuisances of images' files; after so many seconds no further one is read.
 
     Returns:
         float32 [n, len(NUISANCES)], a row of NaN where a file cannot be read, n smaller than N where time was

@@ -35,11 +35,7 @@ COLUMNS = ("path", "caption", "error")
 
 
 class Captioner:
-    """BLIP from `transformers`, with its own preprocessing.
-
-    Args:
-        model: a name on the Hugging Face Hub, or a folder with model, tokenizer and image processor.
-        device: torch device; None takes the GPU where there is one.
+    """BLIP from `transformers`, with its own preprocessing; model and device as in `caption_command`.
 
     Raises:
         UserError: it cannot be loaded, is no BLIP, or there is no such device.

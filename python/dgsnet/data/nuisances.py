@@ -57,10 +57,6 @@ def file_nuisances(data: bytes, *, name: str = "image") -> np.ndarray:
     quality whose table is nearest. Width, height, the longer side over the shorter and the file's bytes per
     pixel are logarithms to base 2.
 
-    Args:
-        data: the file.
-        name: what errors call the image.
-
     Returns:
         float32 [len(NUISANCES)], finite.
 

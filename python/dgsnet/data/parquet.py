@@ -61,9 +61,6 @@ def places(source: str) -> Iterator[tuple[int, int, int, dict[str, Any]]]:
 
     Images are not read. What is told are label, generator, caption and twin, where there are such columns.
 
-    Args:
-        source: the path, which may name columns.
-
     Raises:
         ImageError: it is not readable, or a row group or a text in it is too large.
     """

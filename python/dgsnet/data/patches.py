@@ -53,17 +53,11 @@ def select_patches(
 def selected_boxes(
     images: Tensor, patch_size: int = 32, num_patches: int = 49, *, seed: int | Sequence[int] | Tensor
 ) -> Tensor:
-    """Where in the images the cells of `select_patches`' mosaics come from.
-
-    Args:
-        images, patch_size, num_patches, seed: as in select_patches.
+    """Where in the images the cells of `select_patches`' mosaics come from; arguments and errors are its.
 
     Returns:
         float64 [B, n, 4], cell by cell in row-major order: left, top, right, bottom in pixels of the images
         as given, with fractions where they had to be enlarged.
-
-    Raises:
-        ValueError: as select_patches.
 
     Example:
         >>> import torch
@@ -122,12 +116,9 @@ def _ranks(entropy: Tensor) -> Tensor:
 
 
 def cut_patches(image: Tensor, patch_size: int = 32, num_patches: int = 49) -> Tensor:
-    """The patches of one image in row-major order, as `mosaics` takes them.
+    """The patches of one image, [H, W, 3] RGB, in row-major order, as `mosaics` takes them.
 
-    Args:
-        image: [H, W, 3] RGB; enlarged first if it holds fewer patches than num_patches (see enlarged_size).
-        patch_size: side of a patch in pixels.
-        num_patches: patches that a mosaic will need.
+    An image that holds fewer than num_patches is enlarged first (see enlarged_size).
 
     Returns:
         [rows * columns, patch_size, patch_size, 3] of the image's dtype.

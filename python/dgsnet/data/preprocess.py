@@ -76,15 +76,11 @@ class Preprocessor:
         Cells are the mosaic's patches, or in mode "crop" a grid of as many squares over the crop, the last
         row and column of which may be narrower.
 
-        Args:
-            image, rng: as in calling the preprocessor; the same numbers are drawn from rng.
+        Arguments and errors are those of calling the preprocessor, and the same numbers are drawn from rng.
 
         Returns:
             Two tensors [cells, 4] of left, top, right, bottom: int64 in pixels of the input and
             float64 in pixels of the image. Mirrored cells are where mirroring puts them.
-
-        Raises:
-            ImageError: as in calling the preprocessor.
         """
         pixels = torch.from_numpy(image).permute(2, 0, 1)
         size, cell = self.config.image_size, -(-self.config.image_size // math.isqrt(self.config.num_patches))

@@ -28,17 +28,11 @@ DRAWN_SIDE = 768
 
 @dataclass(frozen=True)
 class Heatmap:
-    """What every part of an image that the model looked at adds to its logit.
+    """What every part of an image that the model looked at adds to its logit."""
 
-    Attributes:
-        boxes: float64 [n, 4], left, top, right, bottom in pixels of the upright image.
-        contributions: float64 [n], in logits: positive speaks for generated.
-        logit: of the image as it is, before any temperature.
-    """
-
-    boxes: np.ndarray
-    contributions: np.ndarray
-    logit: float
+    boxes: np.ndarray  # float64 [n, 4], left, top, right, bottom in pixels of the upright image
+    contributions: np.ndarray  # float64 [n], in logits: positive speaks for generated
+    logit: float  # of the image as it is, before any temperature
 
     def pixels(self, height: int, width: int, scale: float = 1.0) -> np.ndarray:
         """float64 [height, width], the mean contribution of the boxes on a pixel; NaN where there is none.
@@ -61,12 +55,7 @@ def heatmap(detector: Detector, image: np.ndarray) -> Heatmap:
     published, and view. Of several views the contributions are averaged like the logits. It is occlusion
     (Zeiler and Fergus 2014): exact for one patch, and blind to what several do together.
 
-    Args:
-        detector: the model.
-        image: uint8 [H, W, 3], as `read_image` gives it.
-
-    Raises:
-        ImageError: the image cannot be prepared.
+    The image is uint8 [H, W, 3]; ImageError if it cannot be prepared.
 
     Example:
         >>> from dgsnet import Detector

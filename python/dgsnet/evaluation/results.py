@@ -60,27 +60,18 @@ class Result:
 
 @dataclass
 class Evaluation:
-    """Scores of labelled images, and what follows from them. The scores must not be changed afterwards.
+    """Scores of labelled images, and what follows from them. The scores must not be changed afterwards."""
 
-    Attributes:
-        scores: every image of every suite, as it is and distorted.
-        threshold: an image is called generated where its probability is above it.
-        calibrated_threshold: that of the model's calibration; None where it has none.
-        nuisances: float32 [images, len(NUISANCES)] of the images as they are, in the order of their scores, a
-            row of NaN where there are none; None where files were not looked at.
-        file_model: what files are taken to say of the label; None: what these images' own files say.
-        promised_fpr: how many of all real images the calibration allows to be called generated.
-        frozen: the same images as they are, scored by the frozen backbone; None where that was not asked for.
-        hashes: `file_hash` of the images as they are, in the order of their scores; None: cannot be read.
-    """
-
-    scores: list[Score]
-    threshold: float = THRESHOLD
-    calibrated_threshold: float | None = None
+    scores: list[Score]  # of every image of every suite, as it is and distorted
+    threshold: float = THRESHOLD  # an image is called generated where its probability is above it
+    calibrated_threshold: float | None = None  # None where the model has no calibration
+    # float32 [images, len(NUISANCES)] of the images as they are, in the order of their scores, a row of NaN
+    # where there are none; None where files were not looked at.
     nuisances: np.ndarray | None = field(default=None, repr=False, compare=False)
-    file_model: FileModel | None = None
-    promised_fpr: float | None = None
-    frozen: Evaluation | None = field(default=None, repr=False, compare=False)
+    file_model: FileModel | None = None  # of what files say of the label; None: of these images' own
+    promised_fpr: float | None = None  # how many real images the calibration allows to be called generated
+    frozen: Evaluation | None = field(default=None, repr=False, compare=False)  # by the frozen backbone
+    # `file_hash` of the images as they are, in the order of their scores; None of what cannot be read.
     hashes: Sequence[int | None] | None = field(default=None, repr=False, compare=False)
 
     @property

@@ -241,14 +241,9 @@ FAMILIES = {OpenClip: _is_open_clip, Timm: _is_timm}
 
 
 def backbone_of(visual: nn.Module, name: str) -> Backbone:
-    """The tower as its family takes it apart; splits its attention in place.
+    """The tower of the model of this name as its family takes it apart; splits its attention in place.
 
-    Args:
-        visual: an image tower of open_clip or timm.
-        name: of the model, for the error.
-
-    Raises:
-        UserError: a tower of no known family.
+    UserError if it is of no known family.
     """
     for family, holds in FAMILIES.items():
         if holds(visual):

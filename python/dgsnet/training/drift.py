@@ -30,16 +30,12 @@ def moments(
     expert_logits: Tensor | None,
     labels: Tensor,
 ) -> Tensor:
-    """Means over a batch, whose weighted mean over batches `summary` understands.
+    """Means over a batch, float64 [size(D)], whose weighted mean over batches `summary` understands.
 
     Args:
         losses: LOSSES, 0 where there is none.
         student, teacher: features [B, D].
-        image_logits, expert_logits: [B]; no expert: None.
-        labels: [B], 0 or 1.
-
-    Returns:
-        float64 [size(D)].
+        image_logits, expert_logits, labels: [B]; labels are 0 or 1.
     """
     classes = torch.zeros(_CLASSES, dtype=torch.float64, device=labels.device)
     if expert_logits is not None:

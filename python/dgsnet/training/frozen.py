@@ -74,11 +74,7 @@ class CaptionFeatures:
     Args:
         model: a DGSNet with its text tower, which encodes captions that are not there yet.
         captions: all captions that will be asked for.
-        folder: the cache's folder; "" is `default_folder()`.
-        progress: show a progress bar while encoding.
-
-    Raises:
-        UserError: the cache is damaged or cannot be written.
+        folder: the cache's folder; "" is `default_folder()`. UserError if it is damaged or cannot be written.
 
     Example:
         >>> import tempfile
