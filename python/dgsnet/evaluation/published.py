@@ -16,21 +16,13 @@ OFFICIAL = "DGS-Net"
 
 @dataclass(frozen=True)
 class Published:
-    """A suite's published results in percent, at the threshold 0.5.
-
-    Attributes:
-        name: the suite.
-        note: what to know before comparing.
-        methods: method to accuracy and AP, means over the suite's generators.
-        generators: generator to DGS-Net's accuracy, AP, accuracy on real and accuracy on generated images.
-        others: further names it goes by.
-    """
+    """A suite's published results in percent, at the threshold 0.5, as published.yaml has them."""
 
     name: str
-    note: str
-    methods: dict[str, list[float]]
-    generators: dict[str, list[float]]
-    others: Sequence[str] = ()
+    note: str  # what to know before comparing
+    methods: dict[str, list[float]]  # accuracy and AP, means over the suite's generators
+    generators: dict[str, list[float]]  # DGS-Net's accuracy, AP, accuracy on real and on generated images
+    others: Sequence[str] = ()  # further names it goes by
 
     def generator(self, name: str) -> list[float] | None:
         """Figures of a generator by its name, whatever its case and punctuation; None: not among them."""
