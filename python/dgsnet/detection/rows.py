@@ -16,22 +16,14 @@ from dgsnet.detection.provenance import Provenance
 
 
 class Row(NamedTuple):
-    """An image's row.
+    """An image's row."""
 
-    Attributes:
-        path: the item's name.
-        probability: that it was generated, rounded to six decimals; None if it could not be read.
-        decision: "generated", "real" or "unsure"; "" if it could not be read.
-        error: why it could not be read, else "".
-        spread: between the lowest and the highest probability of it and its copies; None without copies.
-        provenance, issuer, source_type, provenance_note: `Provenance` of its file; "" where not asked for.
-    """
-
-    path: str
-    probability: float | None
-    decision: str
-    error: str
-    spread: float | None = None
+    path: str  # the item's name
+    probability: float | None  # that it was generated, to six decimals; None if it could not be read
+    decision: str  # "generated", "real" or "unsure"; "" if it could not be read
+    error: str  # why it could not be read
+    spread: float | None = None  # from the lowest to the highest probability of it and its copies, if any
+    # `Provenance` of its file, "" where not asked for.
     provenance: str = ""
     issuer: str = ""
     source_type: str = ""

@@ -58,10 +58,7 @@ def generators(
 ) -> Figure:
     """Accuracy on real and on generated images, and AP, best generator first and the mean last.
 
-    Args:
-        by_generator, mean: `metrics` as fractions.
-        threshold: of the accuracies.
-        intervals: generator to measure to its interval, drawn as a whisker.
+    All are `metrics` as fractions; a generator's `intervals` are drawn as whiskers.
     """
     order = sorted(by_generator, key=lambda name: -np.nan_to_num(by_generator[name]["accuracy"], nan=-1.0))
     rows = [*((name, by_generator[name]) for name in order), ("mean", mean)]
@@ -90,9 +87,7 @@ def generators(
 def roc_curves(curves: Mapping[str, tuple[np.ndarray, np.ndarray]], auc: Mapping[str, float]) -> Figure:
     """ROC curves, false positives on a logarithmic axis; the worst generators are named, the others faint.
 
-    Args:
-        curves: generator to false-positive and true-positive rates, from (0, 0) to (1, 1).
-        auc: generator to the area under its curve.
+    `curves`: generator to false-positive and true-positive rates, from (0, 0) to (1, 1).
     """
     order = sorted(curves, key=lambda name: auc[name])
     named = order[: len(SERIES)]
@@ -127,11 +122,7 @@ def calibration(
 ) -> Figure:
     """Left: how scores are distributed in each class. Right: how many images of a score are generated.
 
-    Args:
-        labels: [N], 0 real, 1 generated.
-        probabilities: [N].
-        bins: `dgsnet.evaluation.metrics.reliability` of them.
-        thresholds: name to threshold, drawn as lines.
+    `bins`: `dgsnet.evaluation.metrics.reliability` of the probabilities [N]. Thresholds are drawn as lines.
     """
     figure = Figure(figsize=(WIDTH, 3.8))
     left, right = figure.subplots(1, 2, width_ratios=(3, 2))
@@ -156,8 +147,7 @@ def calibration(
 def robustness(panels: Mapping[str, Mapping[str, tuple[float, float, float]]]) -> Figure:
     """One panel per measure, one row per distortion, a dot with its interval; dashed: undistorted.
 
-    Args:
-        panels: title to distortion to (value, low, high) as fractions; the first distortion is none at all.
+    `panels`: title to distortion to (value, low, high) as fractions; the first distortion is none at all.
     """
     names = list(next(iter(panels.values())))
     y = np.arange(len(names))
@@ -177,13 +167,7 @@ def robustness(panels: Mapping[str, Mapping[str, tuple[float, float, float]]]) -
 
 @matplotlib.rc_context(STYLE)
 def intervals(rows: Mapping[str, tuple[float, float, float]], label: str, *, chance: float) -> Figure:
-    """A dot with its interval per row; what lies above chance is coloured.
-
-    Args:
-        rows: name to (value, low, high) as fractions.
-        label: what the values are.
-        chance: value of guessing as a fraction, drawn as a dashed line.
-    """
+    """Per row a dot with its interval: (value, low, high) as fractions; what is above chance is coloured."""
     y = np.arange(len(rows))
     figure = Figure(figsize=(WIDTH, 0.9 + 0.3 * len(rows)))
     axes = figure.subplots()
@@ -200,12 +184,7 @@ def intervals(rows: Mapping[str, tuple[float, float, float]], label: str, *, cha
 
 @matplotlib.rc_context(STYLE)
 def by_class(panels: Mapping[str, np.ndarray], labels: np.ndarray) -> Figure:
-    """How some quantities are distributed in either class: one panel each.
-
-    Args:
-        panels: title to values [N].
-        labels: [N], 0 real, 1 generated.
-    """
+    """How some quantities, title to values [N], are distributed in either class: one panel each."""
     figure = Figure(figsize=(WIDTH, 2.8))
     for axes, (title, values) in zip(np.atleast_1d(figure.subplots(1, len(panels))), panels.items()):
         _histograms(axes, values, labels, np.histogram_bin_edges(values, 20))
@@ -222,10 +201,7 @@ def methods_by_decoder(
 ) -> Figure:
     """Every seed as a small mark and their mean as a large one, per decoder (columns) and method (colour).
 
-    Args:
-        values: method to decoder to one value in percent per seed; all methods have the same decoders.
-        label: what the values are.
-        chance: value of guessing, drawn as a dashed line.
+    `values`: method to decoder to one value in percent per seed; all methods have the same decoders.
     """
     decoders = list(next(iter(values.values())))
     figure = Figure(figsize=(WIDTH, 4))
@@ -253,8 +229,7 @@ def differences(grid: Mapping[str, Mapping[str, Mapping[str, Sequence[float]]]])
 
     Small marks are the seeds, a large one their mean, the bar one standard error of it to either side.
 
-    Args:
-        grid: task to measure to method to one difference per seed, in percent points.
+    `grid`: task to measure to method to one difference per seed, in percent points.
     """
     panels = next(iter(grid.values()))
     figure = Figure(figsize=(WIDTH, 0.6 + 1.7 * len(grid)))
@@ -278,9 +253,7 @@ def differences(grid: Mapping[str, Mapping[str, Mapping[str, Sequence[float]]]])
 def curves(runs: Mapping[str, Sequence[Mapping[str, np.ndarray]]], panels: Mapping[str, str]) -> Figure:
     """Training curves: one panel per quantity, one colour per method, a faint line per seed, their mean bold.
 
-    Args:
-        runs: method to its seeds, each a table of columns, "step" among them; a column may have NaN gaps.
-        panels: column to the panel's title.
+    `runs`: method to its seeds, each a table of columns, "step" among them; a column may have NaN gaps.
     """
     figure = Figure(figsize=(WIDTH, 3.2))
     for axes, (column, title) in zip(np.atleast_1d(figure.subplots(1, len(panels))), panels.items()):
