@@ -61,9 +61,6 @@ GROUPS = list[list[str]]
 def main(argv: Sequence[str] | None = None) -> None:
     """Run one command line; ends the process with 0, 2 (wrong input, reported in one line) or 130 (Ctrl-C).
 
-    Args:
-        argv: the arguments after the program's name; sys.argv's by default.
-
     Example:
         >>> main(["train", "--data.train", "photos", "--out", "runs/mine"])  # doctest: +SKIP
     """

@@ -216,11 +216,9 @@ class FileModel:
 
 
 def folds(labels: np.ndarray, groups: np.ndarray | None = None) -> list[tuple[np.ndarray, np.ndarray]]:
-    """FOLDS pairs of indices to fit on and to test on, with the classes in equal shares.
+    """FOLDS pairs of indices to fit on and to test on, classes in equal shares, FOLDS of each or more.
 
-    Args:
-        labels: [N], 0 or 1, at least FOLDS of each.
-        groups: [N]; images of one group are never on both sides of a fold.
+    Images of one of the groups [N] are never on both sides of a fold.
     """
     split = StratifiedKFold if groups is None else StratifiedGroupKFold
     return list(split(FOLDS, shuffle=True, random_state=0).split(labels, labels, groups))
@@ -229,15 +227,9 @@ def folds(labels: np.ndarray, groups: np.ndarray | None = None) -> list[tuple[np
 def predict(
     columns: Any, labels: np.ndarray, splits: list[tuple[np.ndarray, np.ndarray]]
 ) -> Prediction | None:
-    """Logistic regression, cross-validated.
+    """Logistic regression on columns [N, C], an array or sparse, cross-validated over `folds` of labels [N].
 
-    Args:
-        columns: [N, C], an array or sparse.
-        labels: [N], 0 or 1.
-        splits: `folds` of them.
-
-    Returns:
-        The prediction; None without columns, or where no fold has both classes on both sides.
+    None without columns, or where no fold has both classes on both sides.
     """
     if not columns.shape[1]:
         return None

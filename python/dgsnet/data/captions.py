@@ -19,7 +19,7 @@ def attach_captions(
     """The same samples, every one with a caption.
 
     Args:
-        samples: from find_samples; captions they already have are kept (except with "none").
+        samples: captions they already have are kept (except with "none").
         captions: JSON object of image path to text, keys absolute or relative to the root or to the JSON's
             folder; "auto": captions.json of the root and of its split folders; "none": the empty caption
             for every image (what that means for training: docs/data.md).

@@ -31,10 +31,7 @@ class ImageDataset(Dataset):
     Augmentation is a function of (seed, epoch, index) alone, whatever the number of workers.
 
     Args:
-        samples: what to read.
-        preprocess: a preprocess.Preprocessor.
-        train: augment.
-        seed: decides the augmentation, at least 0.
+        train, seed: whether to augment, and what decides the augmentation, at least 0.
         selection: "workers": items hold the finished input; "device": in mode "patches" they hold all
             patches of the image, and `pixels_on` selects on the device, for the batch at once.
         nuisances: items hold `file_nuisances` of their file too.
@@ -52,12 +49,9 @@ class ImageDataset(Dataset):
         nuisances: bool = False,
         views: int = 0,
     ) -> None:
-        self.samples = samples
-        self.preprocess = preprocess
-        self.train = train
-        self.seed = seed
-        self.nuisances = nuisances
-        self.views = views
+        self.samples, self.preprocess = samples, preprocess
+        self.train, self.seed = train, seed
+        self.nuisances, self.views = nuisances, views
         self._kept: dict[int, tuple[np.ndarray, dict[str, Any]]] = {}
         self._kept_bytes = 0
         self.cut_only = selection == "device" and preprocess.config.mode == "patches"
@@ -148,11 +142,7 @@ def collate(items: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def pixels_on(device: torch.device, batch: dict[str, Any], preprocess: Preprocessor) -> Tensor:
-    """The pixels of a batch of `collate` on the device, selected there if its workers have not.
-
-    Returns:
-        float32 [n, 3, S, S].
-    """
+    """The pixels [n, 3, S, S] of a batch of `collate` on the device, selected there if workers have not."""
     if "pixels" in batch:
         return batch["pixels"].to(device, non_blocking=True)
     names = ("patches", "counts", "seeds", "flips")
@@ -195,12 +185,9 @@ class EpochSampler(Sampler[int]):
     def __init__(
         self, dataset: ImageDataset, *, shuffle: bool, seed: int = 0, count: int | None = None
     ) -> None:
-        self.dataset = dataset
-        self.samples = dataset.samples[:count]
-        self.shuffle = shuffle
-        self.seed = seed
-        self.epoch = 0
-        self.skip = 0
+        self.dataset, self.samples = dataset, dataset.samples[:count]
+        self.shuffle, self.seed = shuffle, seed
+        self.epoch = self.skip = 0
 
     def set_epoch(self, epoch: int, skip: int | None = None) -> None:
         """Choose the epoch, of the dataset's augmentation too, and how many samples of it to leave out.
@@ -239,12 +226,9 @@ def make_loader(
     way sees the rest of its epoch as if it had not stopped, and decodes nothing twice.
 
     Args:
-        dataset: what to load.
         batch_size: samples per batch, before damaged ones are dropped.
-        workers: decoding processes, kept alive over epochs; 0 decodes in this process.
-        prefetch: batches that every worker makes ahead.
-        shuffle: draw a new order each epoch.
-        seed: decides the order, at least 0.
+        workers, prefetch: decoding processes, 0 for none, and batches that each makes ahead.
+        shuffle, seed: whether every epoch draws a new order, and from which seed.
         silent: another loader's workers give the warnings.
     """
     return DataLoader(
@@ -273,9 +257,6 @@ class LoaderWatch:
     A wait counts where the device had nothing left to do when it ended. Shares are taken over at least
     `STEPS` steps and `SECONDS` seconds, after the first `WARM_UP` steps of an epoch, in which workers start.
 
-    Args:
-        workers: data-loading processes of this process.
-        device: where training computes.
     """
 
     WARM_UP, STEPS, SECONDS = 5, 20, 5.0

@@ -151,7 +151,6 @@ def _start_worker(folder: Path) -> None:
 
 
 def training_set(data: Path, task: str, seed: int) -> Path:
-    """Folder of a task's training images, which differ from seed to seed."""
     return data / f"{task}-{seed}"
 
 
@@ -221,7 +220,6 @@ def _curves(path: Path) -> dict[str, np.ndarray]:
 
 
 def of(runs: list[Run], task: str, method: str) -> list[Run]:
-    """The runs of a task and a method, by seed."""
     return sorted((r for r in runs if (r.task, r.method) == (task, method)), key=lambda run: run.seed)
 
 
@@ -277,7 +275,7 @@ def mean_and_spread(fractions: np.ndarray) -> str:
 
 
 def results(runs: list[Run]) -> list[dict]:
-    """What results.json holds: every run with its measures, and the metrics of every test decoder."""
+    """What results.json holds."""
     return [
         {name: getattr(run, name) for name in ("task", "method", "seed", *MEASURES)}
         | {"seconds": round(run.seconds, 1), "decoders": run.evaluation.by_generator()}

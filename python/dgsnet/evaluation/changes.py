@@ -115,13 +115,8 @@ class Group:
 def compare(before: Sequence[Score], after: Sequence[Score], threshold: float) -> list[Group]:
     """What changed from one detector to another, by suite and generator; all of each of several suites after.
 
-    Args:
-        before, after: scores of the same images, in the same order. One that either could not read counts
-            nowhere.
-        threshold: of both: an image is called generated where its probability is above it.
-
-    Raises:
-        ValueError: other images, or another order.
+    An image that either could not read counts nowhere; both decide at one threshold. ValueError if the scores
+    are not of the same images in the same order.
     """
     pairs = list(_pairs(before, after))
     suites = list(dict.fromkeys(old.suite for old, _ in pairs))

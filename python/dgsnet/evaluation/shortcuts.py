@@ -48,11 +48,9 @@ def file_shortcut(
 
     Args:
         nuisances: [N, len(NUISANCES)], a row of NaN where there are none.
-        labels: [N], 0 real, 1 generated.
-        probabilities: [N], the detector's.
-        threshold: an image is called generated where its probability is above it.
+        labels, probabilities: [N], 0 real, 1 generated; the detector's.
+        threshold, seed: of the decisions, and of the bootstrap.
         model: what the files of another data set, such as that of the training, say.
-        seed: of the bootstrap, anything numpy.random.default_rng takes.
     """
     values = dict.fromkeys(SHORTCUT_MEASURES, math.nan) | dict.fromkeys(SHORTCUT_COUNTS, 0.0)
     intervals: dict[str, tuple[float, float]] = {}

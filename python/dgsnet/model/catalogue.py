@@ -128,9 +128,6 @@ def check_model(model: ModelConfig, image_size: int) -> None:
 
     This reads open_clip's files and does not import it. What needs open_clip itself, such as the tags of its
     weights, is checked when the model is built.
-
-    Raises:
-        UserError: one line with the remedy.
     """
     if "open_clip" in sys.modules:  # then building the model is quick, and the caller may have added models
         return

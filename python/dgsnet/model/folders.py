@@ -16,11 +16,7 @@ BACKBONE_FILE = "clip.safetensors"
 
 
 def model_folder(path: str | Path) -> Path:
-    """The model folder that `path` means: itself, or the best model of a run folder.
-
-    Raises:
-        UserError: there is none.
-    """
+    """The model folder that `path` means: itself, or a run folder's best model; UserError: there is none."""
     path = Path(path)
     for folder in (path / "best", path):
         # The latter after a kill between replace_folder's renames.

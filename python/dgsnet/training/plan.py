@@ -62,8 +62,7 @@ class StepPlan:
     optimiser step the mean over its images, however they are split; in the last, smaller step too.
 
     Args:
-        images: images of an optimiser step, over all processes.
-        batch_size: images of a micro-batch, at most.
+        images, batch_size: of an optimiser step, over all processes; of a micro-batch, at most.
         rank, world: number of this process, and of all processes.
     """
 
