@@ -244,7 +244,7 @@ def write_page(path: Path, result: Audit, data: Sequence[str]) -> None:
     panels = {name: result.nuisances[:, NUISANCES.index(name)] for name in found.strongest[:4]}
 
     def figure(leaks: dict[str, Leak], description: str) -> Markup:
-        return Markup(plots.svg(plots.intervals(leaks, "AUC", chance=0.5), description))
+        return plots.svg(plots.intervals(leaks, "AUC", chance=0.5), description)
 
     text = page.render(
         Path(__file__).with_name("audit.html"),
@@ -255,10 +255,8 @@ def write_page(path: Path, result: Audit, data: Sequence[str]) -> None:
         advice=advice(found),
         shown=shown,
         together=figure(together | alone, "AUC of files, captions and each nuisance alone"),
-        panels=Markup(plots.svg(plots.by_class(panels, result.labels), "strongest nuisances by class"))
-        if panels
-        else None,
-        generators=figure(of_generators, "AUC by generator") if of_generators else None,
+        panels=panels and plots.svg(plots.by_class(panels, result.labels), "strongest nuisances by class"),
+        generators=of_generators and figure(of_generators, "AUC by generator"),
         constant=[name for name in found.nuisances if name not in varying],
         confidence=f"{CONFIDENCE:.0%}",
         folds=FOLDS,

@@ -30,11 +30,6 @@ class Photograph:
     content: str
     regions: Sequence[tuple[float, float, float, float, str]] = ()
 
-    @property
-    def name(self) -> str:
-        """The file's name without package and ending."""
-        return Path(self.file).stem
-
     def pixels(self) -> np.ndarray:
         """uint8 [H, W, 3], RGB at native resolution; raises UserError where the wheel lacks the file."""
         return _read(self.file)

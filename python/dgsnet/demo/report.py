@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from markupsafe import Markup
 from scipy.stats import t as student
 
 from dgsnet.config import Config
@@ -65,7 +64,7 @@ def write(
     }
     text = page.render(
         Path(__file__).with_name("report.html"),
-        figures={name: Markup(svg) for name, svg in figures.items()},
+        figures=figures,
         methods=demo.METHODS,
         colors=COLORS,
         measures=demo.MEASURES,

@@ -126,6 +126,8 @@ def read(checkpoint: Path, *, name: str, alpha: float) -> Official:
     state = _load(checkpoint)
     try:
         found = _stage2(state, name, alpha) if _holds(state, STUDENT) else _stage1(state, name)
+        if state:
+            raise ValueError(f"{min(state)} is unknown to this layout")
     except ValueError as error:
         raise UserError(f"{checkpoint} is no checkpoint of DGS-Net on {name}: {error}") from None
     found.sha256 = hashlib.sha256(np.memmap(checkpoint, mode="r").data).hexdigest()
@@ -163,7 +165,6 @@ def _load(checkpoint: Path) -> State:
 def _stage1(state: State, name: str) -> Official:
     heads = _heads(state, {TEACHER_HEAD: "teacher_head"}, _skeleton(name).dim)
     clip = _part(state, TEACHER, _shapes(name)[0])
-    _nothing_left(state)
     # In stage 1 the frozen encoder with its head is the detector; there is no text head yet.
     same = {key.replace("teacher", "image"): tensor for key, tensor in heads.items()}
     unused = {
@@ -190,7 +191,6 @@ def _stage2(state: State, name: str, alpha: float) -> Official:
     }
     adapters, rank = _adapters(state, linears)
     student = _part(state, STUDENT, split)
-    _nothing_left(state)
     merged = _check_student(student, clip, adapters, alpha / rank**0.5)
     return Official(clip, adapters, heads, rank=rank, stage=2, merged=merged)
 
@@ -268,11 +268,6 @@ def _part(state: State, prefix: str, shapes: dict[str, tuple[int, ...]]) -> Stat
             raise ValueError(f"{prefix}{name} holds values that are not finite")
         part[name] = tensor.float()
     return part
-
-
-def _nothing_left(state: State) -> None:
-    if state:
-        raise ValueError(f"{min(state)} is unknown to this layout")
 
 
 def _holds(state: State, prefix: str) -> bool:

@@ -7,7 +7,7 @@ nothing about it could be tested on a CPU, and a model is sharded once here for 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -44,30 +44,24 @@ def no_sync(module: FSDPModule) -> Iterator[None]:
 
 def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """Its state_dict with whole tensors, on the CPU; every process has to ask for it."""
-    state = optimizer.state_dict()
-    return state | {
-        "state": {
-            key: {
-                name: whole(value).cpu() if isinstance(value, Tensor) else value
-                for name, value in entry.items()
-            }
-            for key, entry in state["state"].items()
-        }
-    }
+    return _changed(optimizer.state_dict(), lambda _, x: whole(x).cpu() if isinstance(x, Tensor) else x)
 
 
 def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
     """The inverse of optimizer_state, sharded as the parameters are, over however many processes."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
 
-    def like(parameter: Tensor, value: Any) -> Any:
+    def like(number: int, value: Any) -> Any:
+        parameter = parameters[number]
         if isinstance(parameter, DTensor) and isinstance(value, Tensor) and value.dim():
             value = value.to(parameter.device)
             return distribute_tensor(value, parameter.device_mesh, parameter.placements)
         return value
 
-    entries = {
-        key: {name: like(parameters[key], value) for name, value in entry.items()}
-        for key, entry in state["state"].items()
-    }
-    optimizer.load_state_dict(state | {"state": entries})
+    optimizer.load_state_dict(_changed(state, like))
+
+
+def _changed(state: dict[str, Any], change: Callable[[int, Any], Any]) -> dict[str, Any]:
+    """A state with changed values, given each with its parameter's number."""
+    entries = state["state"].items()
+    return state | {"state": {n: {k: change(n, x) for k, x in entry.items()} for n, entry in entries}}
