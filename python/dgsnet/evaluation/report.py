@@ -50,7 +50,7 @@ def write_tables(out: str | Path, evaluation: Evaluation, *, raw_cells: bool = F
     write_file(out / "metrics.md", markdown(evaluation).encode(errors="surrogateescape"))
     said = shortcut_tables.file_probabilities(evaluation)
     frozen = evaluation.frozen.scores if evaluation.frozen else []
-    beside = {id(s): f for s, f in zip(_plain(evaluation), frozen)}
+    beside = {id(s): f for s, f in zip(evaluation.plain, frozen)}
     rows = (
         vars(s)
         | {"probability": _probability(s)}
@@ -310,18 +310,13 @@ def _suite(evaluation: Evaluation, suite: str) -> dict[str, Any]:
 
 
 def _arrays(evaluation: Evaluation, suite: str, generator: str) -> tuple[list[int], list[float]]:
-    scores = [s for s in _read(evaluation) if (s.suite, s.generator) == (suite, generator)]
+    scores = [evaluation.plain[i] for i in evaluation.read[suite, generator]]
     return [s.label for s in scores], [s.probability for s in scores]
-
-
-def _plain(evaluation: Evaluation) -> list[Score]:
-    """The images as they are."""
-    return [s for s in evaluation.scores if not s.distortion]
 
 
 def _read(evaluation: Evaluation) -> list[Score]:
     """The images as they are that could be read."""
-    return [s for s in _plain(evaluation) if not s.error]
+    return [s for s in evaluation.plain if not s.error]
 
 
 def _probability(score: Score | None) -> str:

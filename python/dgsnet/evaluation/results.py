@@ -89,6 +89,20 @@ class Evaluation:
         """Names of the distortions, in the order of their scores, without "" for none."""
         return [name for name in dict.fromkeys(s.distortion for s in self.scores) if name]
 
+    @cached_property
+    def plain(self) -> list[Score]:
+        """The images as they are."""
+        return [s for s in self.scores if not s.distortion]
+
+    @cached_property
+    def read(self) -> dict[tuple[str, str], list[int]]:
+        """(suite, generator) to the places in `plain` of the images that could be read."""
+        places: dict[tuple[str, str], list[int]] = {}
+        for place, s in enumerate(self.plain):
+            if not s.error:
+                places.setdefault((s.suite, s.generator), []).append(place)
+        return places
+
     @property
     def damaged(self) -> list[Score]:
         """The images that could not be read, and those that could not be distorted; they are in no metric."""
@@ -144,21 +158,16 @@ class Evaluation:
             return {}
         from dgsnet.evaluation.shortcuts import file_shortcut
 
-        rows: dict[tuple[str, str], list[int]] = {}
-        plain = [s for s in self.scores if not s.distortion]
-        for index, s in enumerate(plain):
-            if not s.error:
-                rows.setdefault((s.suite, s.generator), []).append(index)
         return {
             key: file_shortcut(
                 self.nuisances[chosen],
-                np.array([plain[i].label for i in chosen]),
-                np.array([plain[i].probability for i in chosen]),
+                np.array([self.plain[i].label for i in chosen]),
+                np.array([self.plain[i].probability for i in chosen]),
                 self.threshold,
                 self.file_model,
                 seed=_seed(*key),
             )
-            for key, chosen in sorted(rows.items())
+            for key, chosen in sorted(self.read.items())
         }
 
     def shortcut_of(self, result: Result) -> dict[str, float]:

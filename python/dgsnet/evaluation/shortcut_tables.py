@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 from dgsnet.evaluation.metrics import SHORTCUT_COUNTS, SHORTCUT_MEASURES
-from dgsnet.evaluation.results import Evaluation, Result, Score, bounded, percent
+from dgsnet.evaluation.results import Evaluation, Result, bounded, percent
 
 NO_INTERVAL = (math.nan, math.nan)
 
@@ -48,14 +48,10 @@ def details(evaluation: Evaluation, result: Result) -> dict[str, Any]:
 
 def file_probabilities(evaluation: Evaluation) -> dict[int, float]:
     """By a score's id(), what the files alone say; without those of which they say nothing."""
-    scores: dict[tuple[str, str], list[Score]] = {}
-    for s in evaluation.scores:
-        if not s.error and not s.distortion:
-            scores.setdefault((s.suite, s.generator), []).append(s)
     return {
-        id(s): probability
+        id(evaluation.plain[place]): probability
         for key, found in evaluation.shortcuts.items()
-        for s, probability in zip(scores[key], found.probabilities.tolist())
+        for place, probability in zip(evaluation.read[key], found.probabilities.tolist())
         if not math.isnan(probability)
     }
 

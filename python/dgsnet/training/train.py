@@ -10,14 +10,7 @@ from dgsnet.errors import UserError
 from dgsnet.files import locked
 from dgsnet.model.catalogue import check_model
 from dgsnet.processes import announced_rank, announced_size
-from dgsnet.training.checks import (
-    UPDATE_FILE,
-    check_experts,
-    check_folder,
-    training_samples,
-    warn_of_overlaps,
-    warn_of_shortcuts,
-)
+from dgsnet.training import checks
 
 
 def train(config: Config, out: str | Path, *, resume: bool = False) -> Path:
@@ -47,16 +40,16 @@ def train(config: Config, out: str | Path, *, resume: bool = False) -> Path:
     announced_size()  # which refuses a launcher that has not started what it was asked for
     # The first of a run's processes holds the folder for all of them.
     with contextlib.nullcontext() if announced_rank() else locked(out):
-        check_folder(config, out, resume)
-        if (out / UPDATE_FILE).is_file():
+        checks.check_folder(config, out, resume)
+        if (out / checks.UPDATE_FILE).is_file():
             raise UserError(f"{out} is an update: go on with its own command, dgsnet update, and --resume")
-        check_experts(config)
+        checks.check_experts(config)
         check_model(config.model, config.preprocess.image_size)
-        samples = training_samples(config, config.data.train, "train")
-        val_samples = training_samples(config, config.data.val, "val") if config.data.val else []
+        samples = checks.training_samples(config, config.data.train, "train")
+        val_samples = checks.training_samples(config, config.data.val, "val") if config.data.val else []
         if not announced_rank():
-            warn_of_overlaps(samples, val_samples)
-            warn_of_shortcuts(config, samples)
+            checks.warn_of_overlaps(samples, val_samples)
+            checks.warn_of_shortcuts(config, samples)
 
         from dgsnet.training.plan import Job
         from dgsnet.training.trainer import fit

@@ -101,7 +101,12 @@ def update(
             (new, new_out), (old, old_out) = (hold_out(samples, config.seed) for samples in (new, old))
             suites = {name: kept for name, kept in ((NEW, new_out), (OLD, old_out)) if kept}
         if steps is not None:
-            config = _limited(config, steps, len(new))
+            if steps < 1:
+                raise UserError(f"steps is {steps}; it must be 1 or more")
+            optim = config.optim
+            assert optim.batch_size != "auto"  # a run is saved with what was found
+            epochs = math.ceil(steps / math.ceil(len(new) / (optim.batch_size * optim.accumulation)))
+            config = changed(config, optim=changed(optim, epochs=epochs, max_steps=steps))
         record = {
             "model": str(model),
             "weights": hashlib.sha256((folder / WEIGHTS_FILE).read_bytes()).hexdigest()[:16],
@@ -144,16 +149,6 @@ def _configuration(config: Config, data: list[str], lr: float | None, seed: int 
         )
     except ValueError as error:
         raise UserError(str(error)) from None
-
-
-def _limited(config: Config, steps: int, images: int) -> Config:
-    """As many passes as the steps need."""
-    if steps < 1:
-        raise UserError(f"steps is {steps}; it must be 1 or more")
-    optim = config.optim
-    assert optim.batch_size != "auto"  # a run is saved with what was found
-    epochs = math.ceil(steps / math.ceil(images / (optim.batch_size * optim.accumulation)))
-    return changed(config, optim=changed(optim, epochs=epochs, max_steps=steps))
 
 
 def _samples(
