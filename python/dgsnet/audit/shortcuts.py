@@ -123,8 +123,7 @@ def find_shortcuts(
         generators: [N]; nothing is said of them where not given, or where there is only one.
         captions: [N] texts, None of images without one; None: there are none at all.
 
-    Returns:
-        Every figure with an interval. All intervals hold together with probability CONFIDENCE.
+    All intervals hold together with probability CONFIDENCE.
     """
     columns, owner = features(nuisances)
     texts = np.array(captions if captions is not None else [None] * len(labels), dtype=object)

@@ -24,13 +24,7 @@ if TYPE_CHECKING:
 BLIP = "Salesforce/blip-image-captioning-large"
 # As BLIP's authors caption: their prompt, which is not part of the caption, and their beam search.
 PROMPT = "a picture of "
-GENERATION = {
-    "num_beams": 3,
-    "max_length": 20,
-    "min_length": 5,
-    "do_sample": False,
-    "repetition_penalty": 1.0,
-}
+GENERATION = dict(num_beams=3, max_length=20, min_length=5, do_sample=False, repetition_penalty=1.0)
 COLUMNS = ("path", "caption", "error")
 
 

@@ -102,16 +102,10 @@ class Preprocessor:
     def cut(self, image: np.ndarray, *, rng: np.random.Generator | None = None) -> tuple[Tensor, int, bool]:
         """The part of preprocessing in mode "patches" that comes before the selection.
 
-        `select` makes of it what calling the preprocessor makes, with the same numbers drawn from rng.
-
-        Args:
-            image, rng: as in calling the preprocessor.
+        `select` makes of it what calling the preprocessor makes; arguments and errors are the same.
 
         Returns:
             All patches of the image, uint8 [n, p, p, 3]; the seed of the shuffle; whether to mirror.
-
-        Raises:
-            ImageError: as in calling the preprocessor.
         """
         self._check_enlarged(*image.shape[:2])
         seed = _draw_seed(rng) if rng else content_seed(image)

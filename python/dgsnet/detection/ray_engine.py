@@ -41,12 +41,10 @@ def score_on_ray(
     on this machine and stopped at the end.
 
     Args:
-        detector: the model; here its preprocessing and views.
         load: makes the same detector where it scores.
         todo: what to score. Its paths and its table are looked up on the machine of this process; the files
             must be on all machines under the same path.
         workers: processes that score, at most; None takes one per GPU, on CPUs as many as threads fill.
-        consistency: as in `scoring.score`.
 
     Raises:
         UserError: Ray is not installed, there is no such cluster, a list comes from standard input, or

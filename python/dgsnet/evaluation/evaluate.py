@@ -261,8 +261,7 @@ def evaluate_command(
         print(f"\n{suite}:\n{text_table(published_methods(comparison))}")
     for score in result.damaged:
         print(f"left out: {score.error}")
-    unread = sum(bool(s.error) for s in result.scores if not s.distortion)
-    total = len(listed)
+    unread, total = sum(bool(s.error) for s in result.plain), len(listed)
     if unread == total:
         raise UserError(f"none of the {total} images could be read")
     print(f"{unread} of {total} images could not be read; results in {out}")
