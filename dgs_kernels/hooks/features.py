@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dgs_kernels import reference
 from dgs_kernels.arguments import refuse_forward_mode
-from dgs_kernels.ops.project_align import check, project_align
+from dgs_kernels.ops.project_align import check_kinds, check_shapes, project_align
 from dgs_kernels.options import Surgery
 
 
@@ -51,7 +51,8 @@ def gradient_surgery(
         tensor([[0., 1.]])
     """
     surgery = Surgery.of(1.0, eps, order, rule)
-    check(features, harmful, beneficial, surgery, caller="gradient_surgery", name="features")
+    check_kinds(features, harmful, beneficial, surgery, "gradient_surgery", "features")
+    check_shapes(features, harmful, beneficial, "gradient_surgery", "features")
     refuse_forward_mode("gradient_surgery", features)
     return _GradientSurgery.apply(features, harmful, beneficial, surgery)
 

@@ -1,8 +1,6 @@
 """Weighted sums of gradients, layer by layer: `dgs::combine_`, what `gramian`'s weights are applied with.
 
-What an implementation has to do::
-
-    combine_(Tensor(a!)[] grads, Tensor[] objectives, Tensor weights, int[] groups) -> ()
+What an implementation has to do with the operator's arguments; the schema is below.
 
 objectives and groups are those of `gramian`; grads are T tensors of their dtype, device and shapes,
 contiguous. No two of these tensors overlap where one is written, save that grads[i] may be

@@ -1,8 +1,6 @@
 """Inner products of gradients, layer by layer: `dgs::gramian`, every pair of K lists from one reading.
 
-What an implementation has to do::
-
-    gramian(Tensor[] objectives, int[] groups, int num_objectives, Tensor(a!) out) -> ()
+What an implementation has to do with the operator's arguments and its result `out`; the schema is below.
 
 objectives are K lists of T tensors one after the other (objective k's tensor i is objectives[k * T + i]),
 2 <= K = num_objectives <= 16, T >= 1, of one dtype and device, contiguous; tensor i has the same shape in

@@ -1,9 +1,6 @@
 """Gradient surgery on rows: `dgs::project_align`.
 
-What an implementation has to do::
-
-    project_align(Tensor grad, Tensor harmful, Tensor? beneficial, Tensor? scale, float alignment, float eps,
-                  str order, str rule, Tensor(a!) out) -> ()
+What an implementation has to do with the operator's arguments and its result `out`; the schema is below.
 
 The matrices are [rows, D], D >= 1, of one dtype and device, with unit stride inside a row and any stride
 between rows (0: one row for all); out is contiguous. scale is 0-dim, of the computing type (float64 for
@@ -71,27 +68,14 @@ def project_align(
     surgery = Surgery.of(alignment, eps, order, rule)
     if private_torch.transformed() or private_torch.forward_mode():
         # Operators with an autograd formula know neither function transforms nor tangents.
-        check(grad, harmful, beneficial, surgery)
+        check_kinds(grad, harmful, beneficial, surgery)
+        check_shapes(grad, harmful, beneficial)
         constants = (harmful.detach(), None if beneficial is None else beneficial.detach())
         return reference.project_align(grad, *constants, alignment=alignment, eps=eps, order=order, rule=rule)
     return _operation(grad, harmful, beneficial, *surgery)
 
 
-def check(
-    grad: Tensor,
-    harmful: Tensor,
-    beneficial: Tensor | None,
-    surgery: Surgery,
-    *,
-    caller: str = "project_align",
-    name: str = "grad",
-) -> None:
-    """Raise what the docstrings promise; `name` is what the caller calls its first argument."""
-    _check_kinds(grad, harmful, beneficial, surgery, caller, name)
-    _check_shapes(grad, harmful, beneficial, caller, name)
-
-
-def _check_kinds(
+def check_kinds(
     grad: Tensor,
     harmful: Tensor,
     beneficial: Tensor | None,
@@ -99,12 +83,13 @@ def _check_kinds(
     caller: str = "project_align",
     name: str = "grad",
 ) -> None:
+    """Tensors and options, whatever the shapes; `name` is what the caller calls its first argument."""
     tensors = {name: grad, "harmful": harmful}
     check_tensors(caller, **(tensors if beneficial is None else tensors | {"beneficial": beneficial}))
     surgery.check(caller, grad.device)
 
 
-def _check_shapes(
+def check_shapes(
     grad: Tensor,
     harmful: Tensor,
     beneficial: Tensor | None,
@@ -183,8 +168,8 @@ def _conflicts(
 _operation = Operation(
     "project_align(Tensor grad, Tensor harmful, Tensor? beneficial, Tensor? scale, "
     "float alignment, float eps, str order, str rule) -> Tensor",
-    kinds=lambda a: _check_kinds(a.grad, a.harmful, a.beneficial, Surgery.among(a)),
-    check=lambda a: _check_shapes(a.grad, a.harmful, a.beneficial),
+    kinds=lambda a: check_kinds(a.grad, a.harmful, a.beneficial, Surgery.among(a)),
+    check=lambda a: check_shapes(a.grad, a.harmful, a.beneficial),
     lay_out=_lay_out,
     results=lambda a: (torch.empty_like(a.grad, memory_format=torch.contiguous_format),),
     finish=_finish,

@@ -1,9 +1,6 @@
 """Gradient surgery on layers: `dgs::project_align_`, in place over many tensors at once.
 
-What an implementation has to do::
-
-    project_align_(Tensor(a!)[] grads, Tensor[] harmful, Tensor[] beneficial, int[] groups, Tensor(b!) sums,
-                   Tensor? scale, float alignment, float eps, str order, str rule, str part) -> ()
+What an implementation has to do with the operator's arguments; the schema is below.
 
 T tensors belong to G groups (layers): `groups[i]` in 0..G-1, in any order; a group may be empty, its sums
 are 0. grads, harmful and beneficial (T tensors, or none: no alignment) have one dtype and device, tensor i

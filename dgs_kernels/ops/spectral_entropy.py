@@ -1,8 +1,6 @@
 """Spectral entropy of image patches: `dgs::spectral_entropy`.
 
-What an implementation has to do::
-
-    spectral_entropy(Tensor images, int patch_size, Tensor(a!) out) -> ()
+What an implementation has to do with the operator's arguments and its result `out`; the schema is below.
 
 images [B, 3, H, W] are uint8 or float32. Channels and pixels lie either planar, the pixels of a row next to
 each other and every other stride any, or interleaved as decoders leave them: the three channels of a pixel
@@ -86,7 +84,6 @@ def _lay_out(a: Named) -> Named:
 _operation = Operation(
     "spectral_entropy(Tensor images, int patch_size) -> Tensor",
     kinds=_check,
-    check=lambda a: None,
     lay_out=_lay_out,
     results=_results,
     case=_case,

@@ -1,11 +1,6 @@
 """AdamW with gradient surgery inside its step, `dgs::surgery_adamw_`: no projected gradient is written.
 
-What an implementation has to do::
-
-    surgery_adamw_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs,
-                   Tensor(d!)[] steps, Tensor[] harmful, Tensor[] beneficial, int[] groups, Tensor(e!) sums,
-                   Tensor? scale, float alignment, float surgery_eps, str order, str rule, str part,
-                   float lr, float beta1, float beta2, float weight_decay, float eps, bool maximize) -> ()
+What an implementation has to do with the operator's arguments; the schema is below.
 
 grads, harmful, beneficial, groups, sums, scale, order, rule and part (not "sums") are those of
 `project_align_`, save that grads are only read; params, exp_avgs and exp_avg_sqs have their dtype and shapes,

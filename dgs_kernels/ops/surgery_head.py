@@ -1,12 +1,6 @@
 """The three branches in closed form: `dgs::surgery_head`, and its gradient.
 
-What an implementation has to do::
-
-    surgery_head(Tensor features, Tensor teacher_features, Tensor? text_features, Tensor labels,
-                 Tensor image_weight, Tensor image_bias, Tensor teacher_weight, Tensor teacher_bias,
-                 Tensor? text_weight, Tensor? text_bias, float eps, str order, int? reference_batch_size,
-                 str text, Tensor? offsets, float distillation, Tensor(a!) losses, Tensor(b!) logits,
-                 Tensor(c!) residuals, Tensor(d!) head_grads, Tensor(e!) differences) -> ()
+What an implementation has to do with the operator's arguments and its results; the schema is below.
 
 The formulas are those of the same name in `reference.py`. The feature matrices [B, D] have one dtype and
 unit stride inside a row, the stride between rows is any (0 too). Everything else is contiguous; differences
@@ -259,7 +253,6 @@ _operation = Operation(
     "str text, Tensor? offsets, float distillation) "
     "-> (Tensor losses, Tensor logits, Tensor residuals, Tensor head_grads, Tensor differences)",
     kinds=_check,
-    check=lambda a: None,
     lay_out=_lay_out,
     results=_results,
     fake=lambda a: _empty(a, *_types(a)),

@@ -1,11 +1,6 @@
 """The backward of the three branches: `dgs::surgery_head_backward`, the features' gradient after the surgery.
 
-What an implementation has to do::
-
-    surgery_head_backward(Tensor residuals, Tensor image_weight, Tensor teacher_weight, Tensor? text_weight,
-                          Tensor image_scale, Tensor alignment_scale, ScalarType out_dtype, float eps,
-                          str order, int? reference_batch_size, Tensor? differences,
-                          Tensor? distillation_scale, float distillation, Tensor(a!) out) -> ()
+What an implementation has to do with the operator's arguments and its result `out`; the schema is below.
 
 The formula is that of the same name in `reference.py`. It fills out [B, D], contiguous and of any of the
 four storage types, from residuals [3, B], weights [1, D] and 0-dim scales of the computing type C (float64
@@ -52,7 +47,6 @@ run = Operation(
     "Tensor? text_weight, Tensor image_scale, Tensor alignment_scale, ScalarType out_dtype, "
     "float eps, str order, int? reference_batch_size, Tensor? differences, "
     "Tensor? distillation_scale, float distillation) -> Tensor",
-    check=lambda a: None,
     lay_out=_lay_out,
     results=_empty,
     finish=lambda a, out: out.to(a.out_dtype),

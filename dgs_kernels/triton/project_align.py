@@ -27,10 +27,9 @@ NARROWEST_BLOCK = 64
 CHUNK = 4096
 MOST_PARTS = tl.constexpr(512)
 
-# As kernels are told of options: by places.
-PROJECT_FIRST = tl.constexpr(ORDERS.index("project_first"))
-POSITIVE = tl.constexpr(RULES.index("positive"))
-CONFLICT = tl.constexpr(RULES.index("conflict"))
+PROJECT_FIRST = tl.constexpr(1)  # place in reference.ORDERS
+POSITIVE = tl.constexpr(0)  # places in reference.RULES
+CONFLICT = tl.constexpr(2)
 SUMS = tl.constexpr(2)  # of a row: <x, h>, <h, h>
 # Triton would ask of each of these whether it divides by 16, and compile a kernel for every combination of
 # answers: ALIGNED is one answer for all.

@@ -11,6 +11,7 @@ A launch that has been compiled need not be again, of the same kernels by the sa
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import functools
 import hashlib
@@ -43,10 +44,22 @@ PROCESSES = 2
 UNSPECIALIZED = ("do_not_specialize", "do_not_specialize_on_alignment")
 
 
+@functools.cache
 def kernels_hash() -> str:
-    """Of the kernels' files, and of the one that they take constants from."""
+    """Of the kernels and the constants that they take, not of what launches them: launches say that."""
     files = [*sorted(KERNELS.glob("*.py")), Path(dgs_kernels.reference.__file__)]
-    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
+    return hash_of({file.stem: file.read_text() for file in files})
+
+
+def hash_of(sources: dict[str, str]) -> str:
+    kept = [
+        (name, ast.dump(node))
+        for name, source in sources.items()
+        for node in ast.parse(source).body
+        if isinstance(node, (ast.Assign, ast.AnnAssign))
+        or (isinstance(node, ast.FunctionDef) and "jit" in "".join(map(ast.unparse, node.decorator_list)))
+    ]
+    return hashlib.sha256(repr(kept).encode()).hexdigest()[:16]
 
 
 def noted_files() -> list[str]:

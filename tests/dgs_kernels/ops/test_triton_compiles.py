@@ -57,3 +57,16 @@ def test_the_record_is_of_these_kernels_and_this_compiler(monkeypatch, other):
     assert triton_launches.recorded() == set(record["launches"]) != set()
     monkeypatch.setattr(triton_launches, "made_with", lambda: record["made_with"] | {other: "another"})
     assert triton_launches.recorded() == set()
+
+
+def test_another_kernel_is_told_and_another_launcher_is_not():
+    source = (triton_launches.KERNELS / "gramian.py").read_text()
+    kernel, launcher = (
+        source.replace(before, after)
+        for before, after in (("total += ", "total -= "), ("with torch.cuda.device_of(out)", "if True"))
+    )
+    assert len({source, kernel, launcher}) == 3
+    hash_of, hash_of_kernel, hash_of_launcher = (
+        triton_launches.hash_of({"gramian": text}) for text in (source, kernel, launcher)
+    )
+    assert hash_of_kernel != hash_of == hash_of_launcher
