@@ -5,14 +5,19 @@ from __future__ import annotations
 import contextlib
 import re
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 
-from PIL import TiffImagePlugin
+from PIL import JpegImagePlugin, TiffImagePlugin
 
 MAX_PIXELS = 2**27
 # A JPEG is gone through once per scan: encoders write about ten, an attacker thousands in few bytes.
 MAX_SCANS = 100
 MAX_SCANNED_PIXELS = 16 * MAX_PIXELS
+# A profile or EXIF data of 64 KiB takes one; an empty one costs Pillow a microsecond for four bytes.
+MAX_SEGMENTS = 10_000
+# Of JPEG 2000: bytes before it proper, and parts of 128 x 128 pixels are small ones for those who write them.
+MAX_BOXES = 2**16
+MAX_PRECINCTS = 2**17
 # Pillow makes Python objects, dozens of bytes each, of every value of these; encoders need some kilobytes.
 MAX_EXIF_BYTES = 2**22
 MAX_TIFF_VALUES = 2**20
@@ -43,6 +48,9 @@ def check_headers(data: bytes) -> None:
         _check_tiff(data)
     elif re.match(rb"P[0-6fy]", data):
         _check_pnm(data)
+    elif (start := data.find(b"\xff\x4f\xff\x51", 0, MAX_BOXES)) >= 0:  # where JPEG 2000 proper begins
+        with contextlib.suppress(struct.error, IndexError):  # cut off: OpenJPEG says so
+            _check_jpeg2000(data, start + 2)
 
 
 def webp_frame(data: bytes) -> tuple[int, int, int, int] | None:
@@ -69,33 +77,86 @@ _SENSORS = (32803, 34892)
 _TIFF_BYTES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8}
 # A marker, and neither a stuffed 0xff, a restart nor a filling byte.
 _MARKER = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")
+_ENDS, _NO_ENDS = frozenset({0xD8, 0xD9}), frozenset[int]()  # libjpeg gives up at a second start of image
+_LIBJPEGS_BARE = frozenset({0x01})
+_PILLOWS_BARE = frozenset(
+    marker & 0xFF for marker, (_, _, handler) in JpegImagePlugin.MARKER.items() if handler is None
+)
 
 
 def _check_jpeg(data: bytes) -> None:
-    """Refuse JPEGs that are gone through many times over, or whose EXIF data is no camera's."""
-    scans = pixels = 0
+    """Refuse JPEGs that are gone through many times over, or whose EXIF data is no camera's.
+
+    Pillow reads the segments before the first scan, and libjpeg all again: they differ in what has no length.
+    """
     exif, pictures = bytearray(), b""  # put together by Pillow, and the last directory of several pictures
+    for number, (kind, segment) in enumerate(_segments(data, _PILLOWS_BARE, _NO_ENDS)):
+        if kind == 0xDA:
+            break
+        if number >= MAX_SEGMENTS:
+            raise ImageError(f"a JPEG of more than {MAX_SEGMENTS:,} segments")
+        if kind == 0xE1 and segment.startswith(b"Exif\0\0"):
+            exif += segment[6:]
+        elif kind == 0xE2 and segment.startswith(b"MPF\0"):
+            pictures = segment[4:]
+        if len(exif) > MAX_EXIF_BYTES:
+            raise ImageError(f"its EXIF data is larger than {MAX_EXIF_BYTES:,} bytes")
+    check_exif(exif)
+    check_exif(pictures)
+    scans = pixels = 0
+    for kind, segment in _segments(data, _LIBJPEGS_BARE, _ENDS):
+        if 0xC0 <= kind <= 0xCF and kind not in (0xC4, 0xC8, 0xCC):  # start of frame
+            height, width = (int.from_bytes(segment[at : at + 2], "big") for at in (1, 3))
+            pixels = max(pixels, height * width)
+        scans += kind == 0xDA
+        if scans > MAX_SCANS or (scans > 1 and scans * pixels > MAX_SCANNED_PIXELS):
+            raise ImageError(f"a JPEG of more scans ({scans} and more) than an image of its size can need")
+
+
+def _segments(data: bytes, bare: Set[int], ends: Set[int]) -> Iterator[tuple[int, bytes]]:
+    """Kind and content of each segment of a JPEG, up to one of the `ends`; those `bare` have no content."""
     place = 2
     while found := _MARKER.search(data, place):
         kind, place = data[found.end() - 1], found.end()
-        if kind == 0xD9:  # end of image
-            break
+        if kind in ends:
+            return
+        if kind in bare:
+            continue
         length = int.from_bytes(data[place : place + 2], "big")
-        if 0xC0 <= kind <= 0xCF and kind not in (0xC4, 0xC8, 0xCC):  # start of frame
-            height, width = (int.from_bytes(data[at : at + 2], "big") for at in (place + 3, place + 5))
-            pixels = max(pixels, height * width)
-        scans += kind == 0xDA
-        if kind == 0xE1 and data.startswith(b"Exif\0\0", place + 2):
-            exif += data[place + 8 : place + length]
-        elif kind == 0xE2 and data.startswith(b"MPF\0", place + 2):
-            pictures = data[place + 6 : place + length]
-        if scans > MAX_SCANS or (scans > 1 and scans * pixels > MAX_SCANNED_PIXELS):
-            raise ImageError(f"a JPEG of more scans ({scans} and more) than an image of its size can need")
-        if len(exif) > MAX_EXIF_BYTES:
-            raise ImageError(f"its EXIF data is larger than {MAX_EXIF_BYTES:,} bytes")
-        place += length
-    check_exif(exif)
-    check_exif(pictures)
+        yield kind, data[place + 2 : place + length]
+        place += max(length, 2)
+
+
+def _check_jpeg2000(data: bytes, place: int) -> None:
+    """Refuse JPEG 2000 of more precincts than an image needs, all of which OpenJPEG has in memory at once."""
+    width = height = components = end = 0
+    while place + 4 <= len(data):
+        kind, length = struct.unpack_from(">HH", data, place)
+        content = data[place + 4 : place + 2 + length]
+        coding = b""  # a style, the levels, four bytes, and where the style says so the precincts' sizes
+        if kind == 0xFF51:
+            right, bottom, left, top, *_, components = struct.unpack_from(">8LH", content, 2)
+            width, height = right - left, bottom - top
+        elif kind == 0xFF52:
+            coding = content[:1] + content[5:]
+        elif kind == 0xFF53:
+            coding = content[1 if components < 257 else 2 :]
+        elif kind == 0xFF90:
+            (size,) = struct.unpack_from(">L", content, 2)
+            end = place + size if size else len(data)
+        elif kind == 0xFF93:  # the data of a tile, as long as its header has said
+            place = max(end, place + 2)
+            continue
+        elif kind == 0xFFD9:
+            return
+        if coding and coding[0] & 1:
+            number = sum(
+                -(-width >> left) * -(-height >> left) // (1 << (size & 15) + (size >> 4))
+                for left, size in zip(range(coding[1], -1, -1), coding[6:])
+            )
+            if number * components > MAX_PRECINCTS:
+                raise ImageError(f"a JPEG 2000 image of more than {MAX_PRECINCTS:,} precincts")
+        place += 2 + length
 
 
 def _check_tiff(data: bytes) -> None:

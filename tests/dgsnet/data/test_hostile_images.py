@@ -79,6 +79,24 @@ def jpeg_of_scans(repetitions, side):
     return data[:-2] + data[last:-2] * repetitions + data[-2:]
 
 
+def jpeg_of_hidden_scans(repetitions, side):
+    """The same, each behind a marker that has no length, of which the scan's own marker would be one."""
+    data = encode(Image.new("RGB", (side, side)), "jpeg", progressive=True)
+    last = data.rindex(b"\xff\xda")
+    return data[:last] + (b"\xff\x01" + data[last:-2]) * repetitions + data[-2:]
+
+
+def jpeg2000_of_precincts(side):
+    """A small file whose header says that each pixel is a precinct."""
+    data = bytearray(encode(Image.new("L", (64, 64)), "jpeg2000", no_jp2=True, num_resolutions=1))
+    size, coding = data.index(b"\xff\x51"), data.index(b"\xff\x52")
+    for place in (size + 6, size + 22):  # the image, and its only tile
+        struct.pack_into(">LL", data, place, side, side)
+    data[coding + 3] += 1
+    data[coding + 4] |= 1
+    return bytes(data[: coding + 14] + b"\0" + data[coding + 14 :])
+
+
 def jpeg_with(segment, times):
     data = encode(Image.new("RGB", (32, 32)), "jpeg")
     return data[:2] + segment * times + data[2:]
@@ -138,6 +156,13 @@ MADE_TO_HURT = {
     "one row": (lambda: png(2**26, 1, 8, 0, []), "a side longer than 131,072 pixels"),
     "JPEG scans": (lambda: jpeg_of_scans(2000, 64), "a JPEG of more scans"),
     "JPEG scanned pixels": (lambda: jpeg_of_scans(90, 6000), "a JPEG of more scans"),
+    "JPEG hidden scans": (lambda: jpeg_of_hidden_scans(2000, 64), "a JPEG of more scans"),
+    "JPEG EXIF behind an end": (
+        lambda: jpeg_with(b"\xff\xd9" + segments(b"\xe1", b"Exif\0\0", overlapping_exif()), 1),
+        "an EXIF directory of more than",
+    ),
+    "JPEG segments": (lambda: jpeg_with(b"\xff\xe0\0\2", 50_000), "a JPEG of more than 10,000 segments"),
+    "JPEG 2000 precincts": (lambda: jpeg2000_of_precincts(1000), "of more than 131,072 precincts"),
     "JPEG EXIF": (lambda: jpeg_with(EXIF, 200), "its EXIF data is larger than"),
     "JPEG profile": (lambda: jpeg_with(ICC, 200), None),
     "GIF frame": (gif_larger_than_its_canvas, "larger than"),
