@@ -310,6 +310,8 @@ def _item(
     for what, value, kinds in (("caption", caption or "", str), ("twin", twin or "", (str, int))):
         if not isinstance(value, kinds):
             raise UserError(f"{where}: {what} is not text")
+        if isinstance(value, str) and len(value) > tar.MAX_TEXT:
+            raise UserError(f"{where}: a {what} of more than {tar.MAX_TEXT:,} letters")
     found = LABELS.get(str(label).strip().lower())
     if found is None:
         place["error"] = f"{where}: label {label!r} is unknown; use 0 or real, 1, fake or generated"

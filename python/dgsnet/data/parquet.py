@@ -19,6 +19,7 @@ from dgsnet.errors import UserError
 # Images in Parquet are held, and sent between processes, as they are: large ones must not add up.
 MAX_IMAGE = 2**26
 MAX_GROUP = 2**30
+MOST_COMPRESSED = 8  # times, of a larger row group that is read a row at a time
 # Encoded images of row groups that each process keeps.
 KEPT_BYTES = 2**28
 # Of a text, of the texts of a row group, and rows of texts in memory at a time: few bytes in a file can stand
@@ -78,11 +79,14 @@ def stream(source: str) -> Iterator[tuple[int, int, int, bytes | None, str]]:
     images, and its image or why there is none.
 
     Raises:
-        ImageError: it is not readable.
+        ImageError: it is not readable, or a row group is made to fill the memory.
     """
     with _opened(source) as (file, columns):
         for group in range(file.num_row_groups):
-            size = _size(file, group, columns["image"])
+            size, compressed = _sizes(file, group, columns["image"])
+            # Encoded images hardly become smaller: what does is made to fill the memory, a page at a time.
+            if size > max(MAX_GROUP, MOST_COMPRESSED * compressed):
+                raise ImageError(_too_large(group, columns["image"], MAX_GROUP))
             for row, value in enumerate(_values(file, columns["image"], group)):
                 try:
                     yield group, row, size, _content(value, source), ""
@@ -190,15 +194,19 @@ def _class_names(schema: Any) -> dict[str, list[str]]:
 
 def _checked_size(file: Any, group: int, column: str, most: int) -> int:
     """Bytes of a column in a row group, as the file's footer tells; ImageError if they are too many."""
-    if (size := _size(file, group, column)) > most:
+    if (size := _sizes(file, group, column)[0]) > most:
         raise ImageError(_too_large(group, column, most))
     return size
 
 
-def _size(file: Any, group: int, column: str) -> int:
+def _sizes(file: Any, group: int, column: str) -> tuple[int, int]:
+    """Bytes of a column in a row group, and those that they take in the file."""
     found = file.metadata.row_group(group)
-    columns = [found.column(i) for i in range(found.num_columns)]
-    return sum(c.total_uncompressed_size for c in columns if c.path_in_schema.split(".")[0] == column)
+    parts = (found.column(i) for i in range(found.num_columns))
+    of_column = [part for part in parts if part.path_in_schema.split(".")[0] == column]
+    return sum(part.total_uncompressed_size for part in of_column), sum(
+        part.total_compressed_size for part in of_column
+    )
 
 
 def _too_large(group: int, column: str, most: int) -> str:

@@ -194,6 +194,15 @@ def test_large_row_groups_are_refused_from_the_footer_and_scored_all_the_same(tm
         samples[7].read()
 
 
+def test_a_column_that_unpacks_to_many_times_its_size_is_not_unpacked(tmp_path, monkeypatch):
+    monkeypatch.setattr(parquet, "MAX_GROUP", 2**20)
+    options = {"compression": "zstd", "use_dictionary": False, "row_group_size": 4}
+    source = write(tmp_path / "t.parquet", {"image": [*FILES, bytes(2**21)]}, **options)
+    *items, last = find_items([str(source)])
+    assert [item.data for item in items] == FILES and last.path == str(source)
+    assert "image of row group 1 takes more than 1,048,576 bytes" in last.error
+
+
 def test_long_texts_of_a_row_group_are_refused_from_the_footer(tmp_path, monkeypatch):
     monkeypatch.setattr(parquet, "MAX_TEXTS", 1000)
     columns = {"image": FILES, "label": [0, 1, 1, 0], "prompt": [letter * 400 for letter in "abcd"]}
