@@ -6,10 +6,13 @@ Every default is the official DGS-Net setting unless a comment says otherwise.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from dgsnet.errors import UserError
 from dgsnet.files import one_line
@@ -47,7 +50,7 @@ class ModelConfig:
     lora_targets: Literal["qkv", "qkvo", "mlp", "all"] = "qkv"
 
     def __post_init__(self) -> None:
-        _at_least(0, lora_rank=self.lora_rank)
+        _between(0, 2**12, lora_rank=self.lora_rank)
         _fraction(lora_dropout=self.lora_dropout)
 
 
@@ -74,6 +77,8 @@ class PreprocessConfig:
     flip: bool = True
 
     def __post_init__(self) -> None:
+        _between(1, 2**14, image_size=self.image_size, patch_size=self.patch_size)
+        _between(1, 2**20, num_patches=self.num_patches)
         side = round(self.num_patches**0.5)
         if self.mode == "patches" and (
             side * side != self.num_patches or side * self.patch_size != self.image_size
@@ -122,8 +127,9 @@ class DataConfig:
     def __post_init__(self) -> None:
         self.train = [self.train] if isinstance(self.train, str) else list(self.train)
         self.val = [self.val] if isinstance(self.val, str) else list(self.val)
-        _at_least(0, workers=self.workers or 0, views=self.views)
-        _at_least(1, prefetch=self.prefetch)
+        _at_least(0, views=self.views)
+        _between(0, 2**10, workers=self.workers or 0)
+        _between(1, 2**10, prefetch=self.prefetch)
 
 
 @dataclass
@@ -168,6 +174,8 @@ class OptimConfig:
         _at_least(1, accumulation=self.accumulation, epochs=self.epochs)
         _at_least(0, lr=self.lr, weight_decay=self.weight_decay, max_steps=self.max_steps)
         _at_least(0, head_epochs=self.head_epochs)
+        if len(self.betas) != 2:
+            raise ValueError(f"betas={self.betas} must be two numbers")
         _fraction(beta1=self.betas[0], beta2=self.betas[1])
         for name, value in (("precision", "fp16"), ("compile", "reduce-overhead")):
             # A loss scale, and CUDA graphs, know of no weights that come and go.
@@ -275,11 +283,51 @@ def read_config(path: Path) -> Config:
         config = Config.load(path)
         if "model" not in json.loads(path.read_text()):
             raise ValueError("it names no model")
+        check_types(config)
         return config
     except FileNotFoundError:
         raise UserError(f"{path} is missing: a run or a model has one") from None
-    except (ValueError, TypeError, AttributeError) as error:
-        raise UserError(f"{path} is damaged or of another version of dgsnet: {one_line(error)}") from None
+    except (ValueError, TypeError, AttributeError, LookupError, OverflowError, RecursionError) as error:
+        raise UserError(
+            f"{path} is damaged or of another version of dgsnet: {one_line(error)[:200]}"
+        ) from None
+
+
+def check_types(values: Any, where: str = "") -> None:
+    """ValueError names a field of a dataclass whose value is not of its type, or no finite number."""
+    for name, hint in _hints(type(values)).items():
+        value = getattr(values, name)
+        if dataclasses.is_dataclass(value):
+            check_types(value, f"{where}{name}.")
+        elif not _is(value, hint):
+            shown = one_line(ValueError(repr(value)[:80]))
+            kind = {float: "number", int: "whole number", str: "text"}.get(hint, hint)
+            raise ValueError(f"{where}{name}={shown} is no {kind}")
+
+
+@functools.cache
+def _hints(cls: type) -> dict[str, Any]:
+    return get_type_hints(cls)
+
+
+def _is(value: Any, hint: Any) -> bool:
+    """Whether a value from JSON is of a type; no number is a truth value, and none is beyond 64 bits."""
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin in (Union, UnionType):
+        return any(_is(value, argument) for argument in arguments)
+    if origin is Literal:
+        return isinstance(value, str) and value in arguments
+    if origin is list:
+        return isinstance(value, list) and all(_is(item, arguments[0]) for item in value)
+    if origin is tuple:
+        inner = (arguments[0],) * len(value) if arguments[1:] == (...,) else arguments
+        return len(value) == len(inner) and all(map(_is, value, inner))
+    if dataclasses.is_dataclass(hint):
+        return isinstance(value, hint)
+    if hint in (int, float):
+        number = isinstance(value, int if hint is int else (int, float)) and not isinstance(value, bool)
+        return number and abs(value) < 2**63 and math.isfinite(value)
+    return isinstance(value, hint or type(None))
 
 
 def _flatten(values: dict[str, Any], prefix: str) -> dict[str, Any]:
@@ -295,6 +343,12 @@ def _at_least(minimum: int, **values: float) -> None:
             raise ValueError(f"{name}={value} must be at least {minimum}")
 
 
+def _between(minimum: int, maximum: int, **values: float) -> None:
+    for name, value in values.items():
+        if not minimum <= value <= maximum:
+            raise ValueError(f"{name}={value} must be in {minimum}..{maximum}")
+
+
 def _fraction(**values: float) -> None:
     for name, value in values.items():
         if not 0 <= value < 1:
@@ -303,6 +357,8 @@ def _fraction(**values: float) -> None:
 
 def _build(cls: type, values: dict[str, Any], where: str) -> Any:
     known = {f.name: f for f in dataclasses.fields(cls)}
+    if not isinstance(values, dict):
+        raise ValueError(f"{where.rstrip('.') or 'it'} is no object")
     unknown = sorted(set(values) - known.keys())
     if unknown:
         raise ValueError(f"unknown setting {where}{unknown[0]}; known: {', '.join(sorted(known))}")

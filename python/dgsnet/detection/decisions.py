@@ -13,6 +13,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
+from dgsnet.config import check_types
 from dgsnet.errors import UserError
 from dgsnet.files import one_line, write_file
 
@@ -29,14 +30,17 @@ PRECISIONS = get_args(Precision)
 # What scores are made with where nothing else is said, by the names in Calibration.
 SETTINGS: dict[str, Any] = {"views": 1, "batch": 1, "precision": "fp32"}
 
+# Views of an image, and images of a batch.
+MOST = 2**12
+
 
 def check_setting(name: str, value: Any) -> None:
     """UserError where one of SETTINGS has a value that it cannot have."""
     if name == "precision":
         if value not in PRECISIONS:
             raise UserError(f"precision is {value!r}; it must be one of {', '.join(PRECISIONS)}")
-    elif value < 1:
-        raise UserError(f"{name} is {value}; it must be 1 or more")
+    elif not 1 <= value <= MOST:
+        raise UserError(f"{name} is {value}; it must be in 1..{MOST:,}")
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,9 @@ class Source:
     fpr_upper: float
     fpr_observed: float
     threshold: float
+
+    def __post_init__(self) -> None:
+        check_types(self)
 
 
 @dataclass(frozen=True)
@@ -105,6 +112,7 @@ class Calibration:
     sources: tuple[Source, ...] = ()
 
     def __post_init__(self) -> None:
+        check_types(self)
         if not (self.low <= self.threshold and 0 <= self.threshold <= 1):
             raise ValueError(f"threshold={self.threshold} must be in 0..1 and low={self.low} not above it")
         if not (0 < self.temperature < math.inf):
@@ -132,13 +140,6 @@ class Calibration:
             values["sources"] = tuple(Source(**source) for source in sources)
         except TypeError:
             raise ValueError("sources are not what calibrate writes") from None
-        for name, value in values.items():
-            if (
-                name not in ("sources", "precision")
-                and not (value is None and "None" in cls.__annotations__[name])
-                and (isinstance(value, bool) or not isinstance(value, (int, float)))
-            ):
-                raise ValueError(f"{name}={value!r} is no number")
         return cls(**values)
 
 
@@ -361,9 +362,10 @@ def load_calibration(folder: str | Path) -> Calibration | None:
         return Calibration.from_json(path.read_text())
     except FileNotFoundError:
         return None
-    except ValueError as error:  # JSON's and Unicode's errors are ValueErrors too
+    # JSON's and Unicode's errors are ValueErrors too.
+    except (ValueError, OverflowError, RecursionError, UserError) as error:
         raise UserError(
-            f"{path} is damaged ({one_line(error)}): remove it, or run dgsnet calibrate with --replace"
+            f"{path} is damaged ({one_line(error)[:200]}): remove it, or run dgsnet calibrate with --replace"
         ) from None
 
 

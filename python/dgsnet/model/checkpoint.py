@@ -27,6 +27,7 @@ from torch.distributed.tensor import DTensor
 from dgsnet.config import CONFIG_FILE, Config
 from dgsnet.errors import UserError
 from dgsnet.files import one_line, replace_folder, replacing, write_synced
+from dgsnet.model.catalogue import check_image_size
 from dgsnet.model.dgsnet import DGSNet
 from dgsnet.model.folders import (
     BACKBONE_FILE,
@@ -38,6 +39,7 @@ from dgsnet.model.folders import (
 
 # Hashes of the training images' files (images.file_hash), int64, ascending.
 TRAINED_ON_FILE = "training_images.npy"
+WEIGHT_TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 FORMAT = "dgsnet-1"  # changes when an older program could not read the file rightly
 
 
@@ -74,6 +76,8 @@ def load_trained_state(model: DGSNet, state: dict[str, torch.Tensor]) -> None:
             raise ValueError(f"{name} is missing")
         if name not in expected:
             raise ValueError(f"{name} is unknown to this backbone and lora_rank")
+        if state[name].dtype not in WEIGHT_TYPES:
+            raise ValueError(f"{name} is of type {state[name].dtype}")
         if state[name].shape != expected[name].shape:
             raise ValueError(
                 f"{name} has shape {list(state[name].shape)}, expected {list(expected[name].shape)}"
@@ -189,18 +193,21 @@ def load_model(
     folder = model_folder(folder)
     config = read_model_config(folder, pretrained)
     header, state = _read_weights(folder / WEIGHTS_FILE)
-    model = build_model(config, with_text=with_text)
     try:
+        _check_rank(state, config.model.lora_rank)
+        model = build_model(config, with_text=with_text)
+        check_image_size(config.model.name, model.image_size, config.preprocess.image_size)
         load_trained_state(model, state)
     except ValueError as error:
         raise UserError(
-            f"{folder / WEIGHTS_FILE} does not fit {CONFIG_FILE} beside it: {error}; they must be of one run"
+            f"{folder / WEIGHTS_FILE} does not fit {CONFIG_FILE} beside it: {one_line(error)[:200]}; they "
+            "must be of one run"
         ) from None
-    found = fingerprint(model)
-    if found != header["backbone"]:
+    found, expected = fingerprint(model), header.get("backbone", "")
+    if found != expected:
         raise UserError(
             f"{folder} was trained on other weights of {config.model.name} than those that pretrained="
-            f"{config.model.pretrained!r} gives here (fingerprint {header['backbone']}, here {found}): "
+            f"{config.model.pretrained!r} gives here (fingerprint {expected[:80]}, here {found}): "
             "restore the weights it was trained on, or train again"
         )
     return model.to(device).eval(), config
@@ -208,18 +215,39 @@ def load_model(
 
 def read_extra(folder: str | Path) -> dict[str, Any]:
     """What save_model was given as `extra`, of a model folder or of a run folder's best model."""
-    return json.loads(_read_weights(model_folder(folder) / WEIGHTS_FILE)[0]["extra"])
+    path = model_folder(folder) / WEIGHTS_FILE
+    try:
+        extra = json.loads(_read_weights(path)[0].get("extra", "{}"))
+    except (ValueError, RecursionError) as error:
+        raise UserError(
+            f"{path} is damaged ({one_line(error)[:200]}): copy it again or train again"
+        ) from None
+    return extra if isinstance(extra, dict) else {}
 
 
 def trained_on(folder: str | Path) -> np.ndarray:
     """Hashes of the files that a model was trained on, int64 [N], ascending; none where it does not say."""
     path = model_folder(folder) / TRAINED_ON_FILE
     try:
-        return np.load(path, allow_pickle=False)
+        with open(path, "rb") as file:
+            version = np.lib.format.read_magic(file)
+            read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+            shape, _, kind = read[version](file)
+            # Before room is made for what a header claims.
+            if kind != np.int64 or len(shape) != 1 or 8 * shape[0] != os.stat(path).st_size - file.tell():
+                raise ValueError(f"numbers of type {kind} and shape {shape} where hashes belong")
+            return np.fromfile(file, kind)
     except FileNotFoundError:
         return np.empty(0, np.int64)
-    except (ValueError, EOFError) as error:
-        raise UserError(f"{path} is damaged ({one_line(error)}): copy it again, or remove it") from None
+    except Exception as error:  # NumPy's, which reads the header as Python, share no class
+        raise UserError(f"{path} is damaged ({one_line(error)[:200]}): copy it again, or remove it") from None
+
+
+def _check_rank(state: dict[str, torch.Tensor], rank: int) -> None:
+    """ValueError where adapters are of another rank, before a model is made of that one."""
+    found = {len(tensor) for name, tensor in state.items() if "lora_A" in name and tensor.ndim}
+    if found != ({rank} if rank else set()):
+        raise ValueError(f"its adapters are of rank {sorted(found)}, and lora_rank is {rank}")
 
 
 def _read_weights(path: Path) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
@@ -227,11 +255,15 @@ def _read_weights(path: Path) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
         with safe_open(str(path), framework="pt") as file:
             header = file.metadata() or {}
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path} is damaged ({one_line(error)}): copy it again or train again") from None
+    # Types that it knows and torch does not are RuntimeErrors, KeyErrors or AttributeErrors.
+    except (SafetensorError, OSError, ValueError, RuntimeError, LookupError, AttributeError) as error:
+        raise UserError(
+            f"{path} is damaged ({one_line(error)[:200]}): copy it again or train again"
+        ) from None
     if header.get("format") != FORMAT:
         raise UserError(
-            f"{path} is no model of this version of dgsnet: format {header.get('format')}, expected {FORMAT}"
+            f"{path} is no model of this version of dgsnet: format {header.get('format', '')[:80]}, expected "
+            f"{FORMAT}"
         )
     return header, state
 

@@ -209,8 +209,13 @@ def labelled(folder, root, splits=("",)):
 
 @pytest.mark.parametrize("splits", [("",), ("train", "val")])
 def test_of_a_labelled_dataset_each_option_takes_its_class(folder, tmp_path, capsys, splits):
-    root = labelled(folder, tmp_path / "root", splits)
     run = shutil.copytree(folder / "run", tmp_path / "run")
+    whole, folder = folder, tmp_path / "few"
+    for kind, few in (("real", 41), ("fake", 36)):
+        (folder / kind).mkdir(parents=True)
+        for path in sorted((whole / kind).iterdir())[:few]:
+            shutil.copy(path, folder / kind)
+    root = labelled(folder, tmp_path / "root", splits)
     (run / "best" / "calibration.json").unlink(missing_ok=True)
     command = ["calibrate", "--model", str(run), "--fpr", "0.1", "--workers", "0"]
     command += ["--batch", "16"]
@@ -219,8 +224,8 @@ def test_of_a_labelled_dataset_each_option_takes_its_class(folder, tmp_path, cap
     said = capsys.readouterr().out
     main([*command, "--replace", "--reals", str(folder / "real"), "--generated", str(folder / "fake")])
     assert load_calibration(run) == found
-    count = len(list((folder / "real").iterdir())) * len(splits)
-    assert f"its {count} real images are taken, its {90 * len(splits)} generated ones are not" in said
+    counts = [count * len(splits) for count in (41, 36)]
+    assert "its {} real images are taken, its {} generated ones are not".format(*counts) in said
 
     listed, shard = str(tmp_path / "list.csv"), str(tmp_path / "shard.tar")
     with open(listed, "w") as file, tarfile.open(shard, "w") as tar:
