@@ -26,6 +26,10 @@ def check_tensors(caller: str, **tensors: object) -> None:
             raise TypeError(f"{caller}: {name} must be a torch.Tensor, got {type_name(x)}")
         if reads_layouts and x.layout != torch.strided:
             raise TypeError(f"{caller}: {name} must be a dense tensor (.to_dense()), got layout {x.layout}")
+        if x.is_nested:
+            raise TypeError(
+                f"{caller}: {name} must be a dense tensor (.to_padded_tensor(0)), got a nested one"
+            )
 
 
 def check_items(caller: str, **lists: Sequence[object]) -> None:
@@ -59,11 +63,11 @@ def check_number(caller: str, name: str, value: object) -> None:
         raise TypeError(f"{caller}: {name} must be a number, got {type_name(value)}")
 
 
-def refuse_forward_mode(caller: str, *tensors: object) -> None:
-    """Raise where a tensor has a tangent that the operation would lose."""
+def refuse_forward_mode(caller: str, *arguments: object) -> None:
+    """Raise where a tensor, in a list or not, has a tangent that the operation would lose."""
     if not private_torch.forward_mode():
         return
-    for x in tensors:
+    for x in (x for argument in arguments for x in (argument if isinstance(argument, list) else [argument])):
         if isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None:
             raise NotImplementedError(
                 f"{caller} has no forward-mode derivative (jvp): it edits gradients, which flow backward; "

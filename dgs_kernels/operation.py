@@ -26,7 +26,8 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from dgs_kernels import backends, private_torch
-from dgs_kernels.tensors import in_a_row
+from dgs_kernels.arguments import refuse_forward_mode
+from dgs_kernels.tensors import NO_MEMORY, in_a_row, refuse_freed, refuse_zero_tensors
 
 _library = torch.library.Library("dgs", "FRAGMENT")
 
@@ -139,7 +140,12 @@ class Operation:
             if not looks_by_itself(serve):
                 return None
             results = make(a)
-            if results is None or serve(*arguments, *results) is not None:
+            if results is None:
+                return None
+            reason = serve(*arguments, *results)
+            if reason is not None:
+                if reason.endswith(NO_MEMORY):
+                    refuse_freed(name, arguments)
                 return None
             if written is not None:
                 increment_version(written(a))
@@ -154,9 +160,16 @@ class Operation:
 
     def through_torch(self, arguments: tuple) -> Any:
         """The operator, its arguments looked at before torch does; where torch does not care, its kernel."""
-        is_seen = private_torch.watched() or private_torch.transformed()
+        refuse_forward_mode(self.name, *arguments)
+        if self._written is not None and torch.jit.is_tracing():
+            raise NotImplementedError(
+                f"{self.name}: torch.jit.trace leaves out operators that write into lists: use torch.compile"
+            )
+        is_watched = private_torch.watched()
+        is_seen = is_watched or private_torch.transformed()
         wants_gradient = torch.is_grad_enabled() and self._wants_gradient(arguments)
-        if not is_seen and all(map(_is_plain, arguments)):
+        # This way under torch.func.grad too, which knows no operator's own formula.
+        if not is_watched and (wants_gradient or not is_seen) and all(map(_is_plain, arguments)):
             if wants_gradient:
                 return self._function.apply(*arguments)
             with torch.no_grad():
@@ -183,17 +196,23 @@ class Operation:
         a = self.arguments._make(arguments)
         self._kinds(a)
         self._check(a)
+        first = next(iter(a[0]), None) if isinstance(a[0], list) else a[0]
+        if first is not None:
+            case = None if self._case is None else self._case(a)
+            serve = backends.implementation(self.name, first.device.type, case)
+            if not backends.looks_by_itself(serve):
+                refuse_freed(self.name, arguments)
+        if self._written is not None:
+            refuse_zero_tensors(self.name, self._written(a))
         ready = self._lay_out(a)
         if ready is None:
             return ()
         results = self._results(ready)
         assert results is not None, f"{self.name}: what was laid out has no results"
-        first = a[0][0] if isinstance(a[0], list) else a[0]
-        case = None if self._case is None else self._case(a)
-        serve = backends.implementation(self.name, first.device.type, case)
         given = (in_a_row(x) if _are_tensors(x) else x for x in ready) if self._has_lists else ready
         reason = serve(*given, *results)
-        assert reason is None, f"{self.name}: what was laid out for a native function is refused: {reason}"
+        if reason is not None:  # what laying out does not mend, as sums of a subclass
+            raise ValueError(f"{self.name}: {reason}")
         if self._written is not None:
             increment_version(self._written(a))
             for tensor, result in zip(self._written(a), self._written(ready)):

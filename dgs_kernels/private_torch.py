@@ -16,6 +16,9 @@ profiled = torch.autograd._profiler_enabled
 # Whether one of `torch.func`'s transforms is at work, whose tensors have no memory of their own.
 transformed = torch._C._are_functorch_transforms_active
 
+# Whether a tensor is one of zeros that lie nowhere.
+is_zero_tensor = torch._C.TensorBase._is_zerotensor
+
 
 def forward_mode() -> bool:
     """Whether forward-mode differentiation is on, whose tangents kernels do not carry along."""
@@ -23,5 +26,6 @@ def forward_mode() -> bool:
 
 
 def watched() -> bool:
-    """Whether torch wants to see each operator: tracing, a dispatch mode, the profiler."""
-    return bool(torch.compiler.is_compiling() or torch.jit.is_tracing() or dispatch_modes() or profiled())
+    """Whether torch wants to see each operator: tracing, a dispatch mode, the profiler, forward mode."""
+    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    return bool(traced or dispatch_modes() or profiled() or forward_mode())

@@ -6,13 +6,16 @@ import bisect
 import itertools
 import operator
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
+from dgs_kernels import private_torch
+
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _GAPLESS = torch.ops.aten.is_non_overlapping_and_dense
+NO_MEMORY = "has no memory of its own"  # how a native function's reason ends then
 _KIND = operator.attrgetter("device", "dtype", "layout")
 
 
@@ -44,7 +47,31 @@ def plain(x: Tensor) -> Tensor:
 
     In the imaginary part of a conjugate, torch changes the signs as it reads them.
     """
-    return (x if type(x) in (Tensor, torch.nn.Parameter) else x.as_subclass(Tensor)).resolve_neg()
+    x = x if type(x) in (Tensor, torch.nn.Parameter) else x.as_subclass(Tensor)
+    return in_memory(x).resolve_neg()
+
+
+def in_memory(x: Tensor) -> Tensor:
+    """The same tensor; a zero tensor, which autograd makes where a derivative is zero, as zeros in memory."""
+    return x.clone() if private_torch.is_zero_tensor(x) else x
+
+
+def refuse_freed(caller: str, arguments: Sequence[object]) -> None:
+    """Raise where a tensor's memory was given back: reading it ends the process, in torch too."""
+    lists = (argument if isinstance(argument, list) else [argument] for argument in arguments)
+    for x in itertools.chain.from_iterable(lists):
+        if not isinstance(x, Tensor) or type(x) not in (Tensor, torch.nn.Parameter):
+            continue
+        if x.layout is not torch.strided or x.is_meta or private_torch.is_zero_tensor(x):
+            continue
+        if x.numel() and not x.untyped_storage().nbytes():
+            raise ValueError(f"{caller}: a tensor of shape {tuple(x.shape)} has no memory: it was freed")
+
+
+def refuse_zero_tensors(caller: str, written: Iterable[Tensor]) -> None:
+    """Raise where a tensor that is to be written is one of zeros that lie nowhere."""
+    if any(map(private_torch.is_zero_tensor, written)):
+        raise ValueError(f"{caller}: a zero tensor, as autograd makes them, cannot be written: clone() it")
 
 
 def number(x: Tensor | None, dtype: torch.dtype) -> Tensor | None:
@@ -199,7 +226,7 @@ def _span(x: Tensor) -> tuple[int, int]:
 
 def _places(x: Tensor) -> Tensor:
     """The addresses at which the numbers of a tensor begin; a CPU tensor."""
-    places = torch.tensor(0)
+    places = torch.tensor(0, device="cpu")
     for size, stride in zip(x.shape, x.stride()):
-        places = places[..., None] + torch.arange(size) * stride
+        places = places[..., None] + torch.arange(size, device="cpu") * stride
     return places.flatten() * x.element_size() + x.data_ptr()

@@ -21,7 +21,7 @@ namespace dgs::calls {
 namespace {
 
 const DLPackExchangeAPI* exchange;
-PyObject *tensor_type, *parameter_type, *is_neg;
+PyObject *tensor_type, *parameter_type, *is_neg, *storage_offset;
 
 Element element_of(DLDataType type) {
   if (type.lanes != 1) return Element::other;
@@ -32,13 +32,27 @@ Element element_of(DLDataType type) {
   return type.code == kDLUInt && type.bits == 8 ? Element::u8 : Element::other;
 }
 
-// Whether torch reads the numbers with their signs changed, as in the imaginary part of a conjugate. Those lie two
-// apart in memory, so of contiguous tensors only one of a single number can be such a view.
+// Whether torch reads the numbers with their signs changed, as in the imaginary part of a conjugate. Those lie an even
+// way apart in memory along every axis, so only such a tensor is looked at.
 bool negated(const View& x) {
-  if (x.numel() != 1) return false;
+  for (int i = x.ndim - 1; i >= 0; --i)
+    if (x.shape[i] != 1 && x.strides[i] % 2) return false;
   PyObject* const answer = PyObject_CallFunctionObjArgs(is_neg, x.object, nullptr);
   Py_XDECREF(answer);
   return answer != Py_False;
+}
+
+// Whether the numbers lie in memory. Those of zero tensors (autograd makes them where a derivative is zero), of tensors
+// under functionalize and of a freed storage do not: their address is no more than the way from the storage's start.
+// Torch is asked only of addresses below a tebibyte, where few memories lie.
+bool in_memory(const View& x) {
+  const auto address = reinterpret_cast<uintptr_t>(x.data);
+  if (address >> 40 || x.numel() == 0) return true;
+  PyObject* const offset = PyObject_CallFunctionObjArgs(storage_offset, x.object, nullptr);
+  const int64_t way = offset ? PyLong_AsLongLong(offset) * size_of(x.element) : -1;
+  Py_XDECREF(offset);
+  PyErr_Clear();
+  return address && way != int64_t(address);
 }
 
 struct Torch {
@@ -83,6 +97,7 @@ void View::of(PyObject* given, Call& call) {
     device = {found.device.device_type == kDLCUDA, found.device.device_id};
     ndim = found.ndim, shape = found.shape, strides = found.strides;
     if (!device.cuda && found.device.device_type != kDLCPU) call.refuse(called() + " is on another device");
+    if (!in_memory(*this)) call.refuse(called() + " has no memory of its own");
     if (negated(*this)) call.refuse(called() + " is a negated view");
   }
 }
@@ -146,8 +161,9 @@ PyMODINIT_FUNC PyInit__native() {
   tensor_type = find("torch", {"Tensor"});
   parameter_type = find("torch", {"nn", "Parameter"});
   is_neg = find("torch", {"Tensor", "is_neg"});
+  storage_offset = find("torch", {"Tensor", "storage_offset"});
   PyObject* const capsule = find("torch", {"Tensor", "__dlpack_c_exchange_api__"});
-  if (!tensor_type || !parameter_type || !is_neg || !capsule) return nullptr;
+  if (!tensor_type || !parameter_type || !is_neg || !storage_offset || !capsule) return nullptr;
   exchange = static_cast<const DLPackExchangeAPI*>(PyCapsule_GetPointer(capsule, "dlpack_exchange_api"));
   if (!exchange) return nullptr;
   if (exchange->header.version.major != DLPACK_MAJOR_VERSION || !exchange->dltensor_from_py_object_no_sync) {

@@ -61,5 +61,5 @@ def products(pairs: Sequence[tuple[list[Tensor], list[Tensor]]], groups: list[in
     columns = [torch.stack([torch.dot(x, y) for x, y in zip(*pair)]) for pair in pairs]
     # Not index_add_, whose order is not fixed on a GPU, nor a product with 0 and 1, which spreads NaN.
     by_layer = sorted(range(len(groups)), key=groups.__getitem__)
-    lengths = torch.bincount(torch.tensor(groups), minlength=count).to(columns[0].device)
+    lengths = torch.bincount(torch.tensor(groups, device="cpu"), minlength=count).to(columns[0].device)
     return torch.segment_reduce(torch.stack(columns, 1)[by_layer], "sum", lengths=lengths, unsafe=True)

@@ -21,6 +21,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from dgs_kernels.arguments import check_tensors
 from dgs_kernels.operation import Named, Operation
 from dgs_kernels.tensors import (
     check_list,
@@ -90,6 +91,7 @@ def refuse_what_is_no_tensor(caller: str, objectives: list[Tensor], count: int) 
                 f"{caller}: objectives[{n // count}][{n % count}] must be a tensor, got {type(t).__name__}; "
                 "where a loss does not reach a parameter, pass zeros"
             )
+        check_tensors(caller, **{f"objectives[{n // count}][{n % count}]": t})
 
 
 def in_lists(

@@ -30,7 +30,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dgs_kernels.arguments import check_choice, check_items, refuse_forward_mode
+from dgs_kernels.arguments import check_choice, check_items
 from dgs_kernels.operation import Named, Operation
 from dgs_kernels.options import Surgery
 from dgs_kernels.tensors import (
@@ -92,7 +92,6 @@ def project_align_(
     layers, count = number_layers("project_align_", groups, len(grads))
     device = grads[0].device if grads and isinstance(grads[0], Tensor) else None
     sums = torch.zeros(count, SUMS, dtype=sums_dtype(grads[:1]), device=device)
-    refuse_forward_mode("project_align_", *grads)
     options = (*Surgery.of(alignment, eps, order, rule), "all")
     with torch.no_grad():
         if run.past_torch((*lists, layers, sums, *options)) is None:

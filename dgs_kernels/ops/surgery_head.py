@@ -25,7 +25,6 @@ from dgs_kernels.arguments import (
     check_number,
     check_tensors,
     check_whole,
-    refuse_forward_mode,
 )
 from dgs_kernels.operation import Named, Operation
 from dgs_kernels.ops import surgery_head_backward
@@ -121,7 +120,6 @@ def surgery_head(
     """
     matrices = (features, teacher_features, text_features)
     heads = (image_weight, image_bias, teacher_weight, teacher_bias, text_weight, text_bias)
-    refuse_forward_mode("surgery_head", *matrices, labels, *heads, offsets)
     options = (eps, order, reference_batch_size, text, offsets, distillation)
     losses, logits, *_ = _operation(*matrices, labels, *heads, *options)
     image_loss, text_loss, alignment_loss, distillation_loss = losses.unbind()

@@ -343,10 +343,23 @@ def test_forward_mode(derivative):
     for function in (
         lambda x: gradient_surgery(x, h, b)[0],
         lambda x: project_align_([x], [h]),
+        lambda x: project_align_([h.float()], [x]),
         lambda x: dgs_kernels.surgery_head(**(head | {"features": x})).image_loss,
+        lambda x: dgs_kernels.gramian([[h], [x]]),
+        lambda x: dgs_kernels.combine_([h.float()], [[h.float()], [x]], torch.ones(2)),
+        lambda x: dgs_kernels.spectral_entropy(x.expand(1, 3, 3, 4), 2),
     ):
         with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
             derivative(function, x.float())
+
+
+@pytest.mark.parametrize("operation", ["project_align_", "combine_", "surgery_adamw_"])
+def test_traces_that_would_leave_an_operation_out(operation):
+    def function(x):
+        return call(operation, valid(operation)) or x
+
+    with pytest.raises(NotImplementedError, match=rf"{operation}: torch\.jit\.trace leaves out"):
+        torch.jit.trace(function, (rows(),), check_trace=False)
 
 
 def test_an_in_place_layer_may_follow_the_hook():

@@ -189,7 +189,7 @@ def test_fake_tensors():
         ),
         ([[torch.ones(2, dtype=torch.int32)]] * 2, {}, r"must be of torch.float32, .*, got torch.int32"),
         ([[torch.ones(2)], [torch.ones(2, device="meta")]], {}, r"objectives\[1\] has a tensor on meta"),
-        ([[torch.eye(2).to_sparse()]] * 2, {}, "dense tensors, not sparse"),
+        ([[torch.eye(2).to_sparse()]] * 2, {}, "must be a dense tensor"),
         ([[torch.ones(2)]] * 2, {"groups": [0, 1]}, "groups must name the layer of 1 tensors, got 2"),
     ],
 )

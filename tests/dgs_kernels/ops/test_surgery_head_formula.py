@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dgs_kernels import reference, surgery_head
+from dgs_kernels import SurgeryHead, reference, surgery_head
 from dgs_kernels.reference import ORDERS, TEXT_ROLES
 from tests.dgs_kernels.ops.surgery_heads import DIM, assert_equal, outcome, problem
 
@@ -162,3 +162,20 @@ def beneficial_of(inputs):
     logits = torch.nn.functional.linear(teacher, inputs.teacher_weight, inputs.teacher_bias).squeeze(1)
     loss = torch.nn.functional.binary_cross_entropy_with_logits(logits, inputs.labels.double())
     return torch.autograd.grad(loss, teacher)[0]
+
+
+def test_torch_func_grad():
+    """Gradients of features and heads are those of backward()."""
+    head, features = SurgeryHead(5), torch.randn(4, 5)
+    teacher, text, labels = torch.randn(4, 5), torch.randn(4, 5), torch.tensor([1.0, 0.0, 1.0, 1.0])
+
+    def loss(parameters, features):
+        out = torch.func.functional_call(head, parameters, (features, teacher, text, labels))
+        return out.image_loss + out.text_loss + 0.2 * out.alignment_loss
+
+    of_heads, of_features = torch.func.grad(loss, argnums=(0, 1))(dict(head.named_parameters()), features)
+    leaf = features.clone().requires_grad_()
+    loss(dict(head.named_parameters()), leaf).backward()
+    torch.testing.assert_close(of_features, leaf.grad)
+    for name, p in head.named_parameters():
+        torch.testing.assert_close(of_heads[name], torch.zeros_like(p) if p.grad is None else p.grad)
