@@ -66,14 +66,22 @@ class SurgeryAdamW(torch.optim.AdamW):
         surgery_eps: float = 1e-6,
         **surgery: Any,
     ) -> None:
-        refused = {"amsgrad": amsgrad, "capturable": capturable, "differentiable": differentiable}
-        for name in (name for name, value in (refused | {"fused": fused}).items() if value):
-            raise ValueError(
-                f"SurgeryAdamW has no {name}: use OptimizerSurgery on torch.optim.AdamW({name}=True)"
-            )
+        given = {"amsgrad": amsgrad, "capturable": capturable, "differentiable": differentiable}
+        _refuse_unsupported(given | {"fused": fused})
         super().__init__(params, lr, betas, eps, weight_decay, maximize=maximize, foreach=foreach)
         check_keywords("SurgeryAdamW", ReferenceSurgery, surgery)
         self.surgery = ReferenceSurgery(self, eps=surgery_eps, **surgery)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """See `torch.optim.Optimizer`; a group has the options of the constructor, and no others."""
+        _refuse_unsupported(param_group)
+        super().add_param_group(param_group)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """See `torch.optim.Optimizer`; nothing is loaded of an AdamW with options that are not supported."""
+        for group in state_dict["param_groups"]:
+            _refuse_unsupported(group)
+        super().load_state_dict(state_dict)
 
     def harmful(self) -> AbstractContextManager[None]:
         """See `OptimizerSurgery.harmful`."""
@@ -145,9 +153,22 @@ class SurgeryAdamW(torch.optim.AdamW):
         for p in params:
             state = self.state[p]
             if not state:
-                state["step"] = torch.tensor(0.0)
+                state["step"] = torch.tensor(0.0, device="cpu")
                 state["exp_avg"] = torch.zeros_like(p, memory_format=torch.preserve_format)
                 state["exp_avg_sq"] = torch.zeros_like(p, memory_format=torch.preserve_format)
-            elif state["step"].device.type != "cpu":  # loaded from a fused AdamW
+            elif state["step"].device.type != "cpu":  # as fused AdamW leaves it
                 state["step"] = state["step"].cpu()
         return tuple([self.state[p][name] for p in params] for name in ("exp_avg", "exp_avg_sq", "step"))
+
+
+def _refuse_unsupported(options: dict[str, Any]) -> None:
+    """Raise where an option asks for steps that are none of these."""
+    for name in ("amsgrad", "capturable", "differentiable", "fused"):
+        if options.get(name):
+            raise ValueError(
+                f"SurgeryAdamW has no {name}: use OptimizerSurgery on torch.optim.AdamW({name}=True)"
+            )
+    if not options.get("decoupled_weight_decay", True):
+        raise ValueError(
+            "SurgeryAdamW decays weights apart from gradients: use OptimizerSurgery on torch.optim.Adam"
+        )

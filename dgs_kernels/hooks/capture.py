@@ -7,21 +7,20 @@ gradients cannot be right.
 from __future__ import annotations
 
 import sys
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from types import FrameType
-from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, TypeGuard
+from typing import Any, ClassVar, NoReturn
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from dgs_kernels.arguments import check_choice, check_class
-from dgs_kernels.tensors import sums_dtype
-
-if TYPE_CHECKING:
-    from torch.distributed.tensor import DTensor
+from dgs_kernels.hooks.ranks import compare, is_sharded
+from dgs_kernels.tensors import in_memory, sums_dtype
 
 GRANULARITIES = ("tensor", "layer", "model")
 Gradient = dict[Tensor, Tensor]  # of parameters
@@ -38,6 +37,7 @@ class Capture:
     process_group: dist.ProcessGroup | None = None
     check_ranks: bool = True
     caller: ClassVar[str]  # the public class, for messages
+    wrapped: ClassVar[str] = ""  # what else to do where the optimiser is wrapped
 
     def __post_init__(self) -> None:
         inner = getattr(self.optimizer, "optimizer", None)
@@ -45,6 +45,7 @@ class Capture:
         if isinstance(inner, torch.optim.Optimizer):
             raise TypeError(
                 f"{self.caller}: {kind} only wraps an optimizer and runs no hooks: pass its .optimizer"
+                f"{self.wrapped}"
             )
         if not isinstance(self.optimizer, torch.optim.Optimizer):
             raise TypeError(f"{self.caller}: optimizer must be a torch.optim.Optimizer, got {kind}")
@@ -52,6 +53,7 @@ class Capture:
         check_class(self.caller, "model", self.model, nn.Module)
         check_class(self.caller, "scaler", self.scaler, torch.amp.GradScaler)
         check_class(self.caller, "process_group", self.process_group, getattr(dist, "ProcessGroup", ()))
+        self._hook: Callable[[], BeforeStep | None] = lambda: None
         self._captured: dict[str, Gradient] = {}
         self._open: str | None = None
         self._layers: dict[Tensor, str] = {}
@@ -61,8 +63,35 @@ class Capture:
         for param in self.parameters():
             self.layer(param)
 
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"optimizer": self.optimizer, "_hook": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        for name, value in state.items():
+            setattr(self, name, value)
+        self._hook = lambda: None
+
     def parameters(self) -> list[Tensor]:
         return [p for group in self.optimizer.param_groups for p in group["params"]]
+
+    def task(self) -> Gradient:
+        """What stands in `.grad`, in memory, so that it can be edited there."""
+        found = {p: in_memory(p.grad) for p in self.parameters() if p.grad is not None}
+        for p, grad in found.items():
+            if grad is not p.grad:
+                p.grad = grad
+        return found
+
+    @property
+    def captured(self) -> bool:
+        """Whether anything was, since the last step."""
+        return bool(self._captured)
+
+    def remove(self) -> None:
+        """Undo it: the optimiser steps with plain gradients again."""
+        if hook := self._hook():
+            hook.remove()
+        self.clear()
 
     def clear(self) -> None:
         """Forget what was captured since the last step."""
@@ -79,7 +108,7 @@ class Capture:
         self._check_unreduced()
         captured, params = self._captured.get(name, {}), [p for p in self.parameters() if p.requires_grad]
         # DDP with gradient_as_bucket_view points .grad into buckets that the next backward overwrites.
-        shared = dist.is_available() and dist.is_initialized() and not any(map(_is_sharded, params))
+        shared = dist.is_available() and dist.is_initialized() and not any(map(is_sharded, params))
         task = [p.grad.clone() if shared and p.grad is not None else p.grad for p in params]
         before = {p: stamp(g) for p, g in captured.items()}
         self._open = context
@@ -102,6 +131,7 @@ class Capture:
                     f"{context}: the gradient of {self.layer(p)} is sparse; surgery needs dense gradients "
                     "(nn.Embedding(sparse=False))"
                 )
+            grad = in_memory(grad)
             captured[p] = grad.clone() if shared and captured.get(p) is not grad else grad
         self._check_unreduced()
         if all(before.get(p) == stamp(g) for p, g in arrived.items()):
@@ -146,7 +176,7 @@ class Capture:
         """
         if self.scaler is None or not self.scaler.is_enabled():
             return True
-        if any(_is_sharded(t) for t in captured):
+        if any(is_sharded(t) for t in captured):
             raise RuntimeError(
                 "GradScaler does not know of gradients captured under FSDP2: train in bfloat16"
             )
@@ -209,7 +239,7 @@ class Capture:
 
     def _check_unreduced(self) -> None:
         """FSDP2 without gradient synchronisation keeps gradients where they would join another loss's."""
-        if not any(_is_sharded(p) for p in self.parameters()):
+        if not any(is_sharded(p) for p in self.parameters()):
             return
         if self.model is None:
             raise ValueError(
@@ -245,23 +275,30 @@ class Capture:
 
         `norms` are the squared norms of each kind of gradient [G], the same number of kinds on all ranks.
         """
-        if self._ranks_checked:
-            return
-        self._ranks_checked = True
-        if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
-            return
-        everywhere: list = [None] * dist.get_world_size()
-        mine = {what: norm.double().cpu() for what, norm in norms.items()}
-        dist.all_gather_object(everywhere, mine)
-        for what, norm in mine.items():
-            theirs = [rank[what] for rank in everywhere]
-            close = [len(t) == len(norm) and torch.allclose(t, norm, 1e-3, 0, True) for t in theirs]
-            if not all(close):
-                raise RuntimeError(
-                    f"the {what} gradients differ between ranks. DDP reduces only the first backward after a "
-                    "forward: make that the task's, and pass process_group= to average captured gradients at "
-                    "each step (ranks that do not train together: check_ranks=False)"
-                )
+        if not self._ranks_checked:
+            self._ranks_checked = True
+            compare(norms, self.parameters(), self.process_group)
+
+
+class _NotKept:
+    """An optimiser, as an attribute of the surgery that it carries: in a circle both would stay."""
+
+    def __get__(self, surgery: Any, owner: type) -> Any:
+        if surgery is None:
+            return self
+        optimizer = vars(surgery)["optimizer"]()
+        if optimizer is None:
+            raise RuntimeError("the optimizer of this surgery is gone: keep it as long as the surgery")
+        return optimizer
+
+    def __set__(self, surgery: Any, given: Any) -> None:
+        # What is no optimiser is refused in a moment, in words.
+        is_one = isinstance(given, torch.optim.Optimizer)
+        vars(surgery)["optimizer"] = weakref.ref(given) if is_one else lambda: given
+
+
+# Here, since a dataclass would take it for a default.
+Capture.optimizer = _NotKept()  # type: ignore[assignment]
 
 
 @dataclass
@@ -300,41 +337,59 @@ class Part:
 
 
 class BeforeStep:
-    """`edit` runs before every step of an optimiser, which carries it as a hook and must not be copied."""
+    """`edit` runs before every step of an optimiser, which carries it as a hook and must not be copied.
 
-    def __init__(self, optimizer: torch.optim.Optimizer, edit: Callable[[], None]) -> None:
-        self.optimizer, self.edit = optimizer, edit
-        self._handle = optimizer.register_step_pre_hook(self._run)
+    With a closure it runs when the optimiser has evaluated that, at the weights that it has then.
+    """
+
+    def __init__(self, surgery: Capture, edit: Callable[[], None]) -> None:
+        self._surgery, self._edit = surgery, edit
+        self._left_out = False  # whether a closure was given and not evaluated
+        optimizer = surgery.optimizer
+        self._handles = (
+            optimizer.register_step_pre_hook(self._before),
+            optimizer.register_step_post_hook(self._after),
+        )
         vars(optimizer).setdefault("__reduce_ex__", _NoCopy()).add(self)
 
     def remove(self) -> None:
-        self._handle.remove()
-        carried = vars(self.optimizer).get("__reduce_ex__", _NoCopy())
+        for handle in self._handles:
+            handle.remove()
+        attributes = vars(self._surgery.optimizer)
+        carried = attributes.get("__reduce_ex__", _NoCopy())
         carried.discard(self)
         if not carried:
-            vars(self.optimizer).pop("__reduce_ex__", None)
+            attributes.pop("__reduce_ex__", None)
 
-    def _run(
+    def _before(
         self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         closure = args[1] if len(args) > 1 else kwargs.get("closure")
+        self._left_out = closure is not None
         if closure is None:
-            self.edit()
+            self._edit()
             return None
-        # The closure makes the gradients, so it runs now and the optimiser is told its result.
-        with torch.enable_grad():
-            results = [closure()]
-        self.edit()
 
         def once() -> Any:
-            if not results:
+            if not self._left_out:
                 raise RuntimeError(
                     "this optimizer evaluates its closure several times in a step, as LBFGS does: surgery "
                     "needs one that does so once"
                 )
-            return results.pop()
+            with torch.enable_grad():
+                result = closure()
+            self._left_out = False
+            self._edit()
+            return result
 
         return (optimizer, once), {k: v for k, v in kwargs.items() if k != "closure"}
+
+    def _after(self, *_: Any) -> None:
+        if self._left_out and self._surgery.captured:
+            raise RuntimeError(
+                "this optimizer stepped without its closure, and without the surgery that was to follow it: "
+                "run the backwards yourself, and call step() without a closure"
+            )
 
 
 class _NoCopy(set):
@@ -366,10 +421,6 @@ def _called_by_scaler() -> bool:
     return False
 
 
-def _is_sharded(x: Tensor) -> TypeGuard[DTensor]:
-    return hasattr(x, "device_mesh")
-
-
 def stamp(x: Tensor) -> tuple[int, int]:
     """What changes when a tensor is written or replaced."""
     return id(x), local(x)._version
@@ -377,7 +428,7 @@ def stamp(x: Tensor) -> tuple[int, int]:
 
 def local(x: Tensor) -> Tensor:
     """This process's part of a tensor."""
-    if not _is_sharded(x):
+    if not is_sharded(x):
         return x
     with torch.no_grad():
         return x.to_local()
@@ -385,22 +436,12 @@ def local(x: Tensor) -> Tensor:
 
 def _place(x: Tensor, name: str) -> tuple[Tensor, tuple]:
     """This process's part of a tensor, and the mesh dimensions that the other parts are spread over."""
-    if not _is_sharded(x):
+    if not is_sharded(x):
         return x, ()
     if any(placement.is_partial() for placement in x.placements):
         raise RuntimeError(f"the gradient of {name} is a DTensor of partial sums: reduce it before the step")
     dims = (dim for dim, placement in enumerate(x.placements) if not placement.is_replicate())
     return local(x), tuple((x.device_mesh, dim) for dim in dims)
-
-
-def average(tensors: list[Tensor], group: dist.ProcessGroup) -> None:
-    if tensors:
-        flat = torch.cat([t.reshape(-1) for t in tensors])
-        dist.all_reduce(flat, group=group)
-        flat /= dist.get_world_size(group)
-        torch._foreach_copy_(
-            tensors, [f.view_as(t) for f, t in zip(flat.split([t.numel() for t in tensors]), tensors)]
-        )
 
 
 def check_keywords(caller: str, kind: type, given: dict[str, Any]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -18,12 +19,12 @@ from dgs_kernels.hooks.capture import (
     Capture,
     Gradient,
     Part,
-    average,
     check_keywords,
     local,
     stamp,
 )
 from dgs_kernels.hooks.metrics import ObjectiveMetrics
+from dgs_kernels.hooks.ranks import average
 from dgs_kernels.hooks.weightings import NAMES, Weighting, weigh
 from dgs_kernels.ops.combine_ import combine_
 from dgs_kernels.ops.gramian import MAX_OBJECTIVES, gramian
@@ -83,6 +84,7 @@ class ObjectiveSurgery(Capture):
     """
 
     caller: ClassVar[str] = "ObjectiveSurgery"
+    wrapped = "; if it edits .grad before it steps, call surgery.combine() first, or it finds nothing there"
 
     def __init__(
         self,
@@ -113,12 +115,7 @@ class ObjectiveSurgery(Capture):
         self._numbers_checked: set[int] = set()
         self._last: ObjectiveMetrics | None = None
         self._combined: dict[Tensor, tuple] = {}
-        self._hook = BeforeStep(optimizer, self._edit)
-
-    def remove(self) -> None:
-        """Undo it: the optimiser steps with plain gradients again."""
-        self._hook.remove()
-        self.clear()
+        self._hook = weakref.ref(BeforeStep(self, self._edit))
 
     def clear(self) -> None:
         """Forget what was captured since the last step."""
@@ -186,7 +183,7 @@ class ObjectiveSurgery(Capture):
         """Make one gradient in `.grad` of what was captured and of what stands there."""
         if not captured:
             return
-        task = {p: p.grad for p in self.parameters() if p.grad is not None}
+        task = self.task()
         if self.mode == "running":
             self._check_sketches(running.sketches, task)
         fresh = [name for name in captured if name != RUNNING_SUM]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import ClassVar
@@ -9,8 +10,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from dgs_kernels.hooks.capture import BeforeStep, Capture, Part, average
+from dgs_kernels.hooks.capture import BeforeStep, Capture, Part
 from dgs_kernels.hooks.metrics import SurgeryMetrics, cosine, length
+from dgs_kernels.hooks.ranks import average
 from dgs_kernels.ops.project_align_ import SUMS, run
 from dgs_kernels.options import Surgery
 from dgs_kernels.tensors import sums_dtype
@@ -56,7 +58,7 @@ class ReferenceSurgery(Capture):
         reached = harmful.keys() | beneficial.keys()
         # Through `process_group` another rank's loss may have reached what none of this one's has.
         everyone = bool(captured) and self.process_group is not None
-        task = {p: p.grad for p in self.parameters() if p.grad is not None and (everyone or p in reached)}
+        task = {p: grad for p, grad in self.task().items() if everyone or p in reached}
         parts, self._names = self.parts([task, harmful, beneficial] if beneficial else [task, harmful])
         for part in parts:
             if self.process_group is not None:
@@ -156,12 +158,7 @@ class OptimizerSurgery(ReferenceSurgery):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._hook = BeforeStep(self.optimizer, self._edit)
-
-    def remove(self) -> None:
-        """Undo it: the optimiser steps with plain gradients again."""
-        self._hook.remove()
-        self.clear()
+        self._hook = weakref.ref(BeforeStep(self, self._edit))
 
     def _edit(self) -> None:
         if not (parts := self.take()):

@@ -54,7 +54,8 @@ def pcgrad(gramian: Tensor, generator: torch.Generator) -> Tensor:
     for each i, the same in all layers.
     """
     g, count = gramian.double(), gramian.shape[1]
-    last = torch.rand(count, count, generator=generator).fill_diagonal_(2.0)  # each one's own place
+    last = torch.rand(count, count, generator=generator, device=generator.device)
+    last.fill_diagonal_(2.0)  # each one's own place
     orders = last.argsort(1)[:, :-1].to(g.device, non_blocking=True)
     energy, each = g.diagonal(dim1=1, dim2=2), torch.arange(count, device=g.device)
     weights = torch.eye(count, dtype=g.dtype, device=g.device).repeat(len(g), 1, 1)  # row i: v_i

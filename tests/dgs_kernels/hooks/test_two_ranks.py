@@ -61,8 +61,16 @@ def test_two_ranks(two_ranks, kind, loop, scenarios):
 
 
 @hooks
-def test_ranks_that_do_not_train_together(two_ranks, kind):
-    assert_same(two_ranks["ranks_that_do_not_train_together", kind], plain(kind))
+@pytest.mark.parametrize("scenario", ["ranks_that_do_not_train_together", "ddp_over_some_ranks"])
+def test_ranks_that_do_not_train_together(two_ranks, scenario, kind):
+    assert_same(two_ranks[scenario, kind], plain(kind))
+
+
+def test_stages_are_told_from_gradients_that_differ(two_ranks):
+    told = two_ranks["captured_stages", "objectives"]
+    assert (
+        "different parameters" in told and "pass process_group=, the ranks that hold the same stage" in told
+    )
 
 
 @on_parameters
@@ -86,7 +94,7 @@ def test_two_ranks_refused(two_ranks, kind, loop, scenarios, remedy):
 
 
 @pytest.mark.parametrize(
-    "scenario", ["captured_ddp", "captured_without_the_wrapper", "captured_scaler_fsdp2"]
+    "scenario", ["captured_ddp", "captured_zero", "captured_without_the_wrapper", "captured_scaler_fsdp2"]
 )
 def test_every_loss_captured_on_two_ranks(two_ranks, scenario):
     assert_same(two_ranks[scenario, "objectives"], plain("objectives"))

@@ -10,10 +10,12 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 
 from dgs_kernels import ObjectiveSurgery
 from tests.dgs_kernels.hooks.training_loops import (
+    ADAMW,
     HOOKS,
     STEPS,
     Hook,
@@ -114,6 +116,20 @@ def process_group_of_one(kind, rank):
     model = DistributedDataParallel(Net())
     options = {} if kind == "features" else {"process_group": groups[rank]}
     return train(Hook(kind, model, **options), model, rank)
+
+
+def ddp_over_some_ranks(kind, rank):
+    """DDP's wrapper knows its ranks, which are not all: the others, who train on their own, are not asked."""
+    groups = [dist.new_group([r]) for r in range(2)]
+    model = DistributedDataParallel(Net(), process_group=groups[rank])
+    hook = Hook(kind, model)
+    for step in range(STEPS):
+        hook.backward(model, batch(step + STEPS * rank))
+        hook.optimizer.step()
+        hook.optimizer.zero_grad()
+    found = [weights(model)]
+    dist.broadcast_object_list(found, src=0)
+    return found[0]
 
 
 def ddp_captures_without_the_wrapper(kind, rank):
@@ -285,7 +301,29 @@ def captured_on_some_ranks(kind, rank):
     return weights(model)
 
 
+def captured_stages(kind, rank):
+    """Every rank holds a stage of its own, and says nothing of the ranks that hold the same."""
+    model = torch.nn.Linear(2, 2 + rank)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    surgery = ObjectiveSurgery(optimizer)
+    for _ in range(2):
+        with surgery.objective():
+            model(torch.rand(3, 2)).square().sum().backward()
+    optimizer.step()
+
+
+def captured_zero(kind, rank):
+    """The outer optimiser of ZeRO carries the hook, as it has all parameters."""
+    model = DistributedDataParallel(Net())
+    hook = Hook(kind, model)
+    hook.optimizer = ZeroRedundancyOptimizer(model.parameters(), torch.optim.AdamW, **ADAMW)
+    hook.surgery = ObjectiveSurgery(hook.optimizer, every_product, "tensor")
+    return train_captured(hook, model, rank)
+
+
 CAPTURED = {
+    "captured_stages": captured_stages,
+    "captured_zero": captured_zero,
     "captured_ddp": captured_ddp,
     "captured_running_ddp": captured_running_ddp,
     "captured_without_the_wrapper": captured_without_the_wrapper,
@@ -302,6 +340,7 @@ SCENARIOS = {
     "ddp_two_backwards": ddp_two_backwards,
     "ddp_two_backwards_remedy": ddp_two_backwards_remedy,
     "process_group_of_one": process_group_of_one,
+    "ddp_over_some_ranks": ddp_over_some_ranks,
     "ddp_captures_without_the_wrapper": ddp_captures_without_the_wrapper,
     "ranks_that_do_not_train_together": ranks_that_do_not_train_together,
     "fsdp2": sharded("tensor"),
