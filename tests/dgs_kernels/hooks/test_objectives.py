@@ -192,7 +192,8 @@ def test_heads_that_only_some_losses_reach(granularity):
 
 def test_heads_with_an_optimiser_of_their_own_get_their_plain_gradients():
     model, plain = TwoHeads(), TwoHeads()
-    surgery = ObjectiveSurgery(torch.optim.SGD(model.trunk.parameters()), "mgda")
+    optimizer = torch.optim.SGD(model.trunk.parameters())
+    surgery = ObjectiveSurgery(optimizer, "mgda")
     capture(surgery, model.losses(0))
     sum(plain.losses(0)).backward()
     for mine, theirs in zip(model.second.parameters(), plain.second.parameters()):

@@ -90,7 +90,8 @@ def test_a_weighting_that_remembers_needs_one_for_each_layer():
 def test_heads_outside_are_as_with_mtl_backward():
     """Heads with an optimiser of their own: TorchJD's weights come from the shared parameters alone."""
     model, plain = TwoHeads(), TwoHeads()
-    surgery = ObjectiveSurgery(torch.optim.SGD(model.trunk.parameters()), make("UPGrad").gramian_weighting)
+    optimizer = torch.optim.SGD(model.trunk.parameters())
+    surgery = ObjectiveSurgery(optimizer, make("UPGrad").gramian_weighting)
     for loss in model.losses(0)[1]:
         with surgery.objective():
             loss.backward(retain_graph=True)
