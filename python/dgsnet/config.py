@@ -295,7 +295,7 @@ def read_config(path: Path) -> Config:
 
 def check_types(values: Any, where: str = "") -> None:
     """ValueError names a field of a dataclass whose value is not of its type, or no finite number."""
-    for name, hint in _hints(type(values)).items():
+    for name, hint in _hints(values.__class__).items():
         value = getattr(values, name)
         if dataclasses.is_dataclass(value):
             check_types(value, f"{where}{name}.")
@@ -306,7 +306,7 @@ def check_types(values: Any, where: str = "") -> None:
 
 
 @functools.cache
-def _hints(cls: type) -> dict[str, Any]:
+def _hints(cls: Any) -> dict[str, Any]:
     return get_type_hints(cls)
 
 
@@ -322,8 +322,6 @@ def _is(value: Any, hint: Any) -> bool:
     if origin is tuple:
         inner = (arguments[0],) * len(value) if arguments[1:] == (...,) else arguments
         return len(value) == len(inner) and all(map(_is, value, inner))
-    if dataclasses.is_dataclass(hint):
-        return isinstance(value, hint)
     if hint in (int, float):
         number = isinstance(value, int if hint is int else (int, float)) and not isinstance(value, bool)
         return number and abs(value) < 2**63 and math.isfinite(value)
