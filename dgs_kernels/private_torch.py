@@ -28,4 +28,4 @@ def forward_mode() -> bool:
 def watched() -> bool:
     """Whether torch wants to see each operator: tracing, a dispatch mode, the profiler, forward mode."""
     traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
-    return bool(traced or dispatch_modes() or profiled() or forward_mode())
+    return bool(traced or dispatch_modes() or profiled() or forward_ad._current_level >= 0)

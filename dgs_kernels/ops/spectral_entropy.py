@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from dgs_kernels.arguments import WHOLE, check_tensors, check_whole
+from dgs_kernels.arguments import WHOLE, check_tensors, check_whole, refuse_forward_mode
 from dgs_kernels.backends import KERNEL_PATCH_SIZE
 from dgs_kernels.operation import Named, Operation
 from dgs_kernels.tensors import plain
@@ -45,8 +45,8 @@ def spectral_entropy(images: Tensor, patch_size: int = 32) -> Tensor:
         >>> spectral_entropy(torch.full((1, 3, 64, 96), 255, dtype=torch.uint8)).shape
         torch.Size([1, 6])
     """
-    with torch.no_grad():
-        return _operation(images, patch_size)
+    refuse_forward_mode("spectral_entropy", images)  # before detach() drops the tangent
+    return _operation(images.detach() if isinstance(images, Tensor) else images, patch_size)
 
 
 def _check(a: Named) -> None:
