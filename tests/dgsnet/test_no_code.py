@@ -95,7 +95,7 @@ def place(tmp_path_factory):
         ):
             assert call(words) == 0
         with pytest.MonkeyPatch.context() as stop:
-            stop.setattr("dgsnet.data.images.Image.open", interrupt)
+            stop.setattr("dgsnet.data.items.Item.read", interrupt)
             assert call("predict data/val --model run --out scores.csv --workers 0") == 130
     (place / "captioner").mkdir()
     (place / "captioner" / "config.json").write_text(json.dumps({"model_type": "blip"}))

@@ -73,9 +73,11 @@ def export(model: str | Path, out: str | Path, format: Format, *, pretrained: st
         )
     detector = Detector.load(model, "cpu", pretrained=pretrained)
 
+    from dgsnet.detection.batches import Batches, ready
     from dgsnet.model.checkpoint import read_extra
 
-    expected = detector.logits(_pixels(detector))
+    # The export is fp32, whatever the calibration's scores were made in.
+    expected = Batches(ready(detector.model, "fp32"), 1)(_pixels(detector))
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=".export-") as folder:
         new = Path(folder) / out.name
@@ -126,6 +128,7 @@ def contract(detector: Detector) -> dict[str, Any]:
             "real_at_or_below": c.low if c else THRESHOLD,
             "decimals_before_comparing": DECIMALS,
             "calibrated": c is not None,
+            "precision": detector.precision,
         },
     }
 

@@ -171,6 +171,7 @@ def test_the_contract_suffices_to_score_an_image(run, tmp_path, format):
         "real_at_or_below": c.low,
         "decimals_before_comparing": 6,
         "calibrated": True,
+        "precision": "fp32",
     }
     # From the contract's numbers alone to the detector's input.
     image = np.random.default_rng(3).integers(0, 256, (70, 90, 3), dtype=np.uint8)
