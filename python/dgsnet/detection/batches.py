@@ -111,9 +111,8 @@ def fast_precision(device: torch.device) -> str:
     if device.type == "cuda":
         return "bf16" if torch.cuda.get_device_capability(device) >= (8, 0) else "fp32"
     if device.type == "cpu":
-        capabilities: dict = getattr(
-            torch.cpu, "get_capabilities", dict
-        )()  # older versions of torch do not tell
+        # Older versions of torch do not tell.
+        capabilities: dict = getattr(torch.cpu, "get_capabilities", dict)()
         return "bf16" if capabilities.get("amx_bf16") or capabilities.get("avx512_bf16") else "fp32"
     return "fp32"
 

@@ -157,13 +157,20 @@ def test_others_are_refused(operation, name):
                 pytest.fail(f"{kind} was served")
 
 
-@pytest.mark.parametrize("operation, name", CASES)
-def test_functionalized(operation, name):
-    """What only reads is served, what writes is refused: torch functionalizes no such operator of others."""
+def of_one(operation, name):
+    """The operation as a function of the first tensor of one argument."""
 
     def function(x):
         given = valid(operation)
         return outcome(operation, given | {name: replaced(given[name], x)})[0]
+
+    return function
+
+
+@pytest.mark.parametrize("operation, name", CASES)
+def test_functionalized(operation, name):
+    """What only reads is served, what writes is refused: torch functionalizes no such operator of others."""
+    function = of_one(operation, name)
 
     x = first(valid(operation)[name])
     if operation in WRITTEN:
@@ -176,10 +183,7 @@ def test_functionalized(operation, name):
 @pytest.mark.parametrize("operation, name", CASES)
 def test_mapped(operation, name):
     """vmap has rules for what rows are, and refuses the rest."""
-
-    def function(x):
-        given = valid(operation)
-        return outcome(operation, given | {name: replaced(given[name], x)})[0]
+    function = of_one(operation, name)
 
     x = first(valid(operation)[name])
     try:
