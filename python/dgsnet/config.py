@@ -107,9 +107,9 @@ class DataConfig:
         prefetch: batches that every worker makes ahead.
         selection: where patches are selected from decoded images: in the "workers", or on the "device" for
             the whole batch.
-        views: draws of crop, shuffle and mirroring for each training image, used in turn by the epochs; what
-            the frozen tower sees is then finite, and its features are computed once and kept on disk
-            (4 bytes per number). 0: a fresh draw in every epoch, as published.
+        views: draws of crop, shuffle, mirroring and `augment` for each training image, used in turn by the
+            epochs; what the frozen tower sees is then finite, and its features are computed once and kept on
+            disk (4 bytes per number). 0: a fresh draw in every epoch, as published.
         cache: folder where features of frozen towers are kept, of captions and, with `views`, of images;
             empty: $XDG_CACHE_HOME/dgsnet, or ~/.cache/dgsnet.
     """
@@ -130,6 +130,21 @@ class DataConfig:
         _at_least(0, views=self.views)
         _between(0, 2**10, workers=self.workers or 0)
         _between(1, 2**10, prefetch=self.prefetch)
+
+
+@dataclass
+class AugmentConfig:
+    """What training images go through before they are made the model's input; both classes alike.
+
+    Args:
+        preset: "none" (official), or what detectors are trained on: "wang", "web", "dda", "openfake",
+            "aligned" (`dgsnet.data.distortions.PRESETS`).
+        steps: more of it, after the preset's, such as "jpeg:30..95@0.5" or "blur:0.1..3@0.5": an operation,
+            its range of values and its probability; + chains operations, | chooses between chains.
+    """
+
+    preset: Literal["none", "wang", "web", "dda", "openfake", "aligned"] = "none"
+    steps: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -234,6 +249,7 @@ class Config:
         model: the backbone and its adapters.
         preprocess: from image to input.
         data: where the images are.
+        augment: what training images go through.
         optim: optimisation.
         surgery: gradient surgery.
         seed: decides initialisation, order of data, augmentation and dropout.
@@ -244,6 +260,7 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     preprocess: PreprocessConfig = field(default_factory=PreprocessConfig)
     data: DataConfig = field(default_factory=DataConfig)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     surgery: SurgeryConfig = field(default_factory=SurgeryConfig)
     seed: int = 0

@@ -58,6 +58,7 @@ SETTINGS = {
             "cache": "kept",
         },
     },
+    "augment": {"preset": "web", "steps": ["blur:1@0.3", "jpeg:50"]},
     "optim": {
         **{"lr": 0.003, "betas": [0.81, 0.91], "weight_decay": 0.02, "batch_size": 11, "accumulation": 6},
         **{"head_epochs": 8, "epochs": 9, "max_steps": 210, "precision": "bf16", "compile": "default"},

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from dgsnet.data.distortions import Degradations
 from dgsnet.data.images import ImageError, file_hash, read_image
 from dgsnet.data.items import Item
 from dgsnet.data.nuisances import file_nuisances
@@ -23,6 +24,7 @@ from dgsnet.processes import start_worker, usable_cores
 SHARDS_MIXED = 16  # shards read at a time
 # Decoded images that each process keeps: a small training set is decoded once, of a large one it is nothing.
 KEPT_BYTES = 2**26
+DEGRADED = 1  # tells its draws from others of the same image
 
 
 class ImageDataset(Dataset):
@@ -36,6 +38,7 @@ class ImageDataset(Dataset):
             patches of the image, and `pixels_on` selects on the device, for the batch at once.
         nuisances: items hold `file_nuisances` of their file too.
         views: augmentations of an image, which the epochs take in turn; 0: a new one in every epoch.
+        degradations: what images go through before they are preprocessed.
     """
 
     def __init__(
@@ -48,9 +51,10 @@ class ImageDataset(Dataset):
         selection: Literal["workers", "device"] = "workers",
         nuisances: bool = False,
         views: int = 0,
+        degradations: Degradations | None = None,
     ) -> None:
         self.samples, self.preprocess = samples, preprocess
-        self.train, self.seed = train, seed
+        self.train, self.seed, self.degradations = train, seed, degradations
         self.nuisances, self.views = nuisances, views
         self._kept: dict[int, tuple[np.ndarray, dict[str, Any]]] = {}
         self._kept_bytes = 0
@@ -79,6 +83,9 @@ class ImageDataset(Dataset):
         rng = np.random.default_rng((self.seed, view, index)) if self.train else None
         try:
             image, item = self._read(index)
+            if self.degradations:
+                # Draws of their own: with and without them crops and shuffles are the same.
+                image = self.degradations(image, np.random.default_rng((self.seed, view, index, DEGRADED)))
             if self.cut_only:
                 content = dict(zip(("patches", "seed", "flip"), self.preprocess.cut(image, rng=rng)))
             else:

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from dgsnet.data.distortions import OPERATIONS, Distortion, Operation
+from dgsnet.data.distortions import Distortion, parse_step, parse_value
 from dgsnet.errors import UserError
 
 # The sweep of `--robustness default`.
@@ -52,24 +52,15 @@ def parse(words: Sequence[str]) -> list[Distortion]:
 
 
 def _parse_step(step: str, word: str) -> list[tuple[str, float]]:
-    name, _, values = step.partition(":")
-    if name not in OPERATIONS or not values:
-        raise UserError(
-            f"--robustness {word}: {step!r} is no operation with its values; use "
-            f"{', '.join(f'{known}:VALUE' for known in OPERATIONS)}, commas between values, + between steps"
-        )
-    return [(name, _parse_value(OPERATIONS[name], value, step, word)) for value in values.split(",")]
-
-
-def _parse_value(operation: Operation, text: str, step: str, word: str) -> float:
     try:
-        value = float(text)
-    except ValueError:
-        value = float("nan")
-    if not operation.lowest <= value <= operation.highest or (operation.whole and value != int(value)):
-        kind = "a whole number" if operation.whole else "a number"
-        raise UserError(
-            f"--robustness {word}: {text!r} in {step!r} must be {kind} from {operation.lowest:g} "
-            f"to {operation.highest:g}"
-        )
-    return value
+        name, values = parse_step(step)
+    except ValueError as error:
+        raise UserError(f"--robustness {word}: {error}, commas between values, + between steps") from None
+    return [(name, _parse_value(name, value, step, word)) for value in values.split(",")]
+
+
+def _parse_value(name: str, text: str, step: str, word: str) -> float:
+    try:
+        return parse_value(name, text)
+    except ValueError as error:
+        raise UserError(f"--robustness {word}: {text!r} in {step!r} {error}") from None

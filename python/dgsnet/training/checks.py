@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dgsnet.config import CONFIG_FILE, Config, read_config
 from dgsnet.data.captions import attach_captions
@@ -12,6 +13,9 @@ from dgsnet.detection.overlap import warn_of_both_labels, warn_of_shared_images
 from dgsnet.errors import UserError
 from dgsnet.files import LOCK_FILE
 from dgsnet.model.catalogue import has_text
+
+if TYPE_CHECKING:
+    from dgsnet.data.distortions import Degradations
 
 # Settings that a resumed run may change, because they do not decide its weights.
 FREE_SETTINGS = (
@@ -78,6 +82,17 @@ def check_experts(config: Config) -> None:
             f"surgery.text={config.surgery.text} has no expert with data.captions=none: {captions}, or set "
             "data.nuisances=files"
         )
+
+
+def degradations(config: Config) -> Degradations | None:
+    """What `augment` says, None if nothing; UserError says what is wrong with a step."""
+    from dgsnet.data.distortions import PRESETS, Degradations
+
+    words = [*PRESETS[config.augment.preset], *config.augment.steps]
+    try:
+        return Degradations.parse(words) if words else None
+    except ValueError as error:
+        raise UserError(f"augment.steps: {error}") from None
 
 
 def training_samples(config: Config, roots: list[str] | str, split: str) -> list[Item]:

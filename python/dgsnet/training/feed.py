@@ -20,7 +20,7 @@ from dgsnet.data.preprocess import Preprocessor
 from dgsnet.errors import UserError
 from dgsnet.model.dgsnet import DGSNet
 from dgsnet.processes import default_workers
-from dgsnet.training.checks import uses_nuisances, uses_surgery
+from dgsnet.training.checks import degradations, uses_nuisances, uses_surgery
 from dgsnet.training.frozen import CaptionFeatures, ImageFeatures
 from dgsnet.training.plan import BRANCHES, HEAD, Job, MicroBatch, Position, StepPlan
 from dgsnet.training.step import Batch
@@ -52,6 +52,7 @@ class Feed:
             selection=data.selection,
             nuisances=uses_nuisances(config),
             views=data.views,
+            degradations=degradations(config),
         )
         self.order = loading.EpochSampler(dataset, shuffle=True, seed=config.seed, count=len(job.samples))
         images = optim.batch_size * optim.accumulation * self.world

@@ -315,7 +315,9 @@ class _WithoutPixels(Dataset):
 def _views_identity(dataset: ImageDataset, encoder: str) -> str:
     """A hash of all that decides the features; size and time of a file stand for its content."""
     digest = hashlib.sha256()
-    settings = (encoder, asdict(dataset.preprocess.config), dataset.seed, dataset.views)
+    settings: list[Any] = [encoder, asdict(dataset.preprocess.config), dataset.seed, dataset.views]
+    if dataset.degradations:  # which stores of former versions have not
+        settings.append(asdict(dataset.degradations))
     digest.update(json.dumps(settings).encode())
     for item in dataset.samples:
         try:

@@ -44,6 +44,7 @@ def train(config: Config, out: str | Path, *, resume: bool = False) -> Path:
         if (out / checks.UPDATE_FILE).is_file():
             raise UserError(f"{out} is an update: go on with its own command, dgsnet update, and --resume")
         checks.check_experts(config)
+        checks.degradations(config)
         check_model(config.model, config.preprocess.image_size)
         samples = checks.training_samples(config, config.data.train, "train")
         val_samples = checks.training_samples(config, config.data.val, "val") if config.data.val else []

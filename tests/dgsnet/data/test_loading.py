@@ -10,6 +10,7 @@ import pytest
 import torch
 from dgsnet.config import PreprocessConfig
 from dgsnet.data.captions import attach_captions
+from dgsnet.data.distortions import Degradations
 from dgsnet.data.items import Item, find_samples
 from dgsnet.data.loading import DamageReport, ImageDataset, LoaderWatch, collate, make_loader, pixels_on
 from dgsnet.data.preprocess import Preprocessor
@@ -34,9 +35,10 @@ def folder(tmp_path_factory):
     return root
 
 
-def dataset_of(folder, train=True, seed=0):
+def dataset_of(folder, train=True, seed=0, words=()):
     samples = attach_captions(find_samples(folder), "none", folder)
-    return ImageDataset(samples, PREPROCESS, train=train, seed=seed)
+    degradations = Degradations.parse(words) if words else None
+    return ImageDataset(samples, PREPROCESS, train=train, seed=seed, degradations=degradations)
 
 
 def epoch_of(loader, epoch, skip=None):
@@ -80,8 +82,10 @@ def test_image_that_preprocessing_refuses_is_reported_by_name(tmp_path):
     assert dataset[0]["error"].startswith(f"{path}: would have to be enlarged")
 
 
-def test_batches_do_not_depend_on_workers(folder):
-    loaders = [make_loader(dataset_of(folder), batch_size=5, workers=n, shuffle=True, seed=3) for n in (0, 2)]
+@pytest.mark.parametrize("words", [(), ("noise:9@0.9", "jpeg:10..90")])
+def test_batches_do_not_depend_on_workers(folder, words):
+    data = dataset_of(folder, words=words)
+    loaders = [make_loader(data, batch_size=5, workers=n, shuffle=True, seed=3) for n in (0, 2)]
     for epoch in (0, 1, 0):
         same(*(epoch_of(loader, epoch) for loader in loaders))
 
@@ -112,6 +116,24 @@ def test_no_two_of_neighbouring_seeds_epochs_and_images_draw_alike(tmp_path):
             dataset.set_epoch(epoch)
             drawn |= {dataset[index]["pixels"].numpy().tobytes() for index in range(3)}
     assert len(drawn) == 27
+
+
+def test_degradations_are_drawn_anew_for_each_image_and_epoch_and_leave_crops_where_they_were(folder):
+    plain, noisy = (dataset_of(folder, words=words) for words in ((), ("noise:9",)))
+    # As much noise as a draw of the same seed gives, of which each image and epoch has another.
+    drawn = []
+    for epoch, index in ((0, 0), (0, 1), (1, 0)):
+        for dataset in (plain, noisy):
+            dataset.set_epoch(epoch)
+        added = (noisy[index]["pixels"] - plain[index]["pixels"]).flatten()
+        assert 0 < added.std() * 0.226 * 255 < 12  # a crop elsewhere would differ by far more
+        drawn.append(added)
+    correlations = np.corrcoef(torch.stack(drawn))[np.triu_indices(3, 1)]
+    assert np.abs(correlations).max() < 0.2
+    same_seed, other = dataset_of(folder, words=("noise:9",)), dataset_of(folder, seed=1, words=("noise:9",))
+    noisy.set_epoch(0)
+    assert torch.equal(noisy[1]["pixels"], same_seed[1]["pixels"])
+    assert not torch.equal(noisy[1]["pixels"], other[1]["pixels"])
 
 
 def test_epochs_take_the_views_in_turn(tmp_path):

@@ -14,6 +14,7 @@ import pytest
 import torch
 from dgsnet.config import PreprocessConfig
 from dgsnet.data import loading
+from dgsnet.data.distortions import Degradations
 from dgsnet.data.items import find_samples
 from dgsnet.data.loading import ImageDataset
 from dgsnet.data.preprocess import Preprocessor
@@ -149,6 +150,18 @@ def test_another_run_computes_nothing(root, model, encoded, tmp_path):
     again, _ = look_up(store(model, dataset(root), tmp_path), 1, [5, 0])
     assert not encoded and torch.equal(first, again)
     assert isinstance(np.load(files(tmp_path)[0], mmap_mode="r"), np.memmap)
+
+
+@pytest.mark.usefixtures("small_files")
+def test_features_of_degraded_images_are_their_own(root, model, encoded, tmp_path):
+    store(model, dataset(root), tmp_path)
+    encoded.clear()
+    degraded = dataset(root)
+    degraded.degradations = Degradations.parse(["noise:30"])
+    features = store(model, degraded, tmp_path)
+    assert sum(encoded) == VIEWS * (IMAGES - 1)
+    found, pixels = look_up(features, 1, [5, 0, 9])
+    torch.testing.assert_close(found, model.teacher_features(pixels))
 
 
 def files(folder):

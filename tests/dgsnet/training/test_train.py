@@ -45,6 +45,11 @@ def test_a_folder_in_use_is_refused_by_the_name_of_its_process(dataset, tmp_path
         (["--out", "{new}", "--preprocess.image_size", "64"], "takes images of 32 pixels"),
         (["--out", "{new}", "--preprocess.mode", "patches"], "num_patches"),
         (["--out", "{new}", "--optim.batch_size", "0"], "batch_size=0 must be at least 1"),
+        (["--out", "{new}", "--augment.preset", "social"], 'setting "augment.preset"'),
+        (
+            ["--out", "{new}", "--augment.steps", "[jpeg:30..200]"],
+            "'30..200' in 'jpeg:30..200' must",
+        ),
         (["--out", "{new}", "--optim.lr", "fast"], 'setting "optim.lr"'),
         (["--out", "{new}", "--optim.lr", "1e9"], "training diverged"),
         (["--out", "{new}", "--surgery.mode", "magic"], 'setting "surgery.mode"'),

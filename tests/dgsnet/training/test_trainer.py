@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from dgsnet.config import Config
+from dgsnet.config import AugmentConfig, Config
 from dgsnet.data.images import file_hash, read_image
 from dgsnet.data.preprocess import Preprocessor
+from dgsnet.errors import UserError
 from dgsnet.evaluation.metrics import metrics
 from dgsnet.model import checkpoint
 from dgsnet.training.train import train
@@ -73,6 +74,18 @@ def test_the_saved_model_gives_the_validation_metrics(finished, dataset):
         ).item()
         for name in ("loss", "accuracy", "ap", "auc"):
             assert float(by_stage[stage][f"val_{name}"]) == pytest.approx(expected[name], abs=1e-5), name
+
+
+def test_degraded_images_are_trained_on_and_drawn_alike_after_an_interruption(dataset, tmp_path):
+    short = {"data_val": [], "optim_head_epochs": 1, "checkpoint_every": 1}
+    config = settings(dataset, augment=AugmentConfig("wang", ["noise:5"]), **short)
+    whole = train(config, tmp_path / "whole")
+    with interrupted_after(3):
+        train(config, tmp_path / "run")
+    assert equal(weights(train(config, tmp_path / "run", resume=True)), weights(whole))
+    assert not equal(weights(train(settings(dataset, **short), tmp_path / "plain")), weights(whole))
+    with pytest.raises(UserError, match="with augment.preset=none, it was started with wang"):
+        train(settings(dataset, **short), tmp_path / "run", resume=True)
 
 
 def test_the_seed_decides_the_result(finished, dataset, tmp_path):
