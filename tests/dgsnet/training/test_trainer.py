@@ -84,7 +84,7 @@ def test_degraded_images_are_trained_on_and_drawn_alike_after_an_interruption(da
         train(config, tmp_path / "run")
     assert equal(weights(train(config, tmp_path / "run", resume=True)), weights(whole))
     assert not equal(weights(train(settings(dataset, **short), tmp_path / "plain")), weights(whole))
-    with pytest.raises(UserError, match="with augment.preset=none, it was started with wang"):
+    with pytest.raises(UserError, match=r"with augment\.preset=none, it was started with wang"):
         train(settings(dataset, **short), tmp_path / "run", resume=True)
 
 
