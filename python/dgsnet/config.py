@@ -105,6 +105,8 @@ class DataConfig:
         workers: data-loading processes of each training process; null: as many as the machine has cores
             for, 16 at most.
         prefetch: batches that every worker makes ahead.
+        pairs: true puts a real image and its generated twin (docs/data.md) into one micro-batch, with the
+            same crop, mirroring and `augment`; "independent": with draws of their own.
         selection: where patches are selected from decoded images: in the "workers", or on the "device" for
             the whole batch.
         views: draws of crop, shuffle, mirroring and `augment` for each training image, used in turn by the
@@ -120,6 +122,7 @@ class DataConfig:
     nuisances: Literal["none", "files"] = "none"
     workers: int | None = None
     prefetch: int = 2
+    pairs: bool | Literal["independent"] = False
     selection: Literal["workers", "device"] = "workers"
     views: int = 0
     cache: str = ""
@@ -270,6 +273,8 @@ class Config:
     def __post_init__(self) -> None:
         _at_least(0, seed=self.seed)
         _at_least(1, checkpoint_every=self.checkpoint_every, log_every=self.log_every)
+        if self.data.pairs and self.optim.batch_size == 1:
+            raise ValueError("data.pairs needs an optim.batch_size of at least 2")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain nested dictionary, as written to config.json."""

@@ -53,6 +53,7 @@ SETTINGS = {
             "nuisances": "files",
             "workers": 3,
             "prefetch": 5,
+            "pairs": "independent",
             "selection": "device",
             "views": 4,
             "cache": "kept",

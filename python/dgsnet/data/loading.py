@@ -39,6 +39,8 @@ class ImageDataset(Dataset):
         nuisances: items hold `file_nuisances` of their file too.
         views: augmentations of an image, which the epochs take in turn; 0: a new one in every epoch.
         degradations: what images go through before they are preprocessed.
+        drawn_as: places [N] of the images whose augmentation each of them has, as twins have the same; None:
+            each its own.
     """
 
     def __init__(
@@ -52,10 +54,11 @@ class ImageDataset(Dataset):
         nuisances: bool = False,
         views: int = 0,
         degradations: Degradations | None = None,
+        drawn_as: np.ndarray | None = None,
     ) -> None:
         self.samples, self.preprocess = samples, preprocess
         self.train, self.seed, self.degradations = train, seed, degradations
-        self.nuisances, self.views = nuisances, views
+        self.nuisances, self.views, self.drawn_as = nuisances, views, drawn_as
         self._kept: dict[int, tuple[np.ndarray, dict[str, Any]]] = {}
         self._kept_bytes = 0
         self.cut_only = selection == "device" and preprocess.config.mode == "patches"
@@ -80,12 +83,13 @@ class ImageDataset(Dataset):
     def item(self, index: int, view: int) -> dict[str, Any]:
         """An item as an epoch has it that sees this augmentation."""
         sample = self.samples[index]
-        rng = np.random.default_rng((self.seed, view, index)) if self.train else None
+        drawn = (self.seed, view, index if self.drawn_as is None else int(self.drawn_as[index]))
+        rng = np.random.default_rng(drawn) if self.train else None
         try:
             image, item = self._read(index)
             if self.degradations:
                 # Draws of their own: with and without them crops and shuffles are the same.
-                image = self.degradations(image, np.random.default_rng((self.seed, view, index, DEGRADED)))
+                image = self.degradations(image, np.random.default_rng((*drawn, DEGRADED)))
             if self.cut_only:
                 content = dict(zip(("patches", "seed", "flip"), self.preprocess.cut(image, rng=rng)))
             else:
@@ -186,14 +190,27 @@ def epoch_order(samples: list[Item], rng: np.random.Generator) -> np.ndarray:
 class EpochSampler(Sampler[int]):
     """An order that is a function of (seed, epoch), and can start in the middle without decoding the rest.
 
-    It is one of the dataset's first `count` samples; None: of all.
+    It is one of the dataset's first `count` samples; None: of all. Pairs, places [P, 2], come one twin after
+    the other, and with an image that is in several pairs each time.
     """
 
     def __init__(
-        self, dataset: ImageDataset, *, shuffle: bool, seed: int = 0, count: int | None = None
+        self,
+        dataset: ImageDataset,
+        *,
+        shuffle: bool,
+        seed: int = 0,
+        count: int | None = None,
+        pairs: np.ndarray | None = None,
     ) -> None:
         self.dataset, self.samples = dataset, dataset.samples[:count]
         self.shuffle, self.seed = shuffle, seed
+        # What stays together, as rows of places: an image, or a pair; -1 is beside one without a twin.
+        self.units = np.arange(len(self.samples))[:, None]
+        if pairs is not None:
+            alone = np.setdiff1d(self.units, pairs)
+            units = np.concatenate([np.stack([alone, np.full_like(alone, -1)], 1), pairs])
+            self.units = units[np.argsort(units[:, 0], kind="stable")]
         self.epoch = self.skip = 0
 
     def set_epoch(self, epoch: int, skip: int | None = None) -> None:
@@ -208,13 +225,20 @@ class EpochSampler(Sampler[int]):
         self.dataset.set_epoch(epoch)
 
     def __len__(self) -> int:
-        return max(len(self.samples) - self.skip, 0)
+        return max(int((self.units >= 0).sum()) - self.skip, 0)
 
     def __iter__(self) -> Iterator[int]:
-        order = np.arange(len(self.samples))
+        left = self.left()
+        return iter(left[left >= 0].tolist())
+
+    def left(self) -> np.ndarray:
+        """The rows of `units` that are not left out of the epoch, in its order."""
+        order = np.arange(len(self.units))
         if self.shuffle:
-            order = epoch_order(self.samples, np.random.default_rng((self.seed, self.epoch)))
-        return iter(order[self.skip :].tolist())
+            first = [self.samples[place] for place in self.units[:, 0]]
+            order = epoch_order(first, np.random.default_rng((self.seed, self.epoch)))
+        units = self.units[order]
+        return units[np.searchsorted(np.cumsum((units >= 0).sum(1)), self.skip, side="right") :]
 
 
 def make_loader(

@@ -6,9 +6,12 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from dgsnet.config import CONFIG_FILE, Config, read_config
 from dgsnet.data.captions import attach_captions
 from dgsnet.data.items import Item, find_samples
+from dgsnet.data.pairs import attach_twins, find_pairs
 from dgsnet.detection.overlap import warn_of_both_labels, warn_of_shared_images
 from dgsnet.errors import UserError
 from dgsnet.files import LOCK_FILE
@@ -106,9 +109,29 @@ def training_samples(config: Config, roots: list[str] | str, split: str) -> list
             raise UserError(
                 f"{', '.join(roots)}: all training images are {kind}; training needs both classes"
             )
+        if config.data.pairs:
+            found = {root: attach_twins(s, root) for root, s in found.items()}
         if uses_text(config):
             found = {root: attach_captions(s, config.data.captions, root) for root, s in found.items()}
     return [sample for samples in found.values() for sample in samples]
+
+
+def check_pairs(config: Config, samples: list[Item]) -> None:
+    """With `data.pairs`, say in one line on stderr how many images have no twin; UserError if none has."""
+    if not config.data.pairs:
+        return
+    alone = np.setdiff1d(np.arange(len(samples)), find_pairs(samples))
+    if len(alone) == len(samples):
+        raise UserError(
+            "data.pairs: no training image has a twin: give twins.csv, the column twin, or the same name in "
+            "the folders of real and of generated images"
+        )
+    if len(alone):
+        print(
+            f"dgsnet: data.pairs: {len(alone)} of {len(samples)} training images have no twin, such as "
+            f"{samples[alone[0]].path}; they are trained on alone",
+            file=sys.stderr,
+        )
 
 
 def warn_of_overlaps(training: list[Item], validation: list[Item]) -> None:

@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
@@ -16,6 +17,7 @@ from torch.utils.data import DataLoader
 
 from dgsnet.data import loading
 from dgsnet.data.items import Item
+from dgsnet.data.pairs import find_pairs
 from dgsnet.data.preprocess import Preprocessor
 from dgsnet.errors import UserError
 from dgsnet.model.dgsnet import DGSNet
@@ -44,6 +46,13 @@ class Feed:
         samples = [*job.samples, *(job.update.replayed if job.update else [])]
         self.data_hash = _hash(samples)
         self.preprocess = Preprocessor(config.preprocess)
+        pairs = find_pairs(job.samples) if data.pairs else None
+        drawn_as = None
+        if pairs is not None:
+            self.data_hash = hashlib.sha256(f"{self.data_hash} {pairs.tolist()}".encode()).hexdigest()
+            if data.pairs != "independent":
+                drawn_as = np.arange(len(samples))
+                drawn_as[pairs[:, 1]] = pairs[:, 0]
         dataset = loading.ImageDataset(
             samples,
             self.preprocess,
@@ -53,8 +62,11 @@ class Feed:
             nuisances=uses_nuisances(config),
             views=data.views,
             degradations=degradations(config),
+            drawn_as=drawn_as,
         )
-        self.order = loading.EpochSampler(dataset, shuffle=True, seed=config.seed, count=len(job.samples))
+        self.order = loading.EpochSampler(
+            dataset, shuffle=True, seed=config.seed, count=len(job.samples), pairs=pairs
+        )
         images = optim.batch_size * optim.accumulation * self.world
         self.plan = StepPlan(images, optim.batch_size, self.rank, self.world)
         workers = default_workers() if data.workers is None else data.workers
@@ -114,7 +126,7 @@ class Feed:
             drawn = self.update.draw(position.step + number, self.plan.images)
             return {name: [len(self.order.samples) + i for i in places] for name, places in drawn.items()}
 
-        self.plan.set(list(self.order), limit, replayed if replay else None)
+        self.plan.set(self.order.left(), limit, replayed if replay else None)
         self._captioned = position.stage == BRANCHES
         loader = self.loader
         head_alone = not self.config.model.lora_rank and not uses_surgery(self.config)

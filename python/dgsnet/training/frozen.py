@@ -318,6 +318,8 @@ def _views_identity(dataset: ImageDataset, encoder: str) -> str:
     settings: list[Any] = [encoder, asdict(dataset.preprocess.config), dataset.seed, dataset.views]
     if dataset.degradations:  # which stores of former versions have not
         settings.append(asdict(dataset.degradations))
+    if dataset.drawn_as is not None:
+        settings.append(dataset.drawn_as.tolist())
     digest.update(json.dumps(settings).encode())
     for item in dataset.samples:
         try:

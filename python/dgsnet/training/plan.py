@@ -74,28 +74,35 @@ class StepPlan:
 
     def set(
         self,
-        order: list[int],
+        order: Sequence[int] | np.ndarray,
         limit: int | None = None,
         replayed: Callable[[int], dict[str, list[int]]] | None = None,
     ) -> None:
         """Plan at most `limit` steps over `order`; a process may get empty batches of the last one.
 
+        Rows of `order`, if it has two axes, stay in one micro-batch; -1 in it stands for no image.
         `replayed(n)`: the images beside those of the n-th of these steps, by objective; each objective has a
         mean of its own.
         """
+        units = np.reshape(order, (len(order), -1))
+        ends = np.cumsum((units >= 0).sum(1))
         self.steps = []
-        for number, start in enumerate(range(0, len(order), self.images)[:limit]):
-            images = order[start : start + self.images]
-            micro = self._split(images)
-            for objective, others in (replayed(number) if replayed else {}).items():
-                micro += self._split(others, objective)
-            self.steps.append((len(images), micro))
+        start = seen = 0
+        while start < len(units) and len(self.steps) != limit:
+            end = max(start + 1, int(np.searchsorted(ends, seen + self.images, side="right")))
+            micro = self._split(units[start:end])
+            for objective, others in (replayed(len(self.steps)) if replayed else {}).items():
+                micro += self._split(np.reshape(others, (-1, 1)), objective)
+            self.steps.append((int(ends[end - 1]) - seen, micro))
+            start, seen = end, int(ends[end - 1])
 
-    def _split(self, images: Sequence[int], objective: str = "") -> list[MicroBatch]:
-        micro_steps = math.ceil(len(images) / (self.batch_size * self.world))
-        parts = np.array_split(np.asarray(images), micro_steps * self.world)[self.rank :: self.world]
+    def _split(self, units: np.ndarray, objective: str = "") -> list[MicroBatch]:
+        at_a_time = max(1, self.batch_size // units.shape[1]) * self.world
+        parts = np.array_split(units, math.ceil(len(units) / at_a_time) * self.world)[self.rank :: self.world]
+        images = [part[part >= 0].tolist() for part in parts]
         # Data parallelism averages over processes, hence the factor.
-        return [MicroBatch(part.tolist(), self.world * len(part) / len(images), objective) for part in parts]
+        share = self.world / (units >= 0).sum()
+        return [MicroBatch(part, share * len(part), objective) for part in images]
 
     def __iter__(self) -> Iterator[list[int]]:
         return (micro.indices for _, batches in self.steps for micro in batches)

@@ -49,6 +49,7 @@ def train(config: Config, out: str | Path, *, resume: bool = False) -> Path:
         samples = checks.training_samples(config, config.data.train, "train")
         val_samples = checks.training_samples(config, config.data.val, "val") if config.data.val else []
         if not announced_rank():
+            checks.check_pairs(config, samples)
             checks.warn_of_overlaps(samples, val_samples)
             checks.warn_of_shortcuts(config, samples)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import webdataset
-from dgsnet.config import OptimConfig
+from dgsnet.config import AugmentConfig, OptimConfig
 from dgsnet.data.captions import attach_captions
 from dgsnet.data.images import file_hash
 from dgsnet.data.items import find_samples
@@ -59,8 +59,9 @@ def test_two_processes_train_as_one_to_the_last_image(one, dataset, tmp_path, pa
     assert set(checkpoint.trained_on(out).tolist()) == hashes
 
 
-def test_layer_wise_surgery_on_two_processes_is_that_of_one(dataset, tmp_path):
-    config = config_of(dataset, 1, surgery_mode="layer", optim_epochs=1)
+def test_layer_wise_surgery_of_degraded_pairs_on_two_processes_is_that_of_one(dataset, tmp_path):
+    augment = AugmentConfig("wang", ["noise:5"])
+    config = config_of(dataset, 1, surgery_mode="layer", optim_epochs=1, data_pairs=True, augment=augment)
     assert train_on(1, tmp_path / "one", config) == 0
     for parallel in ("ddp", "fsdp"):
         out = tmp_path / parallel

@@ -42,3 +42,40 @@ def test_a_step_is_the_mean_over_its_images(images, batch_size, accumulation, wo
         for limit in (1, steps - 1, steps + 1):
             plan.set(order, limit=limit)
             assert len(plan.steps) == min(limit, steps)
+
+
+@pytest.mark.parametrize(
+    ("pairs", "alone", "batch_size", "accumulation", "world"),
+    [
+        (16, 0, 8, 1, 1),
+        (17, 5, 8, 1, 1),
+        (20, 1, 4, 2, 3),
+        (9, 9, 3, 3, 2),
+        (2, 9, 2, 1, 2),
+        (1, 0, 8, 1, 2),
+    ],
+)
+def test_pairs_stay_in_one_micro_batch(pairs, alone, batch_size, accumulation, world):
+    rng = np.random.default_rng(1)
+    images = 2 * pairs + alone
+    units = np.full((pairs + alone, 2), -1)
+    units[:pairs], units[pairs:, 0] = np.arange(2 * pairs).reshape(-1, 2), np.arange(2 * pairs, images)
+    units = rng.permutation(units)
+    per_step = batch_size * accumulation * world
+    plans = [StepPlan(per_step, batch_size, rank, world) for rank in range(world)]
+    for plan in plans:
+        plan.set(units)
+    seen = []
+    for number, (size, _) in enumerate(plans[0].steps):
+        micro = [plan.steps[number][1] for plan in plans]
+        assert len({len(batches) for batches in micro}) == 1 and size <= per_step
+        batches = [m.indices for ms in micro for m in ms]
+        assert max(map(len, batches)) <= batch_size
+        for batch in batches:
+            assert all((i ^ 1) in batch for i in batch if i < 2 * pairs)
+        weights = [m.weight / len(m.indices) / world for ms in micro for m in ms if m.indices]
+        assert weights == pytest.approx([1 / size] * len(weights)) and sum(map(len, batches)) == size
+        seen += [i for batch in batches for i in batch]
+    assert sorted(seen) == list(range(images))
+    # Steps are filled but for the last: at most one image is missing, since a pair did not fit.
+    assert all(size >= per_step - 1 for size, _ in plans[0].steps[:-1])

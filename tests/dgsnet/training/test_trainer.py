@@ -76,16 +76,16 @@ def test_the_saved_model_gives_the_validation_metrics(finished, dataset):
             assert float(by_stage[stage][f"val_{name}"]) == pytest.approx(expected[name], abs=1e-5), name
 
 
-def test_degraded_images_are_trained_on_and_drawn_alike_after_an_interruption(dataset, tmp_path):
+def test_degraded_pairs_are_trained_on_and_drawn_alike_after_an_interruption(dataset, tmp_path):
     short = {"data_val": [], "optim_head_epochs": 1, "checkpoint_every": 1}
-    config = settings(dataset, augment=AugmentConfig("wang", ["noise:5"]), **short)
+    config = settings(dataset, augment=AugmentConfig("wang", ["noise:5"]), data_pairs=True, **short)
     whole = train(config, tmp_path / "whole")
     with interrupted_after(3):
         train(config, tmp_path / "run")
     assert equal(weights(train(config, tmp_path / "run", resume=True)), weights(whole))
     assert not equal(weights(train(settings(dataset, **short), tmp_path / "plain")), weights(whole))
     with pytest.raises(UserError, match=r"with augment\.preset=none, it was started with wang"):
-        train(settings(dataset, **short), tmp_path / "run", resume=True)
+        train(settings(dataset, data_pairs=True, **short), tmp_path / "run", resume=True)
 
 
 def test_the_seed_decides_the_result(finished, dataset, tmp_path):

@@ -1,0 +1,131 @@
+"""Which images are twins, and how they come to training."""
+
+import numpy as np
+import pytest
+import torch
+from dgsnet.config import Config, DataConfig, OptimConfig, PreprocessConfig
+from dgsnet.data.distortions import Degradations
+from dgsnet.data.items import Item, find_samples
+from dgsnet.data.loading import EpochSampler, ImageDataset
+from dgsnet.data.pairs import attach_twins, find_pairs
+from dgsnet.data.preprocess import Preprocessor
+from dgsnet.errors import UserError
+from dgsnet.training.checks import check_pairs
+
+from tests.support.datasets import tree
+
+
+def named(samples, pairs, root):
+    return {tuple(samples[place].path[len(str(root)) + 1 :] for place in pair) for pair in pairs}
+
+
+def found(root, split=None):
+    samples = attach_twins(find_samples(root, split), root)
+    return named(samples, find_pairs(samples), root)
+
+
+def test_names_make_twins_within_a_generator_whatever_the_ending(tmp_path):
+    tree(
+        tmp_path,
+        *("gan/0_real/a.png", "gan/1_fake/a.jpg", "gan/1_fake/b.png", "vae/0_real/b.png"),
+        *("vae/cat/0_real/c.png", "vae/dog/1_fake/c.png", "vae/dog/0_real/c.png"),
+    )
+    assert found(tmp_path) == {
+        ("gan/0_real/a.png", "gan/1_fake/a.jpg"),
+        ("vae/dog/0_real/c.png", "vae/dog/1_fake/c.png"),
+    }
+
+
+def test_a_table_decides_in_place_of_names(tmp_path):
+    folders = ("train/nature", "train/ai", "val/nature", "val/ai")
+    tree(tmp_path, *(f"{folder}/{i}.png" for folder in folders for i in "01"))
+    assert len(found(tmp_path, "train")) == 2
+    (tmp_path / "train" / "twins.csv").write_text("path,twin\nnature/0.png,ai/1.png\nnature/0.png,ai/0.png\n")
+    (tmp_path / "twins.csv").write_text(
+        "path,twin,by\nval/nature/1.png,val/ai/0.png,x\nval/nature/0.png,,x\n"
+    )
+    assert found(tmp_path, "train") == {
+        ("train/nature/0.png", "train/ai/1.png"),
+        ("train/nature/0.png", "train/ai/0.png"),
+    }
+    assert found(tmp_path, "val") == {("val/nature/1.png", "val/ai/0.png")}
+
+
+def test_a_list_names_twins_itself(tmp_path):
+    tree(tmp_path, "a.png", "b.png", "c.png")
+    (tmp_path / "list.csv").write_text("path,label,twin\na.png,1,b.png\nb.png,0,a.png\nc.png,1,\n")
+    samples = attach_twins(find_samples(tmp_path / "list.csv"), tmp_path / "list.csv")
+    assert named(samples, find_pairs(samples), tmp_path) == {("b.png", "a.png")}
+
+
+def test_what_makes_no_pair():
+    """A twin that is not there, one of the same class, and one of itself."""
+    samples = [Item("a", 0, twin="x"), Item("b", 0, twin="c"), Item("c", 0), Item("d", 1, twin="d")]
+    assert find_pairs(samples).shape == (0, 2)
+
+
+def test_images_without_a_twin_are_told_and_counted(capsys):
+    config = Config(data=DataConfig(pairs=True))
+    samples = [Item("a", 0), Item("b", 0), Item("c", 1, twin="a"), Item("d", 1, twin="gone")]
+    check_pairs(config, samples)
+    assert "2 of 4 training images have no twin, such as b;" in capsys.readouterr().err
+    check_pairs(config, samples[::2])
+    check_pairs(Config(), samples[1:])
+    assert not any(capsys.readouterr())
+    with pytest.raises(UserError, match="no training image has a twin"):
+        check_pairs(config, samples[1:])
+    with pytest.raises(ValueError, match="batch_size of at least 2"):
+        Config(data=DataConfig(pairs="independent"), optim=OptimConfig(batch_size=1))
+
+
+@pytest.fixture
+def dataset(tmp_path):
+    """Five real images, two with a twin of the same pixels, one with two, and one generated one alone."""
+    tree(tmp_path, *(f"{i}.png" for i in "0123456"))
+    for name, of in (("a", 0), ("b", 2), ("c", 2), ("d", 4)):
+        (tmp_path / f"{name}.png").write_bytes((tmp_path / f"{of}.png").read_bytes())
+    rows = [f"{i}.png,{int(i == '5')}," for i in "0123456"]
+    rows += ["a.png,1,0.png", "b.png,1,2.png", "c.png,1,2.png", "d.png,1,4.png"]
+    (tmp_path / "list.csv").write_text("\n".join(["path,label,twin", *rows]))
+    return find_samples(tmp_path / "list.csv")
+
+
+PAIRS = {(0, 7), (2, 8), (2, 9), (4, 10)}
+
+
+def test_an_epoch_has_every_pair_and_every_image_alone_once(dataset):
+    pairs = find_pairs(dataset)
+    assert set(map(tuple, pairs.tolist())) == PAIRS
+    images = ImageDataset(dataset, Preprocessor(PreprocessConfig(mode="crop", image_size=16)), train=True)
+    sampler = EpochSampler(images, shuffle=True, seed=3, pairs=pairs)
+    orders = []
+    for epoch in range(3):
+        sampler.set_epoch(epoch)
+        units = sampler.left()
+        assert {tuple(unit) for unit in units.tolist()} == PAIRS | {(i, -1) for i in (1, 3, 5, 6)}
+        assert list(sampler) == [place for unit in units.tolist() for place in unit if place >= 0]
+        assert len(sampler) == 12
+        orders.append(units.tolist())
+        # Gone on with, behind whole units.
+        for done in range(1, 8):
+            seen = sum(place >= 0 for unit in orders[-1][:done] for place in unit)
+            sampler.set_epoch(epoch, skip=seen)
+            assert sampler.left().tolist() == orders[-1][done:] and len(sampler) == 12 - seen
+    assert orders[0] != orders[1] != orders[2]
+
+
+def test_twins_have_the_same_crop_mirroring_and_degradations(dataset):
+    preprocess = Preprocessor(PreprocessConfig(mode="crop", image_size=16))
+    drawn_as = np.arange(11)
+    for real, twin in PAIRS:
+        drawn_as[twin] = real
+    options = {"train": True, "degradations": Degradations.parse(["noise:20@0.5", "jpeg:20..90"])}
+    aligned = ImageDataset(dataset, preprocess, drawn_as=drawn_as, **options)
+    alone = ImageDataset(dataset, preprocess, **options)
+    for epoch in range(4):
+        aligned.set_epoch(epoch)
+        alone.set_epoch(epoch)
+        for real, twin in PAIRS:
+            assert torch.equal(aligned[real]["pixels"], aligned[twin]["pixels"])
+            assert torch.equal(aligned[real]["pixels"], alone[real]["pixels"])
+            assert not torch.equal(alone[real]["pixels"], alone[twin]["pixels"])
