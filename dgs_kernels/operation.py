@@ -17,6 +17,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
+import itertools
 from collections import namedtuple
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -99,9 +101,26 @@ class Operation:
         torch.library.register_autograd(
             f"dgs::{self.name}", backward, setup_context=setup_context, lib=_library
         )
-        functions = {"forward": self.kernel, "setup_context": setup_context, "backward": backward}
-        members = {name: staticmethod(function) for name, function in functions.items()}
-        return type(self.name, (torch.autograd.Function,), members)
+
+        def forward(*arguments: Any) -> Any:
+            return self.kernel(*arguments)
+
+        # Torch asks for it at every call, and making it takes a third of a small one.
+        vars(forward)["__signature__"] = inspect.signature(forward)
+
+        def vmap(info: Any, in_dims: tuple, *arguments: Any) -> tuple:
+            """One call after the other, as torch does with operators."""
+            each = zip(
+                *(itertools.repeat(x) if dim is None else x.unbind(dim) for x, dim in zip(arguments, in_dims))
+            )
+            results = [self(*one) for one in each]
+            if self._has_one_result:
+                return torch.stack(results), 0
+            return tuple(map(torch.stack, zip(*results))), (0,) * len(results[0])
+
+        functions = (forward, setup_context, backward, vmap)
+        names = ("forward", "setup_context", "backward", "vmap")
+        return type(self.name, (torch.autograd.Function,), dict(zip(names, map(staticmethod, functions))))
 
     def gradients(self, **of: Tensor | None) -> tuple[Tensor | None, ...]:
         """What a backward returns: the gradients of the arguments that have one, by name."""

@@ -21,7 +21,9 @@ namespace dgs::calls {
 namespace {
 
 const DLPackExchangeAPI* exchange;
-PyObject *tensor_type, *parameter_type, *is_neg, *storage_offset;
+PyObject *tensor_type, *parameter_type;
+// Methods of torch's tensors, as functions of C: through Python each would take several times as long.
+PyCFunction is_neg, storage_offset;
 
 Element element_of(DLDataType type) {
   if (type.lanes != 1) return Element::other;
@@ -32,12 +34,9 @@ Element element_of(DLDataType type) {
   return type.code == kDLUInt && type.bits == 8 ? Element::u8 : Element::other;
 }
 
-// Whether torch reads the numbers with their signs changed, as in the imaginary part of a conjugate. Those lie an even
-// way apart in memory along every axis, so only such a tensor is looked at.
+// Whether torch reads the numbers with their signs changed, as in the imaginary part of a conjugate.
 bool negated(const View& x) {
-  for (int i = x.ndim - 1; i >= 0; --i)
-    if (x.shape[i] != 1 && x.strides[i] % 2) return false;
-  PyObject* const answer = PyObject_CallFunctionObjArgs(is_neg, x.object, nullptr);
+  PyObject* const answer = is_neg(x.object, nullptr);
   Py_XDECREF(answer);
   return answer != Py_False;
 }
@@ -48,7 +47,7 @@ bool negated(const View& x) {
 bool in_memory(const View& x) {
   const auto address = reinterpret_cast<uintptr_t>(x.data);
   if (address >> 40 || x.numel() == 0) return true;
-  PyObject* const offset = PyObject_CallFunctionObjArgs(storage_offset, x.object, nullptr);
+  PyObject* const offset = storage_offset(x.object, nullptr);
   const int64_t way = offset ? PyLong_AsLongLong(offset) * size_of(x.element) : -1;
   Py_XDECREF(offset);
   PyErr_Clear();
@@ -151,6 +150,16 @@ PyObject* find(const char* module, std::initializer_list<const char*> path) {
   return object;
 }
 
+// A method of a tensor without arguments; null and a Python error if there is none.
+PyCFunction method_of(PyObject* tensor, const char* name) {
+  PyObject* const method = tensor ? PyObject_GetAttrString(tensor, name) : nullptr;
+  const PyCFunction found =
+      method && PyCFunction_GetFlags(method) == METH_NOARGS ? PyCFunction_GetFunction(method) : nullptr;
+  if (!found && !PyErr_Occurred()) PyErr_Format(PyExc_ImportError, "this torch has another Tensor.%s", name);
+  Py_XDECREF(method);
+  return found;
+}
+
 }  // namespace
 }  // namespace dgs::calls
 
@@ -160,10 +169,11 @@ PyMODINIT_FUNC PyInit__native() {
                                    "The kernels on torch's tensors; `devices` says for which.", -1, methods};
   tensor_type = find("torch", {"Tensor"});
   parameter_type = find("torch", {"nn", "Parameter"});
-  is_neg = find("torch", {"Tensor", "is_neg"});
-  storage_offset = find("torch", {"Tensor", "storage_offset"});
+  PyObject* const tensor = tensor_type ? PyObject_CallFunctionObjArgs(tensor_type, nullptr) : nullptr;
+  is_neg = method_of(tensor, "is_neg"), storage_offset = method_of(tensor, "storage_offset");
+  Py_XDECREF(tensor);
   PyObject* const capsule = find("torch", {"Tensor", "__dlpack_c_exchange_api__"});
-  if (!tensor_type || !parameter_type || !is_neg || !storage_offset || !capsule) return nullptr;
+  if (!parameter_type || !is_neg || !storage_offset || !capsule) return nullptr;
   exchange = static_cast<const DLPackExchangeAPI*>(PyCapsule_GetPointer(capsule, "dlpack_exchange_api"));
   if (!exchange) return nullptr;
   if (exchange->header.version.major != DLPACK_MAJOR_VERSION || !exchange->dltensor_from_py_object_no_sync) {

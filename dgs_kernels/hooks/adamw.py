@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any, NoReturn
@@ -17,6 +18,9 @@ from dgs_kernels.hooks.capture import Part, check_keywords, local
 from dgs_kernels.hooks.metrics import SurgeryMetrics
 from dgs_kernels.hooks.parameters import ReferenceSurgery
 from dgs_kernels.ops import surgery_adamw_
+
+# Ways to make AdamW's steps that change no result.
+SAME_STEPS = ("capturable", "differentiable", "fused")
 
 
 class SurgeryAdamW(torch.optim.AdamW):
@@ -78,10 +82,21 @@ class SurgeryAdamW(torch.optim.AdamW):
         super().add_param_group(param_group)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """See `torch.optim.Optimizer`; nothing is loaded of an AdamW with options that are not supported."""
-        for group in state_dict["param_groups"]:
+        """See `torch.optim.Optimizer`.
+
+        Of an AdamW that was capturable, differentiable or fused everything else is loaded, with a warning:
+        its steps are the same. Nothing is loaded where other options are not supported.
+        """
+        groups = state_dict["param_groups"]
+        dropped = [name for name in SAME_STEPS if any(group.get(name) for group in groups)]
+        groups = [group | {name: self.defaults[name] for name in dropped} for group in groups]
+        for group in groups:
             _refuse_unsupported(group)
-        super().load_state_dict(state_dict)
+        if dropped:
+            warnings.warn(
+                f"SurgeryAdamW has no {' and no '.join(dropped)}: the state is loaded without", stacklevel=2
+            )
+        super().load_state_dict(state_dict | {"param_groups": groups})
 
     def harmful(self) -> AbstractContextManager[None]:
         """See `OptimizerSurgery.harmful`."""
@@ -163,7 +178,7 @@ class SurgeryAdamW(torch.optim.AdamW):
 
 def _refuse_unsupported(options: dict[str, Any]) -> None:
     """Raise where an option asks for steps that are none of these."""
-    for name in ("amsgrad", "capturable", "differentiable", "fused"):
+    for name in ("amsgrad", *SAME_STEPS):
         if options.get(name):
             raise ValueError(
                 f"SurgeryAdamW has no {name}: use OptimizerSurgery on torch.optim.AdamW({name}=True)"

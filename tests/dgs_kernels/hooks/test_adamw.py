@@ -121,9 +121,3 @@ def test_state_dicts_are_those_of_adamw():
     surgery_step(resumed, again, surgery_again, 1)
     surgery_step(model, optimizer, surgery, 1)
     assert_same_weights(resumed, model)
-
-
-@pytest.mark.parametrize("option", ["amsgrad", "capturable", "differentiable", "fused"])
-def test_what_it_does_not_support(option):
-    with pytest.raises(ValueError, match=rf"SurgeryAdamW has no {option}: use OptimizerSurgery"):
-        SurgeryAdamW(small_model().parameters(), **{option: True})

@@ -123,27 +123,65 @@ def test_a_closure_that_is_left_alone(hook):
         optimizer.step(lambda: None)
 
 
-OPTIONS = ("amsgrad", "capturable", "differentiable", "fused")
+SAME_STEPS = ("capturable", "differentiable", "fused")
 
 
-@pytest.mark.parametrize("option", OPTIONS)
-def test_groups_and_states_are_refused_as_arguments_are(option):
+@pytest.mark.parametrize("option", ["amsgrad", *SAME_STEPS])
+def test_options_that_it_does_not_support(option):
     first, second = (torch.nn.Parameter(torch.ones(2)) for _ in range(2))
     refused = pytest.raises(ValueError, match=rf"SurgeryAdamW has no {option}: use OptimizerSurgery")
+    with refused:
+        SurgeryAdamW([first], **{option: True})
     with refused:
         SurgeryAdamW([{"params": [first], option: True}])
     optimizer = SurgeryAdamW([first])
     with refused:
         optimizer.add_param_group({"params": [second], option: True})
     assert len(optimizer.param_groups) == 1
-    other = torch.optim.AdamW([first], lr=0.3)
+
+
+@pytest.mark.parametrize("option, value", [("amsgrad", True), ("decoupled_weight_decay", False)])
+def test_a_state_of_other_steps_is_refused(option, value):
+    w = torch.nn.Parameter(torch.ones(2))
+    optimizer, other = SurgeryAdamW([w]), torch.optim.AdamW([w], lr=0.3)
     state = copy.deepcopy(other.state_dict())
-    state["param_groups"][-1][option] = True
-    with refused:
+    state["param_groups"][-1][option] = value
+    with pytest.raises(ValueError, match="use OptimizerSurgery"):
         optimizer.load_state_dict(state)
     assert optimizer.param_groups[0]["lr"] != 0.3  # nothing was loaded
     optimizer.load_state_dict(other.state_dict())
     assert optimizer.param_groups[0]["lr"] == 0.3
+
+
+@pytest.mark.parametrize("option", SAME_STEPS)
+def test_a_state_of_steps_made_in_another_way_is_loaded(option):
+    """The further steps are those of the AdamW that left it, with surgery; the state is saved without."""
+
+    def trained(optimizer, w, factor):
+        (w * torch.tensor([3.0, -0.5]) * factor).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    left = [torch.nn.Parameter(torch.tensor([1.0, -2.0])) for _ in range(2)]
+    other, usual = torch.optim.AdamW(left[:1], lr=0.3), torch.optim.AdamW(left[1:], lr=0.3)
+    other.param_groups[0][option] = option != "capturable"  # which steps on no CPU
+    for optimizer, w in zip((other, usual), left):
+        trained(optimizer, w, 1.0)
+    other.param_groups[0][option] = True
+    state = copy.deepcopy(other.state_dict())
+    resumed = torch.nn.Parameter(left[1].detach().clone())
+    surgery = SurgeryAdamW([resumed], rule="full", eps=1e-12)
+    with pytest.warns(UserWarning, match=f"SurgeryAdamW has no {option}: the state is loaded without"):
+        surgery.load_state_dict(state)
+    assert state["param_groups"][0][option]  # what was handed in stays
+    assert not surgery.state_dict()["param_groups"][0][option]
+    for optimizer, w in ((surgery, resumed), (usual, left[1])):
+        trained(optimizer, w, 2.0)
+    torch.testing.assert_close(resumed, left[1])
+    with surgery.harmful():
+        (resumed * torch.tensor([3.0, -0.5])).sum().backward()
+    trained(surgery, resumed, 1.0)
+    assert surgery.metrics().removed > 0.99
 
 
 def test_weights_that_decay_with_the_gradient_are_refused():

@@ -179,3 +179,23 @@ def test_torch_func_grad():
     torch.testing.assert_close(of_features, leaf.grad)
     for name, p in head.named_parameters():
         torch.testing.assert_close(of_heads[name], torch.zeros_like(p) if p.grad is None else p.grad)
+
+
+def test_torch_func_vmap():
+    """Gradients of two batches at once, each with its own text and labels and along other axes."""
+    head = SurgeryHead(5)
+    parameters = dict(head.named_parameters())
+    features, text = torch.randn(4, 5, 2), torch.randn(2, 4, 5)
+    teacher, labels = torch.randn(4, 5), torch.tensor([[1.0, 0.0, 1.0, 1.0], [0.0, 1.0, 0.0, 1.0]])
+
+    def loss(parameters, features, text, labels):
+        inputs = (features, teacher, text, labels)
+        out = torch.func.functional_call(head, parameters, inputs, {"distillation": 0.7})
+        return out.image_loss + out.text_loss + 0.2 * out.alignment_loss + out.distillation_loss
+
+    gradients = torch.func.grad(loss, argnums=(0, 1, 2))
+    both = torch.func.vmap(gradients, in_dims=(None, 2, 0, 0))(parameters, features, text, labels)
+    for i in range(2):
+        one = gradients(parameters, features[:, :, i], text[i], labels[i])
+        for x, y in zip([*both[0].values(), *both[1:]], [*one[0].values(), *one[1:]], strict=True):
+            torch.testing.assert_close(x[i], y)

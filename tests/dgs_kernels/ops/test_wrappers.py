@@ -44,12 +44,22 @@ def negated(x):
     return torch.complex(torch.zeros_like(x), -x).conj().imag
 
 
+def negated_in_a_row(x):
+    """Without gaps, as the imaginary part of a conjugate is not: a view of all that lies behind that."""
+    pairs = torch.cat([-x.flatten(), x.new_zeros(2 - x.numel() % 2)]).view(-1, 2)
+    return torch.view_as_complex(pairs).conj().imag.as_strided(x.shape, x.stride(), 0)
+
+
 def quantised(x):
     return torch.quantize_per_tensor(x.float(), 0.1, 0, torch.qint8)
 
 
 # Made of the numbers of a tensor; `SAME` hold them, others are refused.
-SAME = {"subclass": lambda x: x.clone().as_subclass(Marked), "negated": negated}
+SAME = {
+    "subclass": lambda x: x.clone().as_subclass(Marked),
+    "negated": negated,
+    "negated in a row": negated_in_a_row,
+}
 ZEROS = {"zeros": zeros, "part of zeros": later_zeros}
 NOWHERE = {
     "freed": freed,
