@@ -1,5 +1,5 @@
-"""What torch keeps to itself and the way past its dispatcher has to know: its private functions, all of them
-here.
+"""What torch keeps to itself, and the way past its dispatcher or the hooks have to know: its private
+functions, all of them here.
 
 `tests/dgs_kernels/test_private_torch.py` shows what breaks without each.
 """
@@ -18,6 +18,11 @@ transformed = torch._C._are_functorch_transforms_active
 
 # Whether a tensor is one of zeros that lie nowhere.
 is_zero_tensor = torch._C.TensorBase._is_zerotensor
+
+
+def store() -> torch.distributed.Store:
+    """Through which the ranks have found each other."""
+    return torch.distributed.distributed_c10d._get_default_store()
 
 
 def forward_mode() -> bool:

@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+import datetime
 import gc
+import itertools
+import json
+import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, TypeGuard
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from dgs_kernels import private_torch
+
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
+
+# Ranks that reduce their gradients come to a step together.
+PATIENCE = datetime.timedelta(seconds=5)
+_turns = itertools.count()
 
 
 def is_sharded(x: Tensor) -> TypeGuard[DTensor]:
@@ -33,13 +44,10 @@ def compare(norms: dict[str, Tensor], params: Sequence[Tensor], group: dist.Proc
     """Raise where ranks that reduce gradients together hold others; `norms` [G] of each kind of gradient."""
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return
-    shapes = [tuple(p.shape) for p in params]
-    mine = {what: norm.double().cpu() for what, norm in norms.items()}
-    for together in [group] if group is not None else _groups(params):
-        if dist.get_rank(together) < 0:
-            continue
-        everywhere: list = [None] * dist.get_world_size(together)
-        dist.all_gather_object(everywhere, (shapes, mine), together)
+    shapes = [list(p.shape) for p in params]
+    mine = {what: norm.double().tolist() for what, norm in norms.items()}
+    groups = [group] if group is not None else _groups(params)
+    for everywhere in [_gathered((shapes, mine), g) for g in groups] or [_left((shapes, mine))]:
         if any(theirs != shapes for theirs, _ in everywhere):
             raise RuntimeError(
                 "the ranks hold different parameters: of ZeroRedundancyOptimizer hook the outer optimizer, "
@@ -48,7 +56,7 @@ def compare(norms: dict[str, Tensor], params: Sequence[Tensor], group: dist.Proc
             )
         for what, norm in mine.items():
             theirs = [rank[what] for _, rank in everywhere]
-            if not all(len(t) == len(norm) and torch.allclose(t, norm, 1e-3, 0, True) for t in theirs):
+            if not all(len(t) == len(norm) and np.allclose(t, norm, 1e-3, 0, True) for t in theirs):
                 raise RuntimeError(
                     f"the {what} gradients differ between ranks. DDP reduces only the first backward after a "
                     "forward: make that the task's, and pass process_group= to average captured gradients at "
@@ -56,11 +64,39 @@ def compare(norms: dict[str, Tensor], params: Sequence[Tensor], group: dist.Proc
                 )
 
 
-def _groups(params: Sequence[Tensor]) -> list[Any]:
-    """The groups of DTensors' meshes and of DDP's wrappers; [None], all ranks, where there are none.
+def _gathered(mine: Any, group: dist.ProcessGroup) -> list[Any]:
+    """What each rank of a group has; nothing, where this one is not of it."""
+    if dist.get_rank(group) < 0:
+        return []
+    everywhere: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(everywhere, mine, group)
+    return everywhere
 
-    Others than those would be waited for without end.
+
+def _left(mine: Any) -> list[Any]:
+    """What each rank has, where nothing says which ones train together; nothing, where some keep silent.
+
+    Those may do something else meanwhile: a collective of all ranks would hang, or meet another one. So each
+    rank leaves its own in the store through which the ranks have found each other.
     """
+    store, turn = private_torch.store(), next(_turns)
+    places = [f"dgs_kernels/{turn}/{rank}" for rank in range(dist.get_world_size())]
+    store.set(places[dist.get_rank()], json.dumps(mine))
+    try:
+        store.wait(places, PATIENCE)
+        return [json.loads(store.get(place)) for place in places]
+    except (RuntimeError, ValueError):  # ValueError: one has taken its own back
+        store.set(places[dist.get_rank()], "")
+        warnings.warn(
+            "not all ranks came to this step, so their gradients were not compared: pass process_group=, the "
+            "ranks that train together, or check_ranks=False",
+            stacklevel=2,
+        )
+        return []
+
+
+def _groups(params: Sequence[Tensor]) -> list[Any]:
+    """The groups of DTensors' meshes and of DDP's wrappers."""
     meshes = {p.device_mesh for p in params if is_sharded(p)}
     if meshes:
         return [mesh.get_group(dim) for mesh in meshes for dim in range(mesh.ndim)]
@@ -68,4 +104,4 @@ def _groups(params: Sequence[Tensor]) -> list[Any]:
     known = set(map(id, params))
     wrappers = [x for x in gc.get_objects() if issubclass(type(x), DistributedDataParallel)]
     groups = [w.process_group for w in wrappers if any(id(p) in known for p in w.parameters())]
-    return list({id(group): group for group in groups}.values()) or [None]
+    return list({id(group): group for group in groups}.values())

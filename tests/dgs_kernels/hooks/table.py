@@ -34,6 +34,8 @@ LOOPS = {
         "ddp_two_backwards": "DDP, several backwards of one forward",
         "ddp_one_forward": "the same, the task's first, with `process_group=`",
         "ddp_captures": "DDP, references not through the wrapper",
+        "by_hand": "every gradient reduced by the loop itself",
+        "by_hand_captures": "the task's only",
         "fsdp2": "FSDP2",
         "fsdp2_scaler": "FSDP2 with `GradScaler`",
         "fsdp2_no_sync": "FSDP2, `set_requires_gradient_sync(False)`",

@@ -48,6 +48,7 @@ def two_ranks(tmp_path_factory):
     [
         ("ddp", ["ddp", "ddp_bucket_views"]),
         ("ddp_no_sync", ["ddp_no_sync", "ddp_no_sync_bucket_views"]),
+        ("by_hand", ["reduced_by_hand"]),
         ("ddp_one_forward", ["ddp_two_backwards_remedy", "process_group_of_one"]),
         ("fsdp2", ["fsdp2", "fsdp2_layer", "fsdp2_model", "fsdp2_in_part", "fsdp2_layer_in_part"]),
     ],
@@ -79,6 +80,7 @@ def test_stages_are_told_from_gradients_that_differ(two_ranks):
     [
         ("ddp_two_backwards", ["ddp_two_backwards"], "pass process_group="),
         ("ddp_captures", ["ddp_captures_without_the_wrapper"], "pass process_group="),
+        ("by_hand_captures", ["task_reduced_by_hand"], "pass process_group="),
         (
             "fsdp2_no_sync",
             ["fsdp2_no_sync", "fsdp2_task_unreduced"],
@@ -93,11 +95,9 @@ def test_two_ranks_refused(two_ranks, kind, loop, scenarios, remedy):
         is_refused(loop, kind, two_ranks[scenario, kind], remedy)
 
 
-@pytest.mark.parametrize(
-    "scenario", ["captured_ddp", "captured_zero", "captured_without_the_wrapper", "captured_scaler_fsdp2"]
-)
+@pytest.mark.parametrize("scenario", ["ddp", "zero", "without_the_wrapper", "scaler_fsdp2", "on_one_rank"])
 def test_every_loss_captured_on_two_ranks(two_ranks, scenario):
-    assert_same(two_ranks[scenario, "objectives"], plain("objectives"))
+    assert_same(two_ranks[f"captured_{scenario}", "objectives"], plain("objectives"))
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import contextlib
 import itertools
 import os
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
@@ -169,6 +170,24 @@ def averaged(grad: torch.Tensor) -> torch.Tensor:
     return grad / dist.get_world_size()
 
 
+def reduced_by_hand(kind, rank):
+    """Each gradient, as it is made, by the loop itself: no wrapper and no mesh tells of it."""
+    model = Net()
+    for p in model.parameters():
+        p.register_hook(averaged)
+    return train(Hook(kind, model), model, rank)
+
+
+def task_reduced_by_hand(kind, rank):
+    model = Net()
+    hook = Hook(kind, model)
+    hook.backward(model, batch(0).part(rank, 2))
+    for p in model.parameters():
+        p.grad = averaged(p.grad)
+    hook.optimizer.step()
+    return weights(model)
+
+
 def shard(kind, granularity="tensor", **options):
     model = Net()
     mesh = init_device_mesh("cpu", (2,))
@@ -235,9 +254,9 @@ def fsdp2_without_model(kind, rank):
 # Every loss captured, the task's too: ObjectiveSurgery only.
 
 
-def train_captured(hook, model, rank):
+def train_captured(hook, model, rank, ranks=2):
     for step in range(STEPS):
-        hook.capture(model, batch(step).part(rank, 2))
+        hook.capture(model, batch(step).part(rank, ranks))
         hook.optimizer.step()
         hook.optimizer.zero_grad()
     return weights(model)
@@ -312,6 +331,17 @@ def captured_stages(kind, rank):
     optimizer.step()
 
 
+def captured_on_one_rank(kind, rank):
+    """One rank trains, and the other waits for what comes of it, in a collective of its own."""
+    model = Net()
+    if rank == 0:
+        with pytest.warns(UserWarning, match="pass process_group=, the ranks that train together"):
+            train_captured(Hook(kind, model), model, rank, ranks=1)
+    for p in model.parameters():
+        dist.broadcast(p.detach(), 0)
+    return weights(model)
+
+
 def captured_zero(kind, rank):
     """The outer optimiser of ZeRO carries the hook, as it has all parameters."""
     model = DistributedDataParallel(Net())
@@ -331,6 +361,7 @@ CAPTURED = {
     "captured_running_fsdp2": captured_running_fsdp2,
     "captured_scaler_fsdp2": captured_scaler_fsdp2,
     "captured_on_some_ranks": captured_on_some_ranks,
+    "captured_on_one_rank": captured_on_one_rank,
 }
 SCENARIOS = {
     "ddp": ddp,
@@ -343,6 +374,8 @@ SCENARIOS = {
     "ddp_over_some_ranks": ddp_over_some_ranks,
     "ddp_captures_without_the_wrapper": ddp_captures_without_the_wrapper,
     "ranks_that_do_not_train_together": ranks_that_do_not_train_together,
+    "reduced_by_hand": reduced_by_hand,
+    "task_reduced_by_hand": task_reduced_by_hand,
     "fsdp2": sharded("tensor"),
     "fsdp2_layer": sharded("layer"),
     "fsdp2_model": sharded("model"),
