@@ -6,6 +6,7 @@ image's logit is the same to the bit, whatever stands beside it.
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable
 from typing import Any
@@ -29,7 +30,7 @@ def ready(model: nn.Module, precision: str) -> nn.Module:
 
 
 class Batches:
-    """Logits of prepared images, in batches of one shape.
+    """Logits of prepared images, in batches of one shape. Threads that ask at the same time take turns.
 
     Args:
         model: the network, as `ready` gives it.
@@ -43,6 +44,7 @@ class Batches:
     def __init__(self, model: Any, size: int) -> None:
         self.model, self.size = model, size
         self.device = next(model.parameters()).device
+        self._turn = threading.Lock()  # a captured graph reads and writes in one place
         self._run: Callable[[Tensor], Tensor] = model.logits
         if size > 1 and isinstance(model, DGSNet) and not self._independent():
             self.size = 1
@@ -55,7 +57,9 @@ class Batches:
         logits = [torch.empty(0, device=self.device)]
         for part in pixels.split(self.size) if len(pixels) else ():
             filled = torch.cat([part, part[-1:].expand(self.size - len(part), -1, -1, -1)])
-            logits.append(self._run(filled.to(self.device, non_blocking=True))[: len(part)].float())
+            with self._turn:
+                found = self._run(filled.to(self.device, non_blocking=True))
+            logits.append(found[: len(part)].float())
         return torch.cat(logits)
 
     def _random(self) -> Tensor:
@@ -67,20 +71,11 @@ class Batches:
     def _independent(self) -> bool:
         """Whether an image has the same bits in every place of a batch and among others.
 
-        Asked of all that differs between kinds of layers: what is before the blocks and behind them, and one
-        block.
+        One block is like the others, and stands for them.
         """
         pixels = self._random()
-        backbone = self.model.backbone
-
-        def logits(images: Tensor) -> Tensor:
-            tokens, contexts = backbone.embed(images)
-            for block, context in zip(backbone.blocks[:1], contexts):
-                tokens = block(tokens, **context)
-            return self.model.head.image_head(backbone.pool(tokens).float())
-
-        alike = logits(pixels[:1].expand_as(pixels).contiguous())
-        others = logits(pixels)
+        alike = self.model.logits(pixels[:1].expand_as(pixels).contiguous(), depth=1)
+        others = self.model.logits(pixels, depth=1)
         return bool((alike == alike[0]).all() and alike[0] == others[0])
 
 

@@ -9,16 +9,17 @@ import os
 import secrets
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
+from dgsnet.data.distortions import COPIES
 from dgsnet.data.images import ImageError, read_image
 from dgsnet.data.items import Item
 from dgsnet.detection.decisions import THRESHOLD, Precision
-from dgsnet.detection.detector import Detector
+from dgsnet.detection.detector import Detector, Prepared
 from dgsnet.detection.heatmaps import draw, heatmap
 from dgsnet.detection.provenance import ProvenanceReader
 from dgsnet.detection.rows import Row
@@ -33,13 +34,17 @@ try:
     from starlette.requests import ClientDisconnect
 
     from dgsnet.detection.connections import Guard, Protocol
+    from dgsnet.detection.together import Together
     from dgsnet.detection.uploads import RateLimit, Uploads, image_of, too_many
 except ImportError:
     raise UserError("the page needs more packages: pip install 'dgs-kernels[serve]'") from None
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
-# Requests that may wait for the model at a time; a page sends one after the other.
-MAX_WAITING = 32
+# Requests that may be in work or wait for their turn; a page sends one after the other.
+MAX_REQUESTS = 33
 # The longer side of a thumbnail, in pixels.
 THUMBNAIL = 224
 
@@ -57,7 +62,8 @@ def create_app(
 ) -> FastAPI:
     """The page and its API as an ASGI application, for any server.
 
-    The model works for one request at a time, in a thread of its own. Nothing that is sent is stored.
+    Images that come while the model works are scored together, in its batches. Two at most are decoded at a
+    time: one to be scored and one to be drawn. Nothing that is sent is stored.
 
     Args:
         detector: the model.
@@ -75,7 +81,10 @@ def create_app(
     app = FastAPI(title="dgsnet", docs_url=None, redoc_url=None)
     app.add_middleware(Guard, hosts=hosts)
     limit, uploads = RateLimit(per_minute), Uploads(max_bytes)
-    model = anyio.CapacityLimiter(1)
+    inside = anyio.CapacityLimiter(MAX_REQUESTS)
+    preparing, drawing = anyio.CapacityLimiter(1), anyio.CapacityLimiter(1)
+    prepared = Prepared(detector.preprocess, detector.views, COPIES if consistency else ())
+    logits = Together(detector)
     facts = _facts(detector) | {"max_bytes": max_bytes, "consistency": consistency}
     facts["provenance"] = provenance is not None
 
@@ -85,10 +94,17 @@ def create_app(
         return Response(status_code=499)  # which nobody receives
 
     def check_queue() -> None:
-        if model.statistics().tasks_waiting >= MAX_WAITING:
+        if inside.available_tokens < 1:
             raise too_many(503, "too many images are waiting", 5)
 
-    async def answer(function: Callable[[bytes, str], Any], request: Request, name: str) -> Any:
+    async def answer(
+        request: Request,
+        name: str,
+        turn: anyio.CapacityLimiter,
+        function: Callable[[bytes, str], Any],
+        then: Callable[[Any], Awaitable[Any]] | None = None,
+    ) -> Any:
+        """What a function makes of the image and its name, in a thread when it is its turn; and then more."""
         if wait := limit(request.client.host if request.client else ""):
             raise too_many(429, f"more than {per_minute} requests per minute", wait)
         check_queue()
@@ -99,27 +115,30 @@ def create_app(
 
         async with uploads.received(request) as file:
             check_queue()
-            async with model:
-                if await request.is_disconnected():
-                    raise ClientDisconnect
-                try:
-                    return await anyio.to_thread.run_sync(work)
-                except ImageError as error:
-                    raise HTTPException(422, str(error)) from None
+            async with inside:
+                async with turn:
+                    if await request.is_disconnected():
+                        raise ClientDisconnect
+                    try:
+                        found = await anyio.to_thread.run_sync(work)
+                    except ImageError as error:
+                        raise HTTPException(422, str(error)) from None
+                return await then(found) if then else found
 
-    def score_image(data: bytes, name: str) -> dict[str, Any]:
+    def prepare_image(data: bytes, name: str) -> tuple[str, Tensor, dict[str, Any]]:
         image = read_image(data, name=name)
-        stream: Any = detector.stream_copies if consistency else detector.stream
-        ((answer, error),) = stream([image], workers=0)
+        pixels, error = prepared[image]
         if error:
             raise ImageError(f"{name}: {error}")
-        score = Row.of(detector, Item(name), answer, "")
+        assert pixels is not None
+        more: dict[str, Any] = provenance(Item(name, data=data))._asdict() if provenance else {}
+        return name, pixels, more | {"width": image.shape[1], "height": image.shape[0]}
+
+    async def score_prepared(image: tuple[str, Tensor, dict[str, Any]]) -> dict[str, Any]:
+        name, pixels, more = image
+        score = Row.of(detector, Item(name), detector.probabilities(await logits(pixels)).tolist(), "")
         row = {"name": name, "probability": score.probability, "decision": score.decision}
-        if consistency:
-            row["spread"] = score.spread
-        if provenance:
-            row |= provenance(Item(name, data=data))._asdict()
-        return row | {"width": image.shape[1], "height": image.shape[0]}
+        return row | ({"spread": score.spread} if consistency else {}) | more
 
     def heatmap_image(data: bytes, name: str) -> bytes:
         image, file = read_image(data, name=name), io.BytesIO()
@@ -140,17 +159,17 @@ def create_app(
     @app.post("/api/score", openapi_extra=binary)
     async def score(request: Request, name: str = "") -> dict[str, Any]:
         """Score the image that is the request's body: its probability and the decision."""
-        return await answer(score_image, request, name)
+        return await answer(request, name, preparing, prepare_image, score_prepared)
 
     @app.post("/api/heatmap", openapi_extra=binary, response_class=Response)
     async def heatmap_png(request: Request, name: str = "") -> Response:
         """The heatmap, as PNG, of the image that is the request's body."""
-        return Response(await answer(heatmap_image, request, name), media_type="image/png")
+        return Response(await answer(request, name, drawing, heatmap_image), media_type="image/png")
 
     @app.post("/api/thumbnail", openapi_extra=binary, response_class=Response)
     async def thumbnail_png(request: Request, name: str = "") -> Response:
         """The image that is the request's body in small, as PNG, for browsers that cannot show it."""
-        return Response(await answer(thumbnail_image, request, name), media_type="image/png")
+        return Response(await answer(request, name, drawing, thumbnail_image), media_type="image/png")
 
     @app.get("/api/model")
     async def model_facts() -> dict[str, Any]:

@@ -80,11 +80,11 @@ class Backbone(ABC):
     def pool(self, tokens: Tensor) -> Tensor:
         """Features [N, D] of the last block's tokens."""
 
-    def encode(self, pixels: Tensor) -> Tensor:
-        """Features [N, D] of normalised images [N, 3, H, W]."""
+    def encode(self, pixels: Tensor, depth: int | None = None) -> Tensor:
+        """Features [N, D] of normalised images [N, 3, H, W]; of the first `depth` blocks alone, if given."""
         with torch.no_grad():  # nothing before the first block is trained
             tokens, contexts = self.embed(pixels)
-        for block, context in zip(self.blocks, contexts):
+        for block, context in zip(itertools.islice(self.blocks, depth), contexts):
             if self.checkpointing:
                 tokens = checkpoint(block, tokens, use_reentrant=False, **context)
             else:

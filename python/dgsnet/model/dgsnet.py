@@ -67,9 +67,9 @@ class DGSNet(nn.Module):
         self.head = SurgeryHead(self.dim)
         self.train()
 
-    def student_features(self, pixels: Tensor) -> Tensor:
-        """Features [N, D] of normalised images [N, 3, S, S], with adapters."""
-        return self.backbone.encode(pixels)
+    def student_features(self, pixels: Tensor, depth: int | None = None) -> Tensor:
+        """Features [N, D] of normalised images [N, 3, S, S], with adapters; depth as of `Backbone.encode`."""
+        return self.backbone.encode(pixels, depth)
 
     @torch.no_grad()
     def teacher_features(self, pixels: Tensor) -> Tensor:
@@ -88,9 +88,9 @@ class DGSNet(nn.Module):
         tokens = self._tokenizer(captions).to(next(self.text.parameters()).device)
         return encode_text(self.text, tokens)
 
-    def logits(self, pixels: Tensor) -> Tensor:
-        """Student logits [N]: above 0 means generated."""
-        return _logits(self.head.image_head, self.student_features(pixels))
+    def logits(self, pixels: Tensor, depth: int | None = None) -> Tensor:
+        """Student logits [N]: above 0 means generated; depth as of `Backbone.encode`."""
+        return _logits(self.head.image_head, self.student_features(pixels, depth))
 
     def teacher_logits(self, pixels: Tensor) -> Tensor:
         """Logits [N] of the teacher's head on the frozen features; gradients reach that head only."""

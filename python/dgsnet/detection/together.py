@@ -1,0 +1,72 @@
+"""Scores of images that come one by one, in batches: who comes while the model works is in its next batch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import anyio
+
+from dgsnet.detection.detector import Detector
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass(eq=False)
+class _Asked:
+    """An image that waits: its prepared views, and its logits when it has been scored."""
+
+    views: Tensor
+    logits: Tensor | None = None
+
+
+class Together:
+    """Scores what tasks of an event loop ask for at the same time in the same batches of a detector.
+
+    Whose turn it is has the model score its own image, and those of others for which there is room in the
+    same batches. So nobody waits for company, and a lone image goes through at once.
+
+    Args:
+        detector: the model, which works in a thread.
+    """
+
+    def __init__(self, detector: Detector):
+        self.detector = detector
+        self.size = detector.batches.size
+        self._model = anyio.Lock()  # is had by who has waited for longest
+        self._waiting: list[_Asked] = []
+
+    async def __call__(self, views: Tensor) -> Tensor:
+        """Mean logits [1 + copies] of what `Prepared` makes of an image, on the CPU."""
+        asked = _Asked(views)
+        self._waiting.append(asked)
+        try:
+            async with self._model:
+                if asked.logits is None:
+                    await self._score(asked)
+        finally:
+            self._waiting.remove(asked)
+        assert asked.logits is not None
+        return asked.logits
+
+    async def _score(self, asked: _Asked) -> None:
+        together, room = [asked], -len(asked.views) % self.size
+        for other in self._waiting:
+            if other is not asked and other.logits is None and len(other.views) <= room:
+                together.append(other)
+                room -= len(other.views)
+        try:
+            await self._take(together)
+        except Exception:
+            if len(together) == 1:
+                raise
+            await self._take([asked])  # what is wrong may be another's
+
+    async def _take(self, together: list[_Asked]) -> None:
+        def work() -> None:
+            found = self.detector.mean_logits([asked.views for asked in together])
+            for asked, logits in zip(together, found):
+                asked.logits = logits
+
+        await anyio.to_thread.run_sync(work)
