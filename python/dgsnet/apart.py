@@ -11,6 +11,7 @@ import contextlib
 import importlib
 import itertools
 import json
+import mmap
 import os
 import select
 import signal
@@ -33,7 +34,11 @@ MAX_WAIT = 120.0
 # What may come back: it is the answer of a process that strangers' bytes may have taken over.
 MAX_BYTES = 2**29
 
-PROGRAM = "import sys; sys.path[:] = {path}; from dgsnet import apart; apart.answer()"
+# Bytes of memory that both processes see, where the system has such: what fits is copied once, where a pipe
+# copies twice and takes pages in between.
+MAX_SHARED = 2**24
+
+PROGRAM = "import sys; sys.path[:] = {path}; from dgsnet import apart; apart.answer({shared})"
 # One thread, since many such processes work beside each other. Large memory is given back when it is freed,
 # or the next call would have less; small is kept, because taking it anew takes time.
 ENVIRONMENT = {
@@ -45,7 +50,8 @@ MOST_KEPT = 2**27  # bytes more than at first, with which a process is not used 
 PIPE = 2**20  # bytes that it holds, where the system allows
 PAGE = os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 0
 OUT_OF_MEMORY = 77  # exit status
-_HEAD = struct.Struct("<QQ")  # bytes of the words, which are JSON, and of the data
+# Bytes of the words, which are JSON, of data behind them, and of data in the memory that both have.
+_HEAD = struct.Struct("<QQQ")
 # Of a pipe that is closed, and of what is no answer at all.
 _NO_ANSWER = (EOFError, OSError, ValueError, RecursionError)
 _Data = TypeVar("_Data", bytes, bytearray)
@@ -173,8 +179,10 @@ class _Process:
         # With the search path of this one, so that nothing is imported from the current folder; and without
         # the files of site-packages, which take as long as all the rest.
         path = [entry for entry in sys.path if entry] + [str(Path(__file__).parents[1])]
-        command = [sys.executable, "-I", "-S", "-c", PROGRAM.format(path=path)]
+        shared = _new_shared()
+        command = [sys.executable, "-I", "-S", "-c", PROGRAM.format(path=path, shared=shared)]
         try:
+            self._shared = _map(shared)
             self._process = subprocess.Popen(
                 command,
                 bufsize=0,
@@ -182,9 +190,13 @@ class _Process:
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
                 env=os.environ | ENVIRONMENT,
+                pass_fds=[] if shared is None else [shared],
             )
         except OSError as error:
             raise UserError(f"a process that reads images cannot be started: {one_line(error)}") from None
+        finally:
+            if shared is not None:
+                os.close(shared)
         self.stopped = False
         _all.add(self)
         for pipe in self._pipes():
@@ -195,14 +207,14 @@ class _Process:
 
     def ask(self, words: Any, data: bytes = b"") -> tuple[Any, bytearray]:
         requests, answers = self._pipes()
-        _send(requests, words, len(data), [data])
+        _send(requests, words, [data], len(data), self._shared)
         if hasattr(select, "poll"):
             poll = select.poll()
             poll.register(answers, select.POLLIN)
             if not poll.poll(MAX_WAIT * 1000):
                 self.stopped = True
                 raise EOFError
-        return _receive(answers, _read)
+        return _receive(answers, _read, self._shared)
 
     def lives(self) -> bool:
         return self._process.poll() is None
@@ -215,12 +227,14 @@ class _Process:
             if not self.stopped:
                 self._process.wait(patience)
         self._process.kill()
+        self._shared.release()
         return self._process.wait()
 
     def disown(self) -> None:
         """Leave it to the process that this one was forked from."""
         for pipe in self._pipes():
             pipe.close()
+        self._shared.release()
         self._process.returncode = 0
 
     def _pipes(self) -> tuple[IO[bytes], IO[bytes]]:
@@ -231,17 +245,49 @@ class _Process:
 _all: weakref.WeakSet[_Process] = weakref.WeakSet()
 
 
-def _send(pipe: IO[bytes], words: Any, size: int = 0, parts: Iterable[Any] = ()) -> None:
-    text = json.dumps(words).encode("ascii")
-    for part in itertools.chain([_HEAD.pack(len(text), size) + text], parts):
+def _new_shared() -> int | None:
+    """The descriptor of memory that can be shared with a process that is started; None on other than Linux.
+
+    Nobody can make it smaller, which would kill whoever reads it then.
+    """
+    try:
+        import fcntl
+
+        memory = os.memfd_create("dgsnet", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        os.ftruncate(memory, MAX_SHARED)
+        fcntl.fcntl(memory, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
+    except (ImportError, AttributeError, OSError):
+        return None
+    return memory
+
+
+def _map(shared: int | None) -> memoryview:
+    return memoryview(bytearray() if shared is None else mmap.mmap(shared, MAX_SHARED))
+
+
+def _send(pipe: IO[bytes], words: Any, parts: Iterable[Any], size: int, shared: memoryview) -> None:
+    text, place = json.dumps(words).encode("ascii"), 0
+    if fits := size <= len(shared):
+        for part in parts:
+            content = memoryview(part).cast("B")
+            shared[place : place + len(content)] = content
+            place += len(content)
+        parts = ()
+    head = _HEAD.pack(len(text), 0 if fits else size, place)
+    for part in itertools.chain([head + text], parts):
         rest = memoryview(part).cast("B")
         while rest:
             rest = rest[pipe.write(rest) :]
 
 
-def _receive(pipe: IO[bytes], read: Callable[[IO[bytes], int], _Data]) -> tuple[Any, _Data]:
-    words, data = _HEAD.unpack(read(pipe, _HEAD.size))
-    return json.loads(read(pipe, words)), read(pipe, data)
+def _receive(
+    pipe: IO[bytes], read: Callable[[IO[bytes], int], _Data], shared: memoryview
+) -> tuple[Any, _Data]:
+    words, size, there = _HEAD.unpack(read(pipe, _HEAD.size))
+    answer, data = json.loads(read(pipe, words)), read(pipe, size)
+    if there > len(shared):
+        raise ValueError
+    return answer, type(data)(shared[:there]) if there else data
 
 
 def _read(pipe: IO[bytes], size: int) -> bytearray:
@@ -264,27 +310,28 @@ def _read_whole(pipe: IO[bytes], size: int) -> bytes:
     return content
 
 
-def answer() -> None:
+def answer(descriptor: int | None) -> None:
     """The other process: answers what comes through standard input, until that is closed."""
     # An interrupt of the terminal is the other's to handle.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     questions = sys.stdin.buffer
     with contextlib.suppress(EOFError, OSError), open(os.dup(1), "wb", buffering=0) as answers:
         os.dup2(2, 1)  # whatever else is printed goes nowhere
-        (prepare, arguments, seconds, memory), _ = _receive(questions, _read_whole)
+        shared = _map(descriptor)
+        (prepare, arguments, seconds, memory), _ = _receive(questions, _read_whole, shared)
         try:
             _function(prepare)(*arguments)
             _limit(memory)
         except Exception as error:
-            return _send(answers, one_line(error) or type(error).__name__)
-        _send(answers, "")
+            return _send(answers, one_line(error) or type(error).__name__, (), 0, shared)
+        _send(answers, "", (), 0, shared)
         has = _addresses()
         while _addresses() <= has + MOST_KEPT:
             try:
-                (function, *words), data = _receive(questions, _read_whole)
+                (function, *words), data = _receive(questions, _read_whole, shared)
                 _set_clock(seconds)
                 value, size, parts = _function(function)(data, *words)
-                _send(answers, value, size, parts)
+                _send(answers, value, parts, size, shared)
                 _set_clock(0)
                 del data, parts
             except MemoryError:

@@ -77,6 +77,17 @@ def babble(data):
     time.sleep(60)
 
 
+def shrink(data):
+    """Make the memory that both have smaller, so that whoever reads it dies."""
+    tried = 0
+    for descriptor in range(3, 20):
+        with contextlib.suppress(OSError):
+            if "memfd" in os.readlink(f"/proc/self/fd/{descriptor}"):
+                tried += 1
+                os.ftruncate(descriptor, 0)
+    return tried > 0, 3, [b"abc"]
+
+
 def children():
     """Processes started here and not waited for yet, dead ones too."""
     return {child.pid for child in psutil.Process().children()}
@@ -100,11 +111,23 @@ def call():
         yield call
 
 
-@pytest.mark.parametrize("size", [0, 1, 70_001, 2**22])
+@pytest.mark.parametrize("size", [0, 1, 70_001, 2**22, apart.MAX_SHARED + 1])
 def test_words_and_bytes_go_there_and_back(call, size):
     data = os.urandom(size)
     words = ["\udcff\n", 3, None]
     assert call(f"{HERE}:backwards", data, *words) == (words[::-1], data[::-1])
+
+
+def test_words_and_bytes_go_where_no_memory_can_be_shared(monkeypatch):
+    monkeypatch.delattr(os, "memfd_create", raising=False)
+    with Apart(f"{HERE}:prepare", library="a library") as call:
+        assert call(f"{HERE}:shrink", b"") == (False, b"abc")
+        assert call(f"{HERE}:backwards", b"ab" * 70_001, 3) == ([3], b"ba" * 70_001)
+
+
+@pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="no memory is shared on this system")
+def test_a_process_cannot_take_memory_away_from_its_reader(call):
+    assert call(f"{HERE}:shrink", b"") == (True, b"abc")
 
 
 def test_processor_time_is_limited_for_each_call(call):

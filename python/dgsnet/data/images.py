@@ -306,7 +306,7 @@ def _decode(image: Image.Image, frame: _Box | None = None) -> tuple[tuple[int, i
 
     def bands() -> Iterator[np.ndarray]:
         for box in boxes:
-            band = image.crop(box)
+            band = image.crop(box) if len(boxes) > 1 or clear is not None else image
             if clear is not None:
                 band.info["transparency"] = clear
             if not white:
@@ -398,7 +398,7 @@ def _opaque(image: Image.Image) -> Image.Image:
             image = image.convert("LA")
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def _full_scale(image: Image.Image, boxes: list[_Box]) -> int:
