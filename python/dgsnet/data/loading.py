@@ -282,28 +282,31 @@ def loader_options(workers: int, prefetch: int = 2, silent: bool = False) -> dic
     }
 
 
-class LoaderWatch:
-    """Warns once, with figures, when training waits for its images rather than they for it.
+class Wait:
+    """How long a loop has waited for its images, and how many it had, since it was last begun.
 
-    A wait counts where the device had nothing left to do when it ended. Shares are taken over at least
-    `STEPS` steps and `SECONDS` seconds, after the first `WARM_UP` steps of an epoch, in which workers start.
+    A wait counts where the device had nothing left to do when it ended.
 
+    Example:
+        >>> import torch
+        >>> from dgsnet.data.loading import Wait
+        >>> wait = Wait(torch.device("cpu"))
+        >>> for images in ([1, 2], [3]):
+        ...     _ = wait.next(iter([images]))
+        ...     wait.step(len(images))
+        >>> wait.images, 0 < wait.share < 1 and wait.rate < wait.could
+        (3, True)
     """
 
-    WARM_UP, STEPS, SECONDS = 5, 20, 5.0
-    SHARE = 0.2  # of the time spent waiting; below it there is little to gain
-
-    def __init__(self, workers: int, device: torch.device) -> None:
-        self.workers = workers
+    def __init__(self, device: torch.device) -> None:
         self.done = torch.cuda.Event() if device.type == "cuda" else None
-        self.warned = False
-        self.start()
+        self.begin()
 
-    def start(self) -> None:
-        """Begin an epoch."""
-        self._open(-self.WARM_UP)
+    def begin(self) -> None:
+        """Forget what was."""
+        self.images, self.waited, self.opened = 0, 0.0, time.perf_counter()
 
-    def next(self, batches: Iterator[dict[str, Any]]) -> dict[str, Any]:
+    def next(self, batches: Iterator[Any]) -> Any:
         """The next batch, and a note of how long it took to come."""
         before = time.perf_counter()
         batch = next(batches)
@@ -312,24 +315,72 @@ class LoaderWatch:
         return batch
 
     def step(self, images: int) -> None:
-        """An optimiser step over so many images of this process has been handed to the device."""
+        """Work on so many images of this process has been handed to the device."""
         if self.done is not None:
             self.done.record()
-        self.steps += 1
         self.images += images
-        elapsed = time.perf_counter() - self.opened
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds."""
+        return time.perf_counter() - self.opened
+
+    @property
+    def share(self) -> float:
+        """Part of the time that was waited."""
+        return self.waited / self.elapsed
+
+    @property
+    def rate(self) -> float:
+        """Images per second."""
+        return self.images / self.elapsed
+
+    @property
+    def could(self) -> float:
+        """Images per second that the loop could take if it never waited."""
+        return self.images / (self.elapsed - self.waited)
+
+
+# Of the time spent waiting; below it there is little to gain.
+WAITING = 0.2
+
+
+class LoaderWatch(Wait):
+    """Warns once, with figures, when training waits for its images rather than they for it.
+
+    Shares are taken over at least `STEPS` steps and `SECONDS` seconds, after the first `WARM_UP` steps of an
+    epoch, in which workers start.
+    """
+
+    WARM_UP, STEPS, SECONDS = 5, 20, 5.0
+
+    def __init__(self, workers: int, device: torch.device) -> None:
+        super().__init__(device)
+        self.workers = workers
+        self.warned = False
+        self.start()
+
+    def start(self) -> None:
+        """Begin an epoch."""
+        self._open(-self.WARM_UP)
+
+    def step(self, images: int) -> None:
+        """An optimiser step over so many images of this process has been handed to the device."""
+        super().step(images)
+        self.steps += 1
         if self.steps == 0:
             self._open(0)
-        elif self.steps >= self.STEPS and elapsed >= self.SECONDS:
-            if self.waited > self.SHARE * elapsed and not self.warned:
-                warnings.warn(self._message(elapsed), stacklevel=2)
+        elif self.steps >= self.STEPS and self.elapsed >= self.SECONDS:
+            if self.share > WAITING and not self.warned:
+                warnings.warn(self._message(), stacklevel=2)
                 self.warned = True
             self._open(0)
 
     def _open(self, steps: int) -> None:
-        self.steps, self.images, self.waited, self.opened = steps, 0, 0.0, time.perf_counter()
+        self.steps = steps
+        self.begin()
 
-    def _message(self, elapsed: float) -> str:
+    def _message(self) -> str:
         cores = usable_cores()
         more = (
             f"raise data.workers ({self.workers} now, the machine has {cores} cores)"
@@ -337,9 +388,8 @@ class LoaderWatch:
             else f"all {cores} cores are busy: scale the images down beforehand, or use more cores per GPU"
         )
         return (
-            f"training waits for its images {self.waited / elapsed:.0%} of the time: they come at "
-            f"{self.images / elapsed:.0f} images/s, the step could take "
-            f"{self.images / (elapsed - self.waited):.0f} images/s; {more} (docs/data.md, Speed)"
+            f"training waits for its images {self.share:.0%} of the time: they come at {self.rate:.0f} "
+            f"images/s, the step could take {self.could:.0f} images/s; {more} (docs/data.md, Speed)"
         )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import threading
 from collections import OrderedDict
 from collections.abc import Iterator
 from typing import Any
@@ -116,9 +117,14 @@ class _Kept:
     def __init__(self) -> None:
         self.groups: OrderedDict[tuple, tuple[list[Any], int]] = OrderedDict()
         self.bytes = 0
+        self.lock = threading.Lock()
 
     def get(self, key: tuple) -> list[Any]:
         """The images of a row group of a file in this state."""
+        with self.lock:
+            return self._get(key)
+
+    def _get(self, key: tuple) -> list[Any]:
         if key not in self.groups:
             with _opened(key[0]) as (file, columns):
                 _checked_size(file, key[1], columns["image"], MAX_GROUP)

@@ -110,8 +110,12 @@ def _logits(detector: Any, items: Sequence[Item], workers: int | None) -> np.nda
     """Logits of the images that can be read."""
     from tqdm import tqdm
 
-    logits = detector.stream_logits(items, workers=workers)
-    scores = list(tqdm(logits, total=len(items), unit="image", disable=None))
+    scores = []
+    with tqdm(total=len(items), unit="image", disable=None) as progress:
+        for answer in detector.stream_logits(items, workers=workers):
+            scores.append(answer)
+            progress.set_postfix_str(detector.waiting(), refresh=False)
+            progress.update()
     for _, error in scores:
         if error:
             print(f"left out: {error}")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import itertools
 import os
 import warnings
-from collections.abc import Iterable, Iterator, Sequence, Sized
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,14 +27,10 @@ if TYPE_CHECKING:
 
     from dgsnet.config import Config
     from dgsnet.data.distortions import Distortion
+    from dgsnet.data.loading import Wait
     from dgsnet.data.preprocess import Preprocessor
     from dgsnet.detection.batches import Batches
     from dgsnet.model.dgsnet import DGSNet
-
-# More processes than this wait for the model, not for the images.
-MAX_WORKERS = 8
-# Starting processes takes about as long as preparing this many images.
-MIN_IMAGES_FOR_WORKERS = 64
 
 
 class Detector:
@@ -88,6 +86,7 @@ class Detector:
         self.calibration = calibration
         self.preprocess = Preprocessor(config.preprocess)
         self.errors: dict[int, str] = {}
+        self._wait: Wait | None = None
 
     @classmethod
     def load(
@@ -226,18 +225,60 @@ class Detector:
         """Logits [1 + copies] of one image after another, NaN with an error."""
         import torch
 
-        # No more images are taken from `images` than are being prepared and fill a batch.
         images = images if isinstance(images, list) else map(_image, images)
-        prepared = in_order(Prepared(self.preprocess, self.views, copies), images, workers)
-        unread = torch.full((1 + len(copies),), float("nan"))
-        while filled := list(itertools.islice(prepared, self.at_a_time(1 + len(copies)))):
-            logits = iter(self.mean_logits([pixels for pixels, error in filled if not error]))
-            for _, error in filled:
+        versions = 1 + len(copies)
+        unread = torch.full((versions,), float("nan"))
+        started: deque[tuple[list[str], Tensor]] = deque()
+
+        def answers() -> Iterator[tuple[Tensor, str]]:
+            errors, means = started.popleft()
+            logits = iter(means.cpu().split(versions))
+            for error in errors:
                 yield unread if error else next(logits), error
 
-    def at_a_time(self, versions: int = 1) -> int:
-        """How many images, each in so many versions, fill a batch; at least 1."""
-        return max(1, self.batch // (versions * self.views))
+        for filled in self.filled(Prepared(self.preprocess, self.views, copies), images, workers, versions):
+            means = self._means([pixels for pixels, error in filled if not error])
+            started.append(([error for _, error in filled], means))
+            # A GPU works on a batch while the answers to the one before it are taken.
+            if len(started) > (self.batches.device.type == "cuda"):
+                yield from answers()
+        while started:
+            yield from answers()
+
+    def filled(
+        self, prepare: Any, images: Iterable[Any], workers: int | None = None, versions: int = 1
+    ) -> Iterator[list[Any]]:
+        """What `prepare`, a map-style dataset, makes of images, in lists that fill a batch each.
+
+        The next ones are made while the model works. `waiting` tells where it has to wait for them.
+
+        Args:
+            workers: as of `predict`.
+            versions: of each image, how many go through the network.
+        """
+        from dgsnet.data.loading import Wait
+        from dgsnet.detection.supply import in_order
+
+        batch, device = max(1, self.batch // (versions * self.views)), self.batches.device
+        prepared = in_order(prepare, images, workers, batch=batch, device=device)
+        lists = iter(lambda: list(itertools.islice(prepared, batch)), [])
+        with contextlib.closing(prepared), contextlib.suppress(StopIteration):
+            self._wait = wait = Wait(device)
+            filled = next(lists)
+            wait.begin()  # before the first batch, processes start
+            while True:
+                yield filled
+                wait.step(len(filled))
+                filled = wait.next(lists)
+
+    def waiting(self) -> str:
+        """How fast images come, and how fast they could be scored, where the model waits for them much."""
+        from dgsnet.data.loading import WAITING
+
+        wait = self._wait
+        if wait is None or wait.share <= WAITING:
+            return ""
+        return f"waits for images: {wait.rate:.3g}/s come, {wait.could:.3g}/s could be scored"
 
     def mean_logits(self, images: Sequence[Tensor]) -> list[Tensor]:
         """Logits of what `Prepared` makes of images, averaged over the views: each [1 + copies], on the CPU.
@@ -245,14 +286,21 @@ class Detector:
         Args:
             images: each uint8 [(1 + copies) * views, 3, S, S], the views of one after those of the other.
         """
+        means = self._means(images).cpu()
+        return list(means.split([len(views) // self.views for views in images]))
+
+    def _means(self, images: Sequence[Tensor]) -> Tensor:
+        """The same as one tensor on the model's device, which may still be at it."""
         import torch
 
+        device = self.batches.device
         if not images:
-            return []
-        pixels = torch.cat(list(images)).to(self.batches.device, non_blocking=True)
+            return torch.empty(0, device=device)
+        pixels = torch.cat([views.to(device, non_blocking=True) for views in images])
         logits = self.logits(self.preprocess.normalise(pixels))
-        means = torch.stack([part.mean() for part in logits.split(self.views)]).cpu()
-        return list(means.split([len(views) // self.views for views in images]))
+        if self.views == 1:
+            return logits
+        return torch.stack([part.mean() for part in logits.split(self.views)])
 
     def logits(self, pixels: Tensor) -> Tensor:
         """Logits, float32 [N] on the model's device; generated is positive.
@@ -343,24 +391,6 @@ def _image(image: Any) -> Any:
 
 def _is_tensor(value: Any) -> bool:
     return type(value).__module__.startswith("torch") and hasattr(value, "numpy")
-
-
-def in_order(prepare: Any, images: Iterable[Any], workers: int | None = None) -> Iterator[Any]:
-    """What `prepare`, a map-style dataset, makes of one image after another, in so many processes."""
-    from torch.utils.data import DataLoader
-
-    from dgsnet.processes import default_workers, start_worker
-
-    if workers is None:
-        few = isinstance(images, Sized) and len(images) < MIN_IMAGES_FOR_WORKERS
-        workers = 0 if few else min(MAX_WORKERS, default_workers())
-    elif workers < 0:
-        raise UserError(f"workers is {workers}; it must be 0 or more")
-    # The images themselves are the indices sent to the workers; batch_size=None hands them over one by one.
-    sampler: Any = images
-    yield from DataLoader(
-        prepare, sampler=sampler, batch_size=None, num_workers=workers, worker_init_fn=start_worker
-    )
 
 
 class Prepared:

@@ -25,7 +25,7 @@ from dgsnet.data.items import Item, find_items
 from dgsnet.data.parquet import import_pyarrow
 from dgsnet.data.tables import Table, partial
 from dgsnet.detection.decisions import DECIMALS, SETTINGS, Precision
-from dgsnet.detection.detector import MIN_IMAGES_FOR_WORKERS, Detector
+from dgsnet.detection.detector import Detector
 from dgsnet.detection.heatmaps import save
 from dgsnet.detection.provenance import ProvenanceReader
 from dgsnet.detection.ray_engine import score_on_ray
@@ -64,6 +64,8 @@ def score(
         >>> for row in score(Detector.load("runs/demo/model"), find_items(["photos"])):  # doctest: +SKIP
         ...     print(row.path, row.decision)
     """
+    from dgsnet.detection.supply import MIN_IMAGES_FOR_WORKERS
+
     items = iter(items)
     if workers is None:
         # As Detector.stream chooses for lists.
@@ -190,7 +192,7 @@ def predict_command(
                 if heatmaps:
                     options["on_score"] = lambda item, _: save(detector, item.path, item.read(), heatmaps)
                 rows = score(detector, todo, workers=workers, **options)
-            rate = _fill(table, rows)
+            rate = _fill(table, rows, detector.waiting)
             counts = Counter(row["decision"] for row in table.rows())
             finished = (Row(**row) for row in table.rows())
             if raw_cells and write is _write_csv:
@@ -234,17 +236,19 @@ def settings(
     }
 
 
-def _fill(table: Table, rows: Iterator[Row]) -> str:
-    """Take down every row; returns how fast, in words."""
+def _fill(table: Table, rows: Iterator[Row], waiting: Callable[[], str]) -> str:
+    """Take down every row; returns how fast, in words, and what the model waits for."""
     from tqdm import tqdm
 
     before, begin = table.done, time.monotonic()
     with tqdm(initial=before, unit="image", disable=None) as progress:
         for row in rows:
             table.add(row._asdict())
+            progress.set_postfix_str(waiting(), refresh=False)
             progress.update()
     new, seconds = table.done - before, time.monotonic() - begin
-    return f"; {new / seconds:.1f} images per second" if new else ""
+    why = f" (the model {waits})" if (waits := waiting()) else ""
+    return f"; {new / seconds:.1f} images per second{why}" if new else ""
 
 
 def _write_csv(target: Path, rows: Iterator[Row], columns: Sequence[str], *, raw: bool = False) -> None:

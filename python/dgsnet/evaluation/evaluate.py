@@ -19,7 +19,7 @@ from dgsnet.data.images import ImageError, file_hash, read_image
 from dgsnet.data.nuisances import NUISANCES, file_nuisances
 from dgsnet.data.tables import Table, damaged
 from dgsnet.detection.decisions import DECIMALS, SETTINGS, Precision
-from dgsnet.detection.detector import Detector, Prepared, in_order
+from dgsnet.detection.detector import Detector, Prepared
 from dgsnet.detection.overlap import warn_of_both_labels, warn_of_training_images
 from dgsnet.errors import UserError
 from dgsnet.evaluation import false_positives, shortcut_tables
@@ -98,8 +98,9 @@ def evaluate(
             if index not in missing:
                 hashes[index], nuisances[index], _ = examine[item, set()]
         wanted = [(listed[i][1], {variants[name][0] for name in lacks}) for i, lacks in missing.items()]
-        examined = zip(missing, in_order(examine, wanted, workers))
-        while filled := list(itertools.islice(examined, detector.at_a_time())):
+        indices = iter(missing)
+        for examined in detector.filled(examine, wanted, workers):
+            filled = list(zip(itertools.islice(indices, len(examined)), examined))
             for index, (file, measured, _) in filled:
                 hashes[index], nuisances[index] = file, measured
             for name, (distortion, scorer) in variants.items():
@@ -111,6 +112,7 @@ def evaluate(
                         logit = None if error else done[name][index][0]
                         row = {"distortion": name, "index": index, "path": listed[index][1].path}
                         table.add(row | {"logit": logit, "error": error})
+                    bar.set_postfix_str(detector.waiting(), refresh=False)
                     bar.update()
     scores = []
     for name, (_, scorer) in variants.items():
