@@ -198,7 +198,7 @@ class Detector:
     ) -> Iterator[tuple[float, str]]:
         """`predict` one (probability, error message) at a time, in order; the message is "" for a score.
 
-        `images` may be any iterable, of any length: it is read as the scores are taken.
+        `images` may be any iterable, of any length: it is read a batch or two ahead of the scores.
         """
         for logits, error in self._stream(images, (), workers):
             yield self.probabilities(logits).item(), error
