@@ -152,9 +152,11 @@ class Watched:
         class Loader(torch.utils.data.DataLoader):
             """Works without processes, and interrupts the command when it has loaded enough."""
 
-            def __init__(self, data: Any, *, sampler: Any, num_workers: int, **_: Any):
+            def __init__(
+                self, data: Any, *, num_workers: int, prefetch_factor: int, worker_init_fn: Any, **others: Any
+            ):
                 watched.seen.setdefault("workers", set()).add(num_workers)
-                super().__init__(data, sampler=sampler, batch_size=None)
+                super().__init__(data, **others)
 
             def __iter__(self) -> Iterator[Any]:
                 for count, loaded in enumerate(super().__iter__()):

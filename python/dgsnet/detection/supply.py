@@ -5,13 +5,12 @@ from __future__ import annotations
 import io
 import pickle
 from collections import deque
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Generator, Iterable, Iterator, Sized
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from dgsnet.errors import UserError
 from dgsnet.processes import default_workers, start_worker
@@ -31,7 +30,7 @@ def in_order(
     *,
     batch: int = 1,
     device: torch.device | None = None,
-) -> Iterator[Any]:
+) -> Generator[Any, None, None]:
     """What `prepare`, a map-style dataset, makes of one image after another.
 
     Args:
@@ -43,6 +42,8 @@ def in_order(
     Raises:
         UserError: workers is negative.
     """
+    from torch.utils.data import DataLoader
+
     on_gpu = device is not None and device.type == "cuda"
     if workers is None:
         few = isinstance(images, Sized) and len(images) < MIN_IMAGES_FOR_WORKERS
