@@ -343,8 +343,8 @@ def test_no_setting_is_a_default():
 @pytest.mark.parametrize(
     "line, written, images",
     [
-        ("predict noise --model mine --out o/scores.csv --resume", "scores.csv", 3),
-        ("evaluate --data old --split train --model mine --out o", "scores.csv", 3),
+        ("predict noise --model mine --out o/scores.csv --resume --workers 1", "scores.csv", 3),
+        ("evaluate --data old --split train --model mine --out o --workers 1", "scores.csv", 3),
         ("caption --data old --split train --batch_size 1 --out o/words.json --resume", "words.json", 3),
     ],
 )
@@ -363,7 +363,7 @@ def test_an_interrupt_loses_nothing(line, written, images, watched, capsys):
 
 
 def test_an_interrupt_leaves_the_former_calibration(watched):
-    words = ["calibrate", "--model", "mine", "--reals", "new/val", "--fpr", "0.4"]
+    words = "calibrate --model mine --reals new/val --fpr 0.4 --batch 1 --workers 1".split()
     assert watched.call(words) == 0
     kept = next(Path("mine").rglob("calibration.json"))
     before = kept.read_bytes()

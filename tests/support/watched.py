@@ -152,11 +152,10 @@ class Watched:
         class Loader(torch.utils.data.DataLoader):
             """Works without processes, and interrupts the command when it has loaded enough."""
 
-            def __init__(
-                self, data: Any, *, num_workers: int, prefetch_factor: int, worker_init_fn: Any, **others: Any
-            ):
+            def __init__(self, data: Any, *, num_workers: int, **others: Any):
                 watched.seen.setdefault("workers", set()).add(num_workers)
-                super().__init__(data, **others)
+                of_processes = "prefetch_factor", "worker_init_fn"
+                super().__init__(data, **{k: v for k, v in others.items() if k not in of_processes})
 
             def __iter__(self) -> Iterator[Any]:
                 for count, loaded in enumerate(super().__iter__()):
