@@ -363,19 +363,8 @@ def test_an_interrupt_loses_nothing(line, written, images, watched, capsys):
 
 
 def test_an_interrupt_leaves_the_former_calibration(watched):
-    words = [
-        "calibrate",
-        "--model",
-        "mine",
-        "--reals",
-        "new/val",
-        "--fpr",
-        "0.4",
-        "--batch",
-        "1",
-        "--workers",
-        "1",
-    ]
+    words = ["calibrate", "--model", "mine", "--reals", "new/val", "--fpr", "0.4"]
+    words += ["--batch", "1", "--workers", "1"]
     assert watched.call(words) == 0
     kept = next(Path("mine").rglob("calibration.json"))
     before = kept.read_bytes()
