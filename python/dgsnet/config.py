@@ -164,6 +164,12 @@ class OptimConfig:
         head_epochs: stage 1, the teacher's linear head on the frozen encoder (only with gradient surgery).
         epochs: stage 2, the three branches.
         max_steps: end stage 2 after this many optimiser steps; 0: no limit.
+        schedule: the learning rate of each stage after its warm-up: "constant" (official), or "cosine" to 0.
+        warmup: share of each stage's steps in which the learning rate rises from 0.
+        clip: largest norm of a step's gradient, after surgery; 0: any.
+        label_smoothing: s moves the labels that losses see from 0 and 1 to s/2 and 1 - s/2.
+        best: what best/ has most of, on the validation images: "ap", "auc", "accuracy", or "worst_auc", the
+            lowest AUC of one generator's images against all real ones.
         precision: "fp32"; "bf16" keeps the frozen backbone in it; "fp16" is autocast with a loss scale.
             Adapters, heads, losses and surgery are in fp32 always.
         compile: let torch.compile fuse each vision block, in its "default" mode or, with CUDA graphs, in
@@ -181,6 +187,11 @@ class OptimConfig:
     head_epochs: int = 3
     epochs: int = 1
     max_steps: int = 0
+    schedule: Literal["constant", "cosine"] = "constant"
+    warmup: float = 0.0
+    clip: float = 0.0
+    label_smoothing: float = 0.0
+    best: Literal["ap", "auc", "accuracy", "worst_auc"] = "ap"
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     compile: Literal["no", "default", "reduce-overhead"] = "no"
     checkpointing: bool = False
@@ -191,7 +202,8 @@ class OptimConfig:
             _at_least(1, batch_size=self.batch_size)
         _at_least(1, accumulation=self.accumulation, epochs=self.epochs)
         _at_least(0, lr=self.lr, weight_decay=self.weight_decay, max_steps=self.max_steps)
-        _at_least(0, head_epochs=self.head_epochs)
+        _at_least(0, head_epochs=self.head_epochs, clip=self.clip)
+        _fraction(warmup=self.warmup, label_smoothing=self.label_smoothing)
         if len(self.betas) != 2:
             raise ValueError(f"betas={self.betas} must be two numbers")
         _fraction(beta1=self.betas[0], beta2=self.betas[1])

@@ -63,6 +63,7 @@ SETTINGS = {
     "optim": {
         **{"lr": 0.003, "betas": [0.81, 0.91], "weight_decay": 0.02, "batch_size": 11, "accumulation": 6},
         **{"head_epochs": 8, "epochs": 9, "max_steps": 210, "precision": "bf16", "compile": "default"},
+        **{"schedule": "cosine", "warmup": 0.3, "clip": 0.7, "label_smoothing": 0.1, "best": "worst_auc"},
         **{"checkpointing": True, "parallel": "fsdp"},
     },
     "surgery": {

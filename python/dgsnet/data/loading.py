@@ -211,6 +211,7 @@ class EpochSampler(Sampler[int]):
             alone = np.setdiff1d(self.units, pairs)
             units = np.concatenate([np.stack([alone, np.full_like(alone, -1)], 1), pairs])
             self.units = units[np.argsort(units[:, 0], kind="stable")]
+        self.images = int((self.units >= 0).sum())
         self.epoch = self.skip = 0
 
     def set_epoch(self, epoch: int, skip: int | None = None) -> None:
@@ -225,7 +226,7 @@ class EpochSampler(Sampler[int]):
         self.dataset.set_epoch(epoch)
 
     def __len__(self) -> int:
-        return max(int((self.units >= 0).sum()) - self.skip, 0)
+        return max(self.images - self.skip, 0)
 
     def __iter__(self) -> Iterator[int]:
         left = self.left()

@@ -77,8 +77,9 @@ class Feed:
         self.watch.warned = silent
         self.val_loader: DataLoader | None = None
         if job.val:
+            self.val = job.val[self.rank :: self.world]
             val_dataset = loading.ImageDataset(
-                job.val[self.rank :: self.world], self.preprocess, train=False, selection=data.selection
+                self.val, self.preprocess, train=False, selection=data.selection
             )
             self.val_loader = loading.make_loader(
                 val_dataset, batch_size=optim.batch_size, workers=workers, prefetch=data.prefetch, silent=True
@@ -152,13 +153,14 @@ class Feed:
         moved = (x if x is None else x.to(device, non_blocking=True) for x in others)
         return Batch._make((loading.pixels_on(device, batch, self.preprocess), *moved))
 
-    def validation(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Pixels on the device and labels [n] of this process's batches; n may be 0."""
+    def validation(self) -> Iterator[tuple[Tensor, Tensor, list[str]]]:
+        """Pixels on the device, labels and generators [n] of this process's batches; n may be 0."""
         assert self.val_loader
         batches = itertools.chain(self.val_loader, itertools.repeat(loading.collate([])))
         for batch in itertools.islice(batches, self.val_batches):
             self.val_damage.add((i * self.world + self.rank, message) for i, message in batch["errors"])
-            yield loading.pixels_on(self.accelerator.device, batch, self.preprocess), batch["labels"]
+            pixels = loading.pixels_on(self.accelerator.device, batch, self.preprocess)
+            yield pixels, batch["labels"], [self.val[place].generator for place in batch["index"]]
 
     def check_readable(self) -> None:
         """UserError if no process could read any training image."""

@@ -8,6 +8,7 @@ import math
 import os
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import IO
 
@@ -20,7 +21,7 @@ from dgsnet.training.plan import Position
 from dgsnet.training.step import TRAIN_COLUMNS
 
 METRICS_FILE = "metrics.csv"
-VAL_COLUMNS = ("val_loss", "val_accuracy", "val_ap", "val_auc")
+VAL_COLUMNS = ("val_loss", "val_accuracy", "val_ap", "val_auc", "val_worst_auc")
 COLUMNS = ("step", "stage", "epoch", *TRAIN_COLUMNS, *VAL_COLUMNS)
 
 
@@ -41,16 +42,21 @@ class Log:
         if not self.accelerator.is_main_process:
             return
         path = self.out / METRICS_FILE
+        columns: Sequence[str] = COLUMNS
         if size is None:
             write_file(path, (",".join(COLUMNS) + "\n").encode())
         elif not path.is_file() or path.stat().st_size < size:
             raise UserError(
                 f"cannot resume {self.out}: {path} is shorter than it was; put it back or start a new run"
             )
+        else:
+            # A run of an older version goes on with its columns.
+            with path.open(newline="", encoding="utf-8") as begun:
+                columns = next(csv.reader(begun))
         self.file = file = open_own(path, "a", newline="", encoding="utf-8")
         if size is not None:
             file.truncate(size)
-        self.writer = csv.DictWriter(file, COLUMNS, restval="", lineterminator="\n")
+        self.writer = csv.DictWriter(file, columns, restval="", extrasaction="ignore", lineterminator="\n")
 
     def write(self, position: Position, row: dict[str, float], **tracked: float) -> None:
         """Add a row; `tracked` goes to TensorBoard only (times, which no two runs share)."""

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dgsnet.config import Config
+from dgsnet.config import Config, OptimConfig
 from dgsnet.data.items import Item
 from dgsnet.training.replay import Update
 
@@ -36,6 +36,16 @@ class Position:
     seen: int = 0  # images of the epoch
     stage_step: int = 0  # optimiser steps of the stage
     step: int = 0  # and of the run
+
+
+def lr_factor(optim: OptimConfig, step: int, steps: int) -> float:
+    """By what the learning rate is multiplied in a stage's step, of `steps`: warm-up and schedule."""
+    rising = round(optim.warmup * steps)
+    if step < rising:
+        return (step + 1) / rising
+    if optim.schedule == "cosine":
+        return 0.5 + 0.5 * math.cos(math.pi * min(1, (step - rising) / max(1, steps - rising)))
+    return 1.0
 
 
 def dropout_seed(seed: int, step: int, process: int) -> int:

@@ -33,7 +33,7 @@ class State:
     Attributes:
         backbone: fingerprint of the frozen encoder.
         position: stage, epoch and step.
-        best: AP and negative loss of the model in best/; None before there is one.
+        best: the measure of optim.best and negative loss of the model in best/; None before there is one.
         sums: TRAIN_COLUMNS since the last logged step, weighted and added up; last, the sum of the weights.
         moments: `drift.moments`, likewise.
     """
@@ -66,7 +66,8 @@ class State:
     def keep_best(self, result: dict[str, float]) -> None:
         """Write best/ if no validation had a better result; without validation, always."""
         # Equal AP, as at 1, is decided by the loss, and so is AP that one class alone does not have.
-        score = [np.nan_to_num(result["val_ap"]).item(), -result["val_loss"]] if result else None
+        measure = f"val_{self.job.config.optim.best}"
+        score = [np.nan_to_num(result[measure]).item(), -result["val_loss"]] if result else None
         if score is None or self.best is None or score > self.best:
             self.best = score
             self._write("best", checkpoint.trained_state(self.model), self._trained_on(), result)

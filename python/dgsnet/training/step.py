@@ -61,6 +61,7 @@ class Step(nn.Module):
         model: which of its parameters require a gradient is set here.
         stage: HEAD or BRANCHES.
         surgery: settings of the three branches; None trains the student alone, plain LoRA or a linear probe.
+        smoothing: `optim.label_smoothing`.
         captioned: whether there are text features.
         expert: the expert on files; it is trained in stage BRANCHES.
     """
@@ -72,8 +73,10 @@ class Step(nn.Module):
         surgery: SurgeryConfig | None,
         captioned: bool = True,
         expert: FileExpert | None = None,
+        smoothing: float = 0.0,
     ) -> None:
         super().__init__()
+        self.smoothing = smoothing
         self.model, self.expert = model, expert
         self.surgery = surgery or SurgeryConfig(mode="none")
         self.captioned = captioned and self.surgery.mode != "none"
@@ -113,6 +116,7 @@ class Step(nn.Module):
             labels, frozen = labels.new_zeros(1), None
             text = pixels.new_zeros(1, self.model.dim) if self.captioned else None
             nuisances = None if self.expert is None else pixels.new_zeros(1, len(NUISANCES))
+        labels = labels + self.smoothing * (0.5 - labels)
         trained = "head" if self.stage == HEAD else self.surgery.mode
         found = LOSSES[trained](self, Batch(pixels, labels, text, nuisances, frozen))
         return Found._make(x if x is None else x * 0 for x in found) if empty else found

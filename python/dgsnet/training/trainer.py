@@ -14,11 +14,13 @@ import sys
 from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import gather_object, set_seed
+from torch.nn.utils import clip_grad_norm_
 
 from dgs_kernels import ObjectiveSurgery, OptimizerSurgery
 from dgsnet.config import CONFIG_FILE
@@ -32,7 +34,7 @@ from dgsnet.training.checks import uses_nuisances, uses_surgery, uses_text
 from dgsnet.training.experts import FileExpert
 from dgsnet.training.feed import Feed
 from dgsnet.training.log import VAL_COLUMNS, Log, Progress
-from dgsnet.training.plan import BRANCHES, HEAD, Job, MicroBatch, dropout_seed
+from dgsnet.training.plan import BRANCHES, HEAD, Job, MicroBatch, dropout_seed, lr_factor
 from dgsnet.training.setup import accelerator_for, with_batch_size
 from dgsnet.training.state import State
 from dgsnet.training.step import TRAIN_COLUMNS, Step, layer_surgery, parameter_groups, speed_up
@@ -61,6 +63,7 @@ class Stage:
     objectives: ObjectiveSurgery | None  # of replayed images
     epochs: int
     epochs_before: int
+    rates: list[float]  # learning rates of the optimiser's groups, without schedule
 
 
 class Trainer:
@@ -110,7 +113,8 @@ class Trainer:
         config, optim, world = self.config, self.config.optim, self.accelerator.num_processes
         surgery = config.surgery if uses_surgery(config) else None
         if self.sharded is None:
-            step = Step(self.model, number, surgery, self.feed.text is not None, self.expert)
+            captioned = self.feed.text is not None
+            step = Step(self.model, number, surgery, captioned, self.expert, optim.label_smoothing)
             if optim.parallel == "fsdp" and world > 1:
                 parallel.shard(step, list(self.model.backbone.blocks), self.accelerator.device)
                 self.sharded = step
@@ -124,13 +128,22 @@ class Trainer:
             lr=optim.lr,
             betas=optim.betas,
             weight_decay=optim.weight_decay,
-            fused=not ((layerwise or self.update) and optim.precision == "fp16"),
+            fused=not ((layerwise or self.update or optim.clip) and optim.precision == "fp16"),
         )
+        rates = [group["lr"] for group in optimizer.param_groups]
         scaler = self.accelerator.scaler
         objectives = self.update.surgery(optimizer, scaler) if self.update else None
         group = dist.group.WORLD if world > 1 and self.sharded is None else None
         shared = {"scaler": scaler, "process_group": group}
         projection = layer_surgery(optimizer, layerwise, **shared) if layerwise else None
+        if optim.clip:
+            # After surgery, whose hook has been called by then.
+            trained = [p for group in optimizer.param_groups for p in group["params"]]
+
+            def clip(*_: Any) -> None:
+                clip_grad_norm_(trained, optim.clip)
+
+            optimizer.register_step_pre_hook(clip)
         if saved and saved["optimizer"]:
             parallel.load_optimizer_state(optimizer, saved["optimizer"])
         module, prepared = step, optimizer
@@ -139,12 +152,22 @@ class Trainer:
         if saved and saved["scaler"]:
             scaler.load_state_dict(saved["scaler"])
         epochs, before = (optim.head_epochs, 0) if number == HEAD else (optim.epochs, optim.head_epochs)
-        return Stage(module, prepared, projection, objectives, epochs, before)
+        return Stage(module, prepared, projection, objectives, epochs, before, rates)
 
     def _steps_left(self) -> int | None:
         """Optimiser steps that optim.max_steps leaves of this stage; None: there is no limit."""
         limit, position = self.config.optim.max_steps, self.state.position
         return limit - position.stage_step if limit and position.stage == BRANCHES else None
+
+    def _set_rates(self, stage: Stage) -> None:
+        """The learning rates of the next step, a function of its place in the stage."""
+        optim, position = self.config.optim, self.state.position
+        steps = stage.epochs * math.ceil(self.feed.order.images / self.feed.plan.images)
+        if optim.max_steps and position.stage == BRANCHES:
+            steps = min(steps, optim.max_steps)
+        factor = lr_factor(optim, position.stage_step, steps)
+        for group, rate in zip(stage.optimizer.param_groups, stage.rates):
+            group["lr"] = factor * rate
 
     def _train_epoch(self, stage: Stage) -> None:
         position = self.state.position
@@ -156,6 +179,7 @@ class Trainer:
         silent = not self.accelerator.is_main_process
         with Progress(place, done, done + len(steps), silent=silent) as progress:
             for size, micro_batches in steps:
+                self._set_rates(stage)
                 self._optimiser_step(stage, micro_batches)
                 position.step += 1
                 position.stage_step += 1
@@ -239,16 +263,21 @@ class Trainer:
         if self.feed.val_loader is None:
             return {}
         self.model.eval()
-        scored: list[tuple[float, float]] = []
-        for pixels, labels in self.feed.validation():
+        scored: list[tuple[float, float, str]] = []
+        for pixels, labels, generators in self.feed.validation():
             logits = stage.module(pixels)
-            scored += zip(logits.float().tolist(), labels.tolist())  # none of an empty batch
+            scored += zip(logits.float().tolist(), labels.tolist(), generators)  # none of an empty batch
         scored = gather_object(scored)
         if not scored:
             raise UserError(
                 f"none of the validation images could be read; {self.feed.val_damage.summary(shown=1)}"
             )
-        logits, labels = torch.tensor(scored, dtype=torch.float64).T
-        result = metrics(labels.numpy(), torch.sigmoid(logits).numpy())
+        logits, labels = torch.tensor([score[:2] for score in scored], dtype=torch.float64).T
+        truth, probabilities = labels.numpy(), torch.sigmoid(logits).numpy()
+        real, made_by = truth == 0, np.array([name for *_, name in scored])
+        result = metrics(truth, probabilities)
+        against = [real | (made_by == name) for name in np.unique(made_by[~real])]
+        aucs = [metrics(truth[of], probabilities[of])["auc"] for of in against]
+        result["worst_auc"] = min(aucs, default=math.nan)
         loss = F.binary_cross_entropy_with_logits(logits, labels).item()
         return {"val_loss": loss} | {name: result[name.removeprefix("val_")] for name in VAL_COLUMNS[1:]}

@@ -4,7 +4,8 @@ import itertools
 
 import numpy as np
 import pytest
-from dgsnet.training.plan import StepPlan, dropout_seed
+from dgsnet.config import OptimConfig
+from dgsnet.training.plan import StepPlan, dropout_seed, lr_factor
 
 
 def test_dropout_differs_with_seed_step_and_process():
@@ -79,3 +80,15 @@ def test_pairs_stay_in_one_micro_batch(pairs, alone, batch_size, accumulation, w
     assert sorted(seen) == list(range(images))
     # Steps are filled but for the last: at most one image is missing, since a pair did not fit.
     assert all(size >= per_step - 1 for size, _ in plans[0].steps[:-1])
+
+
+def test_the_learning_rate_rises_and_falls():
+    constant = [lr_factor(OptimConfig(), step, 10) for step in range(10)]
+    assert constant == [1.0] * 10
+    warm = [lr_factor(OptimConfig(warmup=0.4), step, 10) for step in range(10)]
+    assert warm == pytest.approx([0.25, 0.5, 0.75] + [1.0] * 7)
+    cosine = [lr_factor(OptimConfig(warmup=0.2, schedule="cosine"), step, 10) for step in range(12)]
+    assert cosine[:3] == pytest.approx([0.5, 1, 1]) and cosine[6] == pytest.approx(0.5)
+    assert cosine[2:10] == sorted(cosine[2:10], reverse=True) and cosine[9] == pytest.approx(0.0381, abs=1e-3)
+    assert cosine[10:] == pytest.approx([0, 0], abs=1e-12)  # steps more than were counted on
+    assert lr_factor(OptimConfig(warmup=0.9, schedule="cosine"), 0, 1) == 1

@@ -174,6 +174,17 @@ def test_a_step_equals_the_naive_computation(model, mode, text, distillation, ca
         assert metrics.removed.max() > 1e-3  # there was something to remove
 
 
+@pytest.mark.parametrize("surgery", [None, SurgeryConfig(reference_batch_size=6)])
+def test_losses_see_smoothed_labels(model, surgery):
+    pixels, labels, *_ = batch()
+    text = None if surgery is None else torch.randn(IMAGES, model.dim).double()
+    smoothed = Step(model, BRANCHES, surgery, smoothing=0.2)(pixels, labels, text)
+    by_hand = Step(model, BRANCHES, surgery)(pixels, 0.8 * labels + 0.1, text)
+    assert torch.equal(smoothed.values, by_hand.values)
+    hard = Step(model, BRANCHES, surgery)(pixels, labels, text)
+    assert smoothed.loss != hard.loss and smoothed.values[-1] == hard.values[-1]  # the accuracy
+
+
 def test_a_step_in_half_precision_is_near_the_full_one(model):
     """fp16 is autocast with a loss scale; training refuses it without a GPU, the step itself runs."""
     surgery = SurgeryConfig(text="both", distillation=0.3)

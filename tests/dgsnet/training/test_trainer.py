@@ -8,12 +8,15 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from dgsnet.config import AugmentConfig, Config
+from dgsnet.config import AugmentConfig, Config, OptimConfig
 from dgsnet.data.images import file_hash, read_image
+from dgsnet.data.items import find_samples
 from dgsnet.data.preprocess import Preprocessor
+from dgsnet.detection.detector import Detector
 from dgsnet.errors import UserError
 from dgsnet.evaluation.metrics import metrics
 from dgsnet.model import checkpoint
+from dgsnet.training.plan import lr_factor
 from dgsnet.training.train import train
 
 from tests.support.runs import (
@@ -144,6 +147,26 @@ def test_best_is_the_lowest_loss_where_one_class_alone_has_no_ap(faint, tmp_path
     assert extra["val_loss"] == pytest.approx(min(losses), rel=1e-5)
 
 
+def test_best_is_what_the_settings_say(faint, tmp_path):
+    """The measure is not the AP; the worst AUC is of the generator that leaves nothing."""
+    for name, strength, counts in (("strong", 0.4, (4, 15)), ("weak", 0.0, (6, 2))):
+        seed = len(name)
+        write_images(tmp_path / "val" / name, counts, lambda h, w, s=strength: board(h, w) * s, seed=seed)
+    run = train(changed(faint, data_val=[str(tmp_path / "val")], optim_best="accuracy"), tmp_path / "run")
+    found = validations(run)
+    best = max(found, key=lambda row: (float(row["val_accuracy"]), -float(row["val_loss"])))
+    assert checkpoint.read_extra(run)["step"] == int(best["step"]) != best_of(found)
+    # The worst of them, against all real images.
+    samples, aucs = find_samples(tmp_path / "val"), {}
+    probabilities = Detector.load(run / "last").predict([sample.path for sample in samples])
+    for generator in ("strong", "weak"):
+        kept = [i for i, sample in enumerate(samples) if not sample.label or sample.generator == generator]
+        labels = np.array([samples[i].label for i in kept])
+        aucs[generator] = metrics(labels, probabilities[kept])["auc"]
+    assert float(found[-1]["val_worst_auc"]) == pytest.approx(aucs["weak"], abs=1e-6)
+    assert aucs["weak"] < aucs["strong"]
+
+
 def test_surgery_changes_what_is_learned(dataset, tmp_path):
     updates = {}
     for name, changes in {
@@ -169,6 +192,28 @@ def test_the_optimiser_is_that_of_the_settings(dataset, tmp_path):
         train(config, tmp_path / "run")
     (group,) = checkpoint.load_state(tmp_path / "run" / STATE_FILE)["optimizer"]["param_groups"]
     assert (group["lr"], group["betas"], group["weight_decay"]) == (3e-3, (0.8, 0.95), 0.125)
+
+
+def test_steps_follow_the_schedule_and_are_clipped_after_surgery(dataset, tmp_path, monkeypatch):
+    """A step of plain SGD in Adam's place is as long as its rate times the gradient's norm."""
+    lengths = []
+
+    class Noted(torch.optim.SGD):
+        def __init__(self, groups, lr, **_):
+            super().__init__(groups, lr=lr)
+
+        def step(self, closure=None):
+            trained = [p for group in self.param_groups for p in group["params"]]
+            before = [p.detach().clone() for p in trained]
+            super().step(closure)
+            lengths.append(sum((p - b).square().sum() for p, b in zip(trained, before)).sqrt().item())
+
+    monkeypatch.setattr(torch.optim, "AdamW", Noted)
+    optim = {"optim_clip": 1e-2, "optim_schedule": "cosine", "optim_warmup": 0.3, "optim_lr": 0.5}
+    train(settings(dataset, data_val=[], surgery_mode="layer", **optim), tmp_path / "run")
+    config = OptimConfig(schedule="cosine", warmup=0.3)
+    factors = [lr_factor(config, step, steps) for steps in (4, 8) for step in range(steps)]
+    assert lengths == pytest.approx([0.5 * 1e-2 * factor for factor in factors], rel=1e-3)
 
 
 def test_the_stages_train_their_own_parts(dataset, tmp_path):
