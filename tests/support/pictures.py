@@ -81,3 +81,50 @@ def vast_webp():
     (header,) = struct.unpack_from("<I", data, place)
     struct.pack_into("<I", data, place, header >> 28 << 28 | 8191 << 14 | 16382)
     return bytes(data)
+
+
+def boxes(data, place=0):
+    """Of a HEIF's boxes by their kinds, their contents; `place`: where they begin."""
+    found = {}
+    while place < len(data):
+        size, kind = struct.unpack_from(">L4s", data, place)
+        found[kind] = data[place + 8 : place + size]
+        place += size
+    return found
+
+
+def box(kind, *parts):
+    return struct.pack(">L", 8 + sum(map(len, parts))) + kind + b"".join(parts)
+
+
+def grid(tile, rows, columns, size):
+    """A HEIF or AVIF that puts one tile, an image of that kind, together so many times; size as stated."""
+    whole = boxes(tile)
+    meta = boxes(whole[b"meta"], 4)
+    properties = boxes(meta[b"iprp"])
+    count = len(boxes(properties[b"ipco"]))
+    added = box(b"ispe", bytes(4), struct.pack(">LL", *size))
+    association = properties[b"ipma"]
+    iprp = box(
+        b"iprp",
+        box(b"ipco", properties[b"ipco"], added),
+        box(b"ipma", association[:4], struct.pack(">L", 2), association[8:], bytes([0, 2, 1, count + 1])),
+    )
+    entry = box(b"infe", b"\2\0\0\0", struct.pack(">HH4s", 2, 0, b"grid"), b"\0")
+    parts = [
+        box(b"hdlr", meta[b"hdlr"]),
+        box(b"pitm", bytes(4), b"\0\2"),
+        box(b"iinf", bytes(4), b"\0\2", meta[b"iinf"][6:], entry),
+        box(b"iref", bytes(4), box(b"dimg", struct.pack(">HH", 2, rows * columns), b"\0\1" * rows * columns)),
+        iprp,
+        box(b"idat", struct.pack(">BBBBHH", 0, 0, rows - 1, columns - 1, *size)),
+    ]
+
+    def with_places(offset):
+        first = struct.pack(">HHHHLL", 1, 0, 0, 1, offset, len(whole[b"mdat"]))
+        second = struct.pack(">HHHHLL", 2, 1, 0, 1, 0, 8)
+        iloc = box(b"iloc", b"\1\0\0\0", b"\x44\0", b"\0\2", first, second)
+        return box(b"ftyp", whole[b"ftyp"]) + box(b"meta", bytes(4), *parts, iloc)
+
+    offset = len(with_places(0)) + 8
+    return with_places(offset) + box(b"mdat", whole[b"mdat"])

@@ -24,6 +24,11 @@ MAX_TIFF_VALUES = 2**20
 MAX_DIRECTORY_BYTES = 2**26
 # Raw files have three or four.
 MAX_SUB_DIRECTORIES = 16
+# Encoders cut a PNG into chunks of 8 KiB or more; one costs Pillow as much as thousands of pixels.
+MAX_PNG_CHUNKS = 10_000
+MIN_PNG_CHUNK = 512  # bytes, of which a PNG of more chunks has as many on average
+# Pillow fills up a run-length encoded BMP in Python, a pixel at a time.
+MAX_RUN_PIXELS = 2**24
 # Before the first frame of an animation stand three.
 MAX_WEBP_CHUNKS = 16
 # Pillow reads the text of these, and leaves out their comments, in Python.
@@ -48,6 +53,13 @@ def check_headers(data: bytes) -> None:
         _check_tiff(data)
     elif re.match(rb"P[0-6fy]", data):
         _check_pnm(data)
+    elif data.startswith(b"\x89PNG"):
+        _check_png(data)
+    elif data.startswith(b"BM"):
+        _check_bmp(data)
+    elif data[4:8] == b"ftyp":
+        with contextlib.suppress(struct.error, IndexError):  # cut off: their decoders say so
+            _check_grid(data)
     elif (start := data.find(b"\xff\x4f\xff\x51", 0, MAX_BOXES)) >= 0:  # where JPEG 2000 proper begins
         with contextlib.suppress(struct.error, IndexError):  # cut off: OpenJPEG says so
             _check_jpeg2000(data, start + 2)
@@ -69,8 +81,8 @@ def webp_frame(data: bytes) -> tuple[int, int, int, int] | None:
 
 
 # TIFF's tags by their numbers, and what stands for a sensor's values: those below a filter, or linear ones.
-_REDUCED, _OLD_KIND, _PHOTOMETRIC, _TILE_WIDTH, _TILE_HEIGHT, _SUB_DIRECTORIES, _DNG = (
-    *(254, 255, 262, 322, 323, 330, 50706),
+_REDUCED, _OLD_KIND, _PHOTOMETRIC, _TILE_WIDTH, _TILE_HEIGHT, _SUB_DIRECTORIES, _EXIF, _GPS, _DNG = (
+    *(254, 255, 262, 322, 323, 330, 34665, 34853, 50706),
 )
 _SENSORS = (32803, 34892)
 # Of one value of each type.
@@ -163,24 +175,37 @@ def _check_tiff(data: bytes) -> None:
     """Refuse TIFFs whose directory, or a tile of them that no image needs, would fill the memory."""
     order = "<" if data.startswith(b"II") else ">"
     found = dict.fromkeys((_REDUCED, _OLD_KIND, _PHOTOMETRIC, _TILE_WIDTH, _TILE_HEIGHT, _DNG), 0)
-    values, raw = 0, data[8:10] == b"CR"  # Canon's, which begin with a preview
+    raw = data[8:10] == b"CR"  # Canon's, which begin with a preview
+    inner: dict[int, int] = {}  # where the directories are that Pillow reads too
     try:
-        for tag, kind, number, value in _entries(data, "a TIFF directory"):
-            values += 1 if kind in (1, 2, 7) else number  # bytes, text and opaque data stay as they are
-            if values > MAX_TIFF_VALUES:
-                raise ImageError(f"a TIFF directory of more than {MAX_TIFF_VALUES:,} values")
+        for tag, kind, number, value in _counted(_entries(data, "a TIFF directory")):
             if tag in found:
                 found[tag] = _number(order, kind, value)
+            elif tag in (_EXIF, _GPS):
+                inner[tag] = _number(order, kind, value)
             elif tag == _SUB_DIRECTORIES:
                 raw |= any(_is_sensor(data, place) for place in _places(data, order, kind, number, value))
         if found[_TILE_WIDTH] * found[_TILE_HEIGHT] > MAX_PIXELS:
             raise ImageError(f"a TIFF with tiles of more than {MAX_PIXELS:,} pixels")
+        for place in inner.values():
+            with contextlib.suppress(struct.error, OverflowError):
+                list(_counted(_entries(data, "a TIFF directory", place)))
     except (struct.error, OverflowError):
         raise ImageError("cannot be decoded: the TIFF directory is cut off") from None
     if raw or found[_DNG] or found[_PHOTOMETRIC] in _SENSORS:
         raise ImageError("a camera's raw file, which is not an image of a kind that can be read: develop it")
     if found[_REDUCED] & 1 or found[_OLD_KIND] == 2:
         raise ImageError("a TIFF that begins with a reduced image, as raw files do: save its full one alone")
+
+
+def _counted(entries: Iterator[_Entry]) -> Iterator[_Entry]:
+    """The entries of a directory; refused where Pillow would make too many objects of them."""
+    values = 0
+    for entry in entries:
+        values += 1 if entry[1] in (1, 2, 7) else entry[2]  # bytes, text and opaque data stay as they are
+        if values > MAX_TIFF_VALUES:
+            raise ImageError(f"a TIFF directory of more than {MAX_TIFF_VALUES:,} values")
+        yield entry
 
 
 def _is_sensor(data: bytes, place: int) -> bool:
@@ -196,7 +221,7 @@ def _is_sensor(data: bytes, place: int) -> bool:
 
 def _number(order: str, kind: int, value: bytes) -> int:
     """The first number of an entry that holds it itself."""
-    (number,) = struct.unpack_from(order + {3: "H", 16: "Q"}.get(kind, "L"), value)
+    (number,) = struct.unpack_from(order + {3: "H", 6: "b", 8: "h", 9: "l", 16: "Q"}.get(kind, "L"), value)
     return number
 
 
@@ -217,8 +242,11 @@ def check_exif(exif: bytes | bytearray) -> None:
             pass
 
 
-def _entries(data: bytes, name: str, place: int = 0) -> Iterator[tuple[int, int, int, bytes]]:
-    """Tag, type, number of values and value, or its place, of a TIFF's directory; at 0, of its first.
+_Entry = tuple[int, int, int, bytes]
+
+
+def _entries(data: bytes, name: str, place: int | None = None) -> Iterator[_Entry]:
+    """Tag, type, number of values and value, or its place, of a TIFF's directory; of its first if not given.
 
     Pillow before 13 makes a copy of what every entry stands for, though all stand for the same bytes.
     """
@@ -226,7 +254,7 @@ def _entries(data: bytes, name: str, place: int = 0) -> Iterator[tuple[int, int,
     # Where Pillow looks for it: it takes a big-endian BigTIFF, which has it a byte later, for a classic one.
     big = data[2:3] == b"+"
     offset, count, entry = ("8xQ", "Q", "HHQ8s") if big else ("4xL", "H", "HHL4s")
-    if not place:
+    if place is None:
         (place,) = struct.unpack_from(order + offset, data)
     (tags,) = struct.unpack_from(order + count, data, place)
     place += struct.calcsize(order + count)
@@ -251,3 +279,82 @@ def _check_pnm(data: bytes) -> None:
             raise ImageError(f"a PNM text of more than {MAX_PNM_TEXT:,} bytes; make it a binary one")
         if data.count(b"#") > MAX_PNM_COMMENTS:
             raise ImageError(f"a PNM text of more than {MAX_PNM_COMMENTS} comments")
+
+
+def _check_png(data: bytes) -> None:
+    """Refuse PNGs of so many small chunks that going through them takes longer than decoding."""
+    place = count = 0
+    while place < len(data):
+        place += 12 + int.from_bytes(data[place + 8 : place + 12], "big")
+        count += 1
+        if count > MAX_PNG_CHUNKS and place < count * MIN_PNG_CHUNK:
+            raise ImageError(f"a PNG of more than {MAX_PNG_CHUNKS:,} small chunks")
+
+
+def _check_bmp(data: bytes) -> None:
+    """Refuse large run-length encoded BMPs."""
+    if len(data) >= 34 and int.from_bytes(data[30:34], "little") in (1, 2):
+        width, height = struct.unpack_from("<Ll", data, 18)
+        if width * abs(height) > MAX_RUN_PIXELS:
+            raise ImageError(f"a run-length encoded BMP of more than {MAX_RUN_PIXELS:,} pixels")
+
+
+def _check_grid(data: bytes) -> None:
+    """Refuse HEIF and AVIF whose tiles are more than an image: a tile is decoded as often as it is named."""
+    sizes: list[int] = []  # pixels that each property states
+    properties: dict[int, list[int]] = {}  # of an item, their numbers from 1
+    made_of: dict[int, list[int]] = {}  # of an item, the items that it is put together of
+    for kind, version, place, end in _boxes(data, 0, len(data)):
+        if kind == b"ipco":
+            for inner, _, start, _ in _boxes(data, place, end):
+                width, height = struct.unpack_from(">LL", data, start + 4) if inner == b"ispe" else (0, 0)
+                sizes.append(width * height)
+        elif kind == b"ipma":
+            large = data[place - 1] & 1
+            (items,) = struct.unpack_from(">L", data, place)
+            place += 4
+            for _ in range(items):
+                number, count = struct.unpack_from(">LB" if version else ">HB", data, place)
+                place += 5 if version else 3
+                found = struct.unpack_from(f">{count}{'H' if large else 'B'}", data, place)
+                place += count * (1 + large)
+                properties[number] = [one & (0x7FFF if large else 0x7F) for one in found]
+        elif kind == b"iref":
+            for inner, _, start, _ in _boxes(data, place, end):
+                if inner == b"dimg":
+                    number, count = struct.unpack_from(">LH" if version else ">HH", data, start)
+                    start += 6 if version else 4
+                    made_of[number] = [*struct.unpack_from(f">{count}{'L' if version else 'H'}", data, start)]
+    pixels: dict[int, int] = {}
+
+    def of(item: int) -> int:
+        """Pixels that are decoded for an item."""
+        if item not in pixels:
+            pixels[item] = 0  # one that is made of itself, which decoders refuse
+            stated = sum(sizes[one - 1] for one in properties.get(item, ()) if 0 < one <= len(sizes))
+            pixels[item] = sum(map(of, made_of[item])) if item in made_of else stated
+        return pixels[item]
+
+    for item in made_of:
+        if of(item) > MAX_PIXELS:
+            raise ImageError(f"tiles of more than {MAX_PIXELS:,} pixels together")
+
+
+def _boxes(data: bytes, place: int, end: int) -> Iterator[tuple[bytes, int, int, int]]:
+    """Kind, version, begin and end of the boxes in a part of a HEIF; in place of some, those in them."""
+    while place + 8 <= end:
+        size, kind = struct.unpack_from(">L4s", data, place)
+        start = place + 8
+        if size == 1:
+            (size,) = struct.unpack_from(">Q", data, start)
+            start += 8
+        size = size or end - place  # the last may leave it to the end of the file
+        if size < start - place:
+            return
+        version, stop = data[start] if start < end else 0, min(place + size, end)
+        start += 4 * (kind in (b"meta", b"iref", b"ipma"))  # a version and flags
+        if kind in (b"meta", b"iprp"):
+            yield from _boxes(data, start, stop)
+        else:
+            yield kind, version, start, stop
+        place += size

@@ -17,6 +17,7 @@ from tests.support.pictures import (
     chunk,
     encode,
     grey_tiff,
+    grid,
     picture,
     png,
     png_with,
@@ -43,6 +44,12 @@ def test_heif_is_refused_by_its_size_before_it_is_decoded():
     with pytest.raises(ImageError):
         read_image(bytes(data))
     assert time.process_time() - started < 1
+
+
+def test_a_grid_of_tiles_is_read():
+    tile = encode(RGB[:32, :48].repeat(2, 0).repeat(2, 1), "HEIF", quality=-1)
+    expected = np.tile(read_image(tile), (2, 3, 1))[:100, :270]
+    np.testing.assert_array_equal(read_image(grid(tile, 2, 3, (270, 100))), expected)
 
 
 @pytest.mark.parametrize("prefix", TiffImagePlugin.PREFIXES)
@@ -119,6 +126,16 @@ def overlapping_exif(kind=3, entries=60_000, numbers=2**19, rest=2**20):
     return tiff([(tag, kind, numbers, 8) for tag in range(entries)], bytes(rest))
 
 
+def tiff_with_inner_values(tag, numbers):
+    """A small grey image whose EXIF or GPS directory, which Pillow makes objects of, has so many numbers."""
+    entries = [*STRIPS, (273, 4, 1, 0), (279, 4, 1, 1024), (tag, 4, 1, 0)]
+    place = len(tiff(entries)) + 1024
+    pixels = place - 1024
+    entries[-3:] = [(273, 4, 1, pixels), (279, 4, 1, 1024), (tag, 4, 1, place)]
+    inner = struct.pack("<H", 1) + struct.pack("<HHLL", 37500, 3, numbers, 8) + bytes(4 + 2 * numbers)
+    return tiff(sorted(entries), bytes(1024) + inner)
+
+
 def segments(marker, name, data):
     """Data in as many JPEG segments as it takes."""
     parts = [name + data[at : at + 65_000] for at in range(0, len(data), 65_000)]
@@ -163,6 +180,15 @@ MADE_TO_HURT = {
     ),
     "JPEG segments": (lambda: jpeg_with(b"\xff\xe0\0\2", 50_000), "a JPEG of more than 10,000 segments"),
     "JPEG 2000 precincts": (lambda: jpeg2000_of_precincts(1000), "of more than 131,072 precincts"),
+    "HEIF grid": (
+        lambda: grid(encode(Image.new("RGB", (1024, 1024)), "heif"), 16, 12, (512, 512)),
+        "tiles of more than 134,217,728 pixels together",
+    ),
+    "PNG chunks": (lambda: png_with(chunk(b"prVt", b"") * 50_000), "a PNG of more than 10,000 small chunks"),
+    "large PNG chunks": (lambda: png_with(chunk(b"prVt", bytes(600)) * 15_000), None),
+    "TIFF EXIF": (lambda: tiff_with_inner_values(34665, 2**20 + 1), "a TIFF directory of more than"),
+    "TIFF GPS": (lambda: tiff_with_inner_values(34853, 2**20 + 1), "a TIFF directory of more than"),
+    "TIFF small GPS": (lambda: tiff_with_inner_values(34853, 2**18), None),
     "JPEG EXIF": (lambda: jpeg_with(EXIF, 200), "its EXIF data is larger than"),
     "JPEG profile": (lambda: jpeg_with(ICC, 200), None),
     "GIF frame": (gif_larger_than_its_canvas, "larger than"),
@@ -177,7 +203,8 @@ MADE_TO_HURT = {
         lambda: tiff([*STRIPS, (322, 4, 1, 45_000), (323, 4, 1, 45_000), (324, 4, 1, 8), (325, 4, 1, 60)]),
         "a TIFF with tiles of more than",
     ),
-    "BMP row": (lambda: rle_bmp(2**27, 1, b"\0\2\xff\xff" * 30), "a side longer than"),
+    "BMP row": (lambda: rle_bmp(2**18, 1, b"\0\2\xff\xff" * 30), "a side longer than"),
+    "BMP runs": (lambda: rle_bmp(2**17, 2**9, b"\1\7\0\0" * 2**9), "a run-length encoded BMP of more than"),
     "BMP jumps": (lambda: rle_bmp(2**17, 64, b"\0\2\xff\xff" * 3000), None),
     "PNM header": (lambda: b"P6\n" + b"#\n" * 2**22, "no PNM header in its first"),
     "PNM comments": (lambda: b"P3\n300 300\n255\n" + b"#\n" * 2**20, "a PNM text of more than 100 comments"),
