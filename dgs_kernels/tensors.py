@@ -45,15 +45,11 @@ def check_dtype(caller: str, name: str, dtype: torch.dtype) -> None:
 def plain(x: Tensor) -> Tensor:
     """The same tensor, of no subclass; a copy where memory does not hold its numbers as they are.
 
-    In the imaginary part of a conjugate, torch changes the signs as it reads them.
+    In the imaginary part of a conjugate, torch changes the signs as it reads them. Zero tensors, which
+    autograd makes where a derivative is zero, have no memory.
     """
     x = x if type(x) in (Tensor, torch.nn.Parameter) else x.as_subclass(Tensor)
-    return in_memory(x).resolve_neg()
-
-
-def in_memory(x: Tensor) -> Tensor:
-    """The same tensor; a zero tensor, which autograd makes where a derivative is zero, as zeros in memory."""
-    return x.clone() if private_torch.is_zero_tensor(x) else x
+    return x.clone() if private_torch.is_zero_tensor(x) else x.resolve_neg()
 
 
 def refuse_freed(caller: str, arguments: Sequence[object]) -> None:

@@ -137,9 +137,10 @@ class SurgeryAdamW(torch.optim.AdamW):
                 at = [i for i, p in enumerate(part.params) if groups[p] is group]
                 if at:
                     self._step_with_surgery(part, at, group, part.of(sums), due)
-        plain = groups.keys() - set(operated)
+        done = set(operated)
         for group in self.param_groups:
-            self._step_plainly(group, [p for p in group["params"] if p in plain and p.grad is not None])
+            if plain := [p for p in group["params"] if p.grad is not None and p not in done]:
+                self._step_plainly(group, plain)
         return loss
 
     def _step_with_surgery(self, part: Part, at: list[int], group: dict, sums: Tensor, due: str) -> None:
@@ -165,15 +166,15 @@ class SurgeryAdamW(torch.optim.AdamW):
 
     def _state(self, params: list[Tensor]) -> tuple[list[Tensor], ...]:
         """AdamW's state of parameters: exp_avg, exp_avg_sq and step, made where there is none yet."""
-        for p in params:
-            state = self.state[p]
+        states = [self.state[p] for p in params]
+        for p, state in zip(params, states):
             if not state:
                 state["step"] = torch.tensor(0.0, device="cpu")
                 state["exp_avg"] = torch.zeros_like(p, memory_format=torch.preserve_format)
                 state["exp_avg_sq"] = torch.zeros_like(p, memory_format=torch.preserve_format)
-            elif state["step"].device.type != "cpu":  # as fused AdamW leaves it
+            elif not state["step"].is_cpu:  # as fused AdamW leaves it
                 state["step"] = state["step"].cpu()
-        return tuple([self.state[p][name] for p in params] for name in ("exp_avg", "exp_avg_sq", "step"))
+        return tuple([state[name] for state in states] for name in ("exp_avg", "exp_avg_sq", "step"))
 
 
 def _refuse_unsupported(options: dict[str, Any]) -> None:

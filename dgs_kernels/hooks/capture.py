@@ -6,6 +6,7 @@ gradients cannot be right.
 
 from __future__ import annotations
 
+import functools
 import sys
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -20,7 +21,8 @@ from torch import Tensor, nn
 
 from dgs_kernels.arguments import check_choice, check_class
 from dgs_kernels.hooks.ranks import compare, is_sharded
-from dgs_kernels.tensors import in_memory, sums_dtype
+from dgs_kernels.private_torch import is_zero_tensor
+from dgs_kernels.tensors import sums_dtype
 
 GRANULARITIES = ("tensor", "layer", "model")
 Gradient = dict[Tensor, Tensor]  # of parameters
@@ -76,10 +78,13 @@ class Capture:
 
     def task(self) -> Gradient:
         """What stands in `.grad`, in memory, so that it can be edited there."""
-        found = {p: in_memory(p.grad) for p in self.parameters() if p.grad is not None}
-        for p, grad in found.items():
-            if grad is not p.grad:
-                p.grad = grad
+        found = {}
+        for p in self.parameters():
+            grad = p.grad
+            if grad is not None:
+                if is_zero_tensor(grad):
+                    p.grad = grad = grad.clone()
+                found[p] = grad
         return found
 
     @property
@@ -105,10 +110,12 @@ class Capture:
         if self._open:
             raise RuntimeError(f"{context} inside {self._open}: capture one after the other")
         self.forget_skipped_step()
-        self._check_unreduced()
         captured, params = self._captured.get(name, {}), [p for p in self.parameters() if p.requires_grad]
+        is_split = any(map(is_sharded, params))
+        if is_split:
+            self._check_unreduced()
         # DDP with gradient_as_bucket_view points .grad into buckets that the next backward overwrites.
-        shared = dist.is_available() and dist.is_initialized() and not any(map(is_sharded, params))
+        shared = not is_split and dist.is_available() and dist.is_initialized()
         task = [p.grad.clone() if shared and p.grad is not None else p.grad for p in params]
         before = {p: stamp(g) for p, g in captured.items()}
         self._open = context
@@ -131,9 +138,10 @@ class Capture:
                     f"{context}: the gradient of {self.layer(p)} is sparse; surgery needs dense gradients "
                     "(nn.Embedding(sparse=False))"
                 )
-            grad = in_memory(grad)
-            captured[p] = grad.clone() if shared and captured.get(p) is not grad else grad
-        self._check_unreduced()
+            is_new = shared and captured.get(p) is not grad
+            captured[p] = grad.clone() if is_new or is_zero_tensor(grad) else grad
+        if is_split:
+            self._check_unreduced()
         if all(before.get(p) == stamp(g) for p, g in arrived.items()):
             raise RuntimeError(
                 f"{context}: no gradient of this optimizer's parameters arrived; call backward() inside, on "
@@ -226,12 +234,14 @@ class Capture:
                 raise TypeError(f"the gradient of {layer} is sparse; surgery needs dense gradients")
             mine, meshes = _place(first, layer)
             at = (mine.device, meshes)
-            part = parts.setdefault(at, Part(*at, [[] for _ in gradients]))
+            part = parts.get(at)
+            if part is None:
+                part = parts[at] = Part(*at, [[]])
             part.params.append(p)
             part.groups.append(numbers.setdefault(layer, len(numbers)))
-            for tensors, grads in zip(part.lists, gradients):
-                tensors.append(local(grads[p]) if p in grads else None)
+            part.lists[0].append(mine)
         for part in parts.values():
+            part.lists += [[*map(local, map(grads.get, part.params))] for grads in gradients[1:]]
             part.fill(shared=self.process_group is None)
         return list(parts.values()), list(numbers)
 
@@ -239,8 +249,6 @@ class Capture:
 
     def _check_unreduced(self) -> None:
         """FSDP2 without gradient synchronisation keeps gradients where they would join another loss's."""
-        if not any(is_sharded(p) for p in self.parameters()):
-            return
         if self.model is None:
             raise ValueError(
                 "parameters sharded by FSDP2 need model=, to check that no gradient waits unreduced"
@@ -325,9 +333,13 @@ class Part:
             else:
                 tensors[i] = torch.zeros_like(like)
 
+    @functools.cached_property
+    def sums_dtype(self) -> torch.dtype:
+        return sums_dtype(*self.lists)
+
     def of(self, sums: Tensor) -> Tensor:
         """Sums of all layers, on the device and of the type that kernels ask for here."""
-        return sums.to(self.device, sums_dtype(*self.lists))
+        return sums.to(self.device, self.sums_dtype)
 
     def add_up(self, numbers: Tensor) -> Tensor:
         """Sums over the processes, in place."""
@@ -426,8 +438,8 @@ def stamp(x: Tensor) -> tuple[int, int]:
     return id(x), local(x)._version
 
 
-def local(x: Tensor) -> Tensor:
-    """This process's part of a tensor."""
+def local(x: Any) -> Any:
+    """This process's part of a tensor; None of None."""
     if not is_sharded(x):
         return x
     with torch.no_grad():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import weakref
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -15,7 +16,6 @@ from dgs_kernels.hooks.metrics import SurgeryMetrics, cosine, length
 from dgs_kernels.hooks.ranks import average
 from dgs_kernels.ops.project_align_ import SUMS, run
 from dgs_kernels.options import Surgery
-from dgs_kernels.tensors import sums_dtype
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
@@ -46,7 +46,6 @@ class ReferenceSurgery(Capture):
     def options(self) -> Surgery:
         return Surgery.of(self.alignment, self.eps, self.order, self.rule)
 
-    @torch.no_grad()
     def take(self) -> list[Part]:
         """The surgery that is due: task, harmful and beneficial gradients, the last list maybe empty.
 
@@ -55,10 +54,9 @@ class ReferenceSurgery(Capture):
         self._last = None
         captured = self.release()
         harmful, beneficial = (captured.get(kind, {}) for kind in ("harmful", "beneficial"))
-        reached = harmful.keys() | beneficial.keys()
         # Through `process_group` another rank's loss may have reached what none of this one's has.
         everyone = bool(captured) and self.process_group is not None
-        task = {p: grad for p, grad in self.task().items() if everyone or p in reached}
+        task = {p: g for p, g in self.task().items() if everyone or p in harmful or p in beneficial}
         parts, self._names = self.parts([task, harmful, beneficial] if beneficial else [task, harmful])
         for part in parts:
             if self.process_group is not None:
@@ -74,7 +72,7 @@ class ReferenceSurgery(Capture):
         writes them. Metrics are computed from them.
         """
         at_once &= len(parts) == 1 and not parts[0].meshes and self._ranks_checked
-        dtype = sums_dtype(*(tensors for part in parts for tensors in part.lists))
+        dtype = functools.reduce(torch.promote_types, (part.sums_dtype for part in parts))
         total = torch.zeros(len(self._names), SUMS, dtype=dtype, device=parts[0].device)
         surgery = self.options
         if surgery.scale is not None:
@@ -83,7 +81,7 @@ class ReferenceSurgery(Capture):
         if at_once:
             return total, "all"
         for part in parts:
-            sums = torch.zeros_like(total, device=part.device, dtype=sums_dtype(*part.lists))
+            sums = torch.zeros_like(total, device=part.device, dtype=part.sums_dtype)
             task, harmful, beneficial = part.lists
             run(task, harmful, beneficial, part.groups, sums, *self.options, "sums")
             total += part.add_up(sums).to(total)

@@ -30,6 +30,7 @@ def is_sharded(x: Tensor) -> TypeGuard[DTensor]:
     return hasattr(x, "device_mesh")
 
 
+@torch.no_grad()
 def average(tensors: list[Tensor], group: dist.ProcessGroup) -> None:
     if tensors:
         flat = torch.cat([t.reshape(-1) for t in tensors])
