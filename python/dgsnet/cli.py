@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
-from dgsnet.config import CONFIG_FILE, Config, read_config
+from dgsnet.config import CONFIG_FILE, RECIPES, Config, read_config, recipe
 from dgsnet.errors import UserError
 from dgsnet.model.catalogue import check_no_code, own_settings
 
@@ -45,6 +45,7 @@ COMMANDS = {
     "calibrate": Command(
         "set the threshold for a false-positive rate", "detection.calibrate:calibrate_command"
     ),
+    "average": Command("write the mean of several detectors", "model.averages:average_command"),
     "convert": Command("import the authors' published weights", "exchange.convert:convert_command"),
     "export": Command("write a detector for other programs", "exchange.export:export_command"),
     "serve": Command("show a page to drop images on", "detection.serve:serve_command"),
@@ -156,6 +157,9 @@ def _arguments(name: str, command: Command) -> ArgumentParser:
     if name == "train":
         parser.add_argument("--config", action="config", help="YAML file of the settings below")
         parser.add_class_arguments(Config)
+        names = sorted(path.stem for path in RECIPES.glob("*.yaml"))
+        known = "settings to start from, which all others change; docs/training.md has them"
+        parser.add_argument("--recipe", choices=names, default="published", help=known)
         parser.add_argument("--out", required=True, help=_parameter_help(function, "out"))
         parser.add_argument("--resume", action="store_true", help=_parameter_help(function, "resume"))
         return parser
@@ -205,7 +209,7 @@ def _train(parser: ArgumentParser, train_parser: ArgumentParser, argv: list[str]
     if ahead.resume and saved.is_file():
         train_parser.set_defaults(read_config(saved).flat())
     else:
-        train_parser.set_defaults(own_settings(ahead.model.name))
+        train_parser.set_defaults(recipe(ahead.recipe) | own_settings(ahead.model.name))
     arguments = parser.parse_args(argv).train
     pretrained = arguments.model.pretrained
     if ahead.resume and saved.is_file() and pretrained != ahead.model.pretrained:  # not this command line's

@@ -18,6 +18,8 @@ from dgsnet.errors import UserError
 from dgsnet.files import one_line
 
 CONFIG_FILE = "config.json"
+# A YAML file for each recipe of `dgsnet train --recipe`, which says what it is.
+RECIPES = Path(__file__).parent / "recipes"
 # Channel mean and standard deviation of pixels in 0..1, by the name that PreprocessConfig has for them.
 NORMALIZATIONS = {
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
@@ -107,6 +109,9 @@ class DataConfig:
         prefetch: batches that every worker makes ahead.
         pairs: true puts a real image and its generated twin (docs/data.md) into one micro-batch, with the
             same crop, mirroring and `augment`; "independent": with draws of their own.
+        balance: "class" draws as many real as generated images in every epoch; "generator" as many of every
+            generator as the smallest has, or `cap`, besides; "none" takes all.
+        cap: generated images of one generator in an epoch, at most; 0: any number.
         selection: where patches are selected from decoded images: in the "workers", or on the "device" for
             the whole batch.
         views: draws of crop, shuffle, mirroring and `augment` for each training image, used in turn by the
@@ -123,6 +128,8 @@ class DataConfig:
     workers: int | None = None
     prefetch: int = 2
     pairs: bool | Literal["independent"] = False
+    balance: Literal["none", "class", "generator"] = "none"
+    cap: int = 0
     selection: Literal["workers", "device"] = "workers"
     views: int = 0
     cache: str = ""
@@ -130,7 +137,7 @@ class DataConfig:
     def __post_init__(self) -> None:
         self.train = [self.train] if isinstance(self.train, str) else list(self.train)
         self.val = [self.val] if isinstance(self.val, str) else list(self.val)
-        _at_least(0, views=self.views)
+        _at_least(0, views=self.views, cap=self.cap)
         _between(0, 2**10, workers=self.workers or 0)
         _between(1, 2**10, prefetch=self.prefetch)
 
@@ -167,6 +174,8 @@ class OptimConfig:
         schedule: the learning rate of each stage after its warm-up: "constant" (official), or "cosine" to 0.
         warmup: share of each stage's steps in which the learning rate rises from 0.
         clip: largest norm of a step's gradient, after surgery; 0: any.
+        average: average/ is the mean of so many last checkpoints of stage 2 (`checkpoint_every`, and epochs'
+            ends); 0: there is none.
         label_smoothing: s moves the labels that losses see from 0 and 1 to s/2 and 1 - s/2.
         best: what best/ has most of, on the validation images: "ap", "auc", "accuracy", or "worst_auc", the
             lowest AUC of one generator's images against all real ones.
@@ -191,6 +200,7 @@ class OptimConfig:
     warmup: float = 0.0
     clip: float = 0.0
     label_smoothing: float = 0.0
+    average: int = 0
     best: Literal["ap", "auc", "accuracy", "worst_auc"] = "ap"
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     compile: Literal["no", "default", "reduce-overhead"] = "no"
@@ -202,7 +212,7 @@ class OptimConfig:
             _at_least(1, batch_size=self.batch_size)
         _at_least(1, accumulation=self.accumulation, epochs=self.epochs)
         _at_least(0, lr=self.lr, weight_decay=self.weight_decay, max_steps=self.max_steps)
-        _at_least(0, head_epochs=self.head_epochs, clip=self.clip)
+        _at_least(0, head_epochs=self.head_epochs, clip=self.clip, average=self.average)
         _fraction(warmup=self.warmup, label_smoothing=self.label_smoothing)
         if len(self.betas) != 2:
             raise ValueError(f"betas={self.betas} must be two numbers")
@@ -309,6 +319,13 @@ class Config:
     def load(cls, path: str | Path) -> Config:
         """Read a run's config.json."""
         return cls.from_dict(json.loads(Path(path).read_text()))
+
+
+def recipe(name: str) -> dict[str, Any]:
+    """The settings of a recipe, by their names on the command line."""
+    import yaml
+
+    return _flatten(yaml.safe_load((RECIPES / f"{name}.yaml").read_text(encoding="utf-8")), "")
 
 
 def read_config(path: Path) -> Config:

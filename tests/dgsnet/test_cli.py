@@ -8,6 +8,7 @@ from importlib.metadata import version
 import pytest
 import yaml
 from dgsnet.cli import COMMANDS, main
+from dgsnet.config import Config, recipe
 from PIL import Image
 
 
@@ -83,6 +84,8 @@ def test_mistakes_are_reported_before_the_heavy_imports(tmp_path):
         "train --data.train data --model.name RN50 --out new": "is a ResNet",
         "train --data.train data --model.pretrained no/such.pt --out new": "no/such.pt does not exist",
         "train --data.train data --preprocess.image_size 64 --out new": "num_patches=49",
+        "average data nowhere --out new": "data is no model",
+        f"train {tiny} --recipe best": "invalid choice: 'best'",
         "predict data --model nowhere": "no model at nowhere",
         "predict data --model data": "data is no model",
         "evaluate --data data --model nowhere --out new": "holds the splits train, val",
@@ -110,6 +113,24 @@ def test_mistakes_are_reported_before_the_heavy_imports(tmp_path):
         assert not heavy and seconds - before < 2, (line, seconds - before, heavy)
         before = seconds
     assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("name", ["published", "twins", "wang", "web", "dda"])
+def test_a_recipe_is_what_its_file_says_and_the_command_line_changes_it(name, capsys, tmp_path):
+    def settings(*words):
+        code, said = ends(capsys, "train", "--recipe", name, *words, "--print_config")
+        assert code == 0
+        fields = yaml.safe_load(said.out)
+        return Config.from_dict({key: fields[key] for key in Config().to_dict()}).flat()
+
+    found, default = settings(), Config().flat()
+    assert {key: value for key, value in found.items() if value != default[key]} == recipe(name)
+    (tmp_path / "run.yaml").write_text("optim: {lr: 0.5, batch_size: 7}")
+    changed = settings("--config", str(tmp_path / "run.yaml"), "--optim.batch_size", "9")
+    assert changed == found | {"optim.lr": 0.5, "optim.batch_size": 9}
+    # What belongs to another model is that model's.
+    tiny = settings("--model.name", "dgsnet-tiny")
+    assert tiny["preprocess.image_size"] == 32 and tiny["augment.preset"] == found["augment.preset"]
 
 
 def test_the_built_in_model_brings_its_settings(tmp_path, capsys):

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import pytest
 from dgsnet.cli import main
 from dgsnet.config import Config
+from dgsnet.model.checkpoint import read_extra
 from starlette.testclient import TestClient
 
 from tests.support.watched import FILE_MODEL, FUNCTIONS, Watched, write_files
@@ -53,6 +54,8 @@ SETTINGS = {
             "nuisances": "files",
             "workers": 3,
             "prefetch": 5,
+            "balance": "class",
+            "cap": 12,
             "pairs": "independent",
             "selection": "device",
             "views": 4,
@@ -63,7 +66,8 @@ SETTINGS = {
     "optim": {
         **{"lr": 0.003, "betas": [0.81, 0.91], "weight_decay": 0.02, "batch_size": 11, "accumulation": 6},
         **{"head_epochs": 8, "epochs": 9, "max_steps": 210, "precision": "bf16", "compile": "default"},
-        **{"schedule": "cosine", "warmup": 0.3, "clip": 0.7, "label_smoothing": 0.1, "best": "worst_auc"},
+        **{"schedule": "cosine", "warmup": 0.3, "clip": 0.7, "label_smoothing": 0.1, "average": 2},
+        "best": "worst_auc",
         **{"checkpointing": True, "parallel": "fsdp"},
     },
     "surgery": {
@@ -98,6 +102,10 @@ TABLE: dict[str, list[Row]] = {
         ),
         Row("--out", "o", "train.out", Path("o")),
         Row("--resume", "", "train.resume", True),
+    ],
+    "train, by a recipe": [
+        Row("--recipe", "dda", "augment.preset", "dda"),
+        Row("--out", "o", "train.out", Path("o")),
     ],
     "train, from a file": [
         Row("--config", "run.yaml", "seed", 77),
@@ -173,6 +181,11 @@ TABLE: dict[str, list[Row]] = {
         Row("--replace", "", "fpr", 0.4),
         Row("--workers", "7", "workers", {7}),
     ],
+    "average": [
+        Row("PATHS", "mine mine/best", "averaged", ["mine", "mine/best"]),
+        Row("--out", "o", "files", {"adapters.safetensors", "config.json", "training_images.npy"}),
+        Row("--pretrained", "weights.pt", "load_model.pretrained", "weights.pt"),
+    ],
     "convert": [
         Row("CHECKPOINT", "theirs.pth", "convert.checkpoint", "theirs.pth"),
         *plain("convert", out="o", name="ViT-B-32", alpha=2.5),
@@ -225,6 +238,8 @@ def look(command: str, seen: dict[str, Any]) -> None:
         seen["AUC of captions"] = found["captions"] and found["captions"]["auc"]
     elif command == "train":
         seen |= seen["train.config"].flat()
+    elif command == "average":
+        seen["averaged"] = read_extra(out)["averaged"]
     elif command == "update":
         job, update = seen["fit.job"], seen["fit.job"].update
         seen |= {**job.config.flat(), "out": job.out, "images": len(job.samples), "rule": update.rule}

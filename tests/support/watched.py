@@ -20,6 +20,7 @@ import torch
 import uvicorn
 from dgsnet.audit.shortcuts import FileModel
 from dgsnet.cli import COMMANDS, main
+from dgsnet.config import Config
 from dgsnet.data.nuisances import NUISANCES
 from dgsnet.detection.detector import Detector
 from dgsnet.detection.provenance import Provenance
@@ -76,6 +77,7 @@ class Watched:
         self._stop = sys.maxsize
         shutil.copytree(files, ".", dirs_exist_ok=True)
         self._detector = Detector.load("mine", "cpu")
+        self._config = Config.load("mine/best/config.json")
         monkeypatch.setattr(
             uvicorn.Server, "run", lambda server, **_: self.seen.update(app=server.config.app)
         )
@@ -87,7 +89,7 @@ class Watched:
             ("dgsnet.training.train", "train", lambda _, **__: None),
             ("dgsnet.training.trainer", "fit", lambda _, **__: None),
             ("dgsnet.training.update", "report", lambda _, **__: None),
-            ("dgsnet.model.checkpoint", "load_model", lambda _, **__: (self._detector.model, None)),
+            ("dgsnet.model.checkpoint", "load_model", lambda _, **__: (self._detector.model, self._config)),
             ("dgsnet.evaluation.evaluate", "evaluate", _evaluate_plainly),
             ("dgsnet.evaluation.report", "write_tables", lambda real, **given: real(**given)),
             ("dgsnet.exchange.convert", "convert", lambda _, **__: Official({}, {}, {}, 0, 1, False, "0")),

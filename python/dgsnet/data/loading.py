@@ -24,7 +24,8 @@ from dgsnet.processes import start_worker, usable_cores
 SHARDS_MIXED = 16  # shards read at a time
 # Decoded images that each process keeps: a small training set is decoded once, of a large one it is nothing.
 KEPT_BYTES = 2**26
-DEGRADED = 1  # tells its draws from others of the same image
+# Tell draws from others of the same numbers: of an image's degradations, and of what an epoch leaves out.
+DEGRADED, BALANCED = 1, 2
 
 
 class ImageDataset(Dataset):
@@ -192,6 +193,9 @@ class EpochSampler(Sampler[int]):
 
     It is one of the dataset's first `count` samples; None: of all. Pairs, places [P, 2], come one twin after
     the other, and with an image that is in several pairs each time.
+
+    Args:
+        balance, cap: as DataConfig has them; which images an epoch leaves out is drawn anew for each.
     """
 
     def __init__(
@@ -202,6 +206,8 @@ class EpochSampler(Sampler[int]):
         seed: int = 0,
         count: int | None = None,
         pairs: np.ndarray | None = None,
+        balance: Literal["none", "class", "generator"] = "none",
+        cap: int = 0,
     ) -> None:
         self.dataset, self.samples = dataset, dataset.samples[:count]
         self.shuffle, self.seed = shuffle, seed
@@ -211,8 +217,9 @@ class EpochSampler(Sampler[int]):
             alone = np.setdiff1d(self.units, pairs)
             units = np.concatenate([np.stack([alone, np.full_like(alone, -1)], 1), pairs])
             self.units = units[np.argsort(units[:, 0], kind="stable")]
-        self.images = int((self.units >= 0).sum())
+        self.balance, self.cap = balance, cap
         self.epoch = self.skip = 0
+        self.images = int((self.units[self._chosen()] >= 0).sum())
 
     def set_epoch(self, epoch: int, skip: int | None = None) -> None:
         """Choose the epoch, of the dataset's augmentation too, and how many samples of it to leave out.
@@ -238,8 +245,33 @@ class EpochSampler(Sampler[int]):
         if self.shuffle:
             first = [self.samples[place] for place in self.units[:, 0]]
             order = epoch_order(first, np.random.default_rng((self.seed, self.epoch)))
+        order = order[self._chosen()[order]]
         units = self.units[order]
         return units[np.searchsorted(np.cumsum((units >= 0).sum(1)), self.skip, side="right") :]
+
+    def _chosen(self) -> np.ndarray:
+        """Which units the epoch has, bool [U]."""
+        chosen = np.ones(len(self.units), bool)
+        if self.balance == "none" and not self.cap:
+            return chosen
+        rng = np.random.default_rng((self.seed, self.epoch, BALANCED))
+        # A pair counts as its generated image, the second, and is of both classes.
+        paired = self.units[:, -1] >= 0 if self.units.shape[1] == 2 else np.zeros(len(chosen), bool)
+        samples = [self.samples[place] for place in np.where(paired, self.units[:, -1], self.units[:, 0])]
+        generated = np.array([sample.label == 1 for sample in samples])
+        made_by = np.array([sample.generator for sample in samples])
+        cells = [np.flatnonzero(generated & (made_by == name)) for name in np.unique(made_by[generated])]
+        most = self.cap or len(chosen)
+        if self.balance == "generator":
+            most = min(most, *map(len, cells))
+        for cell in cells:
+            chosen[rng.permutation(cell)[most:]] = False
+        if self.balance != "none":
+            alone = chosen & ~paired
+            classes = [np.flatnonzero(alone & (generated == label)) for label in (False, True)]
+            for units in classes:
+                chosen[rng.permutation(units)[min(map(len, classes)) :]] = False
+        return chosen
 
 
 def make_loader(

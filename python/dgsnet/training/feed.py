@@ -65,7 +65,13 @@ class Feed:
             drawn_as=drawn_as,
         )
         self.order = loading.EpochSampler(
-            dataset, shuffle=True, seed=config.seed, count=len(job.samples), pairs=pairs
+            dataset,
+            shuffle=True,
+            seed=config.seed,
+            count=len(job.samples),
+            pairs=pairs,
+            balance=data.balance,
+            cap=data.cap,
         )
         images = optim.batch_size * optim.accumulation * self.world
         self.plan = StepPlan(images, optim.batch_size, self.rank, self.world)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,10 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import Tensor
 
+from dgsnet.config import ModelConfig
 from dgsnet.errors import UserError
 from dgsnet.model import checkpoint
+from dgsnet.model.averages import average
 from dgsnet.model.dgsnet import DGSNet
 from dgsnet.training import drift, parallel
 from dgsnet.training.checks import uses_surgery
@@ -34,6 +36,7 @@ class State:
         backbone: fingerprint of the frozen encoder.
         position: stage, epoch and step.
         best: the measure of optim.best and negative loss of the model in best/; None before there is one.
+        recent: `trained_state` of the last optim.average checkpoints of stage 2.
         sums: TRAIN_COLUMNS since the last logged step, weighted and added up; last, the sum of the weights.
         moments: `drift.moments`, likewise.
     """
@@ -51,6 +54,7 @@ class State:
         self.model, self.expert, self.feed, self.backbone = model, expert, feed, backbone
         self.position = Position(HEAD if uses_surgery(job.config) else BRANCHES)
         self.best: list[float] | None = None
+        self.recent: list[dict[str, Tensor]] = []
         self.sums = torch.zeros(len(TRAIN_COLUMNS) + 1, device=accelerator.device)
         self.moments = torch.zeros(drift.size(model.dim), dtype=torch.float64, device=accelerator.device)
 
@@ -60,7 +64,10 @@ class State:
             self.moments += weight * found.moments
 
     def end_stage(self) -> None:
-        """Go to the beginning of the next stage, or beyond the last."""
+        """Go to the beginning of the next stage, or beyond the last, with average/ written."""
+        if self.position.stage == BRANCHES and self.recent:
+            state, model = average(self.recent, [self.job.config.model] * len(self.recent))
+            self._write("average", state, self._trained_on(), {"averaged": len(self.recent)}, model)
         self.position = Position(self.position.stage + 1, step=self.position.step)
 
     def keep_best(self, result: dict[str, float]) -> None:
@@ -88,6 +95,10 @@ class State:
         }
         if self.position.stage == BRANCHES and self.position.stage_step:
             self._write("last", trained, hashes, result or {})
+            if self.job.config.optim.average:
+                # Copies, since on a CPU these are the weights that training goes on with.
+                kept = {name: tensor.clone() for name, tensor in trained.items()}
+                self.recent = [*self.recent, kept][-self.job.config.optim.average :]
         if self.accelerator.is_main_process:
             scaler = self.accelerator.scaler
             state = {
@@ -100,6 +111,7 @@ class State:
                 "moments": moments,
                 "images_per_step": self.feed.plan.images,
                 "best": self.best,
+                "recent": self.recent,
                 "metrics_bytes": log.sync(),
                 "data": self.feed.data_hash,
                 "backbone": self.backbone,
@@ -128,18 +140,24 @@ class State:
         self.sums.copy_(saved["sums"])
         if self.expert is not None:
             self.expert.load_state_dict(saved["expert"])
-        # A state of an older version has neither of these.
+        # A state of an older version has none of these.
         if "trained_on" in saved:
             self.feed.trained_on = set(saved["trained_on"].tolist())
         if "moments" in saved:
             self.moments.copy_(saved["moments"])
+        self.recent = saved.get("recent", [])
         # On another number of processes a step keeps its images, in more or fewer micro-batches.
         self.feed.plan.images = saved["images_per_step"]
         self.feed.readable = self.position.step > 0
         return saved
 
     def _write(
-        self, name: str, trained: dict[str, Tensor], hashes: np.ndarray, result: dict[str, float]
+        self,
+        name: str,
+        trained: dict[str, Tensor],
+        hashes: np.ndarray,
+        result: dict[str, float],
+        model: ModelConfig | None = None,
     ) -> None:
         if self.accelerator.is_main_process:
             extra: dict[str, Any] = {key: value for key, value in result.items() if math.isfinite(value)}
@@ -149,7 +167,7 @@ class State:
                 self.job.out / name,
                 trained,
                 self.backbone,
-                self.job.config,
+                replace(self.job.config, model=model or self.job.config.model),
                 trained_on=hashes,
                 step=self.position.step,
                 **extra,

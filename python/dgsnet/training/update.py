@@ -143,7 +143,9 @@ def _configuration(config: Config, data: list[str], lr: float | None, seed: int 
         return changed(
             config,
             seed=config.seed if seed is None else seed,
-            data=changed(config.data, train=data, val=[], captions="none", nuisances="none"),
+            data=changed(
+                config.data, train=data, val=[], captions="none", nuisances="none", balance="none", cap=0
+            ),
             optim=changed(config.optim, lr=config.optim.lr if lr is None else lr, epochs=1, max_steps=0),
             surgery=changed(config.surgery, mode="none", text="project", distillation=0.0),
         )

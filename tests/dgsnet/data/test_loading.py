@@ -4,6 +4,7 @@ import os
 import re
 import time
 import warnings
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -12,7 +13,15 @@ from dgsnet.config import PreprocessConfig
 from dgsnet.data.captions import attach_captions
 from dgsnet.data.distortions import Degradations
 from dgsnet.data.items import Item, find_samples
-from dgsnet.data.loading import DamageReport, ImageDataset, LoaderWatch, collate, make_loader, pixels_on
+from dgsnet.data.loading import (
+    DamageReport,
+    EpochSampler,
+    ImageDataset,
+    LoaderWatch,
+    collate,
+    make_loader,
+    pixels_on,
+)
 from dgsnet.data.preprocess import Preprocessor
 from dgsnet.processes import start_worker, usable_cores
 from PIL import Image
@@ -144,6 +153,43 @@ def test_epochs_take_the_views_in_turn(tmp_path):
         viewed.set_epoch(epoch)
         free.set_epoch(epoch % 3)
         assert torch.equal(viewed[1]["pixels"], free[1]["pixels"])
+
+
+UNEVEN = {("", 0): 40, ("a", 0): 10, ("a", 1): 5, ("b", 1): 17, ("c", 1): 8}
+
+
+@pytest.mark.parametrize(
+    ("balance", "cap", "expected"),
+    [
+        ("none", 0, {"real": 50, "a": 5, "b": 17, "c": 8}),
+        ("none", 6, {"real": 50, "a": 5, "b": 6, "c": 6}),
+        ("class", 0, {"real": 30, "a": 5, "b": 17, "c": 8}),
+        ("class", 7, {"real": 19, "a": 5, "b": 7, "c": 7}),
+        ("generator", 0, {"real": 15, "a": 5, "b": 5, "c": 5}),
+        ("generator", 3, {"real": 9, "a": 3, "b": 3, "c": 3}),
+    ],
+)
+def test_an_epoch_draws_as_many_as_balance_says(balance, cap, expected):
+    samples = [Item(f"{cell}{i}", cell[1], cell[0]) for cell, count in UNEVEN.items() for i in range(count)]
+    dataset = ImageDataset(samples, PREPROCESS, train=True)
+    sampler = EpochSampler(dataset, shuffle=True, seed=5, balance=balance, cap=cap)
+    epochs = []
+    for epoch in range(3):
+        sampler.set_epoch(epoch)
+        order = list(sampler)
+        assert len(order) == len(set(order)) == len(sampler) == sum(expected.values())
+        names = Counter(samples[i].generator if samples[i].label else "real" for i in order)
+        assert names == expected
+        sampler.set_epoch(epoch, skip=4)
+        assert list(sampler) == order[4:]
+        epochs.append(set(order))
+    assert (epochs[0] == epochs[1]) == (balance == "none" and not cap)
+
+
+def test_generated_images_are_left_out_as_well_as_real_ones():
+    samples = [Item(f"{label}{i}", label) for label, count in ((0, 3), (1, 9)) for i in range(count)]
+    sampler = EpochSampler(ImageDataset(samples, PREPROCESS, train=True), shuffle=False, balance="class")
+    assert [samples[i].label for i in sampler] == [0] * 3 + [1] * 3
 
 
 def test_workers_end_with_their_parent_and_one_of_them_warns(folder):

@@ -16,6 +16,7 @@ from dgsnet.detection.detector import Detector
 from dgsnet.errors import UserError
 from dgsnet.evaluation.metrics import metrics
 from dgsnet.model import checkpoint
+from dgsnet.model.averages import average
 from dgsnet.training.plan import lr_factor
 from dgsnet.training.train import train
 
@@ -214,6 +215,22 @@ def test_steps_follow_the_schedule_and_are_clipped_after_surgery(dataset, tmp_pa
     config = OptimConfig(schedule="cosine", warmup=0.3)
     factors = [lr_factor(config, step, steps) for steps in (4, 8) for step in range(steps)]
     assert lengths == pytest.approx([0.5 * 1e-2 * factor for factor in factors], rel=1e-3)
+
+
+def test_the_mean_of_the_last_checkpoints_is_kept_over_an_interruption(dataset, tmp_path):
+    short = {"data_val": [], "optim_head_epochs": 0, "checkpoint_every": 1, "optim_average": 2}
+    states = []
+    for steps in (2, 3):
+        config = settings(dataset, optim_max_steps=steps, **short)
+        if steps == 3:
+            with interrupted_after(2):
+                train(config, tmp_path / "3")
+        states.append(weights(train(config, tmp_path / f"{steps}", resume=True)))
+    found, model = average(states, [config.model] * 2)
+    mean, read = checkpoint.load_model(tmp_path / "3" / "average")
+    assert read.model == model and model.lora_rank == 2 * config.model.lora_rank
+    for name, tensor in checkpoint.trained_state(mean).items():
+        torch.testing.assert_close(tensor, found[name], msg=lambda text, name=name: f"{name}: {text}")
 
 
 def test_the_stages_train_their_own_parts(dataset, tmp_path):
