@@ -97,6 +97,14 @@ def test_one_place_that_is_not_aligned(backend, nan_filled):
 
 
 @everywhere
+def test_energy_as_small_as_eps(backend):
+    """Images so dark that what is added to their energy halves its shares."""
+    images = picture(1, 3, 64, 96, device=backend).float() / 255
+    for darker in (1e-9, 4e-9):
+        assert_accurate(spectral_entropy(images * darker), images * darker)
+
+
+@everywhere
 def test_extremes(backend):
     flat = torch.tensor([0, 1, 128, 255], dtype=torch.uint8, device=backend)[:, None, None, None]
     entropy = spectral_entropy(flat.expand(4, 3, 32, 32))

@@ -3,12 +3,14 @@
 import contextlib
 import io
 import logging
+import select
 import socket
 import tempfile
 import time
 
 import httpx
 import pytest
+from dgsnet.detection import uploads
 from dgsnet.detection.detector import Detector
 from dgsnet.detection.serve import create_app
 from fastapi.testclient import TestClient
@@ -100,6 +102,27 @@ def test_a_client_that_hangs_up_is_one_line(detector, caplog):
         assert httpx.get(f"http://127.0.0.1:{port}/api/health").status_code == 200
     (line,) = said
     assert line.getMessage() == "127.0.0.1 hung up" and not line.exc_info
+
+
+def test_a_body_that_comes_in_drops_is_given_up(detector, monkeypatch):
+    """Drops do not put off the end: only so many bytes as a slow line has do."""
+    monkeypatch.setattr(uploads, "RATE_SECONDS", 0.5)
+    monkeypatch.setattr(uploads, "RATE_BYTES", 100)
+    with serving(create_app(detector)) as port:
+        with socket.create_connection(("127.0.0.1", port)) as drops:
+            drops.sendall(head(10_000))
+            begin = time.monotonic()
+            while time.monotonic() - begin < 5 and not select.select([drops], [], [], 0.05)[0]:
+                drops.sendall(b"x")
+            answer = drops.recv(100)
+        assert b"408" in answer and time.monotonic() - begin < 3
+        with socket.create_connection(("127.0.0.1", port)) as steady:
+            steady.sendall(head(len(IMAGE) + 2000))
+            for _ in range(20):  # as many bytes in each part of the time, for longer than it
+                steady.sendall(bytes(100))
+                time.sleep(0.05)
+            steady.sendall(IMAGE)
+            assert b"422" in steady.recv(100)  # which is no image
 
 
 def test_the_latest_of_too_many_connections_are_served(detector):

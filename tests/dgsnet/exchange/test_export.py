@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -157,6 +158,20 @@ def contract_in(path, format):
         return json.loads((path / CONTRACT_FILE).read_text())
     with safe_open(path, framework="pt") as file:
         return json.loads(file.metadata()[CONTRACT])
+
+
+def test_the_contract_of_a_model_without_calibration(run, tmp_path):
+    bare = shutil.copytree(run, tmp_path / "bare")
+    next(bare.rglob("calibration.json")).unlink()
+    export(bare, tmp_path / "exported", "hf")
+    assert contract_in(tmp_path / "exported", "hf")["decision"] == {
+        "temperature": 1.0,
+        "generated_above": 0.5,
+        "real_at_or_below": 0.5,
+        "decimals_before_comparing": 6,
+        "calibrated": False,
+        "precision": "fp32",
+    }
 
 
 @pytest.mark.parametrize("format", ["torchscript", "safetensors", "hf"])
