@@ -43,18 +43,19 @@ LONGEST_HEAD_START = 0.05  # seconds; calls of the host that take longer are tim
 class Case:
     """What to time. `variants` take the tensors that `inputs()` makes, `exact` the same in float64.
 
-    What a call writes into its inputs belongs to the result: `edited` says which inputs, and the call's own
-    result is not looked at. They are restored before the check only: a later round edits them further.
+    `bytes_moved` is the floor: each input read once, each output written once. What a call writes into its
+    inputs belongs to the result: `edited` says which, by place, and the call's own result is not looked at.
+    They are restored before the check only: a later round edits them further.
     The error of `others` is reported, not judged: how another library rounds is its own affair, as long as a
     thousandth of the largest number is right.
     """
 
     operation: str
     inputs: Callable[[], tuple[Tensor, ...]]
-    bytes_moved: int  # the floor: each input read once, each output written once
+    bytes_moved: int
     variants: dict[str, Callable[..., Tensor]]
     exact: Callable[..., Tensor]
-    edited: tuple[int, ...] = ()  # places in inputs()
+    edited: tuple[int, ...] = ()
     others: tuple[str, ...] = ()
 
 

@@ -65,24 +65,25 @@ MIN_ROUNDS = 5
 
 @dataclass
 class Settings:
-    """What all variants share."""
+    """What all variants share; `image` is the side of the PNG files."""
 
     model: str
     batch: int
     device: str
     threads: int
-    image: int  # side of the PNG files
+    image: int
     folder: str
     workers: int
 
 
 @dataclass
 class Variant:
-    """One of the rows of the table: a class of step and what it is made with."""
+    """One of the rows of the table: the name of a class below, what it is made with, and the one of ABLATIONS
+    that is undone."""
 
-    kind: str  # name of a class below
+    kind: str
     options: dict[str, Any] = field(default_factory=dict)
-    without: str = ""  # one of ABLATIONS, undone
+    without: str = ""
 
 
 class Clock:

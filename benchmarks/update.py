@@ -200,7 +200,8 @@ def told(row: dict) -> str:
 def table(rows: list[dict]) -> str:
     """Markdown, in percent, means over seeds with standard errors: after every arrival by rule, then paired
     differences between rules, of the mean over arrivals."""
-    found: dict[tuple, list[list[float]]] = {}  # of each seed the values of a line
+    # Of each seed the values of a line.
+    found: dict[tuple, list[list[float]]] = {}
     for row in (row for row in rows if row["benchmark"] == NAME and row["arrived"]):
         values = [summary(row, key)[group] for key in MEASURES for group in GROUPS]
         found.setdefault((row["arrived"], row["rule"]), []).append(values)

@@ -10,6 +10,7 @@ import contextlib
 import functools
 import itertools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -87,27 +88,16 @@ def project_align_(
     harmful: Sequence[Tensor],
     beneficial: Sequence[Tensor] | None,
     groups: Sequence[int],
-    *,
-    alignment: float | Tensor = 1.0,
-    eps: float = 1e-6,
-    order: str = "align_first",
-    rule: str = "positive",
+    **options: Any,
 ) -> list[Tensor]:
     """`project_align` on layers: the tensors of a group, end to end, are one row. Returns the new gradients.
 
-    `groups[i]` is tensor i's layer, 0..G-1.
+    `groups[i]` is tensor i's layer, 0..G-1; `options` are those of `project_align`.
     """
     out: list[Tensor] = list(grads)
     for layer in layers(groups):
-        row = project_align(
-            _row(grads, layer),
-            _row(harmful, layer),
-            None if beneficial is None else _row(beneficial, layer),
-            alignment=alignment,
-            eps=eps,
-            order=order,
-            rule=rule,
-        )
+        pull = None if beneficial is None else _row(beneficial, layer)
+        row = project_align(_row(grads, layer), _row(harmful, layer), pull, **options)
         for i, part in zip(layer, row.split([grads[i].numel() for i in layer])):
             out[i] = part.view(grads[i].shape).to(grads[i].dtype)
     return out

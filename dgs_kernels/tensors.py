@@ -177,7 +177,8 @@ def in_a_row(tensors: Sequence[Tensor]) -> list[Tensor]:
 def refuse_shared_memory(caller: str, name: str, tensors: Sequence[Tensor]) -> None:
     """Raise where an edit of one number would be one of another."""
     spans = sorted((*_span(x), i) for i, x in enumerate(tensors) if x.numel())
-    together: list[int] = []  # whose spans cross one another; single numbers are looked at only there
+    # Tensors whose spans cross one another: only there single numbers are looked at.
+    together: list[int] = []
     reached = 0
     for begin, end, i in [*spans, (sys.maxsize, sys.maxsize, -1)]:
         if begin >= reached:

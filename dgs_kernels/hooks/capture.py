@@ -38,8 +38,9 @@ class Capture:
     scaler: torch.amp.GradScaler | None = None
     process_group: dist.ProcessGroup | None = None
     check_ranks: bool = True
-    caller: ClassVar[str]  # the public class, for messages
-    wrapped: ClassVar[str] = ""  # what else to do where the optimiser is wrapped
+    # For messages: the public class, and what else to do where the optimiser is wrapped.
+    caller: ClassVar[str]
+    wrapped: ClassVar[str] = ""
 
     def __post_init__(self) -> None:
         inner = getattr(self.optimizer, "optimizer", None)
@@ -61,7 +62,7 @@ class Capture:
         self._layers: dict[Tensor, str] = {}
         self._ranks_checked = not self.check_ranks
         self._loss_scale: float | None = None
-        self._unscaled: Any = _Unscaled()  # all of an optimiser that GradScaler asks for
+        self._unscaled: Any = _Unscaled()
         for param in self.parameters():
             self.layer(param)
 
@@ -311,13 +312,17 @@ Capture.optimizer = _NotKept()  # type: ignore[assignment]
 
 @dataclass
 class Part:
-    """K gradients of T parameters that live on one device and are split over the same processes."""
+    """K gradients of T parameters that live on one device and are split over the same processes.
+
+    `meshes` are the mesh dimensions that the rest of each tensor is spread over, `lists` K lists of T
+    tensors, and `groups` the layers of the parameters, 0..G-1.
+    """
 
     device: torch.device
-    meshes: tuple  # the mesh dimensions that the rest of each tensor is spread over
-    lists: list[list[Any]]  # K lists of T tensors
+    meshes: tuple
+    lists: list[list[Any]]
     params: list[Tensor] = field(default_factory=list)
-    groups: list[int] = field(default_factory=list)  # the layer of each parameter, 0..G-1
+    groups: list[int] = field(default_factory=list)
 
     def fill(self, shared: bool) -> None:
         """Zeros where a loss does not reach a parameter: views of a common tensor, or own ones."""

@@ -189,10 +189,14 @@ def _apply_kernel(
 
 
 class Lists(NamedTuple):
-    """Lists of tensors as kernels see them, the tensors sorted by layer and cut into chunks."""
+    """Lists of tensors as kernels see them, the tensors sorted by layer and cut into chunks.
 
-    table: Tensor  # [3 + lists (+ extra), T] int64: a tensor's last chunk + 1, size, layer, addresses, extra
-    begins: Tensor  # [G + 1] int64: a layer's chunks are begins[g] to begins[g + 1]
+    `table` is int64 [3 + lists (+ extra), T]: a tensor's last chunk + 1, size, layer, addresses, extra. The
+    chunks of layer g are `begins[g]` to `begins[g + 1]`, int64 [G + 1].
+    """
+
+    table: Tensor
+    begins: Tensor
     tensors: int
     chunks: int
     constants: dict[str, object]
