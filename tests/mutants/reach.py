@@ -62,10 +62,12 @@ class Told:
         ]
         self.tests[item.nodeid] = {"seconds": 0.0, "passed": True, "fixtures": wide}
         forget_what_is_cached()
+        end_readers()
         self.switch(item.nodeid)
         try:
             return (yield)
         finally:
+            end_readers()
             self.switch("")
 
     def shared(self, definition: pytest.FixtureDef) -> str:
@@ -114,6 +116,13 @@ def forget_what_is_cached() -> None:
                     value.cache_clear()
 
 
+def end_readers() -> None:
+    """Processes that read images serve many tests; each test here has its own, which say what it reached."""
+    if apart := sys.modules.get("dgsnet.apart"):
+        for process in list(apart._all):
+            process.end(patience=10)
+
+
 def pytest_configure(config: pytest.Config) -> None:
     import coverage
 
@@ -121,6 +130,11 @@ def pytest_configure(config: pytest.Config) -> None:
         config.pluginmanager.register(Told(running))
         prepared = spawn.get_preparation_data
         spawn.get_preparation_data = lambda name: prepared(name) | {"context": Context()}
+        from dgsnet import apart
+
+        # They start without site-packages' files, of which coverage's is one.
+        started = "; import coverage; coverage.process_startup(); from dgsnet"
+        apart.PROGRAM = apart.PROGRAM.replace("; from dgsnet", started)
 
 
 # Making the map
