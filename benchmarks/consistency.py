@@ -126,7 +126,7 @@ def preparing(side: tuple[int, int]) -> dict[str, float]:
     for _, (name, times) in itertools.product(range(ROUNDS + 1), taken.items()):
         prepare = Prepared(Preprocessor(PreprocessConfig()), 1, COPIES if name == "consistency" else ())
         begin = time.perf_counter()
-        prepare[image]
+        prepare.part(image)
         times.append(time.perf_counter() - begin)
     return {name: float(np.median(times[1:])) for name, times in taken.items()}
 

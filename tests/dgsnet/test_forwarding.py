@@ -77,7 +77,7 @@ SETTINGS = {
     **{"seed": 14, "checkpoint_every": 15, "log_every": 16},
 }
 # How scores are made.
-HOW = {"views": 5, "batch": 4, "precision": "bf16"}
+HOW = {"views": 16, "batch": 4, "precision": "bf16"}
 DETECTOR = [
     *plain("load", device="cuda:5", **HOW, pretrained="weights.pt"),
     Row("--model", "mine", "load.run", "mine"),
@@ -86,6 +86,7 @@ CREDENTIALS = [
     Row("--provenance", "", "provenance", True),
     Row("--trust", "anchors.pem", "ProvenanceReader.trust", "anchors.pem"),
 ]
+ON_RAY = [Row("--workers", "7", "on_ray.workers", 7), Row("--model", "mine", "load.run", "mine")]
 # Of some commands several lines, as some options do not go together.
 TABLE: dict[str, list[Row]] = {
     "audit": [
@@ -145,6 +146,12 @@ TABLE: dict[str, list[Row]] = {
         Row("--raw_cells", "", "write_tables.raw_cells", True),
         Row("--workers", "7", "workers", {7}),
     ],
+    "evaluate, with Ray": [
+        *ON_RAY,
+        Row("--engine", "ray", "on Ray", 3),
+        Row("--data", "old/train", "suites", {"old": 1 + 2}),
+        Row("--out", "o", "evaluate.engine", "ray"),
+    ],
     "predict": [
         *DETECTOR,
         *CREDENTIALS,
@@ -164,11 +171,10 @@ TABLE: dict[str, list[Row]] = {
     ],
     "predict, with Ray": [
         Row("PATHS", "noise", "paths", ["00.png", "01.png", "02.png"]),
-        Row("--model", "mine", "load.run", "mine"),
         Row("--out", "o/scores.jsonl", "files", {"scores.jsonl"}),
-        Row("--engine", "ray", "ray", True),
-        Row("--workers", "7", "score_on_ray.workers", 7),
-        Row("--consistency", "", "score_on_ray.consistency", True),
+        *ON_RAY,
+        Row("--engine", "ray", "on Ray", 3),
+        Row("--consistency", "", "spread", True),
     ],
     "calibrate": [
         *DETECTOR,
@@ -185,6 +191,12 @@ TABLE: dict[str, list[Row]] = {
         Row("PATHS", "mine mine/best", "averaged", ["mine", "mine/best"]),
         Row("--out", "o", "files", {"adapters.safetensors", "config.json", "training_images.npy"}),
         Row("--pretrained", "weights.pt", "load_model.pretrained", "weights.pt"),
+    ],
+    "calibrate, with Ray": [
+        *ON_RAY,
+        Row("--engine", "ray", "on Ray", 12),
+        Row("--reals", "old/val", "n_reals", 12),
+        Row("--fpr", "0.4", "fpr", 0.4),
     ],
     "convert": [
         Row("CHECKPOINT", "theirs.pth", "convert.checkpoint", "theirs.pth"),

@@ -24,7 +24,6 @@ from dgsnet.config import Config
 from dgsnet.data.nuisances import NUISANCES
 from dgsnet.detection.detector import Detector
 from dgsnet.detection.provenance import Provenance
-from dgsnet.detection.scoring import score
 from dgsnet.errors import UserError
 from dgsnet.exchange.convert import Official
 
@@ -84,7 +83,7 @@ class Watched:
         for home, name, answer in [
             ("dgsnet.detection.detector", "Detector.load", self._load),
             ("dgsnet.detection.provenance", "ProvenanceReader", lambda _, **__: Reader()),
-            ("dgsnet.detection.ray_engine", "score_on_ray", self._score_on_ray),
+            ("dgsnet.detection.ray_engine", "on_ray", self._on_ray),
             ("dgsnet.data.captioning", "Captioner", lambda _, **__: Captioner(self.seen)),
             ("dgsnet.training.train", "train", lambda _, **__: None),
             ("dgsnet.training.trainer", "fit", lambda _, **__: None),
@@ -142,11 +141,15 @@ class Watched:
 
     def _load(self, _: Any, views: int | None, batch: int | None, precision: Any, **__: Any) -> Detector:
         model, config = self._detector.model, self._detector.config
-        return Detector(model, config, None, views, batch=batch, precision=precision)
+        detector = Detector(model, config, None, views, batch=batch, precision=precision)
+        detector.again = lambda **changed: detector
+        return detector
 
-    def _score_on_ray(self, _: Any, detector: Detector, todo: Any, **__: Any) -> Iterator[Any]:
-        self.seen["ray"] = True
-        return score(detector, todo)
+    def _on_ray(self, _: Any, load: Any, prepare: Any, items: Any, **__: Any) -> Iterator[Any]:
+        score = load()
+        for count, item in enumerate(items, 1):
+            yield item, *score([prepare[item]])
+            self.seen["on Ray"] = count
 
     def _loader(self) -> type:
         watched = self
@@ -197,8 +200,8 @@ class Captioner:
         return [str(pixel.tolist()) for pixel in pixels]
 
 
-def _evaluate_plainly(real: Any, detector: Any, samples: Any, journal: Any, workers: Any, **_: Any) -> Any:
-    return real(detector, samples, journal=journal, workers=workers)
+def _evaluate_plainly(real: Any, detector: Any, samples: Any, **given: Any) -> Any:
+    return real(detector, samples, **{name: given[name] for name in ("journal", "workers", "engine")})
 
 
 def _end(*_: Any, **__: Any) -> None:

@@ -80,7 +80,7 @@ class Batches:
 
 
 def _captured(function: Callable[[Tensor], Tensor], example: Tensor) -> Callable[[Tensor], Tensor]:
-    """The function as one CUDA graph, for tensors of the example's shape; what it returns is overwritten."""
+    """The function as one CUDA graph, for tensors of the example's shape; for one thread at a time."""
     with torch.inference_mode():
         given = example.clone()
         side = torch.cuda.Stream()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy as np
 from dgsnet.data.items import Item, find_images, find_labelled
 from dgsnet.detection.decisions import Precision, calibrate, load_calibration, save_calibration, summary
 from dgsnet.detection.detector import Detector
+from dgsnet.detection.engine import Engine, answers
 from dgsnet.detection.overlap import distinct, warn_of_both_labels, warn_of_training_images
 from dgsnet.errors import UserError
 
@@ -29,6 +31,7 @@ def calibrate_command(
     replace: bool = False,
     device: str | None = None,
     workers: int | None = None,
+    engine: Engine = "local",
     pretrained: str | None = None,
 ) -> None:
     """Set a model's threshold for a false-positive rate, from images whose class is known.
@@ -51,7 +54,8 @@ def calibrate_command(
             device has units for it, else fp32.
         replace: put the new calibration in the place of one that the model has.
         device: torch device; the GPU where there is one if not given.
-        workers: processes that read and prepare images; chosen if not given.
+        workers: processes that read and prepare images, or with ray that score them; chosen if not given.
+        engine: local scores on this machine's device, ray on all of a Ray cluster's.
         pretrained: weights file of the model's backbone, in place of what the folder names; TorchScript, such
             as OpenAI's own file, has to be named here.
     """
@@ -70,9 +74,10 @@ def calibrate_command(
     # An older calibration must not decide how these scores are made.
     how: dict[str, Any] = {"views": views, "batch": batch, "precision": precision, "pretrained": pretrained}
     detector = Detector.load(model, device, calibrated=False, **how).fastest(batch, precision)
+    *of_sources, of_fakes = _logits(detector, [*sources.values(), fakes], engine, workers)
     result = calibrate(
-        {name: _logits(detector, found, workers) for name, found in sources.items()},
-        _logits(detector, fakes, workers) if fakes else None,
+        dict(zip(sources, of_sources)),
+        of_fakes if fakes else None,
         fpr=fpr,
         miss_rate=miss_rate,
         views=views,
@@ -106,17 +111,24 @@ def _items(paths: Sequence[str], label: int) -> list[Item]:
     return once
 
 
-def _logits(detector: Any, items: Sequence[Item], workers: int | None) -> np.ndarray:
-    """Logits of the images that can be read."""
+def _logits(
+    detector: Detector, groups: Sequence[Sequence[Item]], engine: Engine, workers: int | None
+) -> list[np.ndarray]:
+    """Of each group, the logits of the images that can be read."""
     from tqdm import tqdm
 
-    scores = []
+    items = [item for group in groups for item in group]
+    found: list[tuple[list[float], str]] = []
     with tqdm(total=len(items), unit="image", disable=None) as progress:
-        for answer in detector.stream_logits(items, workers=workers):
-            scores.append(answer)
+        for answer in answers(detector.job(), items, engine=engine, workers=workers):
+            found.append(answer.logits[""])
             progress.set_postfix_str(detector.waiting(), refresh=False)
             progress.update()
-    for _, error in scores:
+    for _, error in found:
         if error:
             print(f"left out: {error}")
-    return np.array([logit for logit, error in scores if not error])
+    rest = iter(found)
+    return [
+        np.array([logit for logits, _ in itertools.islice(rest, len(group)) for logit in logits])
+        for group in groups
+    ]

@@ -6,10 +6,10 @@ import contextlib
 import functools
 import hashlib
 import itertools
+import math
 import os
 import warnings
-from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +18,7 @@ import numpy as np
 
 from dgsnet.data.items import Item
 from dgsnet.detection.decisions import SETTINGS, Calibration, check_setting, decide
+from dgsnet.detection.engine import Job, answers
 from dgsnet.errors import UserError
 
 # torch, open_clip and the rest are imported where they are used: `from dgsnet import Detector` stays quick.
@@ -55,9 +56,10 @@ class Detector:
             with, else "fp32".
 
     Attributes:
-        model: the network, in evaluation mode. What scores is a copy made at the first score.
+        model: the network, in evaluation mode. What scores is a copy, made when it is first asked for.
         config, calibration, views, batch, precision: as given or found.
         errors: index to message of the images that the last `predict` could not read.
+        again: makes the same detector in another process; None where `load` has not made it.
 
     >>> detector = Detector.load("runs/demo/model")  # doctest: +SKIP
     >>> detector.predict(["photo.jpg", "broken.png"])  # doctest: +SKIP
@@ -86,6 +88,7 @@ class Detector:
         self.calibration = calibration
         self.preprocess = Preprocessor(config.preprocess)
         self.errors: dict[int, str] = {}
+        self.again: Callable[[], Detector] | None = None
         self._wait: Wait | None = None
 
     @classmethod
@@ -131,7 +134,12 @@ class Detector:
             raise UserError(f"device {device} cannot be used here ({error}); try cpu") from None
         calibration = load_calibration(run) if calibrated else None
         model = load_model(Path(run), device=device, pretrained=pretrained)
-        return cls(*model, calibration, views, batch=batch, precision=precision)
+        detector = cls(*model, calibration, views, batch=batch, precision=precision)
+        how: dict[str, Any] = {"views": views, "batch": batch, "precision": precision}
+        detector.again = functools.partial(
+            cls.load, run, device, calibrated=calibrated, pretrained=pretrained, **how
+        )
+        return detector
 
     def fastest(self, batch: int | None = None, precision: str | None = None) -> Detector:
         """The same, at the precision and in the batches that are fast on this machine, unless they are given.
@@ -142,9 +150,10 @@ class Detector:
 
         precision = precision or fast_precision(next(self.model.parameters()).device)
         batch = batch or best_size(ready(self.model, precision))[0]
-        return Detector(
-            self.model, self.config, self.calibration, self.views, batch=batch, precision=precision
-        )
+        how: dict[str, Any] = {"batch": batch, "precision": precision}
+        faster = Detector(self.model, self.config, self.calibration, self.views, **how)
+        faster.again = self.again and functools.partial(self.again, **how)
+        return faster
 
     def settings(self) -> dict[str, Any]:
         """What logits depend on besides the image, as JSON values: a hash of the model, preprocessing, ..."""
@@ -158,7 +167,7 @@ class Detector:
             "model": model.hexdigest()[:16],
             "preprocessing": preprocessing,
             "views": self.views,
-            "batch": self.batch,
+            "batch": self.batches.size,
             "precision": self.precision,
         }
 
@@ -198,68 +207,54 @@ class Detector:
     ) -> Iterator[tuple[float, str]]:
         """`predict` one (probability, error message) at a time, in order; the message is "" for a score.
 
-        `images` may be any iterable, of any length: it is read a batch or two ahead of the scores.
+        `images` may be any iterable, of any length: it is read some batches ahead of the scores.
         """
-        for logits, error in self._stream(images, (), workers):
+        for logits, error in self._stream(images, workers):
             yield self.probabilities(logits).item(), error
 
     def stream_copies(
         self, images: Iterable[str | Path | Image | np.ndarray | Item], *, workers: int | None = None
     ) -> Iterator[tuple[list[float], str]]:
         """As `stream`, with a list of probabilities: of the image, then of each of COPIES."""
-        from dgsnet.data.distortions import COPIES
-
-        for logits, error in self._stream(images, COPIES, workers):
+        for logits, error in self._stream(images, workers, consistency=True):
             yield self.probabilities(logits).tolist(), error
 
     def stream_logits(
         self, images: Iterable[str | Path | Image | np.ndarray | Item], *, workers: int | None = None
     ) -> Iterator[tuple[float, str]]:
         """As `stream`, with the logit averaged over the views, before any temperature; NaN with an error."""
-        for logits, error in self._stream(images, (), workers):
-            yield logits.item(), error
+        for (logit,), error in self._stream(images, workers):
+            yield logit, error
 
     def _stream(
-        self, images: Iterable[Any], copies: Sequence[Distortion], workers: int | None
-    ) -> Iterator[tuple[Tensor, str]]:
+        self, images: Iterable[Any], workers: int | None, consistency: bool = False
+    ) -> Iterator[tuple[list[float], str]]:
         """Logits [1 + copies] of one image after another, NaN with an error."""
-        import torch
-
         images = images if isinstance(images, list) else map(_image, images)
-        versions = 1 + len(copies)
-        unread = torch.full((versions,), float("nan"))
-        started: deque[tuple[list[str], Tensor]] = deque()
+        job = self.job(consistency)
+        versions = 1 + len(job.prepare.copies)
+        for answer in answers(job, images, workers=workers):
+            logits, error = answer.logits[""]
+            yield logits or [math.nan] * versions, error
 
-        def answers() -> Iterator[tuple[Tensor, str]]:
-            errors, means = started.popleft()
-            logits = iter(means.cpu().split(versions))
-            for error in errors:
-                yield unread if error else next(logits), error
+    def job(self, consistency: bool = False) -> Job:
+        """How images become logits, [1] of each or with consistency [1 + copies]."""
+        from dgsnet.data.distortions import COPIES
 
-        for filled in self.filled(Prepared(self.preprocess, self.views, copies), images, workers, versions):
-            means = self._means([pixels for pixels, error in filled if not error])
-            started.append(([error for _, error in filled], means))
-            # A GPU works on a batch while the answers to the one before it are taken.
-            if len(started) > (self.batches.device.type == "cuda"):
-                yield from answers()
-        while started:
-            yield from answers()
+        return Job(Prepared(self.preprocess, self.views, COPIES if consistency else ()), {"": self})
 
-    def filled(
-        self, prepare: Any, images: Iterable[Any], workers: int | None = None, versions: int = 1
-    ) -> Iterator[list[Any]]:
-        """What `prepare`, a map-style dataset, makes of images, in lists that fill a batch each.
+    def filled(self, prepare: Any, images: Iterable[Any], workers: int | None = None) -> Iterator[list[Any]]:
+        """What `prepare`, a map-style dataset, makes of images, in lists that fill batches.
 
         The next ones are made while the model works. `waiting` tells where it has to wait for them.
 
         Args:
             workers: as of `predict`.
-            versions: of each image, how many go through the network.
         """
         from dgsnet.data.loading import Wait
         from dgsnet.detection.supply import in_order
 
-        batch, device = max(1, self.batch // (versions * self.views)), self.batches.device
+        batch, device = self.fills, self.batches.device
         prepared = in_order(prepare, images, workers, batch=batch, device=device)
         lists = iter(lambda: list(itertools.islice(prepared, batch)), [])
         with contextlib.closing(prepared), contextlib.suppress(StopIteration):
@@ -280,17 +275,17 @@ class Detector:
             return ""
         return f"waits for images: {wait.rate:.3g}/s come, {wait.could:.3g}/s could be scored"
 
-    def mean_logits(self, images: Sequence[Tensor]) -> list[Tensor]:
-        """Logits of what `Prepared` makes of images, averaged over the views: each [1 + copies], on the CPU.
+    @property
+    def fills(self) -> int:
+        """The fewest images whose views fill batches, however many versions of them there are."""
+        return self.batch // math.gcd(self.batch, self.views)
+
+    def mean_logits(self, images: Sequence[Tensor]) -> Tensor:
+        """Logits averaged over the views, [n] on the model's device, which may still be at it.
 
         Args:
-            images: each uint8 [(1 + copies) * views, 3, S, S], the views of one after those of the other.
+            images: of each, prepared views of one version after the other, uint8 [versions * views, 3, S, S].
         """
-        means = self._means(images).cpu()
-        return list(means.split([len(views) // self.views for views in images]))
-
-    def _means(self, images: Sequence[Tensor]) -> Tensor:
-        """The same as one tensor on the model's device, which may still be at it."""
         import torch
 
         device = self.batches.device
@@ -330,10 +325,12 @@ class Detector:
             )
         return batches
 
-    def probabilities(self, logits: Tensor) -> Tensor:
+    def probabilities(self, logits: Tensor | Sequence[float]) -> Tensor:
         """sigmoid(logit / temperature), float64 of the shape of `logits`; temperature 1 if uncalibrated."""
+        import torch
+
         temperature = self.calibration.temperature if self.calibration else 1.0
-        return (logits.double() / temperature).sigmoid()
+        return (torch.as_tensor(logits, dtype=torch.float64) / temperature).sigmoid()
 
     def decide(self, probabilities: Any) -> list[str]:
         """Names "generated", "real" or "unsure" for N probabilities as `predict` gives them; "" for NaN.
@@ -394,16 +391,23 @@ def _is_tensor(value: Any) -> bool:
 
 
 class Prepared:
-    """Map-style dataset from an image to (views [k, 3, S, S], "") or (None, error message).
+    """Map-style dataset from an image to no note and one part, as `Job` has it: itself and its copies.
 
-    Pixels are uint8, a quarter of what normalised ones take on their way to the model. The views of copies
-    follow those of the image: [(1 + copies) * k, 3, S, S].
+    Pixels are uint8, a quarter of what normalised ones take on their way to the model.
     """
 
     def __init__(self, preprocess: Preprocessor, views: int, copies: Sequence[Distortion] = ()):
         self.preprocess, self.views, self.copies = preprocess, views, copies
 
-    def __getitem__(self, image: Any) -> tuple[Tensor | None, str]:
+    def __getitem__(self, image: Any) -> tuple[None, dict[str, tuple[Tensor | None, str]]]:
+        return None, {"": self.part(image)}
+
+    def failed(self, image: Any, why: str) -> tuple[None, dict[str, tuple[Tensor | None, str]]]:
+        """The answer where it cannot be prepared."""
+        return None, {"": (None, _named(image, why))}
+
+    def part(self, image: Any) -> tuple[Tensor | None, str]:
+        """Views uint8 [(1 + copies) * k, 3, S, S] of the image, then of its copies, or an error."""
         import torch
 
         from dgsnet.data.images import ImageError, read_image
@@ -414,9 +418,7 @@ class Prepared:
             views += [self._copy(pixels, copy) for copy in self.copies]
             return torch.cat(views), ""
         except ImageError as error:
-            # What the preprocessing refuses does not know its file.
-            name = str(image) if isinstance(image, (str, os.PathLike, Item)) else ""
-            return None, str(error) if name in str(error) else f"{name}: {error}"
+            return None, _named(image, str(error))
 
     def _copy(self, image: np.ndarray, copy: Distortion) -> Tensor:
         from dgsnet.data.images import ImageError
@@ -425,6 +427,12 @@ class Prepared:
             return prepare_views(self.preprocess, copy(image), self.views, normalised=False)
         except ImageError as error:
             raise ImageError(f"its copy {copy.name} cannot be scored: {error}") from None
+
+
+def _named(image: Any, why: str) -> str:
+    """The reason with the image's name: what the preprocessing refuses does not know its file."""
+    name = str(image) if isinstance(image, (str, os.PathLike, Item)) else ""
+    return why if name in why else f"{name}: {why}"
 
 
 def prepare_views(

@@ -1,57 +1,51 @@
-"""Scoring on Ray Data: one task lists the images, many prepare them, actors with the model score them."""
+"""Work on Ray Data: one task lists items, many prepare them, and actors with the model score them."""
 
 from __future__ import annotations
 
 import contextlib
 import itertools
 import logging
-import math
 import os
 import pickle
 import socket
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
-from dgsnet.detection.detector import Detector, Prepared
-from dgsnet.detection.rows import Row, Todo
+from dgsnet.data.items import Item
 from dgsnet.errors import UserError
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-# Images that go from one task to the next together.
-BATCH = 32
+# Items that go from one task to the next together, and a few more where they fill batches.
+TOGETHER = 32
 
 
-def score_on_ray(
-    detector: Detector,
-    load: Callable[[], Detector],
-    todo: Todo,
+def on_ray(
+    load: Callable[[], Callable[[Sequence[Any]], list[Any]]],
+    prepare: Any,
+    items: Iterable[Any],
+    workers: int | None,
     *,
-    workers: int | None = None,
-    consistency: bool = False,
-) -> Iterator[Row]:
-    """`scoring.score` on a Ray cluster: the same rows in the same order.
-
-    Uses the cluster that `ray.init` was called for or that RAY_ADDRESS names; without either, Ray is started
-    on this machine and stopped at the end.
+    fills: int,
+    on_gpu: bool,
+) -> Iterator[tuple[Any, Any]]:
+    """Every item, in its order, with what is found of it; of `Item`s without their data.
 
     Args:
-        load: makes the same detector where it scores.
-        todo: what to score. Its paths and its table are looked up on the machine of this process; the files
-            must be on all machines under the same path.
+        load: makes what finds it of a list of prepared items, in each process that scores.
+        prepare: map-style dataset that prepares an item, as `engine.Job` has it.
+        items: gone through in another process of this machine. Files must be on all machines under the same
+            path.
         workers: processes that score, at most; None takes one per GPU, on CPUs as many as threads fill.
+        fills: items that fill batches.
+        on_gpu: whether each of these processes has a GPU.
 
     Raises:
-        UserError: Ray is not installed, there is no such cluster, a list comes from standard input, or
-            processes keep dying.
+        UserError: Ray is not installed, there is no such cluster, or processes keep dying.
     """
-    if "-" in todo.paths:
-        raise UserError("engine ray cannot read a list from standard input: write it to a .txt file")
     try:
         import ray
     except ImportError:
@@ -60,12 +54,14 @@ def score_on_ray(
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of what later versions of Ray will do
-                rows = _dataset(ray, detector, load, todo, workers, consistency)
-            for table in rows.iter_batches(batch_size=None, batch_format="pyarrow"):
-                yield from (pickle.loads(row.as_py()) for row in table["row"])
+                found = _dataset(ray, load, prepare, items, workers, fills, on_gpu)
+            for table in found.iter_batches(batch_size=None, batch_format="pyarrow"):
+                yield from _unpacked(table)
         except ray.exceptions.RayError as error:
             reason = str(error).strip().splitlines()[-1]
-            raise UserError(f"Ray gave up: {reason}; go on with --resume, and --engine local") from None
+            raise UserError(
+                f"Ray gave up: {reason}; go on with --engine local, and of predict with --resume"
+            ) from None
 
 
 @contextlib.contextmanager
@@ -105,24 +101,22 @@ def _answers(address: str) -> bool:
 
 def _dataset(
     ray: Any,
-    detector: Detector,
-    load: Callable[[], Detector],
-    todo: Todo,
+    load: Callable[[], Any],
+    prepare: Any,
+    items: Iterable[Any],
     workers: int | None,
-    consistency: bool,
+    fills: int,
+    on_gpu: bool,
 ) -> Any:
     import torch
-
-    from dgsnet.data.distortions import COPIES
 
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.execution_options.preserve_order = True
     logging.getLogger("ray.data").setLevel(logging.ERROR)
 
-    on_gpu = next(detector.model.parameters()).is_cuda
     threads, folder = torch.get_num_threads(), os.getcwd()
-    prepare = Prepared(detector.preprocess, detector.views, COPIES if consistency else ())
+    together = -(-TOGETHER // fills) * fills
     if workers is None:
         resources = ray.cluster_resources()
         workers = int(resources.get("GPU", 0) if on_gpu else resources.get("CPU", 0) // threads) or 1
@@ -132,12 +126,15 @@ def _dataset(
     restarts = {"max_restarts": 0, "max_task_retries": 0} if old else {}
     # Steps that ask for different resources do not become one task. Scoring asks for no CPU, because it would
     # keep it for good, and preparing might have none left.
+    listing = _listing(ray, items, together)
     return (
-        ray.data.read_datasource(_listing(ray, todo), override_num_blocks=1, num_cpus=0)
-        .map_batches(_prepare, fn_args=(prepare, threads, folder), batch_size=BATCH, batch_format="pyarrow")
+        ray.data.read_datasource(listing, override_num_blocks=1, num_cpus=0)
+        .map_batches(
+            _prepare, fn_args=(prepare, threads, folder), batch_size=together, batch_format="pyarrow"
+        )
         .map_batches(
             _Scorer,
-            fn_constructor_args=(load, threads, folder),
+            fn_constructor_args=(pickle.dumps(load), threads, folder),
             batch_size=None,
             batch_format="pyarrow",
             concurrency=(1, workers),
@@ -148,12 +145,12 @@ def _dataset(
     )
 
 
-def _listing(ray: Any, todo: Todo) -> Any:
-    """A Ray datasource of one task that goes through the images as fast as they are taken from it."""
+def _listing(ray: Any, items: Iterable[Any], together: int) -> Any:
+    """A Ray datasource of one task that goes through the items as fast as they are taken from it."""
     from ray.data.block import BlockMetadata
 
     class Listing(ray.data.Datasource):
-        supports_distributed_reads = False  # lists and the partial table are files of this machine
+        supports_distributed_reads = False  # lists and a partial table are files of this machine
 
         def estimate_inmemory_data_size(self) -> None:
             return None
@@ -161,48 +158,43 @@ def _listing(ray: Any, todo: Todo) -> Any:
         def get_read_tasks(self, parallelism: int, *_: Any, **__: Any) -> list[Any]:
             def read(folder: str = os.getcwd()) -> Iterator[pa.Table]:
                 os.chdir(folder)
-                items = iter(todo)
-                while batch := list(itertools.islice(items, BATCH)):
-                    yield _table(item=[pickle.dumps(item) for item in batch])
+                rest = iter(items)
+                while batch := list(itertools.islice(rest, together)):
+                    yield _packed(batch)
 
             return [ray.data.ReadTask(read, BlockMetadata(None, None, None, None))]
 
     return Listing()
 
 
-def _prepare(table: pa.Table, prepare: Prepared, threads: int, folder: str) -> pa.Table:
+def _prepare(table: pa.Table, prepare: Any, threads: int, folder: str) -> pa.Table:
     _settle(threads, folder)
-    items, answers = [], []
-    for packed in table["item"]:
-        item = pickle.loads(packed.as_py())
-        pixels, error = prepare[item]
-        items.append(pickle.dumps((replace(item, data=None), error)))
-        answers.append(None if pixels is None else pixels.numpy().tobytes())
-    return _table(item=items, pixels=answers)
+    return _packed([_prepared(prepare, item) for item in _unpacked(table)])
+
+
+def _prepared(prepare: Any, item: Any) -> tuple[Any, Any, dict[str, Any]]:
+    note, parts = prepare[item]
+    # Arrays, since a tensor brings along all of the memory that it is a part of.
+    arrays = {name: (part if part is None else part.numpy(), why) for name, (part, why) in parts.items()}
+    return replace(item, data=None) if isinstance(item, Item) else item, note, arrays
 
 
 class _Scorer:
-    def __init__(self, load: Callable[[], Detector], threads: int, folder: str):
+    def __init__(self, load: bytes, threads: int, folder: str):
         _settle(threads, folder)
-        self.detector = load()
+        self.score = pickle.loads(load)()
 
     def __call__(self, table: pa.Table) -> pa.Table:
         import torch
 
-        size = self.detector.model.image_size
-        items = [pickle.loads(packed.as_py()) for packed in table["item"]]
-        views = [
-            torch.from_numpy(np.frombuffer(pixels.as_py(), np.uint8).reshape(-1, 3, size, size).copy())
-            for (_, error), pixels in zip(items, table["pixels"])
-            if not error
-        ]
+        items, prepared = [], []
+        for item, note, arrays in _unpacked(table):
+            items.append(item)
+            prepared.append(
+                (note, {n: (a if a is None else torch.from_numpy(a), why) for n, (a, why) in arrays.items()})
+            )
         # All of a table go through the network together.
-        logits = iter(self.detector.mean_logits(views))
-        rows = []
-        for item, error in items:
-            answer: Any = math.nan if error else self.detector.probabilities(next(logits)).tolist()
-            rows.append(pickle.dumps(Row.of(self.detector, item, answer, error)))
-        return _table(row=rows)
+        return _packed(list(zip(items, self.score(prepared))))
 
 
 def _settle(threads: int, folder: str) -> None:
@@ -213,7 +205,11 @@ def _settle(threads: int, folder: str) -> None:
     torch.set_num_threads(threads)
 
 
-def _table(**columns: Sequence[bytes | None]) -> pa.Table:
+def _packed(values: Iterable[Any]) -> pa.Table:
     import pyarrow as pa
 
-    return pa.table({name: pa.array(values, pa.large_binary()) for name, values in columns.items()})
+    return pa.table({"value": pa.array([pickle.dumps(value) for value in values], pa.large_binary())})
+
+
+def _unpacked(table: pa.Table) -> Iterator[Any]:
+    return (pickle.loads(value.as_py()) for value in table["value"])

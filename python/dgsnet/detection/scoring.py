@@ -8,17 +8,14 @@ import functools
 import hashlib
 import itertools
 import json
-import math
 import os
-import signal
 import sys
-import threading
 import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from dgsnet.data.cells import guarded
 from dgsnet.data.items import Item, find_items
@@ -26,9 +23,9 @@ from dgsnet.data.parquet import import_pyarrow
 from dgsnet.data.tables import Table, partial
 from dgsnet.detection.decisions import DECIMALS, SETTINGS, Precision
 from dgsnet.detection.detector import Detector
+from dgsnet.detection.engine import Engine, answers
 from dgsnet.detection.heatmaps import save
 from dgsnet.detection.provenance import ProvenanceReader
-from dgsnet.detection.ray_engine import score_on_ray
 from dgsnet.detection.rows import Row, Todo, columns
 from dgsnet.errors import UserError
 from dgsnet.files import replacing
@@ -45,82 +42,33 @@ def score(
     consistency: bool = False,
     provenance: ProvenanceReader | None = None,
     on_score: Callable[[Item, Row], None] | None = None,
+    engine: Engine = "local",
 ) -> Iterator[Row]:
     """Score images one after the other, whatever becomes of the processes that read them.
 
     Args:
         detector: the model.
-        items: what to score, of any length; not read much further than it is scored.
-        workers: processes that read and prepare images; None chooses, 0 works in this process.
+        items: what to score, of any length.
+        workers, engine: as of `dgsnet.detection.engine.answers`.
         consistency: score re-encoded and resized copies too, and be unsure where they are decided otherwise.
         provenance: reads each file's Content Credentials.
         on_score: called with every image that could be scored, and its row.
 
     Yields:
-        One row for each item, in their order. An image at which a reading process dies (a decoder that
-        crashes, the system's memory killer) is tried once more by itself, and then has that as its error.
+        One row for each item, in their order.
 
     Example:
         >>> for row in score(Detector.load("runs/demo/model"), find_items(["photos"])):  # doctest: +SKIP
         ...     print(row.path, row.decision)
     """
-    from dgsnet.detection.supply import MIN_IMAGES_FOR_WORKERS
-
-    items = iter(items)
-    if workers is None:
-        # As Detector.stream chooses for lists.
-        first = list(itertools.islice(items, MIN_IMAGES_FOR_WORKERS))
-        workers = 0 if len(first) < MIN_IMAGES_FOR_WORKERS else None
-        items = itertools.chain(first, items)
-    waiting: deque[Item] = deque()
-    stream: Any = detector.stream_copies if consistency else detector.stream
-
-    def answers() -> Iterator[tuple[Item, Any, str]]:
-        while True:
-            try:
-                for answer in stream(_noted(items, waiting), workers=workers):
-                    yield waiting.popleft(), *answer
-                return
-            except (RuntimeError, OSError, EOFError) as error:
-                if not _is_death(error):
-                    raise
-            while waiting:
-                yield waiting[0], *_alone(stream, waiting[0])
-                waiting.popleft()
-
-    for item, answer, error in answers():
-        row = Row.of(detector, item, answer, error)
+    for item, _, logits in answers(detector.job(consistency), items, engine=engine, workers=workers):
+        found, error = logits[""]
+        row = Row.of(detector, item, detector.probabilities(found).tolist(), error)
         if provenance and not error:
             row = row._replace(**provenance(item)._asdict())
         if on_score and not error:
             on_score(item, row)
         yield row
-
-
-def _noted(items: Iterator[Item], waiting: deque[Item]) -> Iterator[Item]:
-    # torch's handler of this signal raises wherever the program is when a process dies; without it the death
-    # is found when the next answer is due. It was set just before the first item is asked for.
-    if hasattr(signal, "SIGCHLD") and threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    for item in items:
-        waiting.append(item)
-        yield item
-
-
-def _alone(stream: Any, item: Item) -> tuple[Any, str]:
-    try:
-        return next(iter(stream([item], workers=1)))
-    except (RuntimeError, OSError, EOFError) as error:
-        if not _is_death(error):
-            raise
-        return math.nan, f"{item.path}: the process that read it died"
-
-
-def _is_death(error: Exception) -> bool:
-    """Whether a DataLoader's process is gone: torch says so, or what it has prepared cannot be fetched."""
-    if isinstance(error, RuntimeError):
-        return str(error).startswith("DataLoader worker (pid")
-    return isinstance(error, (ConnectionError, EOFError, FileNotFoundError))
 
 
 def predict_command(
@@ -133,7 +81,7 @@ def predict_command(
     precision: Precision | None = None,
     workers: int | None = None,
     resume: bool = False,
-    engine: Literal["local", "ray"] = "local",
+    engine: Engine = "local",
     heatmaps: str | None = None,
     consistency: bool = False,
     provenance: bool = False,
@@ -169,6 +117,8 @@ def predict_command(
     for option, given in {"heatmaps": heatmaps, "provenance": provenance}.items():
         if given and engine != "local":
             raise UserError(f"--{option} goes with --engine local, not {engine}")
+    if engine == "ray" and "-" in paths:
+        raise UserError("engine ray cannot read a list from standard input: write it to a .txt file")
     if trust and not provenance:
         raise UserError("--trust goes with --provenance")
     target = Path(out)
@@ -179,19 +129,15 @@ def predict_command(
         import_pyarrow()
     _check_found(paths)
     how: dict[str, Any] = {"views": views, "batch": batch, "precision": precision, "pretrained": pretrained}
-    load = functools.partial(Detector.load, model, device, **how)
     with ProvenanceReader(trust) if provenance else contextlib.nullcontext() as reader:
-        detector = load()
+        detector = Detector.load(model, device, **how)
         begun = settings(detector, paths, consistency=consistency, provenance=reader)
         with Table(partial(target), begun, Row._fields, missing=SETTINGS, resume=resume) as table:
             todo = Todo(paths, table.path, table.end)
-            if engine == "ray":
-                rows = score_on_ray(detector, load, todo, workers=workers, consistency=consistency)
-            else:
-                options: Any = {"consistency": consistency, "provenance": reader}
-                if heatmaps:
-                    options["on_score"] = lambda item, _: save(detector, item.path, item.read(), heatmaps)
-                rows = score(detector, todo, workers=workers, **options)
+            options: Any = {"consistency": consistency, "provenance": reader, "engine": engine}
+            if heatmaps:
+                options["on_score"] = lambda item, _: save(detector, item.path, item.read(), heatmaps)
+            rows = score(detector, todo, workers=workers, **options)
             rate = _fill(table, rows, detector.waiting)
             counts = Counter(row["decision"] for row in table.rows())
             finished = (Row(**row) for row in table.rows())

@@ -127,7 +127,7 @@ def create_app(
 
     def prepare_image(data: bytes, name: str) -> tuple[str, Tensor, dict[str, Any]]:
         image = read_image(data, name=name)
-        pixels, error = prepared[image]
+        pixels, error = prepared.part(image)
         if error:
             raise ImageError(f"{name}: {error}")
         assert pixels is not None

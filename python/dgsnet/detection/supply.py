@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import pickle
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator, Sized
+from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -46,8 +46,7 @@ def in_order(
 
     on_gpu = device is not None and device.type == "cuda"
     if workers is None:
-        few = isinstance(images, Sized) and len(images) < MIN_IMAGES_FOR_WORKERS
-        workers = 0 if few else default_workers() if on_gpu else min(MAX_WORKERS, default_workers())
+        workers = default_workers() if on_gpu else min(MAX_WORKERS, default_workers())
     elif workers < 0:
         raise UserError(f"workers is {workers}; it must be 0 or more")
     if not workers:

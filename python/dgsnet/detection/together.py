@@ -18,7 +18,7 @@ class _Asked:
     """An image that waits: its prepared views, and its logits when it has been scored."""
 
     views: Tensor
-    logits: Tensor | None = None
+    logits: list[float] | None = None
 
 
 class Together:
@@ -37,8 +37,8 @@ class Together:
         self._model = anyio.Lock()  # is had by who has waited for longest
         self._waiting: list[_Asked] = []
 
-    async def __call__(self, views: Tensor) -> Tensor:
-        """Mean logits [1 + copies] of what `Prepared` makes of an image, on the CPU."""
+    async def __call__(self, views: Tensor) -> list[float]:
+        """Mean logits [1 + copies] of the views that `Prepared` makes of an image."""
         asked = _Asked(views)
         self._waiting.append(asked)
         try:
@@ -65,8 +65,9 @@ class Together:
 
     async def _take(self, together: list[_Asked]) -> None:
         def work() -> None:
-            found = self.detector.mean_logits([asked.views for asked in together])
-            for asked, logits in zip(together, found):
-                asked.logits = logits
+            found = self.detector.mean_logits([asked.views for asked in together]).tolist()
+            for asked in together:
+                count = len(asked.views) // self.detector.views
+                asked.logits, found = found[:count], found[count:]
 
         await anyio.to_thread.run_sync(work)

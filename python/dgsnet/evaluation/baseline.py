@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 from dgsnet.errors import UserError
 from dgsnet.evaluation.results import Evaluation
@@ -38,7 +40,14 @@ def frozen_detector(detector: Detector) -> Detector:
             )
 
     frozen = detector.model.merged(torch.float32, teacher=True)
-    return Detector(frozen, config, None, detector.views, batch=detector.batch, precision=detector.precision)
+    how: dict[str, Any] = {"batch": detector.batch, "precision": detector.precision}
+    beside = Detector(frozen, config, None, detector.views, **how)
+    beside.again = detector.again and partial(_frozen_again, detector.again)
+    return beside
+
+
+def _frozen_again(again: Callable[[], Detector]) -> Detector:
+    return frozen_detector(again())
 
 
 def caption(_: Evaluation) -> str:

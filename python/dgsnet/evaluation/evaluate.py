@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import itertools
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -20,6 +19,7 @@ from dgsnet.data.nuisances import NUISANCES, file_nuisances
 from dgsnet.data.tables import Table, damaged
 from dgsnet.detection.decisions import DECIMALS, SETTINGS, Precision
 from dgsnet.detection.detector import Detector, Prepared
+from dgsnet.detection.engine import Engine, Job, answers
 from dgsnet.detection.overlap import warn_of_both_labels, warn_of_training_images
 from dgsnet.errors import UserError
 from dgsnet.evaluation import false_positives, shortcut_tables
@@ -50,6 +50,7 @@ def evaluate(
     frozen: bool = False,
     journal: str | Path | None = None,
     workers: int | None = None,
+    engine: Engine = "local",
     progress: bool = True,
 ) -> Evaluation:
     """Score labelled images; one that cannot be read is kept with its error and counted in no metric.
@@ -61,7 +62,7 @@ def evaluate(
         distortions: each is measured on all images, besides the images as they are.
         file_model: what the files of other data say of the label, in place of what these images' own say.
         journal: file that keeps the logits as they are made. Scores already in it are not made again.
-        workers: as in `Detector.predict`.
+        workers, engine: as of `dgsnet.detection.engine.answers`.
         progress: show a progress bar on stderr, where that is a terminal.
 
     Raises:
@@ -73,10 +74,11 @@ def evaluate(
     if not isinstance(samples, Mapping):
         samples = {"": samples}
     listed = [(suite, sample) for suite, members in samples.items() for sample in members]
-    # By name: which distortion's views are scored, and by what.
-    variants = {name: (name, detector) for name in ("", *(distortion.name for distortion in distortions))}
+    variants = ["", *(distortion.name for distortion in distortions)]
+    scorers = {"": detector}
     if frozen:
-        variants[FROZEN] = "", frozen_detector(detector)
+        variants.append(FROZEN)
+        scorers[FROZEN] = frozen_detector(detector)
     nuisances = np.empty((len(listed), len(NUISANCES)), np.float32)
     hashes: list[int | None] = [None] * len(listed)
     examine = _Examined(detector, distortions)
@@ -96,26 +98,21 @@ def evaluate(
         }
         for index, (_, item) in enumerate(listed):
             if index not in missing:
-                hashes[index], nuisances[index], _ = examine[item, set()]
-        wanted = [(listed[i][1], {variants[name][0] for name in lacks}) for i, lacks in missing.items()]
-        indices = iter(missing)
-        for examined in detector.filled(examine, wanted, workers):
-            filled = list(zip(itertools.islice(indices, len(examined)), examined))
-            for index, (file, measured, _) in filled:
-                hashes[index], nuisances[index] = file, measured
-            for name, (distortion, scorer) in variants.items():
-                lacking = [(i, *views[distortion]) for i, (_, _, views) in filled if name in missing[i]]
-                found = iter(scorer.mean_logits([pixels for _, pixels, error in lacking if not error]))
-                for index, _, error in lacking:
-                    done[name][index] = math.nan if error else next(found).item(), error
-                    if table:
-                        logit = None if error else done[name][index][0]
-                        row = {"distortion": name, "index": index, "path": listed[index][1].path}
-                        table.add(row | {"logit": logit, "error": error})
-                    bar.set_postfix_str(detector.waiting(), refresh=False)
-                    bar.update()
+                (hashes[index], nuisances[index]), _ = examine[item, []]
+        wanted = [(listed[i][1], lacks) for i, lacks in missing.items()]
+        job = Job(examine, scorers)
+        for answer, index in zip(answers(job, wanted, engine=engine, workers=workers), missing):
+            hashes[index], nuisances[index] = answer.note
+            for name, (found, error) in answer.logits.items():
+                done[name][index] = math.nan if error else found[0], error
+                if table:
+                    row = {"distortion": name, "index": index, "path": listed[index][1].path}
+                    table.add(row | {"logit": None if error else found[0], "error": error})
+                bar.set_postfix_str(detector.waiting(), refresh=False)
+                bar.update()
     scores = []
-    for name, (_, scorer) in variants.items():
+    for name in variants:
+        scorer = scorers.get(name, detector)
         logits = torch.tensor([done[name][i][0] for i in range(len(listed))], dtype=torch.float64)
         for i, probability in enumerate(scorer.probabilities(logits).tolist()):
             suite, sample = listed[i]
@@ -138,17 +135,19 @@ def evaluate(
 
 
 class _Examined:
-    """Map-style dataset from an item and names of distortions, "" for none, to what one reading of its file
-    gives: its hash, its nuisances, and by name views or an error."""
+    """Map-style dataset from an item and names of variants to what one reading of its file gives.
+
+    The note is its hash and its nuisances; the parts are the variants.
+    """
 
     def __init__(self, detector: Detector, distortions: Sequence[Distortion]):
         plain: Any = detector.preprocess
-        preprocessors: Any = {"": plain} | {d.name: Distorted(d, plain) for d in distortions}
+        preprocessors: Any = {"": plain, FROZEN: plain} | {d.name: Distorted(d, plain) for d in distortions}
         self.prepared = {name: Prepared(one, detector.views) for name, one in preprocessors.items()}
 
-    def __getitem__(self, wanted: tuple[Item, set[str]]) -> tuple[int | None, np.ndarray, dict[str, tuple]]:
+    def __getitem__(self, wanted: tuple[Item, list[str]]) -> tuple[tuple, dict[str, tuple]]:
         item, names = wanted
-        file, nuisances = None, np.full(len(NUISANCES), np.nan, np.float32)
+        (file, nuisances), _ = self.failed(wanted, "")
         try:
             data = item.read_bytes()
             file = file_hash(data)
@@ -156,10 +155,21 @@ class _Examined:
                 nuisances = file_nuisances(data)
             image = read_image(data, name=item.path) if names else None
         except ImageError as error:
-            return file, nuisances, dict.fromkeys(names, (None, str(error)))
-        views = {name: self.prepared[name][image] for name in names}
-        named = {name: (pixels, why and f"{item.path}: {why}") for name, (pixels, why) in views.items()}
-        return file, nuisances, named
+            return (file, nuisances), dict.fromkeys(names, (None, str(error)))
+        parts: dict[str, tuple] = {}
+        for name in names:
+            if name == FROZEN and "" in parts:
+                parts[name] = parts[""]
+                continue
+            views, why = self.prepared[name].part(image)
+            parts[name] = views, why and f"{item.path}: {why}"
+        return (file, nuisances), parts
+
+    def failed(self, wanted: tuple[Item, list[str]], why: str) -> tuple[tuple, dict[str, tuple]]:
+        """The answer where it cannot be examined."""
+        item, names = wanted
+        unknown = None, np.full(len(NUISANCES), np.nan, np.float32)
+        return unknown, dict.fromkeys(names, (None, f"{item.path}: {why}"))
 
 
 def _journal(path: Path, detector: Detector, listed: Sequence[tuple[str, Item]]) -> Table:
@@ -199,6 +209,7 @@ def evaluate_command(
     precision: Precision | None = None,
     device: str | None = None,
     workers: int | None = None,
+    engine: Engine = "local",
     pretrained: str | None = None,
     raw_cells: bool = False,
 ) -> None:
@@ -223,7 +234,8 @@ def evaluate_command(
             else 1. A lone image costs as much as a whole batch.
         precision: of the network's weights; if not given, what the model was calibrated with, else fp32.
         device: torch device; the GPU where there is one if not given.
-        workers: processes that read and prepare images; chosen if not given.
+        workers: processes that read and prepare images, or with ray that score them; chosen if not given.
+        engine: local scores on this machine's device, ray on all of a Ray cluster's.
         pretrained: weights file of the model's backbone, in place of what the folder names; TorchScript, such
             as OpenAI's own file, has to be named here.
         raw_cells: write texts into the .csv files as they are; if not given, one that a spreadsheet would
@@ -244,6 +256,7 @@ def evaluate_command(
         frozen=frozen,
         journal=Path(out) / JOURNAL,
         workers=workers,
+        engine=engine,
     )
     listed = [sample for samples in suites.values() for sample in samples]
     warn_of_training_images(model, listed, result.hashes)

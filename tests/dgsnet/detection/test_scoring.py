@@ -15,10 +15,11 @@ from dgsnet.data.items import Item, find_items
 from dgsnet.detection.detector import Detector
 from dgsnet.detection.scoring import predict_command, score
 from dgsnet.errors import UserError
+from dgsnet.model.backbones import OpenClip
 from PIL import Image
 
 from tests.support.pictures import vast_webp
-from tests.support.tables import read_csv, same
+from tests.support.tables import interrupted, read_csv, same
 
 
 def test_the_table(run, images, table, tmp_path, capsys):
@@ -66,6 +67,23 @@ def test_jsonl_and_parquet_hold_the_same_table(run, images, table, tmp_path):
     assert [json.loads(line) for line in (tmp_path / "t.jsonl").read_text().splitlines()] == expected
     expected[-2]["path"] = f"{tmp_path}/\\xff\n.png"
     assert pq.read_table(tmp_path / "t.parquet").to_pylist() == expected
+
+
+def test_where_company_shows_the_run_says_so_and_scores_images_alone(run, images, tmp_path, monkeypatch):
+    """By a backend that has an image's bits depend a little on the others of its batch."""
+    embed = OpenClip.embed
+
+    def mixed(self, pixels):
+        tokens, contexts = embed(self, pixels)
+        return tokens + 1e-2 * tokens.mean(dim=0), contexts
+
+    monkeypatch.setattr(OpenClip, "embed", mixed)
+    arguments = [f"{images}/0*.png"], run
+    predict_command(*arguments, str(tmp_path / "alone.csv"), device="cpu")
+    with pytest.warns(UserWarning, match="in batches of 4 the bits .*: images are scored one by one"):
+        interrupted(predict_command, *arguments, str(tmp_path / "s.csv"), rows=3, device="cpu", batch=4)
+    predict_command(*arguments, str(tmp_path / "s.csv"), device="cpu", batch=1, resume=True)
+    assert read_csv(tmp_path / "s.csv") == read_csv(tmp_path / "alone.csv")
 
 
 def test_lists(run, images, table, tmp_path, monkeypatch):

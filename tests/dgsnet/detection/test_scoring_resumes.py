@@ -11,6 +11,7 @@ import numpy as np
 import psutil
 import pytest
 from dgsnet.detection.decisions import SETTINGS, Calibration, calibrate, save_calibration
+from dgsnet.detection.detector import Detector
 from dgsnet.detection.scoring import predict_command
 from dgsnet.errors import UserError
 from dgsnet.evaluation.evaluate import evaluate_command
@@ -48,6 +49,26 @@ def test_a_killed_run_goes_on_without_losing_or_repeating_a_row(run, images, tab
     written = read_csv(out)
     assert [row["path"] for row in written] == [f"{images}/{name}" for name in sorted(table)]
     same(written, table)
+
+
+def test_where_a_run_was_interrupted_is_not_seen_in_scores_of_batches(run, images, tmp_path):
+    """Nor by how many processes it was read, nor by which entry: predict, evaluate, Python."""
+    how = {"device": "cpu", "batch": 4, "precision": "bf16"}  # in which company would be seen in six decimals
+    paths = [str(path) for path in sorted(images.iterdir())[:11]]
+    scores = Detector.load(run, **how).predict(paths[::-1])[::-1].astype(float)
+    expected = [f"{score:.6f}" for score in scores]
+    listed = tmp_path / "list.csv"
+    listed.write_text("path,label\n" + "".join(f"{path},{i % 2}\n" for i, path in enumerate(paths)))
+    for number, (rows, workers) in enumerate(((1, 2), (6, 0))):
+        table, folder = str(tmp_path / f"{number}.csv"), str(tmp_path / f"{number}")
+        for command, arguments, resume in (
+            (predict_command, (paths, str(run), table), {"resume": True}),
+            (evaluate_command, ([str(listed)], str(run), folder), {}),
+        ):
+            interrupted(command, *arguments, rows=rows, workers=0, **how)
+            command(*arguments, workers=workers, **resume, **how)
+        for written in (table, f"{folder}/scores.csv"):
+            assert [row["probability"] for row in read_csv(written)] == expected
 
 
 def test_what_changed_since_the_kill(run, images, tmp_path):

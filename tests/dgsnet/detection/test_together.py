@@ -56,7 +56,7 @@ class Held:
         self.prepared, self.most_at_a_time, self._at_a_time = 0, 0, 0
         self.go, self.failing = threading.Event(), None
         counting = threading.Lock()
-        mean_logits, prepare = Detector.mean_logits, Prepared.__getitem__
+        mean_logits, prepare = Detector.mean_logits, Prepared.part
 
         def scored(detector, views):
             self.sizes.append(len(views))
@@ -77,7 +77,7 @@ class Held:
                     self.prepared += 1
 
         monkeypatch.setattr(Detector, "mean_logits", scored)
-        monkeypatch.setattr(Prepared, "__getitem__", prepared)
+        monkeypatch.setattr(Prepared, "part", prepared)
 
     def wait(self, prepared: int) -> None:
         """Until so many images are prepared, and one of them is at the model."""
@@ -95,7 +95,7 @@ def test_what_comes_while_the_model_works_is_scored_together(detector, images, e
     """Beside one that cannot be read, one at which the model fails and one whose client has gone."""
     names = sorted(expected)[:10]
     held = Held(monkeypatch)
-    held.failing = Prepared(detector.preprocess, 1)[read_image(images / names[6])][0]
+    held.failing = Prepared(detector.preprocess, 1).part(read_image(images / names[6]))[0]
     held.prepared = 0
     with serving(create_app(detector)) as port, ThreadPoolExecutor(16) as clients:
         answers = {names[0]: clients.submit(ask, port, (images / names[0]).read_bytes())}

@@ -1,0 +1,89 @@
+"""precision: what bf16 and fp16 change of scores, of detectors of the built-in data and of full-size weights.
+
+Of detectors trained on the built-in data, on its test images: AUC, the largest change of a probability, and
+decisions at 0.5 and at a calibrated threshold that flip. Of random weights of full size, on crops of
+photographs: the largest change and decisions at the median that flip; what they say means nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from dgsnet import builtin
+from dgsnet.config import Config, PreprocessConfig
+from dgsnet.data.items import find_samples
+from dgsnet.demo.compare import DGSNET, LORA, configurations
+from dgsnet.detection.decisions import calibrate
+from dgsnet.detection.detector import Detector
+from dgsnet.model.catalogue import own_settings
+from dgsnet.training.train import train
+from sklearn.metrics import roc_auc_score
+
+from benchmarks.scoring import MODELS, build, write_files
+
+SEEDS = (0, 1, 2)
+BATCH, FULL_SIZE_IMAGES = 8, 32
+OTHERS = ("bf16", "fp16")
+
+
+def logits(detector: Detector, precision: str, images: list) -> np.ndarray:
+    """Logits of images at a precision, in batches."""
+    at = Detector(detector.model, detector.config, views=1, batch=BATCH, precision=precision)
+    found = list(at.stream_logits(images))
+    assert not any(error for _, error in found)
+    return np.array([logit for logit, _ in found])
+
+
+def compared(exact: np.ndarray, other: np.ndarray, thresholds: dict[str, float]) -> dict:
+    """Largest change of a probability, and decisions at thresholds of the logit that flip."""
+    change = np.abs(1 / (1 + np.exp(-exact)) - 1 / (1 + np.exp(-other))).max()
+    flips = {name: int(((exact > at) != (other > at)).sum()) for name, at in thresholds.items()}
+    return {"images": len(exact), "largest_change": float(change), "flipped": flips}
+
+
+def trained(folder: Path, seed: int) -> Iterator[dict]:
+    """Of LoRA and DGS-Net of one seed."""
+    data = builtin.write_dataset(folder, seed=seed, compressed=(0.5, 0.5))
+    test, reals = find_samples(data / "test"), [i for i in find_samples(data / "val") if i.label == 0]
+    for method in (LORA, DGSNET):
+        config = configurations(builtin.demo_config(data), seed)[method]
+        detector = Detector.load(train(config, folder / method), "cpu")
+        exact, labels = logits(detector, "fp32", test), [item.label for item in test]
+        threshold = calibrate(logits(detector, "fp32", reals), fpr=0.05).threshold
+        thresholds = {"at 0.5": 0.0, "calibrated": float(np.log(threshold / (1 - threshold)))}
+        for precision in OTHERS:
+            other = logits(detector, precision, test)
+            yield {
+                **{"model": f"{method}, seed {seed}", "precision": precision},
+                **{"auc": roc_auc_score(labels, other), "auc_fp32": roc_auc_score(labels, exact)},
+                **compared(exact, other, thresholds),
+            }
+
+
+def full_size(folder: Path, name: str) -> Iterator[dict]:
+    """Of random weights, whose adapters are not at their zeros."""
+    own = {key.removeprefix("preprocess."): value for key, value in own_settings(name).items()}
+    preprocess = {key: own[key] for key in PreprocessConfig.__dataclass_fields__ if key in own}
+    detector = Detector(build(name, "cpu"), Config(preprocess=PreprocessConfig(**preprocess)))
+    files = write_files(folder, FULL_SIZE_IMAGES)
+    exact = logits(detector, "fp32", files)
+    for precision in OTHERS:
+        other = logits(detector, precision, files)
+        found = compared(exact, other, {"at the median": float(np.median(exact))})
+        yield {"model": name, "precision": precision, **found}
+
+
+def results(arguments: argparse.Namespace) -> Iterator[dict]:
+    """A row for each detector and precision."""
+    with tempfile.TemporaryDirectory() as folder:
+        rows = [trained(Path(folder) / f"seed-{seed}", seed) for seed in SEEDS]
+        for name in MODELS:
+            (Path(folder) / name).mkdir()
+            rows.append(full_size(Path(folder) / name, name))
+        for row in (row for several in rows for row in several):
+            print(", ".join(f"{key} {value}" for key, value in row.items()), flush=True)
+            yield {"benchmark": "precision", "device": "cpu", **row}
