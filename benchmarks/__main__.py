@@ -14,7 +14,7 @@ import torch
 
 from benchmarks import harness
 
-APART = ("harness", "plots", "smoke", "train_step")  # no operations
+APART = ("harness", "plots", "processor_time", "scoring_table", "smoke", "train_step")  # no operations
 OPERATIONS = sorted(file.stem for file in Path(__file__).parent.glob("[a-z]*.py") if file.stem not in APART)
 
 
@@ -31,6 +31,10 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--threads", type=int, nargs="+", default=[torch.get_num_threads()])
     parser.add_argument("--seconds", type=float, default=10, help="time for the rounds of one case")
+    parser.add_argument(
+        "--parts", nargs="+", choices=["rates", "ray", "page", "memory"], help="of scoring; all"
+    )
+    parser.add_argument("--models", nargs="+", help="of scoring's rates; three of full size")
     parser.add_argument("--out", type=Path, default=Path("runs/benchmarks.json"), help="result file (JSON)")
     arguments = parser.parse_args()
     for operation in arguments.operations:

@@ -102,7 +102,7 @@ class Slow(threading.Thread):
             connection.close()
 
 
-def ordinary(port: int, image: bytes, each: int = 5) -> list[float]:
+def ordinary(port: int, image: bytes, each: int = 5, clients: int = ORDINARY) -> list[float]:
     """Seconds that each answer to ordinary clients took, who all ask at the same time."""
 
     def ask(_: int) -> list[float]:
@@ -114,8 +114,8 @@ def ordinary(port: int, image: bytes, each: int = 5) -> list[float]:
                 took.append(time.monotonic() - begin)
         return took
 
-    with ThreadPoolExecutor(ORDINARY) as pool:
-        return [seconds for took in pool.map(ask, range(ORDINARY)) for seconds in took]
+    with ThreadPoolExecutor(clients) as pool:
+        return [seconds for took in pool.map(ask, range(clients)) for seconds in took]
 
 
 def measure(

@@ -1,35 +1,63 @@
-"""scoring: from image files to probabilities, in images per second, end to end.
+"""scoring: from image files to a table, in images per second, end to end.
 
-Rounds in turn over the same JPEG files: as `dgsnet predict` scores with what `dgsnet calibrate` chooses here;
-as it scored before (one image at a time, fp32, adapters apart); as a plain PyTorch loop does (a DataLoader,
-full batches of 64, bf16 autocast); and the model alone on pixels in memory, which is the ceiling. And what
-bf16 changes: the largest difference of a probability from fp32's, and decisions at 0.5 that flip. Weights are
-random, for none can be downloaded where this was made; adapters are not at their initial zeros.
+Parts, each of which can be chosen with --parts:
+
+- rates: rounds in turn over the same JPEG files, for every model of --models and number of --threads: as
+  `dgsnet predict` scores with what `dgsnet calibrate` chooses here; as it scored before (one image at a time,
+  fp32, adapters apart); as a plain PyTorch loop does (a DataLoader, full batches of 64, bf16 autocast); the
+  model alone on pixels in memory, and the images alone without a model. These two, and their processor time
+  together on all cores, are what no scoring can exceed. And what bf16 changes: the largest difference of a
+  probability from fp32's, and decisions at 0.5 that flip.
+- ray: `dgsnet predict` with --engine ray and two workers against local, start-up taken out.
+- page: what sixteen clients of the page get who ask at the same time.
+- memory: of all processes while 15,000 images are scored.
+
+Weights are random, for none can be downloaded where this was made; adapters are not at their initial zeros.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
+import itertools
+import math
+import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import psutil
 import torch
 from dgsnet.config import Config, ModelConfig, PreprocessConfig
 from dgsnet.data.images import read_image
-from dgsnet.detection.detector import Detector
+from dgsnet.data.items import Item, find_items
+from dgsnet.detection.detector import Detector, Prepared
+from dgsnet.detection.rows import columns
+from dgsnet.detection.scoring import WRITERS, predict_command, score
+from dgsnet.detection.serve import create_app
 from dgsnet.model.catalogue import own_settings
+from dgsnet.model.checkpoint import save_model
 from dgsnet.model.dgsnet import DGSNet
+from dgsnet.processes import default_workers, usable_cores
 from torch.utils.data import DataLoader
 
 from benchmarks.data import encoded, photographs
+from benchmarks.page import ORDINARY, ordinary, serving
+from benchmarks.processor_time import ProcessorTime
 
 MODELS = ("ViT-B-32", "ViT-L-14", "ViT-B-16-SigLIP2")
-SIDE, PLAIN_BATCH, IMAGES = 512, 64, 64
-ALONE = 8  # images a round of what takes them one by one
-OURS, BEFORE, PLAIN, CEILING = "ours", "one at a time, fp32", "plain PyTorch, batch 64, bf16", "model alone"
+PARTS = ("rates", "ray", "page", "memory")
+SIDE, PLAIN_BATCH = 512, 64
+ALONE = 4  # images a round of what takes them one by one
+COMPARED = 32  # images whose scores in fp32 are made too
+ROUND = 7.0  # seconds that a round of the model alone should take
+MOST_FILES = 256
+OURS, BEFORE, PLAIN = "ours", "one at a time, fp32", "plain PyTorch, batch 64, bf16"
+CEILING, INPUT = "model alone", "images alone"
+MEMORY_IMAGES, MEMORY_SAMPLES = 15_000, 30
 
 
 def build(name: str, device: str) -> DGSNet:
@@ -42,11 +70,19 @@ def build(name: str, device: str) -> DGSNet:
     return model.requires_grad_(False)
 
 
-def write_files(folder: Path, count: int) -> list[str]:
+def configuration(name: str) -> Config:
+    """With what a model brings with it."""
+    own = {key.removeprefix("preprocess."): value for key, value in own_settings(name).items()}
+    fields = PreprocessConfig.__dataclass_fields__
+    preprocess = PreprocessConfig(**{key: own[key] for key in fields if key in own})
+    return Config(model=ModelConfig(name=name, pretrained="", lora_rank=6), preprocess=preprocess)
+
+
+def write_files(folder: Path, count: int, side: int = SIDE) -> list[str]:
     """JPEG files of different content: crops' brightness differs, as does their noise."""
-    rng, images = np.random.default_rng(0), photographs(SIDE)
+    rng, images = np.random.default_rng(0), photographs(side)
     for i in range(count):
-        pixels = images[i % len(images)] + rng.normal(0, 6, (SIDE, SIDE, 1)) + rng.uniform(-20, 20)
+        pixels = images[i % len(images)] + rng.normal(0, 6, (side, side, 1)) + rng.uniform(-20, 20)
         (folder / f"{i:04d}.jpg").write_bytes(encoded(pixels.clip(0, 255).astype(np.uint8), "jpeg"))
     return sorted(map(str, folder.glob("*.jpg")))
 
@@ -67,9 +103,13 @@ class Files:
 def plain(files: list[str], detector: Detector, workers: int) -> list[float]:
     device = next(detector.model.parameters()).device
     found: list[float] = []
+    loader = DataLoader(
+        Files(files, detector), PLAIN_BATCH, num_workers=workers, pin_memory=device.type == "cuda"
+    )
     with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16):
-        for pixels in DataLoader(Files(files, detector), PLAIN_BATCH, num_workers=workers):
-            found += detector.model.logits(pixels.to(device)).float().sigmoid().tolist()
+        for pixels in loader:
+            logits = detector.model.logits(pixels.to(device, non_blocking=True))
+            found += logits.float().sigmoid().tolist()
     return found
 
 
@@ -82,58 +122,218 @@ def one_at_a_time(files: list[str], detector: Detector, workers: int) -> list[fl
     return found
 
 
+def to_table(files: list[str], detector: Detector, table: Path) -> None:
+    """As `dgsnet predict` does, with the processes that it chooses."""
+    WRITERS[".csv"](table, score(detector, find_items(files)), columns())
+
+
+def written(found: list[float], files: list[str], table: Path) -> None:
+    """The plain loop's table."""
+    with open(table, "w", newline="") as file:
+        csv.writer(file).writerows(zip(files, found))
+
+
 def results(arguments: argparse.Namespace) -> Iterator[dict]:
     device = arguments.device
-    for threads in arguments.threads:
+    for part, threads in itertools.product(arguments.parts or PARTS, arguments.threads):
         torch.set_num_threads(threads)
-        for name in MODELS:
-            yield measure(name, device, threads, arguments.seconds)
+        if part == "rates":
+            for name in arguments.models or MODELS:
+                yield rates(name, device, threads, arguments.seconds)
+        elif threads == arguments.threads[0]:  # once
+            yield {"ray": ray, "page": page, "memory": memory}[part](device) | {"threads": threads}
 
 
-def measure(name: str, device: str, threads: int, seconds: float) -> dict:
-    """Images per second of every way, the median of at least two rounds, and what precision changes."""
-    own = {key.removeprefix("preprocess."): value for key, value in own_settings(name).items()}
-    preprocess = {key: own[key] for key in PreprocessConfig.__dataclass_fields__ if key in own}
-    model, config = build(name, device), Config(preprocess=PreprocessConfig(**preprocess))
-    before = Detector(model, config)
-    ours = before.fastest()
-    with tempfile.TemporaryDirectory() as folder:
-        files = write_files(Path(folder), IMAGES)
+def faster(name: str, device: str) -> tuple[Detector, Detector]:
+    """A detector as it was before, and as `dgsnet calibrate` chooses."""
+    before = Detector(build(name, device), configuration(name))
+    return before, before.fastest()
+
+
+def rates(name: str, device: str, threads: int, seconds: float) -> dict:
+    """Images per second of every way, medians of at least two rounds, and what precision changes."""
+    before, ours = faster(name, device)
+    with tempfile.TemporaryDirectory(dir=memory_folder()) as folder:
+        count = PLAIN_BATCH * _fitting(ours)
+        files, table = write_files(Path(folder), count), Path(folder, "table.csv")
         pixels = torch.stack([before.preprocess(read_image(file)) for file in files[: ours.batch]])
-        ways: dict[str, Callable[[list[str]], object]] = {
-            OURS: lambda part: ours.predict(part, workers=1),
-            BEFORE: lambda part: one_at_a_time(part, before, 1),
-            PLAIN: lambda part: plain(part, before, 1),
-            CEILING: lambda part: [ours.logits(pixels) for _ in range(max(1, len(part) // len(pixels)))],
+        batches = max(2, count // (4 * len(pixels)))
+        prepare = Prepared(ours.preprocess, 1)
+        ways: dict[str, tuple[int, Callable[[], Any]]] = {
+            OURS: (count, lambda: to_table(files, ours, table)),
+            BEFORE: (ALONE, lambda: written(one_at_a_time(files[:ALONE], before, 1), files, table)),
+            PLAIN: (count, lambda: written(plain(files, before, default_workers()), files, table)),
+            CEILING: (
+                batches * len(pixels),
+                lambda: [ours.logits(pixels).sum().item() for _ in range(batches)],
+            ),
+            INPUT: (count, lambda: [len(filled) for filled in ours.filled(prepare, files)]),
         }
         ours.predict(files[:1])
-        rates: dict[str, list[float]] = {way: [] for way in ways}
-        counts = {way: ALONE if way == BEFORE else len(files) for way in ways}
+        found: dict[str, list[tuple[float, float]]] = {way: [] for way in ways}
         begin = time.monotonic()
-        while time.monotonic() - begin < seconds or len(rates[CEILING]) < 2:
-            for way, score in ways.items():
+        while time.monotonic() - begin < seconds or len(found[CEILING]) < 2:
+            for way, (images, work) in ways.items():
                 since = time.perf_counter()
-                score(files[: counts[way]])
-                rates[way].append(counts[way] / (time.perf_counter() - since))
-        exact = Detector(model, config, batch=ours.batch).predict(files)
-        found = ours.predict(files)
-    medians = {way: float(np.median(of_way)) for way, of_way in rates.items()}
+                with ProcessorTime() as used:
+                    work()
+                found[way].append(((time.perf_counter() - since) / images, used.seconds / images))
+        some = files[: min(count, COMPARED)]
+        exact = Detector(before.model, before.config, batch=ours.batch).predict(some)
+        scored = ours.predict(some)
+    medians = {way: np.median(of_way, axis=0) for way, of_way in found.items()}
+    rate = {way: float(1 / wall) for way, (wall, _) in medians.items()}
+    core = {way: float(1e3 * used) for way, (_, used) in medians.items()}
+    cores = usable_cores()
+    of_cores = 1e3 * cores / (core[CEILING] + core[INPUT]) if device == "cpu" else math.inf
+    bound = min(rate[CEILING], rate[INPUT], of_cores)
     result = {
-        "operation": "scoring",
-        **{"model": name, "device": device, "threads": threads, "batch": ours.batch},
-        **{"precision": ours.precision, "images_per_second": medians},
-        "of_before": medians[OURS] / medians[BEFORE],
-        "of_ceiling": medians[OURS] / medians[CEILING],
-        "of_plain": medians[OURS] / medians[PLAIN],
-        "largest_change": float(np.abs(exact - found).max()),
-        "flipped": int(((exact > 0.5) != (found > 0.5)).sum()),
+        **{"operation": "scoring", "part": "rates", "model": name, "device": device, "threads": threads},
+        **{"side": SIDE, "batch": ours.batch, "precision": ours.precision, "images": count},
+        **{"rounds": len(found[OURS]), "images_per_second": rate, "core_ms_per_image": core},
+        "cores_allow": of_cores if math.isfinite(of_cores) else None,
+        "of_before": rate[OURS] / rate[BEFORE],
+        "of_plain": rate[OURS] / rate[PLAIN],
+        "of_ceiling": rate[OURS] / rate[CEILING],
+        "of_bound": rate[OURS] / bound,
+        "largest_change": float(np.abs(exact - scored).max()),
+        "flipped": int(((exact > 0.5) != (scored > 0.5)).sum()),
+        "compared": len(some),
     }
     print(
-        f"\nscoring {name} threads={threads}: batches of {ours.batch} at {ours.precision}\n"
-        + "\n".join(f"  {way:32s} {rate:8.2f} images/s" for way, rate in medians.items())
-        + f"\n  ours: {result['of_before']:.2f} of before, {result['of_ceiling']:.2f} of the model alone, "
-        f"{result['of_plain']:.2f} of plain; a probability moves by at most {result['largest_change']:.1e}, "
-        f"{result['flipped']} of {len(found)} decisions flip",
+        f"\nscoring {name} threads={threads}: batches of {ours.batch} at {ours.precision}, {count} images\n"
+        + "\n".join(
+            f"  {way:32s} {rate[way]:8.2f} images/s {core[way]:8.1f} core ms an image" for way in ways
+        )
+        + f"\n  both on {cores} cores at most      {of_cores:8.2f} images/s"
+        f"\n  ours: {result['of_before']:.2f} of before, {result['of_plain']:.2f} of plain, "
+        f"{result['of_ceiling']:.2f} of the model alone, {result['of_bound']:.2f} of what is possible; "
+        f"a probability moves by at most {result['largest_change']:.1e}, "
+        f"{result['flipped']} of {len(some)} decisions flip",
         flush=True,
     )
     return result
+
+
+def memory_folder() -> str | None:
+    """Where files are in memory."""
+    return "/dev/shm" if os.path.isdir("/dev/shm") else None
+
+
+def _fitting(detector: Detector) -> int:
+    """How many plain batches the model alone takes in about ROUND seconds; at least one."""
+    side = detector.model.image_size
+    pixels = torch.zeros(detector.batch, 3, side, side)
+    detector.logits(pixels)
+    since = time.perf_counter()
+    detector.logits(pixels).sum().item()
+    rate = len(pixels) / (time.perf_counter() - since)
+    return max(1, min(MOST_FILES // PLAIN_BATCH, round(ROUND * rate / PLAIN_BATCH)))
+
+
+def ray(device: str, name: str = MODELS[0], counts: tuple[int, int] = (64, 256)) -> dict:
+    """Images per second of commands on two workers, by the difference of many images and few."""
+    import ray as cluster
+
+    _, ours = faster(name, device)
+    rate: dict[str, float] = {}
+    begin = time.perf_counter()
+    os.environ.setdefault("RAY_DEFAULT_OBJECT_STORE_MEMORY_PROPORTION", "0.05")
+    with tempfile.TemporaryDirectory(dir=memory_folder()) as folder:
+        run = str(save_model(Path(folder, "run", "best"), ours.model, ours.config).parent)
+        (images := Path(folder, "images")).mkdir()
+        files = write_files(images, max(counts))
+        cluster.init(include_dashboard=False, log_to_driver=False)
+        started = time.perf_counter() - begin
+        try:
+            for engine in ("local", "ray"):
+                took = []
+                for count in counts:
+                    since = time.perf_counter()
+                    predict_command(
+                        files[:count],
+                        run,
+                        str(Path(folder, f"{engine}.csv")),
+                        device=device,
+                        batch=ours.batch,
+                        precision=ours.precision,
+                        workers=2,
+                        engine=engine,  # type: ignore[arg-type]
+                    )
+                    took.append(time.perf_counter() - since)
+                rate[engine] = (counts[1] - counts[0]) / (took[1] - took[0])
+            same = Path(folder, "ray.csv").read_text() == Path(folder, "local.csv").read_text()
+        finally:
+            cluster.shutdown()
+    print(
+        f"\nscoring on Ray: {rate['ray']:.1f} images/s, local {rate['local']:.1f}; same table: {same}",
+        flush=True,
+    )
+    return {
+        **{"operation": "scoring", "part": "ray", "model": name, "device": device, "workers": 2},
+        **{"batch": ours.batch, "precision": ours.precision, "images": counts, "same_table": same},
+        **{"images_per_second": rate, "of_local": rate["ray"] / rate["local"], "start_s": started},
+    }
+
+
+def page(device: str, name: str = MODELS[0], each: int = 6) -> dict:
+    """Images per second, and how long an answer takes, under sixteen clients; and of one alone."""
+    _, ours = faster(name, device)
+    with tempfile.TemporaryDirectory() as folder:
+        image = Path(write_files(Path(folder), 1)[0]).read_bytes()
+    with serving(create_app(ours, per_minute=1_000_000)) as port:
+        ordinary(port, image, 1)
+        since = time.perf_counter()
+        took = ordinary(port, image, each)
+        rate = len(took) / (time.perf_counter() - since)
+        one = ordinary(port, image, each, clients=1)
+    result = {
+        **{"operation": "scoring", "part": "page", "model": name, "device": device, "clients": ORDINARY},
+        **{"batch": ours.batch, "precision": ours.precision, "images_per_second": rate},
+        "median_ms": 1e3 * float(np.median(took)),
+        "alone_ms": 1e3 * float(np.median(one)),
+    }
+    print(
+        f"\nscoring by the page: {rate:.1f} images/s for {ORDINARY} clients, who wait for "
+        f"{result['median_ms']:.0f} ms; one alone waits for {result['alone_ms']:.0f} ms",
+        flush=True,
+    )
+    return result
+
+
+def memory(device: str, images: int = MEMORY_IMAGES, samples: int = MEMORY_SAMPLES) -> dict:
+    """Memory of this process and of all together while small images are scored by a small model.
+
+    The slopes are of the last two thirds, by least squares.
+    """
+    config = Config(
+        model=ModelConfig(name="dgsnet-tiny", pretrained="builtin", lora_rank=0),
+        preprocess=PreprocessConfig(mode="crop", image_size=32),
+    )
+    model = DGSNet(config.model, with_text=False).to(device).eval()
+    detector = Detector(model, config, batch=16)
+    me, seen = psutil.Process(), []
+    with tempfile.TemporaryDirectory(dir=memory_folder()) as folder:
+        files = write_files(Path(folder), 100, side=96)
+        items = (Item(file) for file in itertools.islice(itertools.cycle(files), images))
+        since = time.perf_counter()
+        for done, row in enumerate(score(detector, items, workers=2), 1):
+            assert not row.error
+            if done % (images // samples) == 0:
+                own = me.memory_info().rss
+                others = sum(child.memory_info().rss for child in me.children(recursive=True))
+                seen.append((done, own / 2**20, (own + others) / 2**20))
+        rate = images / (time.perf_counter() - since)
+    done, own, together = np.array(seen[len(seen) // 3 :]).T
+    slopes = [1e3 * float(np.polyfit(done, mib, 1)[0]) for mib in (own, together)]
+    print(
+        f"\nscoring {images} images, {rate:.0f} a second: MiB after {done[0]:.0f} and at the end\n"
+        f"  this process {own[0]:.0f}, {own[-1]:.0f}: {slopes[0]:+.3f} per 1000 images\n"
+        f"  all processes {together[0]:.0f}, {together[-1]:.0f}: {slopes[1]:+.3f} per 1000 images",
+        flush=True,
+    )
+    return {
+        **{"operation": "scoring", "part": "memory", "model": config.model.name, "device": device},
+        **{"images": images, "images_per_second": rate, "mib": seen},
+        **{"own_mib_per_1000": slopes[0], "all_mib_per_1000": slopes[1]},
+    }
