@@ -2,7 +2,8 @@
 
 Stages and peers run in turn, image after image, on one thread: decoding, the patch selection, the whole
 preprocessing, and what comes out of a loader's one worker. The photographs are scikit-image's, scaled to the
-side. On a GPU also the part of the selection that it takes over, for a batch.
+side. `core_ms` is processor time of all processes, since images are decoded in one of their own. On a GPU
+also the part of the selection that it takes over, for a batch.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import itertools
 import os
 import tempfile
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,17 +25,20 @@ from dgsnet.data.images import read_image
 from dgsnet.data.items import Item
 from dgsnet.data.loading import ImageDataset, make_loader
 from dgsnet.data.patches import select_patches
-from dgsnet.data.preprocess import Preprocessor
+from dgsnet.data.preprocess import Preprocessor, content_seed
 from PIL import Image
 
 from benchmarks import harness
+from benchmarks.processor_time import ProcessorTime
 from benchmarks.spectral_entropy import SIZE, numpy_loop
-from dgs_kernels import backends
+from dgs_kernels import backends, spectral_entropy
 
-SIDES = (256, 512, 1024)
+SIDES = (256, 512, 1024, 2048)
 KEPT, LOW = 49, 24
 BATCH = 32
 LOOP, OURS = "selection, NumPy loop", "selection, ours"
+TURBO = "libjpeg-turbo alone"
+CORE_SECONDS = 1.0  # of each stage, for its processor time
 
 
 def photographs(side: int) -> list[np.ndarray]:
@@ -74,26 +79,44 @@ def loop_preprocess(data: bytes, rng: np.random.Generator) -> torch.Tensor:
     return functional.normalize(pixels, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
+def libjpeg_turbo(data: torch.Tensor) -> torch.Tensor:
+    """What decoding costs at least: the library alone, as torchvision has it, in this process."""
+    from torchvision.io import ImageReadMode, decode_jpeg
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return decode_jpeg(data, mode=ImageReadMode.RGB)
+
+
 def stages(side: int) -> dict[str, Callable[[int], object]]:
     """Name to a call that does the stage for the i-th image."""
     images = photographs(side)
-    jpeg, png = ([encoded(image, kind) for image in images] for kind in ("jpeg", "png"))
+    jpeg, webp, png = ([encoded(image, kind) for image in images] for kind in ("jpeg", "webp", "png"))
+    turbo = [torch.frombuffer(bytearray(data), dtype=torch.uint8) for data in jpeg]
     preprocess, rng = Preprocessor(PreprocessConfig()), np.random.default_rng(0)
 
     def of(items: list, call: Callable) -> Callable[[int], object]:
         return lambda i: call(items[i % len(items)])
 
+    def entropy(image: np.ndarray) -> torch.Tensor:
+        return spectral_entropy(torch.from_numpy(image).permute(2, 0, 1)[None], SIZE)
+
     def ours(image: np.ndarray) -> torch.Tensor:
         return select_patches(torch.from_numpy(image).permute(2, 0, 1)[None], seed=0)
 
     return {
+        TURBO: of(turbo, libjpeg_turbo),
         "decode JPEG": of(jpeg, read_image),
+        "decode WebP": of(webp, read_image),
         "decode PNG": of(png, read_image),
+        "hash of the pixels": of(images, content_seed),
+        "entropy": of(images, harness.through("cpu", entropy)),
         LOOP: of(images, lambda image: loop_selection(image, rng)),
         "selection, eager": of(images, harness.through("eager", ours)),
         OURS: of(images, harness.through("cpu", ours)),
         "JPEG to input, NumPy loop": of(jpeg, lambda data: loop_preprocess(data, rng)),
         "JPEG to input, ours": of(jpeg, lambda data: preprocess(read_image(data), rng=rng)),
+        "JPEG to scoring's input": of(jpeg, lambda data: preprocess(read_image(data), normalised=False)),
         "JPEG to patches, the device selects": of(
             jpeg, lambda data: preprocess.cut(read_image(data), rng=rng)
         ),
@@ -138,9 +161,14 @@ def measured(calls: dict[str, Callable[[int], object]], device: str, seconds: fl
         for name, call in calls.items():
             samples[name].append(harness.timed(device, call, (i,)))
     found = {name: harness.summary(times, 0) for name, times in samples.items()}
-    for result in found.values():
+    for name, result in found.items():
         result["images_per_s"] = 1e3 * images / result["median_ms"]
-        del result["gb_per_s"]
+        del result["gb_per_s"], result["cpu_median_ms"]
+        count = max(10, round(1e3 * CORE_SECONDS / result["median_ms"]))
+        with ProcessorTime() as used:
+            for i in range(count):
+                calls[name](i)
+        result["core_ms"] = 1e3 * used.seconds / count / images
     return found
 
 
@@ -178,10 +206,11 @@ def results(arguments: argparse.Namespace) -> list[dict]:
 
 
 def table(result: dict) -> str:
-    lines = [f"{'':38}{'median ms':>10}{'p10':>9}{'p90':>9}{'images/s':>10}"]
+    lines = [f"{'':38}{'median ms':>10}{'p10':>9}{'p90':>9}{'images/s':>10}{'core ms':>10}"]
     for name, v in result["variants"].items():
         lines.append(
             f"{name:38}{v['median_ms']:10.3f}{v['p10_ms']:9.3f}{v['p90_ms']:9.3f}{v['images_per_s']:10.0f}"
+            f"{v['core_ms']:10.2f}"
         )
     for name, rate in result["loader_images_per_s"].items():
         lines.append(f"{'a loader of one worker, ' + name:66}{rate:10.0f}")
