@@ -59,8 +59,8 @@ stage build 75 env DGS_KERNELS_BUILD=cuda TORCH_CUDA_ARCH_LIST="${capability:-9.
 stage smoke 30 "$python" -m benchmarks.smoke || grep -E 'wrong|failed|Error' $work/smoke.log | head -n 20
 
 if [ -n "$capability" ]; then
-  bench rows 60 project_align surgery_head --rows 8192 --seconds 2 --dtype float32 bfloat16
-  bench layers 50 project_align_ surgery_adamw_ gramian --rows 395520 --seconds 2
+  bench rows 48 project_align surgery_head --rows 8192 --seconds 2 --dtype float32 bfloat16
+  bench layers 39 project_align_ surgery_adamw_ gramian --rows 395520 --seconds 2
   bench lora 25 project_align_ surgery_adamw_ gramian --rows 144 --seconds 1
   bench sizes 35 project_align surgery_head --rows 32 512 65536 --seconds 1
   # By mark.gpu and on_backends tests are marked as needing a GPU; most of their time is Triton's compiler.
@@ -71,10 +71,11 @@ if [ -n "$capability" ]; then
   # A whole training step needs the detector's packages too.
   if "$python" -c 'import benchmarks.train_step' 2>$work/train_step.log; then
     for batch in 32 256; do
-      stage "train_step_$batch" 35 "$python" -m benchmarks train_step --model ViT-L-14-quickgelu --batch $batch \
+      stage "train_step_$batch" 29 "$python" -m benchmarks train_step --model ViT-L-14-quickgelu --batch $batch \
         --seconds 8 --out "$work/train_step_$batch.json"
     done
-    bench whole_run 40 training_run
+    bench whole_run 34 training_run
+    bench scoring 40 scoring --parts rates --models ViT-L-14 --seconds 3
   else
     tell "left out: benchmarks/train_step.py: $(tail -n 1 $work/train_step.log)"
   fi

@@ -134,11 +134,14 @@ def best_size(model: nn.Module) -> tuple[int, dict[int, float]]:
 
 
 def _seconds(batches: Batches, pixels: Tensor) -> float:
-    """How long a batch takes: on a CPU the time that this thread works, which no other's work makes longer.
+    """How long a batch takes, on a CPU as far as this process works at it.
 
-    By the clock, a machine at other work too would favour small batches, which more often go undisturbed.
+    By the clock, a machine with other work too would favour small batches, which more often go undisturbed.
     """
-    clock = time.thread_time if batches.device.type == "cpu" else time.perf_counter
-    begin = clock()
+    times = time.perf_counter(), time.thread_time(), time.process_time()
     batches(pixels).sum().item()
-    return clock() - begin
+    wall, own, of_all = (
+        now() - then for now, then in zip((time.perf_counter, time.thread_time, time.process_time), times)
+    )
+    # What one thread does alone, the others wait for.
+    return max(own, of_all / torch.get_num_threads()) if batches.device.type == "cpu" else wall

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 import torch
 from dgsnet.config import Config, ModelConfig
@@ -129,6 +131,28 @@ def test_the_smallest_size_near_the_best_rate_is_taken(monkeypatch):
     monkeypatch.setattr(batches, "PATIENCE", 1.5)
     tried.clear()
     assert best_size(model)[0] == 2 and set(tried) == {1, 2, 4}
+
+
+class HeldUp(torch.nn.Module):
+    """Works a little longer for each image, and is kept from it in large batches."""
+
+    image_size = 8
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(()))
+
+    def logits(self, pixels):
+        if len(pixels) > 2:
+            time.sleep(0.02)
+        end = time.thread_time() + 3e-3 + 1e-4 * len(pixels)
+        while time.thread_time() < end:
+            pass
+        return pixels.mean((1, 2, 3))
+
+
+def test_other_work_of_the_machine_does_not_make_batches_small():
+    assert best_size(HeldUp())[0] >= 16
 
 
 def test_the_precision_is_what_the_device_is_fast_in(monkeypatch):
