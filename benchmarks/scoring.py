@@ -318,15 +318,17 @@ def memory(device: str, images: int = MEMORY_IMAGES, samples: int = MEMORY_SAMPL
     me, seen = psutil.Process(), []
     with tempfile.TemporaryDirectory(dir=memory_folder()) as folder:
         files = write_files(Path(folder), 100, side=96)
-        items = (Item(file) for file in itertools.islice(itertools.cycle(files), images))
+        # Without an end, before which the processes that read would go.
+        rows = score(detector, (Item(file) for file in itertools.cycle(files)), workers=2)
         since = time.perf_counter()
-        for done, row in enumerate(score(detector, items, workers=2), 1):
+        for done, row in enumerate(itertools.islice(rows, images), 1):
             assert not row.error
             if done % (images // samples) == 0:
                 own = me.memory_info().rss
                 others = sum(child.memory_info().rss for child in me.children(recursive=True))
                 seen.append((done, own / 2**20, (own + others) / 2**20))
         rate = images / (time.perf_counter() - since)
+        rows.close()  # type: ignore[attr-defined]  # it is a generator
     done, own, together = np.array(seen[len(seen) // 3 :]).T
     slopes = [1e3 * float(np.polyfit(done, mib, 1)[0]) for mib in (own, together)]
     print(

@@ -41,12 +41,15 @@ def short(number: float) -> str:
 
 
 def readme(content: dict[str, Any]) -> str:
-    """The row of README's table, of the model that is first among NAMES."""
+    """The row of README's table, of the model that is first among NAMES; "" of a machine with other work."""
+    machine = content["machine"]
+    if machine["load_average"][0] >= machine["cpus"]:
+        return ""
     name, row = next(iter(best(rates(content)).items()))
     rate = row["images_per_second"][OURS]
     return (
         f"| scoring JPEG files, {NAMES[name]} | {short(rate)} images/s, {short(rate * DAY)} a day "
-        f"| one by one in fp32 {row['of_before']:.1f}x |"
+        f"| one by one in fp32 {row['of_before']:.1f}x |\n"
     )
 
 
@@ -138,7 +141,7 @@ def main() -> None:
     text = re.sub(r"^\| scoring JPEG .*\n", "", front.read_text(), flags=re.MULTILINE)
     # After the last row of the table of what was measured.
     last = list(re.finditer(r"^\| DGS-Net training step.*\n", text, flags=re.MULTILINE))[-1].end()
-    front.write_text(text[:last] + readme(content) + "\n" + text[last:])
+    front.write_text(text[:last] + readme(content) + text[last:])
 
 
 if __name__ == "__main__":
