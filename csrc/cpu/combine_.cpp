@@ -79,9 +79,9 @@ class Combination {
     pieces.run(parallel_for, [&](int64_t i) {
       const F* weights = static_cast<const F*>(o_.weights) + pieces[i].group * o_.weights_stride;
       pieces.for_blocks(pieces[i], o_.tensors, block, [&](const ObjectivesTensor& t, int64_t at, int64_t size) {
-        WidenedBlocks<T> blocks;
+        Widened<T, block> blocks[max_objectives];
         Rows<Seen> x{{}, o_.count};
-        for (int k = 0; k < o_.count; ++k) x.at[k] = blocks.read(k, t.objectives[k], at, size);
+        for (int k = 0; k < o_.count; ++k) x.at[k] = blocks[k].of(t.objectives[k], at, size);
         Widened<T, block> out(t.grad, at, size, /*read=*/false);
         combine(x, weights, out.data, size, streamable(t, out.data));
         out.write_back();

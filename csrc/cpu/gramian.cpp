@@ -112,10 +112,10 @@ template <typename T>
 Sums sums_of(const Objectives& o, const Pieces& pieces, const Piece& piece) {
   using Seen = typename Widened<T>::Seen;
   Sums sums;
-  WidenedBlocks<T> blocks;
+  Widened<T, block> blocks[max_objectives];
   pieces.for_blocks(piece, o.tensors, block, [&](const ObjectivesTensor& t, int64_t at, int64_t size) {
     const Seen* x[max_objectives] = {};
-    for (int k = 0; k < max_objectives; ++k) x[k] = k < o.count ? blocks.read(k, t.objectives[k], at, size) : x[0];
+    for (int k = 0; k < max_objectives; ++k) x[k] = k < o.count ? blocks[k].of(t.objectives[k], at, size) : x[0];
     add_block(x, o.count, size, sums);
   });
   return sums;

@@ -97,23 +97,7 @@ class Pieces {
   }
 };
 
-// A block of every objective, as the loops read it: float16 is widened here, everything else is there already.
+// Of every objective: they are read side by side.
 constexpr int64_t objectives_block = 2048;
-template <typename T>
-class WidenedBlocks {
-  static constexpr bool half = std::is_same_v<T, f16>;
-  float copies_[half ? max_objectives : 1][half ? objectives_block : 1];
-
- public:
-  const typename Widened<T>::Seen* read(int objective, const void* array, int64_t begin, int64_t size) {
-    const T* const from = static_cast<const T*>(array) + begin;
-    if constexpr (half) {
-      widen(from, copies_[objective], size);
-      return copies_[objective];
-    } else {
-      return from;
-    }
-  }
-};
 
 }  // namespace dgs::cpu

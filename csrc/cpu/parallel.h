@@ -45,17 +45,20 @@ class Widened {
   using Seen = std::conditional_t<half, float, T>;
   Seen* data = nullptr;
 
-  Widened(const void* array, int64_t begin, int64_t size, bool read = true) : size_(size) {
-    if (!array) return;
-    from_ = static_cast<T*>(const_cast<void*>(array)) + begin;
+  Widened() = default;
+  Widened(const void* array, int64_t begin, int64_t size, bool read = true) { of(array, begin, size, read); }
+  Widened(const Widened&) = delete;
+
+  const Seen* of(const void* array, int64_t begin, int64_t size, bool read = true) {
+    if (!array) return data = nullptr;
+    from_ = static_cast<T*>(const_cast<void*>(array)) + begin, size_ = size;
     if constexpr (half) {
       if (read) widen(from_, copy_, size);
-      data = copy_;
+      return data = copy_;
     } else {
-      data = from_;
+      return data = from_;
     }
   }
-  Widened(const Widened&) = delete;
 
   void write_back() {
     if constexpr (half) narrow(copy_, from_, size_);
@@ -63,7 +66,7 @@ class Widened {
 
  private:
   T* from_ = nullptr;
-  int64_t size_;
+  int64_t size_ = 0;
   Seen copy_[half ? capacity : 1];
 };
 

@@ -131,8 +131,7 @@ void for_blocks(int64_t dim, Body body) {
 
 template <typename T>
 class Forward {
-  static constexpr bool half = std::is_same_v<T, f16>;
-  using Seen = std::conditional_t<half, float, T>;  // what the loops read
+  using Seen = typename Widened<T, block>::Seen;
   using F = decltype(load(Seen()));
   const SurgeryHead& a_;
   const double reference_;
@@ -188,26 +187,17 @@ class Forward {
  private:
   static const F* vector(const void* x) { return static_cast<const F*>(x); }
 
-  // A block of some samples' rows, float16 widened. The last sample stands in for those that are missing.
-  class Block {
-   public:
+  // A block of some samples' rows. The last sample stands in for those that are missing.
+  struct Block {
     Rows<Seen> rows;
+    Widened<T, block> each[at_once];
 
     Block(const void* matrix, int64_t stride, const Group& group, int64_t begin, int64_t size) {
-      const Seen* at[at_once];
-      for (int n = 0; n < at_once; ++n) {
-        const T* row = static_cast<const T*>(matrix) + group.sample(std::min(n, group.count - 1)) * stride + begin;
-        if constexpr (half)
-          widen(row, copies_[n], size), at[n] = copies_[n];
-        else
-          at[n] = row;
-      }
-      rows = {at[0], at[1], at[2], at[3]};
+      const auto row = [&](int n) {
+        return each[n].of(matrix, group.sample(std::min(n, group.count - 1)) * stride + begin, size);
+      };
+      rows = {row(0), row(1), row(2), row(3)};
     }
-    Block(const Block&) = delete;
-
-   private:
-    Seen copies_[at_once][half ? block : 1];
   };
 
   // A feature matrix's rows of some samples; the results of `at_once` inner products with each of some vectors.

@@ -38,32 +38,6 @@ struct Numpy {
   }
 };
 
-}  // namespace
-
-void dgs::calls::View::of(PyObject* given, Call& call) {
-  object = given;
-  if (!py::isinstance<py::array>(given)) {
-    call.refuse(called() + " must be a numpy array, got " + type_name(given), PyExc_TypeError);
-    return;
-  }
-  const auto array = py::reinterpret_borrow<py::array>(given);
-  if (!(array.flags() & py::detail::npy_api::NPY_ARRAY_ALIGNED_))
-    call.refuse(called() + " is not aligned to its dtype; pass numpy.ascontiguousarray of it");
-  read_only = !array.writeable();
-  // bfloat16 is no type of NumPy's own; that of the package ml_dtypes is known by its name.
-  const std::string type = py::str(py::object(array.dtype()));
-  const auto* const known = std::find(std::begin(element_names), std::end(element_names), type);
-  element = static_cast<Element>(known - std::begin(element_names));
-  data = const_cast<void*>(array.data());
-  ndim = int(array.ndim());
-  shape = reinterpret_cast<const int64_t*>(array.shape());
-  int64_t* const steps = call.kept.emplace_back(new int64_t[ndim]).get();
-  for (int i = 0; i < ndim; ++i) steps[i] = array.strides(i) / std::max<int64_t>(1, array.itemsize());
-  strides = steps;
-}
-
-namespace {
-
 // Calls an operation; where it is refused, raises the error in the name of `function`.
 template <typename... Arguments>
 void serve(bool (*operation)(dgs::calls::Call&), const char* function, const Arguments&... arguments) {
@@ -268,6 +242,28 @@ py::array spectral_entropy(py::object object) {
 }
 
 }  // namespace
+
+void dgs::calls::View::of(PyObject* given, Call& call) {
+  object = given;
+  if (!py::isinstance<py::array>(given)) {
+    call.refuse(called() + " must be a numpy array, got " + type_name(given), PyExc_TypeError);
+    return;
+  }
+  const auto array = py::reinterpret_borrow<py::array>(given);
+  if (!(array.flags() & py::detail::npy_api::NPY_ARRAY_ALIGNED_))
+    call.refuse(called() + " is not aligned to its dtype; pass numpy.ascontiguousarray of it");
+  read_only = !array.writeable();
+  // bfloat16 is no type of NumPy's own; that of the package ml_dtypes is known by its name.
+  const std::string type = py::str(py::object(array.dtype()));
+  const auto* const known = std::find(std::begin(element_names), std::end(element_names), type);
+  element = static_cast<Element>(known - std::begin(element_names));
+  data = const_cast<void*>(array.data());
+  ndim = int(array.ndim());
+  shape = reinterpret_cast<const int64_t*>(array.shape());
+  int64_t* const steps = call.kept.emplace_back(new int64_t[ndim]).get();
+  for (int i = 0; i < ndim; ++i) steps[i] = array.strides(i) / std::max<int64_t>(1, array.itemsize());
+  strides = steps;
+}
 
 PYBIND11_MODULE(dgs_numpy, m) {
   m.doc() = "Gradient surgery on NumPy arrays: the CPU kernels of dgs_kernels, without torch.";
