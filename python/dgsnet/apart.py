@@ -46,7 +46,7 @@ ENVIRONMENT = {
     "MALLOC_MMAP_THRESHOLD_": str(2**22),
     "MALLOC_TRIM_THRESHOLD_": str(2**25),
 }
-MOST_KEPT = 2**27  # bytes more than at first, with which a process is not used again
+MAX_KEPT = 2**27  # bytes
 PIPE = 2**20  # bytes that it holds, where the system allows
 PAGE = os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 0
 OUT_OF_MEMORY = 77  # exit status
@@ -76,6 +76,7 @@ class Apart:
         library: what errors call the library that works there.
         seconds: of processor time for each call; not limited on Windows.
         memory: bytes for each call; limited on Linux.
+        kept: of them, how many a call may leave in use in a process that is used again.
 
     Example:
         >>> from dgsnet.apart import Apart
@@ -91,9 +92,10 @@ class Apart:
         library: str,
         seconds: float = MAX_SECONDS,
         memory: int = MAX_MEMORY,
+        kept: int = MAX_KEPT,
     ):
         self.library, self.seconds, self.memory = library, seconds, memory
-        self._setup = [prepare, arguments, seconds, memory]
+        self._setup = [prepare, arguments, seconds, memory, kept]
         self._idle: list[_Process] = []
 
     def __call__(self, function: str, data: bytes, *words: Any) -> tuple[Any, bytearray]:
@@ -318,7 +320,7 @@ def answer(descriptor: int | None) -> None:
     with contextlib.suppress(EOFError, OSError), open(os.dup(1), "wb", buffering=0) as answers:
         os.dup2(2, 1)  # whatever else is printed goes nowhere
         shared = _map(descriptor)
-        (prepare, arguments, seconds, memory), _ = _receive(questions, _read_whole, shared)
+        (prepare, arguments, seconds, memory, kept), _ = _receive(questions, _read_whole, shared)
         try:
             _function(prepare)(*arguments)
             _limit(memory)
@@ -326,7 +328,7 @@ def answer(descriptor: int | None) -> None:
             return _send(answers, one_line(error) or type(error).__name__, (), 0, shared)
         _send(answers, "", (), 0, shared)
         has = _addresses()
-        while _addresses() <= has + MOST_KEPT:
+        while _addresses() <= has + kept:
             try:
                 (function, *words), data = _receive(questions, _read_whole, shared)
                 _set_clock(seconds)

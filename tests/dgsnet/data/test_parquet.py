@@ -203,6 +203,50 @@ def test_a_column_that_unpacks_to_many_times_its_size_is_not_unpacked(tmp_path, 
     assert "image of row group 1 takes more than 1,048,576 bytes" in last.error
 
 
+def number(data, place):
+    """Thrift's number at a place, its sign in the last bit, and where it ends."""
+    value = shift = 0
+    while True:
+        value |= (data[place] & 127) << shift
+        place, shift = place + 1, shift + 7
+        if data[place - 1] < 128:
+            return value, place
+
+
+def packed(value, size):
+    """The same number in so many bytes."""
+    return bytes((value >> 7 * i) & 127 | 128 * (i < size - 1) for i in range(size))
+
+
+def with_a_page_of_two_gib(path, offset):
+    """Let a page's own header say so, and not the footer, in the bytes that its checksum took."""
+    data = path.read_bytes()
+    places = [offset]
+    for _ in range(4):  # kind, bytes, packed bytes, checksum: each a number behind its field's byte
+        assert data[places[-1]] == 0x15
+        places.append(number(data, places[-1] + 1)[1])
+    kind, _, packed_bytes, _ = (number(data, place + 1)[0] for place in places[:4])
+    rest = b"\x15" + packed(2**32 - 2, 5) + data[places[2] : places[3]] + b"\x2c"
+    assert data[places[4]] == 0x1C and packed_bytes > 0
+    head = b"\x15" + packed(kind, places[4] - offset - len(rest)) + rest
+    path.write_bytes(data[:offset] + head + data[places[4] + 1 :])
+
+
+def test_a_page_that_is_larger_than_the_footer_says_fills_no_memory(tmp_path):
+    options = {"compression": "zstd", "use_dictionary": False, "write_page_checksum": True}
+    large = encode(picture(200, 300), "BMP")
+    source = write(tmp_path / "t.parquet", {"image": [large], "label": [1]}, **options)
+    find_samples(source)[0].read()
+    column = pq.ParquetFile(source).metadata.row_group(0).column(0)
+    with_a_page_of_two_gib(source, column.data_page_offset)
+    assert pq.ParquetFile(source).metadata.row_group(0).column(0).total_uncompressed_size < 2**20
+    (sample,) = find_samples(source)
+    with pytest.raises(ImageError, match=r"not readable as Parquet: it takes more than 1\.2 GiB of memory"):
+        sample.read()
+    (item,) = find_items([str(source)])
+    assert "it takes more than 1.2 GiB of memory" in item.error
+
+
 def test_long_texts_of_a_row_group_are_refused_from_the_footer(tmp_path, monkeypatch):
     monkeypatch.setattr(parquet, "MAX_TEXTS", 1000)
     columns = {"image": FILES, "label": [0, 1, 1, 0], "prompt": [letter * 400 for letter in "abcd"]}
@@ -211,30 +255,30 @@ def test_long_texts_of_a_row_group_are_refused_from_the_footer(tmp_path, monkeyp
 
 
 def test_a_row_group_is_read_once_while_it_is_kept(tmp_path, monkeypatch):
-    opened, once = [], pq.ParquetFile
+    """What is read again is seen by a file of other images that looks the same from outside."""
+    options = {"row_group_size": 4, "use_dictionary": False, "compression": "none"}
+    label = [0, 1] * 6
+    source = write(tmp_path / "t.parquet", {"image": FILES * 3, "label": label}, **options)
+    other = write(tmp_path / "other.parquet", {"image": FILES[::-1] * 3, "label": label}, **options)
+    contents, state = [path.read_bytes() for path in (source, other)], source.stat()
+    assert len(contents[0]) == len(contents[1]) and contents[0] != contents[1]
+    samples = find_samples(source)
 
-    def counted(*words, **options):
-        opened.append(words)
-        return once(*words, **options)
+    def read(which, i):
+        """Whether image i is read from the file that is there now, which is the one or the other."""
+        source.write_bytes(contents[which])
+        os.utime(source, ns=(state.st_atime_ns, state.st_mtime_ns))
+        found = samples[i].read_bytes()
+        assert found in (FILES[i % 4], FILES[3 - i % 4])
+        return (found == FILES[3 - i % 4]) == which
 
-    monkeypatch.setattr(pq, "ParquetFile", counted)
-    columns = {"image": FILES * 3, "label": [0, 1] * 6}
-    samples = find_samples(write(tmp_path / "t.parquet", columns, row_group_size=4, use_dictionary=False))
-    opened.clear()
-    for i in (0, 1, 5, 2, 4, 3, 6):
-        samples[i].read()
-    assert len(opened) == 2
+    assert [read(0, 0), read(1, 1), read(1, 5), read(1, 2), read(0, 4)] == [True, False, True, False, False]
     monkeypatch.setattr(parquet, "KEPT_BYTES", 1)  # the last one alone
-    opened.clear()
-    for i in (8, 9, 0, 8):
-        np.testing.assert_array_equal(samples[i].read(), PICTURES[i % 4])
-    assert len(opened) == 3
+    assert [read(0, 8), read(1, 9), read(1, 0), read(1, 8)] == [True, False, True, True]
     # Two of the three fit, also after a third one has taken a place and given it back.
     monkeypatch.setattr(parquet, "KEPT_BYTES", 2 * sum(map(len, FILES)))
-    opened.clear()
-    for i in (0, 4, 8, 0, 8, 1, 9):
-        samples[i].read()
-    assert len(opened) == 4
+    assert [read(0, 0), read(0, 4), read(0, 8), read(1, 0)] == [True, True, True, True]
+    assert [read(1, 8), read(0, 1), read(1, 9)] == [False, False, False]
 
 
 def test_a_file_that_changes_later_damages_only_images(tmp_path):
