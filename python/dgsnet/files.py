@@ -150,9 +150,12 @@ def write_file(path: Path, data: bytes) -> None:
 
 
 @contextlib.contextmanager
-def replacing(path: Path, mode: str, **options: Any) -> Iterator[IO[Any]]:
-    """A new file that takes the place of `path` when it is complete and on the disk; an error removes it."""
-    new = path.with_name(f".{path.name}.new")
+def replacing(path: Path, mode: str, *, owner: str = "", **options: Any) -> Iterator[IO[Any]]:
+    """A new file that takes the place of `path` when it is complete and on the disk; an error removes it.
+
+    `owner` is in its name until then, where several processes may make the same file.
+    """
+    new = path.with_name(f".{path.name}{owner and f'.{owner}'}.new")
     try:
         _clear(new)  # what a kill has left, or a link that a stranger has
         with open(new, mode.replace("w", "x"), **options) as file:

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import base64
 import csv
-import html
 import io
 import json
 import math
 import platform
-import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -118,7 +116,7 @@ def markdown(evaluation: Evaluation) -> str:
         ]
         lines += [
             "",
-            f"## {_plain_markdown(suite) or 'Generators'}",
+            f"## {page.plain(suite) or 'Generators'}",
             "",
             *_markdown_table([["generator", *columns], *rows]),
         ]
@@ -132,11 +130,11 @@ def markdown(evaluation: Evaluation) -> str:
         lines += ["", "## Robustness", "", "Means over all generators.", ""]
         lines += _markdown_table([["distortion", *columns], *rows])
     for suite, comparison in evaluation.comparisons().items():
-        lines += ["", f"## {_plain_markdown(suite)}: published results", "", _source(comparison), ""]
+        lines += ["", f"## {page.plain(suite)}: published results", "", _source(comparison), ""]
         lines += [*_markdown_table(published_methods(comparison)), ""]
         lines += _markdown_table(published_generators(comparison))
     if evaluation.damaged:
-        lines += ["", "## Left out", "", *(f"- {_plain_markdown(s.error)}" for s in evaluation.damaged)]
+        lines += ["", "## Left out", "", *(f"- {page.plain(s.error)}" for s in evaluation.damaged)]
     return "\n".join(lines) + "\n"
 
 
@@ -403,13 +401,8 @@ def _row(evaluation: Evaluation, result: Result) -> dict[str, Any]:
 
 def _markdown_table(rows: Sequence[Sequence[str]]) -> list[str]:
     rule = ["---", *["---:"] * (len(rows[0]) - 1)]
-    escaped = [[_plain_markdown(cell) for cell in row] for row in rows]
+    escaped = [[page.plain(cell) for cell in row] for row in rows]
     return [f"| {' | '.join(row)} |" for row in (escaped[0], rule, *escaped[1:])]
-
-
-def _plain_markdown(text: str) -> str:
-    """A text as Markdown shows it: a stranger's name is neither HTML nor a link nor a picture."""
-    return re.sub(r"([\\`|\[\]])", r"\\\1", html.escape(" ".join(text.split()), quote=False))
 
 
 def _one_decimal(values: Sequence[float]) -> list[str]:

@@ -53,13 +53,14 @@ def model_card(
 def _training(config: Config, extra: dict[str, Any]) -> str:
     if "source" in extra:
         return (
-            f"Converted from the authors' checkpoint `{extra['source']}` (stage {extra['stage']}). By their "
+            f"Converted from the authors' checkpoint {page.code(str(extra['source']))} (stage "
+            f"{page.plain(str(extra['stage']))}). By their "
             "account it was trained on setting II of AIGIBench: ProGAN (car, cat, chair, horse) and Stable "
             "Diffusion v1.4. That was not checked here."
         )
     # The last parts of a path name the data set; the first ones name somebody's disk.
     sources = (
-        ", ".join(f"`{'/'.join(Path(path).parts[-2:])}`" for path in config.data.train) or "not recorded"
+        ", ".join(page.code("/".join(Path(path).parts[-2:])) for path in config.data.train) or "not recorded"
     )
     surgery = {"none": "plain fine-tuning, no gradient surgery"}.get(
         config.surgery.mode,
@@ -75,8 +76,8 @@ def _training(config: Config, extra: dict[str, Any]) -> str:
         surgery += f", distillation {config.surgery.distillation:g}"
     if update := extra.get("update"):
         surgery = (
-            f"an update, rule {update['rule']}, of the detector `{Path(update['model']).name}`, whose own "
-            "training is not recorded here"
+            f"an update, rule {page.plain(str(update['rule']))}, of the detector "
+            f"{page.code(Path(str(update['model'])).name)}, whose own training is not recorded here"
         )
     return (
         f"Data: {sources}. Method: {surgery}; epochs: {config.optim.epochs}"

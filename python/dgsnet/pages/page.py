@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import html
+import re
 from pathlib import Path
 from typing import Any
 
@@ -17,4 +19,23 @@ def render(template: Path, **values: Any) -> str:
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
+    environment.filters["plain"] = plain
     return environment.get_template(template.name).render(values)
+
+
+def plain(text: str) -> str:
+    """A stranger's text as Markdown that shows it in one line: neither markup nor HTML nor a cell's end.
+
+    >>> print(plain("a|b <i>\\n# c"))
+    a\\|b &lt;i&gt; # c
+    """
+    return re.sub(r"([\\`|\[\]])", r"\\\1", html.escape(" ".join(text.split()), quote=False))
+
+
+def code(text: str) -> str:
+    """The same as code.
+
+    >>> print(code("a`b"))
+    `a'b`
+    """
+    return f"`{' '.join(text.split()).replace('`', chr(39)).replace('|', '/')}`"

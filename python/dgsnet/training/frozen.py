@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from dgsnet.data.loading import ImageDataset, loader_options, pixels_on
 from dgsnet.errors import UserError
-from dgsnet.files import sync
+from dgsnet.files import replacing
 from dgsnet.model.dgsnet import DGSNet
 
 if TYPE_CHECKING:
@@ -121,21 +121,21 @@ def _encode(model: DGSNet, captions: list[str], keys: list[bytes], folder: Path,
     """Write a file with the features of these captions; they come sorted by length, to be cut alike."""
     dim = model.dim
     path = folder / f"{hashlib.sha256(b''.join(keys)).hexdigest()[:32]}.npy"
-    new = _unfinished(path)
-    dtype = [("key", f"V{KEY_BYTES}"), ("feature", "<f4", (dim,))]
-    rows = np.lib.format.open_memmap(new, mode="w+", dtype=dtype, shape=(len(captions),))
-    for start in tqdm(range(0, len(captions), BATCH), desc="encoding captions", disable=not progress):
-        part = slice(start, start + BATCH)
-        rows["key"][part] = np.frombuffer(b"".join(keys[part]), f"V{KEY_BYTES}")
-        rows["feature"][part] = model.text_features(captions[part]).float().cpu().numpy()
-    rows.flush()
-    del rows
-    os.replace(new, path)
+    dtype = np.dtype([("key", f"V{KEY_BYTES}"), ("feature", "<f4", (dim,))])
+    header = {
+        "descr": np.lib.format.dtype_to_descr(dtype),
+        "fortran_order": False,
+        "shape": (len(captions),),
+    }
+    with replacing(path, "wb", owner=str(os.getpid())) as file:
+        np.lib.format.write_array_header_1_0(file, header)
+        for start in tqdm(range(0, len(captions), BATCH), desc="encoding captions", disable=not progress):
+            part = slice(start, start + BATCH)
+            rows = np.empty(len(captions[part]), dtype)
+            rows["key"] = np.frombuffer(b"".join(keys[part]), f"V{KEY_BYTES}")
+            rows["feature"] = model.text_features(captions[part]).float().cpu().numpy()
+            file.write(rows.tobytes())
     return path
-
-
-def _unfinished(path: Path) -> Path:
-    return path.with_name(f".{path.name}.{os.getpid()}.new")
 
 
 def encoder_identity(text: nn.Module) -> str:
@@ -275,11 +275,8 @@ class ImageFeatures:
                     content["feature"][places] = features.float().cpu()
                     content["hash"][places] = batch["hashes"]
             content["check"] = [self._check(row, one) for row, one in zip(rows, content)]
-            path = self._path(file)
-            with open(_unfinished(path), "wb") as out:
+            with replacing(self._path(file), "wb", owner=str(os.getpid())) as out:
                 np.save(out, content)
-                sync(out)
-            os.replace(_unfinished(path), path)
 
 
 class _Views(Dataset):

@@ -220,6 +220,20 @@ def test_a_converted_model_names_its_source(tmp_path):
     assert "authors' checkpoint `x.pth` (stage 2)" in text and "not checked" in text
 
 
+def test_what_a_strangers_model_says_is_no_markup_in_its_card(tmp_path):
+    run, hostile = make(tmp_path / "run"), "x`|<img src=y>\n\n# Proof\n\n[z](https://z)"
+    detector = Detector.load(run, device="cpu")
+    detector.config.data.train = [hostile]
+    for number, extra in enumerate(
+        ({hostile: 0.5, "update": {"rule": hostile, "model": hostile}}, {"source": hostile, "stage": hostile})
+    ):
+        save_model(tmp_path / f"{number}", detector.model, detector.config, **extra)
+        text = export(tmp_path / f"{number}", tmp_path / f"{number}.pt", "torchscript").read_text()
+        assert "Proof" in text and "\n# Proof" not in text
+        outside = re.sub(r"`[^`\n]*`", "", text.partition("## Use")[0])  # of code, which shows what it holds
+        assert "<img" not in outside and not re.search(r"(?<!\\)\[z", outside)
+
+
 def test_an_export_that_scores_otherwise_is_refused(run, pixels):
     logits, _ = original(run, pixels)
     _check(lambda p: logits[: len(p)] + 1e-5, pixels, logits, "onnx")

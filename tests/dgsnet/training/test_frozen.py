@@ -1,5 +1,7 @@
 """Text features on disk: the encoder's own, computed once, shared, never silently wrong."""
 
+import os
+
 import numpy as np
 import pytest
 import torch
@@ -50,6 +52,17 @@ def test_a_caption_is_encoded_once(model, encoded, tmp_path):
     files = list(tmp_path.rglob("*.npy"))
     assert len(files) == 2 and not list(tmp_path.rglob(".*"))
     assert isinstance(np.load(files[0], mmap_mode="r"), np.memmap)
+
+
+def test_a_link_beside_it_does_not_lead_what_is_written_elsewhere(model, tmp_path):
+    (tmp_path / "victim").write_text("precious")
+    expected = CaptionFeatures(model, CAPTIONS, tmp_path / "a")(CAPTIONS)
+    (file,) = (tmp_path / "a").rglob("*.npy")
+    there = tmp_path / "b" / file.relative_to(tmp_path / "a")
+    there.parent.mkdir(parents=True)
+    there.with_name(f".{file.name}.{os.getpid()}.new").symlink_to(tmp_path / "victim")
+    assert torch.equal(CaptionFeatures(model, CAPTIONS, tmp_path / "b")(CAPTIONS), expected)
+    assert (tmp_path / "victim").read_text() == "precious" and not there.is_symlink()
 
 
 def shorten(text):
