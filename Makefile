@@ -11,7 +11,7 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 
-.PHONY: demo test mutants gpu wheel docs install lint format clean
+.PHONY: demo test fuzz mutants gpu wheel docs install lint format clean
 
 # Tests that follow the others: two compile in processes of their own, one of them what the others launched, and one
 # takes times with nothing beside it.
@@ -25,6 +25,10 @@ demo: install
 test: lint docs install
 	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(addprefix --ignore ,$(LAST)) $(TESTS)
 	$(BIN)/python -m pytest $(LAST) $(TESTS)
+
+# What strangers could send, changed at random, for FUZZ= seconds; `make test` does so for ten.
+fuzz: install
+	$(BIN)/python -m tests.fuzz --seconds $(or $(FUZZ),60) $(if $(SEED),--seed $(SEED))
 
 # Plants a sample of faults in copies, two at a time, and counts those that the tests notice; not part of `make test`.
 # FILES= takes words, of which a path must have one.
@@ -63,8 +67,9 @@ $(VENV)/.torch:
 	$(UV) "setuptools>=77" wheel ninja "torch>=2.10"
 	touch $@
 
-$(VENV)/.packages: $(VENV)/.torch pyproject.toml setup.py
+$(VENV)/.packages: $(VENV)/.torch pyproject.toml setup.py tests/pinned.txt
 	DGS_KERNELS_BUILD=none $(UV) --no-build-isolation --editable ".[test]"
+	UV_CONSTRAINT= $(UV) --no-deps --require-hashes --requirement tests/pinned.txt
 	touch $@
 
 $(VENV)/.library: $(VENV)/.torch setup.py $(SOURCES)

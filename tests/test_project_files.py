@@ -13,6 +13,7 @@ import yaml
 
 ROOT = Path(__file__).parents[1]
 BIN = Path(sys.executable).parent
+WORKFLOWS = ROOT / ".github" / "workflows"
 
 
 def test_paths_in_contributing_exist():
@@ -46,6 +47,20 @@ def test_actionlint_fails_on_a_broken_workflow(old, new, tmp_path):
     assert old in text
     workflow.write_text(text.replace(old, new))
     assert actionlint(workflow).returncode == 1
+
+
+def test_what_others_wrote_is_run_as_it_was_when_it_was_looked_at():
+    """Actions by commit, since tags can be moved; packages of a single author by their hashes."""
+    used = re.findall(r"uses: *(\S+)", "".join(file.read_text() for file in WORKFLOWS.glob("*.yml")))
+    assert len(used) > 5 and not [
+        action for action in used if not re.fullmatch(r"[\w./-]+@[0-9a-f]{40}", action)
+    ]
+    pins = re.sub(r"(?m)^#.*\n", "", (ROOT / "tests/pinned.txt").read_text()).replace("\\\n", "").splitlines()
+    pinned = [re.match(r"([\w-]+)==[\d.]+ .*--hash=sha256:[0-9a-f]{64}", line) for line in pins]
+    assert len(pinned) == 2 and all(pinned)
+    packages = (ROOT / "pyproject.toml").read_text()
+    assert not [found[1] for found in pinned if found[1] in packages]
+    assert (ROOT / "Makefile").read_text().count("--require-hashes --requirement tests/pinned.txt") == 1
 
 
 @pytest.mark.parametrize("link", ["gone.md", "../GONE.md", "method.md#nowhere"])
