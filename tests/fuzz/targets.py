@@ -1,0 +1,216 @@
+"""What is fuzzed: good files, how they are changed, and what reads them as the commands and the page do."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import itertools
+import json
+import random
+import socket
+import tarfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pillow_heif
+import pyarrow as pa
+import pyarrow.parquet as pq
+from dgsnet.audit.audit import audit, document
+from dgsnet.audit.audit import load_model as load_audit
+from dgsnet.data.captions import CAPTIONS_FILE, attach_captions
+from dgsnet.data.images import ImageError, file_hash, read_image
+from dgsnet.data.items import Item, find_items, find_samples
+from dgsnet.data.nuisances import file_nuisances
+from dgsnet.data.tables import Table
+from dgsnet.detection.decisions import calibrate, decide, load_calibration, save_calibration
+from dgsnet.detection.detector import Detector
+from dgsnet.detection.serve import create_app
+from dgsnet.errors import UserError
+from dgsnet.model.checkpoint import load_model, read_extra, trained_on
+from dgsnet.model.folders import read_model_config
+from PIL import Image
+
+from benchmarks.page import serving
+from tests.fuzz.changes import changed_any, changed_bytes, changed_header, changed_numbers
+from tests.support.pictures import encode, grid, picture
+from tests.support.tiny import CROP, save_noise, save_tiny
+
+Change = Callable[[bytes, random.Random], bytes]
+WEIGHTS = "adapters.safetensors"
+
+
+@dataclass
+class Target:
+    """A kind of file. What reads one returns, or refuses it in one line."""
+
+    name: str
+    seeds: list[bytes]
+    change: Change
+    read: Callable[[bytes], object]
+    seconds: float = 1.0  # of this process's processor time for one file
+
+
+@contextlib.contextmanager
+def targets(folder: Path) -> Iterator[list[Target]]:
+    """All of them; files that they need are written into a folder, and a page is served."""
+    model = save_tiny(folder, CROP)
+    with serving(create_app(Detector.load(model, device="cpu"), per_minute=10**9)) as port:
+        yield [*images(), *containers(folder), *metadata(model), page(port)]
+
+
+def images() -> list[Target]:
+    """Files of every format through the checks and the road that decodes them."""
+    pixels, exif = picture(40, 56), Image.Exif()
+    exif[0x112], exif[0x10F] = 6, "camera" * 9
+    more = {"save_all": True, "append_images": [Image.fromarray(255 - pixels)]}
+    seeds = [
+        *(encode(pixels, format) for format in ("AVIF", "BMP", "HEIF", "JPEG2000", "PPM", "TIFF")),
+        *(encode(pixels, format, **more) for format in ("GIF", "PNG", "WEBP", "TIFF")),
+        *(encode(pixels, format, exif=exif) for format in ("JPEG", "PNG", "TIFF", "WEBP")),
+        encode(pixels, "JPEG", progressive=True),
+        *(encode(pixels, "TIFF", compression=name) for name in ("tiff_lzw", "jpeg", "tiff_adobe_deflate")),
+        grid(encode(Image.new("RGB", (64, 64), "red"), "HEIF"), 2, 3, (150, 120)),
+    ]
+
+    def read(data: bytes) -> None:
+        found = read_image(data)
+        assert found.ndim == 3 and found.shape[2] == 3 and found.dtype == np.uint8
+        assert np.isfinite(file_nuisances(data)).all()
+
+    return [Target("images", seeds, changed_headers, read)]
+
+
+def changed_headers(data: bytes, rng: random.Random) -> bytes:
+    """Some changes, half of them in the first 200 bytes, where they do most."""
+    for _ in range(rng.randrange(1, 6)):
+        cut = 200 if rng.random() < 0.5 else len(data)
+        data = (changed_bytes(data[:cut], rng) + data[cut:]) or b"\0"
+    return data
+
+
+def containers(folder: Path) -> list[Target]:
+    """Archives, tables and lists, read as `predict` and `train` read them."""
+    file = encode(picture(20, 30), "PNG")
+    (folder / "a.png").write_bytes(file)
+    archive, table = io.BytesIO(), io.BytesIO()
+    with tarfile.open(fileobj=archive, mode="w") as tar:
+        for name, content in {"a.png": file, "a.cls": b"1", "a.txt": b"a cat", "a.json": b"{}"}.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    columns = {"image": [file] * 3, "label": [0, 1, 1], "prompt": ["a", None, "c"]}
+    pq.write_table(pa.table(columns), table, compression="zstd")
+    row = {"path": "a.png", "label": 1, "caption": "a cat", "twin": "a.png"}
+    listed = ",".join(row) + "\n" + ",".join(map(str, row.values())) + "\n"
+
+    def read(name: str) -> Callable[[bytes], None]:
+        def from_file(data: bytes) -> None:
+            path = folder / name
+            path.write_bytes(data)
+            for find in (find_items, lambda paths: find_samples(paths[0])):
+                with contextlib.suppress(UserError):
+                    for item in itertools.islice(find([str(path)]), 20):
+                        with contextlib.suppress(ImageError):
+                            item.read_bytes()
+
+        return from_file
+
+    def read_table(data: bytes) -> None:
+        path = folder / "t.csv.partial"
+        path.write_bytes(data)
+        with Table(path, {"a": 1, "b": [2, None]}, ("path", "score"), resume=True) as table:
+            list(table.rows())
+
+    rows = b'{"a": 1, "b": [2, null]}\n{"path": "a.png", "score": 0.25}\n{"path": "b", "score": null}\n'
+    return [
+        Target("tar", [archive.getvalue()], changed_headers, read("t.tar")),
+        Target("parquet", [table.getvalue()], changed_headers, read("t.parquet"), seconds=2.0),
+        Target("list.csv", [listed.encode()], changed_bytes, read("l.csv")),
+        Target("list.json", [json.dumps([row]).encode()], changed_any, read("l.json")),
+        Target("list.txt", [b"a.png\n"], changed_bytes, read("l.txt")),
+        Target("unfinished table", [rows], changed_bytes, read_table),
+    ]
+
+
+def metadata(model: Path) -> list[Target]:
+    """What commands find in folders: of models, audits and captions."""
+    folder, rng = model / "best", np.random.default_rng(0)
+    sources = {"a": rng.normal(-1, 1, 300), "b": rng.normal(-2, 1, 200)}
+    save_calibration(folder, calibrate(sources, rng.normal(1, 1, 300), fpr=0.05))
+    np.save(folder / "training_images.npy", np.sort([file_hash(b"a"), 5, 2**40]))
+    samples = []
+    for name in ("0_real", "1_fake"):
+        (model / name).mkdir()
+        samples += [Item(str(path), int(name[0])) for path in sorted(save_noise(model / name, 12).iterdir())]
+    audited = json.dumps(document(audit(samples))).encode()
+    captions = json.dumps({"0_real/00.png": "a cat", "1_fake/00.png": "a dog"}).encode()
+
+    def read_calibration(folder: Path) -> None:
+        if found := load_calibration(folder):
+            assert {*decide([0.0, 0.5, 1.0], found)} <= {"real", "unsure", "generated"}
+            json.dumps(found.low, allow_nan=False)
+
+    def of(name: str, change: Change, read: Callable[[Path], object], seed: bytes = b"") -> Target:
+        """A file that a folder has; what changes it leaves behind is put back."""
+        path = folder / name
+        whole = seed or path.read_bytes()
+
+        def from_file(data: bytes) -> None:
+            path.write_bytes(data)
+            try:
+                read(folder)
+            finally:
+                path.write_bytes(whole)
+
+        return Target(name, [whole], change, from_file)
+
+    return [
+        of("config.json", changed_any, read_model_config),
+        of("calibration.json", changed_any, read_calibration),
+        of("training_images.npy", changed_numbers, trained_on),
+        of(WEIGHTS, changed_header, lambda folder: (read_extra(folder), load_model(folder))),
+        of("audit.json", changed_any, lambda folder: load_audit(folder / "audit.json"), audited),
+        of(
+            CAPTIONS_FILE,
+            changed_any,
+            lambda folder: attach_captions(samples, folder / CAPTIONS_FILE, model, partly=True),
+            captions,
+        ),
+    ]
+
+
+def page(port: int) -> Target:
+    """Requests, as they come over the wire: an answer that is no fault of ours, or an end."""
+    image = encode(picture(20, 30), "PNG")
+    part = b'Content-Disposition: form-data; name="file"; filename="a.png"'
+    form = b"--B\r\n%s\r\n\r\n%s\r\n--B--\r\n" % (part, image)
+    where = "Host: localhost\r\nOrigin: http://localhost\r\nConnection: close\r\n"
+
+    def request(path: str, body: bytes, kind: str = "image/png") -> bytes:
+        head = f"POST {path} HTTP/1.1\r\n{where}Content-Type: {kind}\r\nContent-Length: {len(body)}\r\n\r\n"
+        return head.encode() + body
+
+    def ask(data: bytes) -> None:
+        answer = b""
+        try:
+            connection = socket.create_connection(("127.0.0.1", port), timeout=20)
+            with connection, contextlib.suppress(ConnectionError):
+                connection.sendall(data)
+                connection.shutdown(socket.SHUT_WR)
+                answer = b"".join(iter(lambda: connection.recv(2**16), b""))
+        except OSError as error:  # which would pass for a refusal
+            raise AssertionError(f"the page is gone: {error}") from error
+        assert not answer.startswith(b"HTTP/1.1 500"), answer[:300]
+
+    seeds = [
+        request("/api/score?name=a.png", image),
+        request("/api/score", form, "multipart/form-data; boundary=B"),
+        request("/api/thumbnail", image),
+        f"GET / HTTP/1.1\r\n{where}\r\n".encode(),
+    ]
+    return Target("page", seeds, changed_headers, ask, seconds=5.0)
+
+
+pillow_heif.register_heif_opener()

@@ -1,0 +1,70 @@
+"""Ten seconds of `make fuzz`, and what it notices."""
+
+import time
+
+import pytest
+import torch
+from dgsnet.errors import UserError
+
+from tests.fuzz.__main__ import fuzz
+from tests.fuzz.changes import changed_bytes
+from tests.fuzz.targets import Target, targets
+
+SECONDS = 10
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.slow
+def test_changed_files_are_read_or_refused_in_one_line(tmp_path):
+    with targets(tmp_path) as every:
+        counts, problems = fuzz(every, SECONDS, 0, tmp_path / "found")
+    assert not problems, "\n".join(problems)
+    assert not [target.name for target in every if counts[target.name] < 2]
+    refused = sum(counts[f"{target.name}, refused"] for target in every)
+    assert refused > 0.2 * sum(counts[target.name] for target in every)  # the changes are such that matter
+
+
+def raises(data):
+    raise ValueError("a fault")
+
+
+def says_much(data):
+    raise UserError("a line\nand another")
+
+
+def takes_long(data):
+    end = time.process_time() + 0.1
+    while time.process_time() < end:
+        pass
+
+
+@pytest.mark.parametrize(
+    "read, said",
+    [(raises, "ValueError: a fault"), (says_much, "and 2 lines"), (takes_long, "0.1 seconds")],
+)
+def test_what_is_wrong_is_told_and_the_file_kept(read, said, tmp_path):
+    good = b"a good file"
+    target = Target("a kind", [good], changed_bytes, lambda data: data == good or read(data), seconds=0.05)
+    counts, problems = fuzz([target], 0.3, 1, tmp_path / "found")
+    kept = sorted((tmp_path / "found").iterdir())
+    assert 0 < len(kept) == len(problems) <= counts["a kind"]
+    assert all(said in line and str(tmp_path / "found") in line for line in problems)
+    assert all(path.read_bytes() != good for path in kept)
+
+
+def test_memory_that_is_not_given_back_is_told(tmp_path):
+    held = []
+
+    def hold(data):
+        if len(held) < 8:
+            held.append(b"x" * 2**26)
+
+    _, problems = fuzz([Target("a kind", [b"good"], changed_bytes, hold)], 1, 0, tmp_path)
+    assert len(problems) == 1 and "MiB more memory" in problems[0]
