@@ -211,8 +211,15 @@ def test_an_image_that_kills_its_reader_costs_one_row(run, images, table):
     items = list(find_items([str(images)]))[:12]
     items[5:5] = [Deadly("first.png")]
     items.append(Deadly("last.png"))
-    seen = []
-    found = list(score(detector, iter(items), workers=2, on_score=lambda item, row: seen.append(item.path)))
+    seen, died = [], []
+    before = signal.signal(signal.SIGCHLD, lambda *_: died.append(True))
+    try:
+        noted = score(detector, iter(items), workers=2, on_score=lambda item, row: seen.append(item.path))
+        found = list(noted)
+        os.kill(os.getpid(), signal.SIGCHLD)
+        assert died  # the signal is its owner's again
+    finally:
+        signal.signal(signal.SIGCHLD, before)
     assert [row.path for row in found] == [item.path for item in items]
     assert {row.path: row.error for row in found if row.error} == {
         name: f"{name}: the process that read it died" for name in ("first.png", "last.png")

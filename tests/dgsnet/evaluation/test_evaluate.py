@@ -1,19 +1,23 @@
 """`dgsnet evaluate`: what it measures, prints and writes."""
 
 import json
+import os
 import shutil
+import signal
 import sys
 from collections import Counter
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
 from dgsnet.data import distortions
 from dgsnet.data.images import read_image
+from dgsnet.data.items import Item, find_samples
 from dgsnet.detection.decisions import Calibration, save_calibration
 from dgsnet.detection.detector import Detector
 from dgsnet.errors import UserError
 from dgsnet.evaluation import robustness
-from dgsnet.evaluation.evaluate import evaluate_command, find_suites
+from dgsnet.evaluation.evaluate import evaluate, evaluate_command, find_suites
 from dgsnet.evaluation.metrics import metrics
 from PIL import Image
 
@@ -51,6 +55,24 @@ def test_one_class_is_null_in_json_and_empty_in_csv(model, data, tmp_path):
     evaluate_command([str(data / "alpha")], str(model), str(tmp_path / "o"))
     assert json.loads((tmp_path / "o/metrics.json").read_text())["mean"]["auc"] is None
     assert read_csv(tmp_path / "o/metrics.csv")[0]["auc"] == ""
+
+
+@dataclass(frozen=True, slots=True)
+class Deadly(Item):
+    """An image whose decoder takes its process with it."""
+
+    def read_bytes(self):
+        os.kill(os.getpid(), signal.SIGSEGV)
+
+
+def test_an_image_that_kills_its_reader_costs_one_row(model, data):
+    samples = find_samples(str(data))[:4]
+    detector = Detector.load(model, "cpu")
+    expected = evaluate(detector, samples, progress=False).plain
+    dead = Deadly("dead.png", label=1, generator="alpha")
+    found = evaluate(detector, [*samples[:2], dead, *samples[2:]], workers=1, progress=False).plain
+    assert found.pop(2).error == "dead.png: the process that read it died"
+    assert found == expected and not any(score.error for score in found)
 
 
 def test_several_sources_are_kept_apart(model, data, tmp_path, capsys):
