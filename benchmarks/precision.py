@@ -14,16 +14,14 @@ from pathlib import Path
 
 import numpy as np
 from dgsnet import builtin
-from dgsnet.config import Config, PreprocessConfig
 from dgsnet.data.items import find_samples
 from dgsnet.demo.compare import DGSNET, LORA, configurations
 from dgsnet.detection.decisions import calibrate
 from dgsnet.detection.detector import Detector
-from dgsnet.model.catalogue import own_settings
 from dgsnet.training.train import train
 from sklearn.metrics import roc_auc_score
 
-from benchmarks.scoring import MODELS, build, write_files
+from benchmarks.scoring import MODELS, build, configuration, write_files
 
 SEEDS = (0, 1, 2)
 BATCH, FULL_SIZE_IMAGES = 8, 32
@@ -66,9 +64,7 @@ def trained(folder: Path, seed: int) -> Iterator[dict]:
 
 def full_size(folder: Path, name: str) -> Iterator[dict]:
     """Of random weights, whose adapters are not at their zeros."""
-    own = {key.removeprefix("preprocess."): value for key, value in own_settings(name).items()}
-    preprocess = {key: own[key] for key in PreprocessConfig.__dataclass_fields__ if key in own}
-    detector = Detector(build(name, "cpu"), Config(preprocess=PreprocessConfig(**preprocess)))
+    detector = Detector(build(name, "cpu"), configuration(name))
     files = write_files(folder, FULL_SIZE_IMAGES)
     exact = logits(detector, "fp32", files)
     for precision in OTHERS:
