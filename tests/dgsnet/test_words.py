@@ -100,7 +100,7 @@ def test_there_are_such_lines():
 
 @functools.cache
 def known_options() -> set[str]:
-    found = {name for name in Config().flat()} | {"config", "help", "version", "surgery"}
+    found = {name for name in Config().flat()} | {"config", "help", "recipe", "surgery", "version"}
     for command in cli.COMMANDS.values():
         found |= set(inspect.signature(command.load()).parameters)
     return found
