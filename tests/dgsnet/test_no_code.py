@@ -145,6 +145,7 @@ LINES = {
         "calibrate --model run --reals data/val/0_real --fpr 0.5 --replace",
         "run/best/* weights.pt",
     ),
+    "average": ("average run run/last --out new", "run/best/* run/last/* weights.pt"),
     "convert": ("convert weights.pt --out new", "weights.pt"),
     "export": ("export --model run --format safetensors --out new.safetensors", "run/best/* weights.pt"),
     "serve": ("serve --model run --port 0", "run/best/* weights.pt"),

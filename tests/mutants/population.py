@@ -247,17 +247,16 @@ class Equivalents:
 
     def unmatched(self, root: Path) -> list[str]:
         """Entries that are no mutant of today's code, each as `file: before -> after`."""
-        matched = set()
+        left = set(self._entries)
         for file in sorted({file for file, _, _ in self._entries}):
             if not (root / file).is_file():
                 continue
-            wanted = {before.partition("\n")[0] for name, before, _ in self._entries if name == file}
             lines = (root / file).read_text(encoding="utf-8").splitlines()
-            rows = {number for number, line in enumerate(lines, 1) if line.strip() in wanted}
-            places = python_places if file.endswith(".py") else native_places
-            for place in places(root, file):
-                if any(abs(place.line - row) < 2 for row in rows):
-                    for way in place.ways:
-                        if mutant := mutate(root, place, way):
-                            matched.add((file, mutant.before, mutant.after))
-        return [f"{file}: {before} -> {after}" for file, before, after in self._entries.keys() - matched]
+            for place in (python_places if file.endswith(".py") else native_places)(root, file):
+                # As text first: a mutant takes parsing the whole file.
+                near = {line.strip() for line in lines[max(0, place.line - 2) : place.line + 1]}
+                wanted = {entry for entry in left if entry[0] == file and entry[1].partition("\n")[0] in near}
+                for way in place.ways:
+                    if wanted & left and (mutant := mutate(root, place, way)):
+                        left.discard((file, mutant.before, mutant.after))
+        return [f"{file}: {before} -> {after}" for file, before, after in left]
