@@ -114,6 +114,12 @@ def _lock(file: IO[Any]) -> bool:
     return True
 
 
+def check_new(out: Path) -> None:
+    """UserError if something is there that is not an empty folder."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UserError(f"{out} exists and is not an empty folder: give --out a new one")
+
+
 def replace_folder(folder: Path, fill: Callable[[Path], None]) -> Path:
     """Let `fill` write a new folder, then put it in the place of `folder`.
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from dgsnet.config import Config, ModelConfig, PreprocessConfig, SurgeryConfig
 from dgsnet.errors import UserError
-from dgsnet.files import one_line
+from dgsnet.files import check_new, one_line
 from dgsnet.model.catalogue import has_text
 from dgsnet.model.checkpoint import BACKBONE_FILE, build_model, load_trained_state, save_model
 from dgsnet.model.dgsnet import DGSNet
@@ -94,8 +94,7 @@ def convert(
         UserError: `out` is in use, or the file is missing, damaged, of another layout or of another CLIP.
     """
     checkpoint, out = Path(checkpoint), Path(out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out} exists and is not an empty folder: give --out a new one")
+    check_new(out)
     found = read(checkpoint, name=name, alpha=alpha)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=".convert-") as folder:

@@ -18,6 +18,7 @@ from dgsnet.data.captioning import quiet_transformers
 from dgsnet.errors import UserError
 from dgsnet.exchange.huggingface import form_of, frozen_encoder
 from dgsnet.exchange.model_card import model_card
+from dgsnet.files import check_new
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -65,9 +66,9 @@ def export(model: str | Path, out: str | Path, format: Format, *, pretrained: st
     if format not in get_args(Format):
         raise UserError(f"unknown format {format}: give one of {', '.join(get_args(Format))}")
     out = Path(out)
-    if format == "hf" and out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"{out} exists and is not an empty folder: give --out a new one")
-    if format != "hf" and out.is_dir():
+    if format == "hf":
+        check_new(out)
+    elif out.is_dir():
         raise UserError(
             f"{out} is a folder: give --out the name of a file, such as {out / f'model.{format}'}"
         )

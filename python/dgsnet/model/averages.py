@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from dgsnet.config import Config, ModelConfig
 from dgsnet.errors import UserError
+from dgsnet.files import check_new
 from dgsnet.model.folders import model_folder
 
 if TYPE_CHECKING:
@@ -26,9 +27,7 @@ def average_command(paths: list[str], out: str, pretrained: str | None = None) -
         out: folder for the model; must be new or empty. It has no calibration.
         pretrained: weights file of their backbone, in place of what their folders name.
     """
-    folder = Path(out)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{out} exists and is not an empty folder: give --out a new one")
+    check_new(Path(out))
     if len(paths) < 2:
         raise UserError("one model has no mean: give two or more")
     for path in paths:
