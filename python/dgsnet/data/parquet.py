@@ -113,7 +113,9 @@ def read_row(source: str, group: int, row: int) -> bytes:
         state = os.stat(split_source(source)[0])
     except OSError as error:
         raise ImageError(f"cannot be opened: {error.strerror}") from None
-    values = _kept.get((source, group, state.st_mtime_ns, state.st_size))
+    # The same relative path is another file after a change of folder.
+    file = state.st_dev, state.st_ino, state.st_mtime_ns, state.st_size
+    values = _kept.get((source, group, file))
     if row >= len(values):
         raise ImageError("its row is gone")
     return _content(values[row], source)
@@ -187,7 +189,9 @@ def _ask(function: str, source: str, *words: Any) -> Any:
     path, named = split_source(source)
     try:
         check_regular(path)
-        answer, content = _apart(f"{__name__}:{function}", b"", path, named, *words)
+        # That process has the current folder in which it was started.
+        place = os.path.abspath(path)
+        answer, content = _apart(f"{__name__}:{function}", b"", place, named, *words)
     except OSError as error:
         raise ImageError(f"not readable as Parquet: {error.strerror}") from None
     except (Gone, ImageError) as error:

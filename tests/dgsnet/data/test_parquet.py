@@ -281,6 +281,17 @@ def test_a_row_group_is_read_once_while_it_is_kept(tmp_path, monkeypatch):
     assert [read(1, 8), read(0, 1), read(1, 9)] == [False, False, False]
 
 
+def test_relative_paths_are_of_the_current_folder(tmp_path, monkeypatch):
+    """Also when files in two folders look the same from outside."""
+    for name, content in ("first", FILES), ("second", FILES[::-1]):
+        (tmp_path / name).mkdir()
+        monkeypatch.chdir(tmp_path / name)
+        write("t.parquet", {"image": content}, use_dictionary=False, compression="none")
+        os.utime("t.parquet", ns=(1, 1))
+        assert [item.read_bytes() for item in find_items(["t.parquet"])] == content
+        assert parquet.read_row("t.parquet", 0, 0) == content[0]
+
+
 def test_a_file_that_changes_later_damages_only_images(tmp_path):
     samples = find_samples(write(tmp_path / "t.parquet", {"image": FILES, "label": [0, 1, 1, 0]}))
     np.testing.assert_array_equal(samples[2].read(), PICTURES[2])
