@@ -87,6 +87,8 @@ class Operation:
         _library.impl(self.name, self.kernel, "CompositeExplicitAutograd")
         if written is not None:  # the kernel sees to negated views
             _library.impl(self.name, torch.library.fallthrough_kernel, "Negative")
+        if self._has_lists:
+            _library.impl(self.name, self._refuse_mapping, "FuncTorchBatched")
         torch.library.register_fake(f"dgs::{self.name}", self._faked, lib=_library)
         self.past_torch, self._as_given = self._ways_past_torch()
         if gradient is not None:
@@ -196,6 +198,12 @@ class Operation:
         self._kinds(self.arguments(*arguments))
         with contextlib.nullcontext() if is_seen or wants_gradient else torch.no_grad():
             return self.operator(*arguments)
+
+    def _refuse_mapping(self, *arguments: Any) -> None:
+        raise NotImplementedError(
+            f"{self.name} takes lists of tensors, which torch.func.vmap cannot map: call it in a loop, once "
+            "for each of tensor.unbind()"
+        )
 
     def _wants_gradient(self, arguments: tuple) -> bool:
         for at in self._differentiable:  # noqa: SIM110 (any() of a generator takes twice as long)

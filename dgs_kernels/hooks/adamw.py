@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any, NoReturn
@@ -18,9 +17,6 @@ from dgs_kernels.hooks.capture import Part, check_keywords, local
 from dgs_kernels.hooks.metrics import SurgeryMetrics
 from dgs_kernels.hooks.parameters import ReferenceSurgery
 from dgs_kernels.ops import surgery_adamw_
-
-# Ways to make AdamW's steps that change no result.
-SAME_STEPS = ("capturable", "differentiable", "fused")
 
 
 class SurgeryAdamW(torch.optim.AdamW):
@@ -82,21 +78,10 @@ class SurgeryAdamW(torch.optim.AdamW):
         super().add_param_group(param_group)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """See `torch.optim.Optimizer`.
-
-        Of an AdamW that was capturable, differentiable or fused everything else is loaded, with a warning:
-        its steps are the same. Nothing is loaded where other options are not supported.
-        """
-        groups = state_dict["param_groups"]
-        dropped = [name for name in SAME_STEPS if any(group.get(name) for group in groups)]
-        groups = [group | {name: self.defaults[name] for name in dropped} for group in groups]
-        for group in groups:
-            _refuse_unsupported(group)
-        if dropped:
-            warnings.warn(
-                f"SurgeryAdamW has no {' and no '.join(dropped)}: the state is loaded without", stacklevel=2
-            )
-        super().load_state_dict(state_dict | {"param_groups": groups})
+        """See `torch.optim.Optimizer`; nothing is loaded of a state with options that are not supported."""
+        for group in state_dict["param_groups"]:
+            _refuse_unsupported(group, 'in the state first, group["{name}"] = False')
+        super().load_state_dict(state_dict)
 
     def harmful(self) -> AbstractContextManager[None]:
         """See `OptimizerSurgery.harmful`."""
@@ -177,13 +162,19 @@ class SurgeryAdamW(torch.optim.AdamW):
         return tuple([state[name] for state in states] for name in ("exp_avg", "exp_avg_sq", "step"))
 
 
-def _refuse_unsupported(options: dict[str, Any]) -> None:
-    """Raise where an option asks for steps that are none of these."""
-    for name in ("amsgrad", *SAME_STEPS):
+def _refuse_unsupported(options: dict[str, Any], remedy: str = "leave it out") -> None:
+    """Raise where an option asks for steps that are none of these, or are made in another way."""
+    # Those steps have the same results; of `amsgrad` there is nothing to go on with.
+    for name in ("capturable", "differentiable", "fused"):
         if options.get(name):
             raise ValueError(
-                f"SurgeryAdamW has no {name}: use OptimizerSurgery on torch.optim.AdamW({name}=True)"
+                f"SurgeryAdamW has no {name}: {remedy.format(name=name)}, or use OptimizerSurgery on "
+                f"torch.optim.AdamW({name}=True)"
             )
+    if options.get("amsgrad"):
+        raise ValueError(
+            "SurgeryAdamW has no amsgrad: use OptimizerSurgery on torch.optim.AdamW(amsgrad=True)"
+        )
     if not options.get("decoupled_weight_decay", True):
         raise ValueError(
             "SurgeryAdamW decays weights apart from gradients: use OptimizerSurgery on torch.optim.Adam"
