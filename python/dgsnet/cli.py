@@ -18,6 +18,7 @@ from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
 from dgsnet.config import CONFIG_FILE, RECIPES, Config, read_config, recipe
 from dgsnet.errors import UserError
+from dgsnet.files import one_line
 from dgsnet.model.catalogue import check_no_code, own_settings
 
 
@@ -66,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         >>> main(["train", "--data.train", "photos", "--out", "runs/mine"])  # doctest: +SKIP
     """
     argv = [_option(word) for word in (sys.argv[1:] if argv is None else argv)]
-    warnings.formatwarning = lambda message, *_, **__: f"dgsnet: warning: {message}\n"  # without code
+    warnings.formatwarning = lambda message, *_, **__: f"dgsnet: warning: {one_line(message)}\n"  # no code
     with (
         contextlib.redirect_stdout(_Printable(sys.stdout)),
         contextlib.redirect_stderr(_Printable(sys.stderr)),
@@ -240,5 +241,5 @@ def _plain(message: str, argv: list[str]) -> str:
 
 
 def _fail(message: str) -> NoReturn:
-    print(f"dgsnet: {' '.join(message.split())}", file=sys.stderr)
+    print(f"dgsnet: {one_line(message)}", file=sys.stderr)
     sys.exit(2)

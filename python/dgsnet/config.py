@@ -340,7 +340,7 @@ def read_config(path: Path) -> Config:
         raise UserError(f"{path} is missing: a run or a model has one") from None
     except (ValueError, TypeError, AttributeError, LookupError, OverflowError, RecursionError) as error:
         raise UserError(
-            f"{path} is damaged or of another version of dgsnet: {one_line(error)[:200]}"
+            f"{path} is damaged or of another version of dgsnet: {one_line(error, 200)}"
         ) from None
 
 

@@ -14,11 +14,17 @@ from typing import IO, Any
 from dgsnet.errors import UserError
 
 LOCK_FILE = ".lock"
+# Letters of a message: names in it may come from strangers, and the remedy stands at its end.
+LONGEST_LINE = 1500
 
 
-def one_line(error: BaseException | str) -> str:
-    """An error's message without line breaks."""
-    return " ".join(str(error).split())
+def one_line(error: BaseException | str, longest: int = LONGEST_LINE) -> str:
+    """An error's message without line breaks; of more letters than `longest` the middle is left out."""
+    line = " ".join(str(error).split())
+    if len(line) <= longest:
+        return line
+    begin = longest // 2
+    return f"{line[:begin]} [...] {line[begin + 7 - longest :]}"
 
 
 @contextlib.contextmanager

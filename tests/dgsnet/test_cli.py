@@ -44,6 +44,16 @@ def test_mistakes_end_in_one_line(words, expected, capsys):
     assert expected in said.err and said.err.count("\n") == 1 and "Traceback" not in said.err
 
 
+def test_a_name_of_many_letters_is_shortened(capsys):
+    """What is wrong is said before the name and what to do behind it."""
+    code, said = ends(capsys, "predict", "a.jpg" + "m" * 10_000, "--model", "m")
+    assert code == 2 and len(said.err) < 1600 and said.err.count("\n") == 1
+    assert said.err.startswith("dgsnet: a.jpgmmm") and " [...] mmm" in said.err
+    assert said.err.endswith("give image files, folders, lists, shards or quoted patterns\n")
+    code, whole = ends(capsys, "predict", "m" * 200, "--model", "m")
+    assert "[...]" not in whole.err and "m" * 200 in whole.err
+
+
 # In a process of its own: a command line's exit code, its words and the processor time until they came; and
 # whether torch, which takes seconds, had been imported.
 TELL = """

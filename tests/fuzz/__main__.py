@@ -24,7 +24,8 @@ import psutil
 from dgsnet.data.images import ImageError
 from dgsnet.errors import UserError
 
-from tests.fuzz.targets import Target, targets
+from tests.fuzz.target import Target
+from tests.fuzz.targets import targets
 
 FOUND = Path(__file__).parent / "found"
 MOST_MEMORY = 300 * 2**20  # bytes that this process may grow by while it reads files of one kind

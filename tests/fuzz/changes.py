@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import copy
+import io
 import json
+import math
 import struct
+
+import torch
 
 # What a text, a number, a list or an object may be replaced by, as JSON.
 WORDS = """null true [] {} "" -1 0 1.5 3 1e9 1000000000 1e400 -1e400 NaN Infinity -Infinity
@@ -82,3 +86,31 @@ def changed_numbers(data, rng):
 
 def changed_any(data, rng):
     return changed_json(data, rng) if rng.random() < 0.8 else changed_bytes(data, rng)
+
+
+def changed_state(data, rng):
+    """A resume state with one value replaced, removed or of another shape; or its bytes changed."""
+    if rng.random() < 0.2:
+        return changed_bytes(data, rng)
+    state = torch.load(io.BytesIO(data), weights_only=True)
+    *outer, last = rng.choice([path for path in paths_in(state) if path])
+    owner = state
+    for key in outer:
+        owner = owner[key]
+    value = owner[last]
+    if isinstance(value, torch.Tensor) and rng.random() < 0.6:
+        others = (
+            value[..., None].expand(*value.shape, 3),
+            value.flatten()[:1],
+            value.bool(),
+            -value,
+            value * 0,
+        )
+        owner[last] = rng.choice([*others, torch.full_like(value, 3), value.to(torch.complex64)])
+    elif rng.random() < 0.2:
+        del owner[last]
+    else:
+        owner[last] = rng.choice([None, -1, 0, 3, 10**18, 10**30, 1.5, math.nan, "x", [], {}, True, [[1.0]]])
+    file = io.BytesIO()
+    torch.save(state, file)
+    return file.getvalue()

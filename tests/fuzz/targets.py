@@ -10,7 +10,6 @@ import random
 import socket
 import tarfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -34,22 +33,12 @@ from PIL import Image
 
 from benchmarks.page import serving
 from tests.fuzz.changes import changed_any, changed_bytes, changed_header, changed_numbers
+from tests.fuzz.runs import runs
+from tests.fuzz.target import Change, Target
 from tests.support.pictures import encode, grid, picture
 from tests.support.tiny import CROP, save_noise, save_tiny
 
-Change = Callable[[bytes, random.Random], bytes]
 WEIGHTS = "adapters.safetensors"
-
-
-@dataclass
-class Target:
-    """A kind of file. What reads one returns, or refuses it in one line."""
-
-    name: str
-    seeds: list[bytes]
-    change: Change
-    read: Callable[[bytes], object]
-    seconds: float = 1.0  # of this process's processor time for one file
 
 
 @contextlib.contextmanager
@@ -57,7 +46,7 @@ def targets(folder: Path) -> Iterator[list[Target]]:
     """All of them; files that they need are written into a folder, and a page is served."""
     model = save_tiny(folder, CROP)
     with serving(create_app(Detector.load(model, device="cpu"), per_minute=10**9)) as port:
-        yield [*images(), *containers(folder), *metadata(model), page(port)]
+        yield [*images(), *containers(folder), *metadata(model), *runs(folder, model), page(port)]
 
 
 def images() -> list[Target]:
@@ -71,7 +60,10 @@ def images() -> list[Target]:
         *(encode(pixels, format, exif=exif) for format in ("JPEG", "PNG", "TIFF", "WEBP")),
         encode(pixels, "JPEG", progressive=True),
         *(encode(pixels, "TIFF", compression=name) for name in ("tiff_lzw", "jpeg", "tiff_adobe_deflate")),
-        grid(encode(Image.new("RGB", (64, 64), "red"), "HEIF"), 2, 3, (150, 120)),
+        *(
+            grid(encode(Image.new("RGB", (64, 64), "red"), kind), 2, 3, (150, 120))
+            for kind in ("HEIF", "AVIF")
+        ),
     ]
 
     def read(data: bytes) -> None:

@@ -85,12 +85,14 @@ def vast_webp():
 
 def boxes(data, place=0):
     """Of a HEIF's boxes by their kinds, their contents; `place`: where they begin."""
-    found = {}
+    return dict(boxes_in_order(data, place))
+
+
+def boxes_in_order(data, place=0):
     while place < len(data):
         size, kind = struct.unpack_from(">L4s", data, place)
-        found[kind] = data[place + 8 : place + size]
+        yield kind, data[place + 8 : place + size]
         place += size
-    return found
 
 
 def box(kind, *parts):
@@ -98,32 +100,52 @@ def box(kind, *parts):
 
 
 def grid(tile, rows, columns, size):
-    """A HEIF or AVIF that puts one tile, an image of that kind, together so many times; size as stated."""
+    """A HEIF or AVIF that puts one tile, an image of that kind, together so many times; size as stated.
+
+    A HEIF refers to one item again and again, which libavif refuses: there each place is an item of its own,
+    and all lie in the same bytes.
+    """
     whole = boxes(tile)
     meta = boxes(whole[b"meta"], 4)
     properties = boxes(meta[b"iprp"])
     count = len(boxes(properties[b"ipco"]))
+    avif = whole[b"ftyp"].startswith(b"avif")
+    tiles, last = (rows * columns, rows * columns + 1) if avif else (1, 2)
+    places = range(1, tiles + 1) if avif else [1] * (rows * columns)
+
+    def two(*numbers):
+        return struct.pack(f">{len(numbers)}H", *numbers)
+
+    def entry(number, kind):
+        return box(b"infe", b"\2\0\0\0", two(number, 0), kind, b"\0")
+
     added = box(b"ispe", bytes(4), struct.pack(">LL", *size))
-    association = properties[b"ipma"]
+    inner, kind = properties[b"ipma"][10:], b"av01" if avif else b"hvc1"
+    # The grid has what its tiles have, as libavif asks for, but for its size and how they are coded.
+    kinds = [*boxes_in_order(properties[b"ipco"])]
+    shared = bytes(at for at, (name, _) in enumerate(kinds, 1) if name in (b"pixi", b"colr") and avif)
+    own = bytes([1 + len(shared), count + 1]) + shared
+    association = b"".join(two(number) + inner for number in range(1, tiles + 1)) + two(last) + own
     iprp = box(
         b"iprp",
         box(b"ipco", properties[b"ipco"], added),
-        box(b"ipma", association[:4], struct.pack(">L", 2), association[8:], bytes([0, 2, 1, count + 1])),
+        box(b"ipma", bytes(4), struct.pack(">L", last), association),
     )
-    entry = box(b"infe", b"\2\0\0\0", struct.pack(">HH4s", 2, 0, b"grid"), b"\0")
+    entries = [entry(number, kind) for number in range(1, tiles + 1)]
     parts = [
         box(b"hdlr", meta[b"hdlr"]),
-        box(b"pitm", bytes(4), b"\0\2"),
-        box(b"iinf", bytes(4), b"\0\2", meta[b"iinf"][6:], entry),
-        box(b"iref", bytes(4), box(b"dimg", struct.pack(">HH", 2, rows * columns), b"\0\1" * rows * columns)),
+        box(b"pitm", bytes(4), two(last)),
+        box(b"iinf", bytes(4), two(last), *entries, entry(last, b"grid")),
+        box(b"iref", bytes(4), box(b"dimg", two(last, rows * columns, *places))),
         iprp,
         box(b"idat", struct.pack(">BBBBHH", 0, 0, rows - 1, columns - 1, *size)),
     ]
 
     def with_places(offset):
-        first = struct.pack(">HHHHLL", 1, 0, 0, 1, offset, len(whole[b"mdat"]))
-        second = struct.pack(">HHHHLL", 2, 1, 0, 1, 0, 8)
-        iloc = box(b"iloc", b"\1\0\0\0", b"\x44\0", b"\0\2", first, second)
+        one = (offset, len(whole[b"mdat"]))
+        items = [struct.pack(">HHHHLL", number, 0, 0, 1, *one) for number in range(1, tiles + 1)]
+        items.append(struct.pack(">HHHHLL", last, 1, 0, 1, 0, 8))
+        iloc = box(b"iloc", b"\1\0\0\0", b"\x44\0", two(last), *items)
         return box(b"ftyp", whole[b"ftyp"]) + box(b"meta", bytes(4), *parts, iloc)
 
     offset = len(with_places(0)) + 8

@@ -54,7 +54,7 @@ class Captioner:
             raise
         # What a missing, damaged, foreign or hostile folder raises has no class in common.
         except Exception as error:
-            reason = one_line(error)[:200]
+            reason = one_line(error, 200)
             raise UserError(
                 f"{model}: cannot be loaded as BLIP ({reason}); give a folder that holds one, or a network"
             ) from None

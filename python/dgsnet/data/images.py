@@ -21,6 +21,7 @@ from PIL import Image, UnidentifiedImageError
 
 from dgsnet.apart import Apart, Gone
 from dgsnet.data.headers import MAX_EXIF_BYTES, MAX_PIXELS, ImageError, check_exif, check_headers, webp_frame
+from dgsnet.files import one_line
 
 # What one image may cost, beside MAX_PIXELS. Sizes are known before anything is decoded.
 MAX_SIDE = 2**17
@@ -413,4 +414,4 @@ def _full_scale(image: Image.Image, boxes: list[_Box]) -> int:
 
 
 def _one_line(error: Exception) -> str:
-    return getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
+    return getattr(error, "strerror", None) or one_line(error) or type(error).__name__

@@ -365,7 +365,7 @@ def load_calibration(folder: str | Path) -> Calibration | None:
     # JSON's and Unicode's errors are ValueErrors too.
     except (ValueError, OverflowError, RecursionError, UserError) as error:
         raise UserError(
-            f"{path} is damaged ({one_line(error)[:200]}): remove it, or run dgsnet calibrate with --replace"
+            f"{path} is damaged ({one_line(error, 200)}): remove it, or run dgsnet calibrate with --replace"
         ) from None
 
 

@@ -9,11 +9,12 @@ folder, as `dgsnet train --out` writes it, holds two model folders, `best` and `
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -200,7 +201,7 @@ def load_model(
         load_trained_state(model, state)
     except ValueError as error:
         raise UserError(
-            f"{folder / WEIGHTS_FILE} does not fit {CONFIG_FILE} beside it: {one_line(error)[:200]}; they "
+            f"{folder / WEIGHTS_FILE} does not fit {CONFIG_FILE} beside it: {one_line(error, 200)}; they "
             "must be of one run"
         ) from None
     found, expected = fingerprint(model), header.get("backbone", "")
@@ -219,9 +220,7 @@ def read_extra(folder: str | Path) -> dict[str, Any]:
     try:
         extra = json.loads(_read_weights(path)[0].get("extra", "{}"))
     except (ValueError, RecursionError) as error:
-        raise UserError(
-            f"{path} is damaged ({one_line(error)[:200]}): copy it again or train again"
-        ) from None
+        raise UserError(f"{path} is damaged ({one_line(error, 200)}): copy it again or train again") from None
     return extra if isinstance(extra, dict) else {}
 
 
@@ -240,7 +239,7 @@ def trained_on(folder: str | Path) -> np.ndarray:
     except FileNotFoundError:
         return np.empty(0, np.int64)
     except Exception as error:  # NumPy's, which reads the header as Python, share no class
-        raise UserError(f"{path} is damaged ({one_line(error)[:200]}): copy it again, or remove it") from None
+        raise UserError(f"{path} is damaged ({one_line(error, 200)}): copy it again, or remove it") from None
 
 
 def _check_rank(state: dict[str, torch.Tensor], rank: int) -> None:
@@ -257,9 +256,7 @@ def _read_weights(path: Path) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
     # Types that it knows and torch does not are RuntimeErrors, KeyErrors or AttributeErrors.
     except (SafetensorError, OSError, ValueError, RuntimeError, LookupError, AttributeError) as error:
-        raise UserError(
-            f"{path} is damaged ({one_line(error)[:200]}): copy it again or train again"
-        ) from None
+        raise UserError(f"{path} is damaged ({one_line(error, 200)}): copy it again or train again") from None
     if header.get("format") != FORMAT:
         raise UserError(
             f"{path} is no model of this version of dgsnet: format {header.get('format', '')[:80]}, expected "
@@ -276,9 +273,18 @@ def save_state(path: Path, state: dict[str, Any]) -> None:
 
 def load_state(path: Path) -> dict[str, Any]:
     """Read what save_state wrote; UserError when it is damaged."""
-    try:
+    with damaged_state(path):
         return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load's errors on damaged files share no class
+
+
+@contextlib.contextmanager
+def damaged_state(path: Path) -> Iterator[None]:
+    """Whatever a resume state that is damaged raises where it is used, as a UserError."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # torch's errors about such share no class
         raise UserError(
-            f"{path} is damaged ({one_line(error)[:200]}): remove {path.parent} to train from the start"
+            f"{path} is damaged ({one_line(error, 200)}): remove {path.parent} to train from the start"
         ) from None

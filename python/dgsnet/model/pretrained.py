@@ -56,7 +56,7 @@ def build_timm(name: str, pretrained: str) -> nn.Module:
     try:
         return timm.create_model(**arguments, **source, pretrained=True)
     except Exception as error:  # timm's, torch's, safetensors' or the hub's
-        reason = one_line(error)[:200]
+        reason = one_line(error, 200)
         if path.is_file():
             raise _unfit(name, path, reason) from error
         raise _not_downloaded(name, pretrained, f"({reason})") from error
@@ -75,7 +75,7 @@ def tokenizer_of(name: str) -> Tokenizer:
         return open_clip.get_tokenizer(catalogue.canonical(name))
     except Exception as error:  # those from the hub need a download
         raise UserError(
-            f"cannot load the tokenizer of {name} ({one_line(error)[:200]}): check the network, or train "
+            f"cannot load the tokenizer of {name} ({one_line(error, 200)}): check the network, or train "
             "without captions (data.captions none)"
         ) from error
 
@@ -143,7 +143,7 @@ def _openai_state(archive: Path) -> dict[str, Tensor]:
 
 def _unfit(name: str, weights: Path, reason: str) -> UserError:
     return UserError(
-        f"cannot load {weights} as weights of {name} ({one_line(reason)[:200]}): check that the file is "
+        f"cannot load {weights} as weights of {name} ({one_line(reason, 200)}): check that the file is "
         "complete and was made for this model"
     )
 

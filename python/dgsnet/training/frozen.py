@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from dgsnet.data.loading import ImageDataset, loader_options, pixels_on
 from dgsnet.errors import UserError
-from dgsnet.files import replacing
+from dgsnet.files import one_line, replacing
 from dgsnet.model.dgsnet import DGSNet
 
 if TYPE_CHECKING:
@@ -59,9 +59,11 @@ def _kept(folder: str | Path, kind: str, identity: str) -> Iterator[Path]:
 def _load(path: Path) -> np.ndarray:
     """A file of a store, memory-mapped; UserError if it is damaged."""
     try:
-        return np.load(path, mmap_mode="r")
-    except (ValueError, EOFError) as error:
-        raise _unusable(path, f"damaged ({error})") from None
+        return np.lib.format.open_memmap(path, mode="r")
+    except OSError:
+        raise
+    except Exception as error:  # NumPy's, which reads the header as Python, share no class
+        raise _unusable(path, f"damaged ({one_line(error, 200)})") from None
 
 
 def _unusable(path: Path, why: str) -> UserError:
@@ -92,6 +94,7 @@ class CaptionFeatures:
         if model.text is None:
             raise ValueError("the model was built with with_text=False and has no text tower")
         keys = {_key(caption): caption for caption in captions}
+        self._dtype = _caption_dtype(model.dim)
         self._places: dict[bytes, tuple[np.ndarray, int]] = {}
         with _kept(folder, "text", encoder_identity(model.text)) as store:
             for path in sorted(store.glob("*.npy")):
@@ -104,6 +107,8 @@ class CaptionFeatures:
     def _add(self, path: Path, wanted: Set[bytes]) -> None:
         rows = _load(path)
         try:
+            if rows.dtype != self._dtype or rows.ndim != 1:
+                raise ValueError(f"numbers of type {str(rows.dtype)[:80]} and shape {rows.shape}")
             found = {key.tobytes(): i for i, key in enumerate(rows["key"])}
             features = rows["feature"]
         except (ValueError, IndexError) as error:
@@ -119,9 +124,8 @@ class CaptionFeatures:
 @torch.no_grad()
 def _encode(model: DGSNet, captions: list[str], keys: list[bytes], folder: Path, progress: bool) -> Path:
     """Write a file with the features of these captions; they come sorted by length, to be cut alike."""
-    dim = model.dim
     path = folder / f"{hashlib.sha256(b''.join(keys)).hexdigest()[:32]}.npy"
-    dtype = np.dtype([("key", f"V{KEY_BYTES}"), ("feature", "<f4", (dim,))])
+    dtype = _caption_dtype(model.dim)
     header = {
         "descr": np.lib.format.dtype_to_descr(dtype),
         "fortran_order": False,
@@ -136,6 +140,11 @@ def _encode(model: DGSNet, captions: list[str], keys: list[bytes], folder: Path,
             rows["feature"] = model.text_features(captions[part]).float().cpu().numpy()
             file.write(rows.tobytes())
     return path
+
+
+def _caption_dtype(dim: int) -> np.dtype:
+    """Of a row of a file of captions."""
+    return np.dtype([("key", f"V{KEY_BYTES}"), ("feature", "<f4", (dim,))])
 
 
 def encoder_identity(text: nn.Module) -> str:

@@ -50,9 +50,7 @@ class Log:
                 f"cannot resume {self.out}: {path} is shorter than it was; put it back or start a new run"
             )
         else:
-            # A run of an older version goes on with its columns.
-            with path.open(newline="", encoding="utf-8") as begun:
-                columns = next(csv.reader(begun))
+            columns = _columns(path)
         self.file = file = open_own(path, "a", newline="", encoding="utf-8")
         if size is not None:
             file.truncate(size)
@@ -72,6 +70,19 @@ class Log:
         assert self.file  # the main process calls this
         os.fsync(self.file.fileno())
         return self.file.seek(0, io.SEEK_END)
+
+
+def _columns(path: Path) -> list[str]:
+    """Those that a run goes on with, which are fewer where an older version began it."""
+    with path.open("rb") as begun:
+        line = begun.readline(2**16)
+    try:
+        columns = next(csv.reader([line.decode()]))
+    except (UnicodeDecodeError, csv.Error, StopIteration):
+        columns = []
+    if columns[:3] != list(COLUMNS[:3]):
+        raise UserError(f"{path} is damaged, its first line names no columns: put it back or start a new run")
+    return columns
 
 
 class Progress:

@@ -48,17 +48,25 @@ def optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
 
 
 def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """The inverse of optimizer_state, sharded as the parameters are, over however many processes."""
+    """The inverse of optimizer_state, sharded as the parameters are, over however many processes.
+
+    Its options are the optimiser's own; ValueError where its tensors are of other parameters.
+    """
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
 
     def like(number: int, value: Any) -> Any:
         parameter = parameters[number]
+        if not isinstance(value, Tensor) or (value.dim() and value.shape != parameter.shape):
+            raise ValueError(f"the optimiser's state of parameter {number} is of another")
         if isinstance(parameter, DTensor) and isinstance(value, Tensor) and value.dim():
             value = value.to(parameter.device)
             return distribute_tensor(value, parameter.device_mesh, parameter.placements)
         return value
 
-    optimizer.load_state_dict(_changed(state, like))
+    if any(entry.keys() != {"step", "exp_avg", "exp_avg_sq"} for entry in state["state"].values()):
+        raise ValueError("the optimiser's state is not AdamW's")
+    own = {"param_groups": optimizer.state_dict()["param_groups"]}
+    optimizer.load_state_dict(_changed(state, like) | own)
 
 
 def _changed(state: dict[str, Any], change: Callable[[int, Any], Any]) -> dict[str, Any]:

@@ -127,6 +127,11 @@ class State:
         if not path.is_file():
             return None
         saved = checkpoint.load_state(path)
+        with checkpoint.damaged_state(path):
+            self._take(saved)
+        return saved
+
+    def _take(self, saved: dict[str, Any]) -> None:
         for key, now, what in (
             ("data", self.feed.data_hash, "the training images, their labels or captions"),
             ("backbone", self.backbone, f"the weights of {self.job.config.model.name}"),
@@ -137,6 +142,13 @@ class State:
                 )
         checkpoint.load_trained_state(self.model, saved["model"])
         self.position, self.best = Position(**saved["position"]), saved["best"]
+        least = {"stage": HEAD, "images_per_step": 1}
+        sizes = {name: saved[name] for name in ("images_per_step", "metrics_bytes")}
+        for name, value in (asdict(self.position) | sizes).items():
+            if type(value) is not int or not least.get(name, 0) <= value < 2**62:
+                raise ValueError(f"{name} is {value!r}")
+        if self.best is not None and [type(x) for x in self.best] != [float, float]:
+            raise ValueError(f"best is {self.best!r}")
         self.sums.copy_(saved["sums"])
         if self.expert is not None:
             self.expert.load_state_dict(saved["expert"])
@@ -146,10 +158,12 @@ class State:
         if "moments" in saved:
             self.moments.copy_(saved["moments"])
         self.recent = saved.get("recent", [])
+        shapes = {name: tensor.shape for name, tensor in saved["model"].items()}
+        if any({name: tensor.shape for name, tensor in one.items()} != shapes for one in self.recent):
+            raise ValueError("recent models have other weights")
         # On another number of processes a step keeps its images, in more or fewer micro-batches.
         self.feed.plan.images = saved["images_per_step"]
         self.feed.readable = self.position.step > 0
-        return saved
 
     def _write(
         self,

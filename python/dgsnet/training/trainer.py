@@ -28,7 +28,7 @@ from dgsnet.errors import UserError
 from dgsnet.evaluation.metrics import metrics
 from dgsnet.files import write_file
 from dgsnet.model.catalogue import check_image_size
-from dgsnet.model.checkpoint import build_model, fingerprint, load_trained_state
+from dgsnet.model.checkpoint import build_model, damaged_state, fingerprint, load_trained_state
 from dgsnet.training import drift, parallel
 from dgsnet.training.checks import uses_nuisances, uses_surgery, uses_text
 from dgsnet.training.experts import FileExpert
@@ -36,7 +36,7 @@ from dgsnet.training.feed import Feed
 from dgsnet.training.log import VAL_COLUMNS, Log, Progress
 from dgsnet.training.plan import BRANCHES, HEAD, Job, MicroBatch, dropout_seed, lr_factor
 from dgsnet.training.setup import accelerator_for, with_batch_size
-from dgsnet.training.state import State
+from dgsnet.training.state import STATE_FILE, State
 from dgsnet.training.step import TRAIN_COLUMNS, Step, layer_surgery, parameter_groups, speed_up
 
 
@@ -144,13 +144,15 @@ class Trainer:
                 clip_grad_norm_(trained, optim.clip)
 
             optimizer.register_step_pre_hook(clip)
-        if saved and saved["optimizer"]:
-            parallel.load_optimizer_state(optimizer, saved["optimizer"])
+        with damaged_state(self.out / STATE_FILE):
+            if saved and saved["optimizer"]:
+                parallel.load_optimizer_state(optimizer, saved["optimizer"])
         module, prepared = step, optimizer
         if self.sharded is None:
             module, prepared = self.accelerator.prepare(step, optimizer)
-        if saved and saved["scaler"]:
-            scaler.load_state_dict(saved["scaler"])
+        with damaged_state(self.out / STATE_FILE):
+            if saved and saved["scaler"]:
+                scaler.load_state_dict(saved["scaler"])
         epochs, before = (optim.head_epochs, 0) if number == HEAD else (optim.epochs, optim.head_epochs)
         return Stage(module, prepared, projection, objectives, epochs, before, rates)
 

@@ -113,7 +113,7 @@ def update(
             "rule": rule,
             "replay_share": f"{replay_share:g}",
         }
-        _check_folder(config, out, record, resume)
+        check_update(config, out, record, resume)
         check_model(config.model, config.preprocess.image_size)
 
         from dgsnet.model.checkpoint import load_model, trained_on, trained_state
@@ -194,20 +194,20 @@ def hold_out(samples: list[Item], seed: int) -> tuple[list[Item], list[Item]]:
     return kept, [samples[place] for place in sorted(out)]
 
 
-def _check_folder(config: Config, out: Path, record: dict[str, str], resume: bool) -> None:
+def check_update(config: Config, out: Path, record: dict[str, str], resume: bool) -> None:
     """As check_folder, and that what is there is this update."""
     path = out / UPDATE_FILE
     if resume and path.is_file():
         try:
-            before = json.loads(path.read_text())
+            before = json.loads(path.read_bytes())
             other = [name for name in record if name != "model" and before[name] != record[name]]
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise UserError(f"{path} is damaged ({one_line(error)}): start in a new folder") from None
         if other:
             name = other[0]
             raise UserError(
-                f"cannot resume {out} with {name}={record[name]}, it was started with {before[name]}: give "
-                "the same options, or start in a new folder"
+                f"cannot resume {out} with {name}={record[name]}, it was started with "
+                f"{one_line(before[name], 80)}: give the same options, or start in a new folder"
             )
     elif resume and (out / CONFIG_FILE).is_file():
         raise UserError(f"--out {out} holds a run that is no update: give another folder")

@@ -46,8 +46,9 @@ def test_heif_is_refused_by_its_size_before_it_is_decoded():
     assert time.process_time() - started < 1
 
 
-def test_a_grid_of_tiles_is_read():
-    tile = encode(RGB[:32, :48].repeat(2, 0).repeat(2, 1), "HEIF", quality=-1)
+@pytest.mark.parametrize("kind, exact", [("HEIF", {"quality": -1}), ("AVIF", {"subsampling": "4:4:4"})])
+def test_a_grid_of_tiles_is_read(kind, exact):
+    tile = encode(RGB[:32, :48].repeat(2, 0).repeat(2, 1), kind, **exact)
     expected = np.tile(read_image(tile), (2, 3, 1))[:100, :270]
     np.testing.assert_array_equal(read_image(grid(tile, 2, 3, (270, 100))), expected)
 
@@ -182,6 +183,10 @@ MADE_TO_HURT = {
     "JPEG 2000 precincts": (lambda: jpeg2000_of_precincts(1000), "of more than 131,072 precincts"),
     "HEIF grid": (
         lambda: grid(encode(Image.new("RGB", (1024, 1024)), "heif"), 16, 12, (512, 512)),
+        "tiles of more than 134,217,728 pixels together",
+    ),
+    "AVIF grid": (
+        lambda: grid(encode(Image.new("RGB", (1024, 1024)), "avif"), 16, 12, (16384, 8192)),
         "tiles of more than 134,217,728 pixels together",
     ),
     "PNG chunks": (lambda: png_with(chunk(b"prVt", b"") * 50_000), "a PNG of more than 10,000 small chunks"),

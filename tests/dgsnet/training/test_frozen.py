@@ -114,6 +114,21 @@ def test_a_damaged_file_is_named(model, tmp_path, content):
     assert "\n" not in str(caught.value)
 
 
+def test_features_of_another_length_are_named(model, tmp_path):
+    """And a file that is no array."""
+    CaptionFeatures(model, CAPTIONS, tmp_path)
+    (path,) = tmp_path.rglob("*.npy")
+    rows = np.load(path)
+    wide = np.zeros(len(rows), [("key", "V16"), ("feature", "<f4", (rows["feature"].shape[1] + 1,))])
+    np.save(path, wide)
+    with pytest.raises(UserError, match=r"is damaged \(numbers of type .*: remove it"):
+        CaptionFeatures(model, CAPTIONS, tmp_path)
+    with open(path, "wb") as file:
+        np.savez(file, key=rows["key"], feature=rows["feature"])
+    with pytest.raises(UserError, match=r"is damaged .*: remove it"):
+        CaptionFeatures(model, CAPTIONS, tmp_path)
+
+
 def test_a_folder_that_cannot_be_written_is_named(model, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"cannot be kept in .*file.* set data\.cache"):

@@ -7,6 +7,7 @@ import signal
 import time
 
 import pytest
+import torch
 from dgsnet import cli
 from dgsnet.config import Config
 from dgsnet.errors import UserError
@@ -25,6 +26,7 @@ from tests.support.runs import (
     settings,
     weights,
     write_config,
+    write_images,
 )
 
 
@@ -143,3 +145,37 @@ def test_runs_of_before_there_were_experts_are_read_and_go_on(dataset, tmp_path)
     del state["expert"], state["moments"], state["trained_on"]
     checkpoint.save_state(out / STATE_FILE, state)
     assert equal(weights(train(config, out, resume=True)), weights(train(config, tmp_path / "whole")))
+
+
+WRONG = {
+    "stage": lambda state: state["position"].update(stage=0),
+    "sums": lambda state: state.update(sums=state["sums"][:2]),
+    "a moment": lambda state: state["optimizer"]["state"][1].pop("exp_avg"),
+    "another's moment": lambda state: state["optimizer"]["state"][1].update(exp_avg_sq=torch.zeros(3, 7)),
+    "recent": lambda state: state.update(recent=[{}]),
+    "a part": lambda state: state.pop("backbone"),
+}
+
+
+def test_a_damaged_state_is_refused_in_one_line(tmp_path):
+    """Whatever in it is damaged, nothing is trained; and what is left is not."""
+    data, run = write_images(tmp_path / "data", (4, 3)), tmp_path / "run"
+    few = {"optim_batch_size": 4, "optim_epochs": 1, "data_captions": "none", "checkpoint_every": 1}
+    config = settings(data, data_val=[], **few)
+    with interrupted_after(1):  # with an optimiser in it
+        train(config, run)
+    whole = (run / STATE_FILE).read_bytes()
+    for what, damage in WRONG.items():
+        state = checkpoint.load_state(run / STATE_FILE)
+        damage(state)
+        checkpoint.save_state(run / STATE_FILE, state)
+        with pytest.raises(UserError, match=r"resume\.pt is damaged \(.*\): remove ") as caught:
+            train(config, run, resume=True)
+        assert "\n" not in str(caught.value), what
+        (run / STATE_FILE).write_bytes(whole)
+    first = (run / METRICS_FILE).read_bytes()
+    (run / METRICS_FILE).write_bytes(b"\xff" + first[1:])
+    with pytest.raises(UserError, match=r"metrics\.csv is damaged, its first line names no columns"):
+        train(config, run, resume=True)
+    (run / METRICS_FILE).write_bytes(first)
+    assert (train(config, run, resume=True) / "last").is_dir()
