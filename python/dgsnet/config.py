@@ -18,6 +18,8 @@ from dgsnet.errors import UserError
 from dgsnet.files import one_line
 
 CONFIG_FILE = "config.json"
+# Crops of an image that a score is the mean of: the centre, the four corners too, or tiles of the whole.
+Crops = Literal[1, 5, "tiles"]
 # A YAML file for each recipe of `dgsnet train --recipe`, which says what it is.
 RECIPES = Path(__file__).parent / "recipes"
 # Channel mean and standard deviation of pixels in 0..1, by the name that PreprocessConfig has for them.
@@ -69,6 +71,12 @@ class PreprocessConfig:
         num_patches: patches kept, a square number.
         normalization: channel mean and standard deviation, "imagenet" (official), "clip" or "inception".
         flip: mirror half of the training images.
+        crops: in mode "crop", what the mean logit is taken over when images are scored: 1 is the centre; 5
+            the centre and the four corners; "tiles" as many as cover the image, 64 at most. Training, its
+            validation included, sees one.
+        small: in mode "crop", what is done to sides that are shorter than the crop: "upscale" enlarges the
+            image, both sides alike, as it is enlarged for a mosaic; "pad" puts black around it; "tile"
+            repeats it from its left and upper edges.
     """
 
     mode: Literal["patches", "crop"] = "patches"
@@ -77,6 +85,8 @@ class PreprocessConfig:
     num_patches: int = 49
     normalization: Literal["imagenet", "clip", "inception"] = "imagenet"
     flip: bool = True
+    crops: Crops = 1
+    small: Literal["upscale", "pad", "tile"] = "upscale"
 
     def __post_init__(self) -> None:
         _between(1, 2**14, image_size=self.image_size, patch_size=self.patch_size)
@@ -90,6 +100,17 @@ class PreprocessConfig:
                 f"{self.image_size} pixels: num_patches must be a square and "
                 "patch_size * sqrt(num_patches) == image_size"
             )
+        for name, published in (("crops", 1), ("small", "upscale")):
+            if self.mode == "patches" and getattr(self, name) != published:
+                raise ValueError(
+                    f"preprocess.{name}={getattr(self, name)} goes with preprocess.mode=crop only: a mosaic "
+                    "is made of the whole image"
+                )
+
+    def of_one(self) -> dict[str, Any]:
+        """What decides the pixels of one crop, in words of before there were `crops` and other `small`."""
+        left_out = {"crops"} | ({"small"} if self.small == "upscale" else set())
+        return {name: value for name, value in dataclasses.asdict(self).items() if name not in left_out}
 
 
 @dataclass
@@ -367,7 +388,7 @@ def _is(value: Any, hint: Any) -> bool:
     if origin in (Union, UnionType):
         return any(_is(value, argument) for argument in arguments)
     if origin is Literal:
-        return isinstance(value, str) and value in arguments
+        return any(type(value) is type(argument) and value == argument for argument in arguments)
     if origin is list:
         return isinstance(value, list) and all(_is(item, arguments[0]) for item in value)
     if origin is tuple:

@@ -46,7 +46,7 @@ SETTINGS = {
     },
     "preprocess": {
         **{"mode": "crop", "image_size": 96, "patch_size": 24, "num_patches": 17, "normalization": "clip"},
-        "flip": False,
+        **{"flip": False, "crops": "tiles", "small": "tile"},
     },
     "data": {
         **{"train": ["old/train", "more.csv"], "val": ["old/val"], "captions": "words.json"},
@@ -77,7 +77,7 @@ SETTINGS = {
     **{"seed": 14, "checkpoint_every": 15, "log_every": 16},
 }
 # How scores are made.
-HOW = {"views": 16, "batch": 4, "precision": "bf16"}
+HOW = {"views": 16, "batch": 4, "precision": "bf16", "crops": 5}
 DETECTOR = [
     *plain("load", device="cuda:5", **HOW, pretrained="weights.pt"),
     Row("--model", "mine", "load.run", "mine"),

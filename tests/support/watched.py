@@ -139,9 +139,9 @@ class Watched:
             if getattr(module, last, None) is real:
                 self._monkeypatch.setattr(module, last, stand_in)
 
-    def _load(self, _: Any, views: int | None, batch: int | None, precision: Any, **__: Any) -> Detector:
+    def _load(self, _: Any, views: Any, batch: Any, precision: Any, crops: Any, **__: Any) -> Detector:
         model, config = self._detector.model, self._detector.config
-        detector = Detector(model, config, None, views, batch=batch, precision=precision)
+        detector = Detector(model, config, None, views, batch=batch, precision=precision, crops=crops)
         detector.again = lambda **changed: detector
         return detector
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
-from dgsnet.config import NORMALIZATIONS, PreprocessConfig
+from dgsnet.config import NORMALIZATIONS, Crops, PreprocessConfig
 from dgsnet.data.images import MAX_PIXELS, ImageError
 from dgsnet.data.patches import (
     cut_patches,
@@ -19,6 +21,10 @@ from dgsnet.data.patches import (
     select_patches,
     selected_boxes,
 )
+
+# Crops of one image, at most. Of one that needs more they lie apart, as evenly over it as they cover others:
+# its pixels stay the ones that the model was trained on, which those of a smaller copy would not be.
+MAX_TILES = 64
 
 
 class Preprocessor:
@@ -66,6 +72,20 @@ class Preprocessor:
             pixels = pixels.flip(2)
         return self.normalise(pixels) if normalised else pixels.contiguous()
 
+    def crops(self, image: np.ndarray, *, normalised: bool = True) -> Tensor:
+        """What an image's logit is the mean over: its crops as `config.crops` says, or its one mosaic.
+
+        Arguments and errors are those of calling the preprocessor without rng, which gives the centre crop.
+
+        Returns:
+            [n, 3, S, S]; `crop_boxes` says where they lie.
+        """
+        if self.config.crops == 1:
+            return self(image, normalised=normalised)[None]
+        pixels, corners = self._prepared(torch.from_numpy(image).permute(2, 0, 1), self.config.crops)
+        crops = torch.stack([self._cut(pixels, top, left) for top, left in corners])
+        return self.normalise(crops) if normalised else crops
+
     def normalise(self, pixels: Tensor) -> Tensor:
         """float32 [..., 3, S, S] of uint8 ones, on their device."""
         return torch.addcmul(self._shift.to(pixels.device), pixels, self._scale.to(pixels.device))
@@ -92,12 +112,27 @@ class Preprocessor:
             seed = _draw_seed(rng) if rng else content_seed(image)
             boxes = selected_boxes(pixels[None], cell, self.config.num_patches, seed=seed)[0]
         else:
-            height, width, *corner = self._place(pixels.shape[1], pixels.shape[2], rng)
-            scale = torch.tensor([pixels.shape[2] / width, pixels.shape[1] / height], dtype=torch.float64)
-            boxes = (cells + torch.tensor(corner[::-1]).repeat(2)) * scale.repeat(2)
+            boxes = self._shown(cells, pixels.shape[1:], self._draw_corner(pixels.shape[1:], rng))
         if rng and self.config.flip and rng.random() < 0.5:
             cells = torch.stack([size - cells[:, 2], cells[:, 1], size - cells[:, 0], cells[:, 3]], dim=1)
-        return cells, boxes
+        seen = (boxes[:, 2:] > boxes[:, :2]).all(dim=1)  # and not of what was put around the image
+        return cells[seen], boxes[seen]
+
+    def crop_boxes(self, image: np.ndarray, *, rng: np.random.Generator | None = None) -> Tensor:
+        """Which part of an image each of its crops shows, in mode "crop".
+
+        Arguments and errors are those of calling the preprocessor.
+
+        Returns:
+            float64 [n, 4] of left, top, right, bottom in pixels of the image: of those of `crops`, or of the
+            one that is drawn from rng.
+        """
+        side, shape = self.config.image_size, image.shape[:2]
+        whole = torch.tensor([[0, 0, side, side]])
+        if rng:
+            return self._shown(whole, shape, self._draw_corner(shape, rng))
+        corners = crop_corners(*self._enlarged(*shape), side, self.config.crops)
+        return torch.cat([self._shown(whole, shape, corner) for corner in corners])
 
     def cut(self, image: np.ndarray, *, rng: np.random.Generator | None = None) -> tuple[Tensor, int, bool]:
         """The part of preprocessing in mode "patches" that comes before the selection.
@@ -135,22 +170,103 @@ class Preprocessor:
         _check_size(*enlarged_size(height, width, self.config.patch_size, self.config.num_patches))
 
     def _crop(self, pixels: Tensor, rng: np.random.Generator | None) -> Tensor:
-        size = self.config.image_size
-        height, width, top, left = self._place(pixels.shape[1], pixels.shape[2], rng)
-        if (height, width) != tuple(pixels.shape[1:]):
-            pixels = resize_bicubic(pixels[None], height, width)[0]
-        return pixels[:, top : top + size, left : left + size]
+        corner = self._draw_corner(pixels.shape[1:], rng)
+        return self._cut(self._prepared(pixels, 1)[0], *corner)
 
-    def _place(self, height: int, width: int, rng: np.random.Generator | None) -> tuple[int, int, int, int]:
-        """Height and width that an image is enlarged to, and the top left corner of its crop."""
+    def _prepared(self, pixels: Tensor, crops: Crops) -> tuple[Tensor, list[tuple[int, int]]]:
+        """[3, H, W] that crops are cut from by `_cut`, enlarged if it must be, and the crops' corners."""
+        height, width = self._enlarged(*pixels.shape[1:])
+        if self.config.small == "upscale" and (height, width) != tuple(pixels.shape[1:]):
+            pixels = resize_bicubic(pixels[None], height, width)[0]
+        return pixels, crop_corners(height, width, self.config.image_size, crops)
+
+    def _enlarged(self, height: int, width: int) -> tuple[int, int]:
+        """Height and width of an image after the rule for small ones."""
         size = self.config.image_size
+        if self.config.small != "upscale":
+            return max(height, size), max(width, size)
         if min(height, width) < size:
             scale = size / min(height, width)
             height, width = round(height * scale), round(width * scale)
             _check_size(height, width)
+        return height, width
+
+    def _draw_corner(self, shape: Sequence[int], rng: np.random.Generator | None) -> tuple[int, int]:
+        """Top and left of a crop of an image of this height and width: of the centre without rng."""
+        size = self.config.image_size
+        height, width = self._enlarged(*shape)
         if rng:
-            return height, width, int(rng.integers(height - size + 1)), int(rng.integers(width - size + 1))
-        return height, width, (height - size) // 2, (width - size) // 2
+            return int(rng.integers(height - size + 1)), int(rng.integers(width - size + 1))
+        return crop_corners(height, width, size, 1)[0]
+
+    def _cut(self, pixels: Tensor, top: int, left: int) -> Tensor:
+        """One crop [3, S, S]. Sides that are shorter are filled up here: the image would be as large as S."""
+        size = self.config.image_size
+        crop = pixels[:, top : top + size, left : left + size]
+        height, width = crop.shape[1:]
+        if (height, width) == (size, size):
+            return crop
+        if self.config.small == "pad":
+            above, before = (size - height) // 2, (size - width) // 2
+            return pad(crop, (before, size - width - before, above, size - height - above))
+        return crop[:, torch.arange(size) % height][:, :, torch.arange(size) % width]
+
+    def _shown(self, cells: Tensor, shape: Sequence[int], corner: tuple[int, int]) -> Tensor:
+        """Boxes, float64, in an image of this height and width, of cells [n, 4] of its crop."""
+        across, down = (
+            self._shown_along(cells[:, axis::2], shape[1 - axis], self._enlarged(*shape)[1 - axis], start)
+            for axis, start in enumerate(corner[::-1])
+        )
+        return torch.stack([across[:, 0], down[:, 0], across[:, 1], down[:, 1]], dim=1)
+
+    def _shown_along(self, ends: Tensor, side: int, enlarged: int, start: int) -> Tensor:
+        """The same along one axis, [n, 2]: of cells' ends, from the image's side and the crop's start."""
+        if self.config.small == "upscale" or enlarged == side:
+            return (ends + start) * torch.tensor(side / enlarged, dtype=torch.float64)
+        if self.config.small == "pad":
+            return (ends - (enlarged - side) // 2).clamp(0, side).double()
+        low = ends[:, :1] % side
+        shown = torch.cat([low, low + ends[:, 1:] - ends[:, :1]], dim=1)
+        # What shows the end of one copy and the beginning of the next may show all of the side.
+        return torch.where(shown[:, 1:] > side, torch.tensor([0, side]), shown).double()
+
+
+def crop_corners(height: int, width: int, size: int, crops: Crops) -> list[tuple[int, int]]:
+    """Top and left of an image's crops, of which no side is shorter than a crop's, `size`.
+
+    Tiles are as few as cover the image and lie evenly, so that neighbours overlap. Where they would be more
+    than MAX_TILES, rows and columns are left out until they are not.
+
+    Example:
+        >>> from dgsnet.data.preprocess import crop_corners
+        >>> crop_corners(100, 90, 64, 5)
+        [(18, 13), (0, 0), (0, 26), (36, 0), (36, 26)]
+        >>> crop_corners(100, 64, 64, "tiles")
+        [(0, 0), (36, 0)]
+    """
+    down, across = height - size, width - size
+    if crops == "tiles":
+        rows, columns = _grid(height, width, size)
+        return [(top, left) for top in _spread(down, rows) for left in _spread(across, columns)]
+    centre = down // 2, across // 2
+    return [centre] if crops == 1 else [centre, (0, 0), (0, across), (down, 0), (down, across)]
+
+
+def _grid(height: int, width: int, size: int) -> tuple[int, int]:
+    """How many rows and columns of tiles an image has."""
+    rows, columns = (min(-(-side // size), MAX_TILES) for side in (height, width))
+    while rows * columns > MAX_TILES:
+        # Of the two the one that has more of them to a pixel.
+        if rows > 1 and rows * width > columns * height:
+            rows -= 1
+        else:
+            columns -= 1
+    return rows, columns
+
+
+def _spread(length: int, count: int) -> list[int]:
+    """So many places from 0 to the length, as evenly as whole pixels allow; one is in the middle."""
+    return [length // 2] if count == 1 else [i * length // (count - 1) for i in range(count)]
 
 
 def content_seed(image: np.ndarray) -> int:

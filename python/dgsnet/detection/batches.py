@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -77,6 +78,55 @@ class Batches:
         alike = self.model.logits(pixels[:1].expand_as(pixels).contiguous(), depth=1)
         others = self.model.logits(pixels, depth=1)
         return bool((alike == alike[0]).all() and alike[0] == others[0])
+
+
+class Line:
+    """Prepared images in line for batches: what does not fill one waits for those that come after it.
+
+    Args:
+        score: from uint8 pixels on the device to logits.
+        size: images in a batch.
+        device: the model's.
+    """
+
+    def __init__(self, score: Callable[[Tensor], Tensor], size: int, device: torch.device) -> None:
+        self._logits, self._size, self._device = score, size, device
+        self._waiting: list[Tensor] = []
+        self._begun: deque[Tensor] = deque()
+        self._done: deque[float] = deque()
+        self.added = self._scored = 0
+
+    def add(self, pixels: Tensor) -> None:
+        """Take more into the line, uint8 [n, 3, S, S], and score what fills batches."""
+        self._waiting.append(pixels.to(self._device, non_blocking=True))
+        self.added += len(pixels)
+        if self.added - self._scored >= self._size:
+            self._score(self._size)
+
+    def finish(self) -> None:
+        """Score what is left."""
+        if self.added > self._scored:
+            self._score(1)
+
+    def known(self, behind: int = 0) -> int:
+        """How many, from the first, have logits without waiting for the last so many batches."""
+        last = list(self._begun)[max(len(self._begun) - behind, 0) :]
+        return self._scored - sum(map(len, last))
+
+    def take(self, count: int) -> list[float]:
+        """The logits of the next so many, which are no more taken after that."""
+        while len(self._done) < count:
+            self._done.extend(self._begun.popleft().tolist())
+        return [self._done.popleft() for _ in range(count)]
+
+    def _score(self, least: int) -> None:
+        """Score batches for as long as at least so many wait."""
+        pixels = torch.cat(self._waiting)
+        while len(pixels) >= least:
+            self._begun.append(self._logits(pixels[: self._size]))
+            self._scored += len(pixels[: self._size])
+            pixels = pixels[self._size :]
+        self._waiting = [pixels] if len(pixels) else []
 
 
 def _captured(function: Callable[[Tensor], Tensor], example: Tensor) -> Callable[[Tensor], Tensor]:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from dgsnet.config import Crops
 from dgsnet.data.items import Item, find_images, find_labelled
 from dgsnet.detection.decisions import Precision, calibrate, load_calibration, save_calibration, summary
 from dgsnet.detection.detector import Detector
@@ -28,6 +29,7 @@ def calibrate_command(
     views: int = 1,
     batch: int | None = None,
     precision: Precision | None = None,
+    crops: Crops | None = None,
     replace: bool = False,
     device: str | None = None,
     workers: int | None = None,
@@ -52,6 +54,9 @@ def calibrate_command(
             given, the smallest of 1, 2, 4, ... 64 whose speed on this machine is within a tenth of the best.
         precision: of the network's weights, then and whenever the model is used; if not given, bf16 where the
             device has units for it, else fp32.
+        crops: what a score is the mean over, then and whenever the model is used: 1 is the centre crop, 5 it
+            and the four corners, tiles as many as cover the image, 64 at most; if not given, what the model's
+            configuration says.
         replace: put the new calibration in the place of one that the model has.
         device: torch device; the GPU where there is one if not given.
         workers: processes that read and prepare images, or with ray that score them; chosen if not given.
@@ -72,8 +77,9 @@ def calibrate_command(
     warn_of_training_images(model, items)
     warn_of_both_labels(items)
     # An older calibration must not decide how these scores are made.
-    how: dict[str, Any] = {"views": views, "batch": batch, "precision": precision, "pretrained": pretrained}
-    detector = Detector.load(model, device, calibrated=False, **how).fastest(batch, precision)
+    how: dict[str, Any] = {"views": views, "batch": batch, "precision": precision, "crops": crops}
+    detector = Detector.load(model, device, calibrated=False, pretrained=pretrained, **how)
+    detector = detector.fastest(batch, precision)
     *of_sources, of_fakes = _logits(detector, [*sources.values(), fakes], engine, workers)
     result = calibrate(
         dict(zip(sources, of_sources)),
@@ -83,6 +89,7 @@ def calibrate_command(
         views=views,
         batch=detector.batches.size,
         precision=detector.precision,
+        crops=detector.crops,
     )
     print(summary(result))
     print(f"written to {save_calibration(model, result)}")

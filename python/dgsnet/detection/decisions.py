@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from dgsnet.config import check_types
+from dgsnet.config import Crops, check_types
 from dgsnet.errors import UserError
 from dgsnet.files import one_line, write_file
 
@@ -27,8 +27,9 @@ CONFIDENCE = 0.95
 
 Precision = Literal["fp32", "bf16", "fp16"]
 PRECISIONS = get_args(Precision)
+CROPS = get_args(Crops)
 # What scores are made with where nothing else is said, by the names in Calibration.
-SETTINGS: dict[str, Any] = {"views": 1, "batch": 1, "precision": "fp32"}
+SETTINGS: dict[str, Any] = {"views": 1, "batch": 1, "precision": "fp32", "crops": 1}
 
 # Views of an image, and images of a batch.
 MOST = 2**12
@@ -36,9 +37,9 @@ MOST = 2**12
 
 def check_setting(name: str, value: Any) -> None:
     """UserError where one of SETTINGS has a value that it cannot have."""
-    if name == "precision":
-        if value not in PRECISIONS:
-            raise UserError(f"precision is {value!r}; it must be one of {', '.join(PRECISIONS)}")
+    if choices := {"precision": PRECISIONS, "crops": CROPS}.get(name):
+        if repr(value) not in map(repr, choices):  # True is not 1
+            raise UserError(f"{name} is {value!r}; it must be one of {', '.join(map(str, choices))}")
     elif not 1 <= value <= MOST:
         raise UserError(f"{name} is {value}; it must be in 1..{MOST:,}")
 
@@ -89,6 +90,7 @@ class Calibration:
         views: mosaics averaged per image; the calibration holds for scores made with as many.
         batch: images that go through the network at a time, then and now.
         precision: of the network's weights, one of PRECISIONS, then and now.
+        crops: of an image, one of CROPS, then and now.
         sources: of the real images, where there are several.
     """
 
@@ -109,6 +111,7 @@ class Calibration:
     views: int = 1
     batch: int = 1
     precision: str = "fp32"
+    crops: Crops = 1
     sources: tuple[Source, ...] = ()
 
     def __post_init__(self) -> None:
@@ -132,7 +135,8 @@ class Calibration:
             raise ValueError("not a JSON object")
         names = {f.name for f in fields(cls)}
         # There were none of these once.
-        values = {"batch": SETTINGS["batch"], "precision": SETTINGS["precision"], "sources": []} | values
+        later = {name: SETTINGS[name] for name in ("batch", "precision", "crops")}
+        values = later | {"sources": []} | values
         sources = values["sources"]
         if wrong := sorted(values.keys() ^ names):
             raise ValueError(f"{'unknown' if wrong[0] not in names else 'missing'} field {wrong[0]}")
@@ -153,6 +157,7 @@ def calibrate(
     views: int = 1,
     batch: int = 1,
     precision: str = "fp32",
+    crops: Crops = 1,
 ) -> Calibration:
     """Find threshold, temperature and band from scores of images whose class is known.
 
@@ -170,7 +175,7 @@ def calibrate(
         fpr: how many of all real images may be called generated.
         miss_rate: how many of all generated images may be called real; None is `fpr`.
         confidence: with which both hold.
-        views, batch, precision: what the logits were made with; recorded.
+        views, batch, precision, crops: what the logits were made with; recorded.
 
     Raises:
         UserError: too few images for the rates, or generated images that score no higher than real ones.
@@ -240,6 +245,7 @@ def calibrate(
         views=views,
         batch=batch,
         precision=precision,
+        crops=crops,
         sources=sources if len(sources) > 1 else (),
     )
 

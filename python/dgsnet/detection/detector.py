@@ -10,7 +10,7 @@ import math
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,7 @@ import numpy as np
 
 from dgsnet.data.items import Item
 from dgsnet.detection.decisions import SETTINGS, Calibration, check_setting, decide
-from dgsnet.detection.engine import Job, answers
+from dgsnet.detection.engine import Job, answers, mean
 from dgsnet.errors import UserError
 
 # torch, open_clip and the rest are imported where they are used: `from dgsnet import Detector` stays quick.
@@ -26,11 +26,11 @@ if TYPE_CHECKING:
     from PIL.Image import Image
     from torch import Tensor
 
-    from dgsnet.config import Config
+    from dgsnet.config import Config, Crops
     from dgsnet.data.distortions import Distortion
     from dgsnet.data.loading import Wait
     from dgsnet.data.preprocess import Preprocessor
-    from dgsnet.detection.batches import Batches
+    from dgsnet.detection.batches import Batches, Line
     from dgsnet.model.dgsnet import DGSNet
 
 
@@ -43,7 +43,8 @@ class Detector:
     differ.
 
     With `views=k` it is the mean logit of k views: the plain one and k - 1 made as in training (another
-    shuffle or crop, maybe mirrored), seeded from the image's content too.
+    shuffle or crop, maybe mirrored), seeded from the image's content too. With `crops=5` or `crops="tiles"`
+    the plain view is several crops, and the mean is over all of them and the k - 1 others.
 
     Args:
         model: the network.
@@ -54,10 +55,12 @@ class Detector:
             1. An image alone costs as much as a whole batch.
         precision: of the network's weights, "fp32", "bf16" or "fp16"; None is what the calibration was made
             with, else "fp32".
+        crops: 1, 5 or "tiles", as `PreprocessConfig` has them; None is what the calibration was made with,
+            without one what the configuration says.
 
     Attributes:
         model: the network, in evaluation mode. What scores is a copy, made when it is first asked for.
-        config, calibration, views, batch, precision: as given or found.
+        config, calibration, views, batch, precision, crops: as given or found.
         errors: index to message of the images that the last `predict` could not read.
         again: makes the same detector in another process; None where `load` has not made it.
 
@@ -77,16 +80,24 @@ class Detector:
         *,
         batch: int | None = None,
         precision: str | None = None,
+        crops: Crops | None = None,
     ):
         from dgsnet.data.preprocess import Preprocessor
 
         self.views: int = _setting(calibration, "views", views)
         self.batch: int = _setting(calibration, "batch", batch)
         self.precision: str = _setting(calibration, "precision", precision)
+        if crops is None and not calibration:
+            crops = config.preprocess.crops
+        self.crops: Crops = _setting(calibration, "crops", crops)
+        try:
+            preprocess = replace(config.preprocess, crops=self.crops)
+        except ValueError as error:  # of a mosaic there are none
+            raise UserError(str(error)) from None
         self.model = model.eval()
         self.config = config
         self.calibration = calibration
-        self.preprocess = Preprocessor(config.preprocess)
+        self.preprocess = Preprocessor(preprocess)
         self.errors: dict[int, str] = {}
         self.again: Callable[[], Detector] | None = None
         self._wait: Wait | None = None
@@ -100,6 +111,7 @@ class Detector:
         views: int | None = None,
         batch: int | None = None,
         precision: str | None = None,
+        crops: Crops | None = None,
         calibrated: bool = True,
         pretrained: str | None = None,
     ) -> Detector:
@@ -108,14 +120,14 @@ class Detector:
         Args:
             run: folder written by `dgsnet train`, `dgsnet convert` or `dgsnet demo`.
             device: torch device, such as "cpu" or "cuda:1"; None takes the GPU where there is one.
-            views, batch, precision: as of the class.
+            views, batch, precision, crops: as of the class.
             calibrated: False leaves the folder's calibration aside.
             pretrained: weights file of the backbone, in place of the one that the folder names; TorchScript,
                 such as OpenAI's own files, can run code and is loaded only if it is named here.
 
         Raises:
             UserError: the folder holds no model, its backbone cannot be loaded, it was calibrated for other
-                views, batches or another precision, or there is no such device.
+                views, crops, batches or another precision, or there is no such device.
         """
         from dgsnet.detection.decisions import load_calibration
         from dgsnet.model.folders import model_folder
@@ -134,8 +146,8 @@ class Detector:
             raise UserError(f"device {device} cannot be used here ({error}); try cpu") from None
         calibration = load_calibration(run) if calibrated else None
         model = load_model(Path(run), device=device, pretrained=pretrained)
-        detector = cls(*model, calibration, views, batch=batch, precision=precision)
-        how: dict[str, Any] = {"views": views, "batch": batch, "precision": precision}
+        how: dict[str, Any] = {"views": views, "batch": batch, "precision": precision, "crops": crops}
+        detector = cls(*model, calibration, **how)
         detector.again = functools.partial(
             cls.load, run, device, calibrated=calibrated, pretrained=pretrained, **how
         )
@@ -151,7 +163,7 @@ class Detector:
         precision = precision or fast_precision(next(self.model.parameters()).device)
         batch = batch or best_size(ready(self.model, precision))[0]
         how: dict[str, Any] = {"batch": batch, "precision": precision}
-        faster = Detector(self.model, self.config, self.calibration, self.views, **how)
+        faster = Detector(self.model, self.config, self.calibration, self.views, crops=self.crops, **how)
         faster.again = self.again and functools.partial(self.again, **how)
         return faster
 
@@ -162,13 +174,13 @@ class Detector:
         model = hashlib.sha256(fingerprint(self.model).encode())
         for name, tensor in sorted(trained_state(self.model).items()):
             model.update(name.encode() + tensor.float().numpy().tobytes())
-        preprocessing = asdict(self.config.preprocess)
         return {
             "model": model.hexdigest()[:16],
-            "preprocessing": preprocessing,
+            "preprocessing": self.config.preprocess.of_one(),
             "views": self.views,
             "batch": self.batches.size,
             "precision": self.precision,
+            "crops": self.crops,
         }
 
     def predict(self, images: Any, *, workers: int | None = None, consistency: bool = False) -> np.ndarray:
@@ -222,7 +234,7 @@ class Detector:
     def stream_logits(
         self, images: Iterable[str | Path | Image | np.ndarray | Item], *, workers: int | None = None
     ) -> Iterator[tuple[float, str]]:
-        """As `stream`, with the logit averaged over the views, before any temperature; NaN with an error."""
+        """As `stream`, with the mean logit of crops and views, before any temperature; NaN with an error."""
         for (logit,), error in self._stream(images, workers):
             yield logit, error
 
@@ -244,7 +256,7 @@ class Detector:
         return Job(Prepared(self.preprocess, self.views, COPIES if consistency else ()), {"": self})
 
     def filled(self, prepare: Any, images: Iterable[Any], workers: int | None = None) -> Iterator[list[Any]]:
-        """What `prepare`, a map-style dataset, makes of images, in lists that fill batches.
+        """What `prepare`, a map-style dataset, makes of images, in lists of what about fills a batch.
 
         The next ones are made while the model works. `waiting` tells where it has to wait for them.
 
@@ -252,9 +264,11 @@ class Detector:
             workers: as of `predict`.
         """
         from dgsnet.data.loading import Wait
+        from dgsnet.data.preprocess import MAX_TILES
         from dgsnet.detection.supply import in_order
 
-        batch, device = self.fills, self.batches.device
+        most = MAX_TILES if self.crops == "tiles" else self.crops
+        batch, device = -(-self.batch // (most + self.views - 1)), self.batches.device
         prepared = in_order(prepare, images, workers, batch=batch, device=device)
         lists = iter(lambda: list(itertools.islice(prepared, batch)), [])
         with contextlib.closing(prepared), contextlib.suppress(StopIteration):
@@ -277,25 +291,33 @@ class Detector:
 
     @property
     def fills(self) -> int:
-        """The fewest images whose views fill batches, however many versions of them there are."""
-        return self.batch // math.gcd(self.batch, self.views)
+        """The fewest images whose crops and views fill batches, however many versions of them there are."""
+        return 1 if self.crops == "tiles" else self.batch // math.gcd(self.batch, self.crops + self.views - 1)
 
-    def mean_logits(self, images: Sequence[Tensor]) -> Tensor:
-        """Logits averaged over the views, [n] on the model's device, which may still be at it.
+    def mean_logits(self, versions: Sequence[Tensor]) -> list[float]:
+        """The mean logits of versions of images, each given as its prepared crops and views.
 
         Args:
-            images: of each, prepared views of one version after the other, uint8 [versions * views, 3, S, S].
+            versions: uint8 [n, 3, S, S] each, n at least 1.
         """
-        import torch
+        return [mean(logits) for logits in self.single_logits(versions)]
 
-        device = self.batches.device
-        if not images:
-            return torch.empty(0, device=device)
-        pixels = torch.cat([views.to(device, non_blocking=True) for views in images])
-        logits = self.logits(self.preprocess.normalise(pixels))
-        if self.views == 1:
-            return logits
-        return torch.stack([part.mean() for part in logits.split(self.views)])
+    def single_logits(self, versions: Sequence[Tensor]) -> list[list[float]]:
+        """The logits [n] of each version's crops and views, which `mean_logits` has the mean of."""
+        line = self.line()
+        for pixels in versions:
+            line.add(pixels)
+        line.finish()
+        return [line.take(len(pixels)) for pixels in versions]
+
+    def line(self) -> Line:
+        """Takes prepared crops and views, and scores them in batches."""
+        from dgsnet.detection.batches import Line
+
+        def score(pixels: Tensor) -> Tensor:
+            return self.logits(self.preprocess.normalise(pixels))
+
+        return Line(score, self.batches.size, self.batches.device)
 
     def logits(self, pixels: Tensor) -> Tensor:
         """Logits, float32 [N] on the model's device; generated is positive.
@@ -399,24 +421,21 @@ class Prepared:
     def __init__(self, preprocess: Preprocessor, views: int, copies: Sequence[Distortion] = ()):
         self.preprocess, self.views, self.copies = preprocess, views, copies
 
-    def __getitem__(self, image: Any) -> tuple[None, dict[str, tuple[Tensor | None, str]]]:
+    def __getitem__(self, image: Any) -> tuple[None, dict[str, tuple[list[Tensor] | None, str]]]:
         return None, {"": self.part(image)}
 
-    def failed(self, image: Any, why: str) -> tuple[None, dict[str, tuple[Tensor | None, str]]]:
+    def failed(self, image: Any, why: str) -> tuple[None, dict[str, tuple[list[Tensor] | None, str]]]:
         """The answer where it cannot be prepared."""
         return None, {"": (None, _named(image, why))}
 
-    def part(self, image: Any) -> tuple[Tensor | None, str]:
-        """Views uint8 [(1 + copies) * k, 3, S, S] of the image, then of its copies, or an error."""
-        import torch
-
+    def part(self, image: Any) -> tuple[list[Tensor] | None, str]:
+        """Crops and views, uint8 [n, 3, S, S], of the image, then of each of its copies, or an error."""
         from dgsnet.data.images import ImageError, read_image
 
         try:
             pixels = image.read() if isinstance(image, Item) else read_image(image)
-            views = [prepare_views(self.preprocess, pixels, self.views, normalised=False)]
-            views += [self._copy(pixels, copy) for copy in self.copies]
-            return torch.cat(views), ""
+            own = prepare_views(self.preprocess, pixels, self.views, normalised=False)
+            return [own, *(self._copy(pixels, copy) for copy in self.copies)], ""
         except ImageError as error:
             return None, _named(image, str(error))
 
@@ -438,14 +457,16 @@ def _named(image: Any, why: str) -> str:
 def prepare_views(
     preprocess: Preprocessor, image: np.ndarray, views: int, *, normalised: bool = True
 ) -> Tensor:
-    """Prepared views [k, 3, S, S] of one image, uint8 [H, W, 3]: a function of the image alone.
+    """Prepared crops and views [n, 3, S, S] of one image, uint8 [H, W, 3]: a function of the image alone.
 
-    The first is the plain one; the others are drawn as in training, from the image's content.
+    First the plain view, with crops all of them; the views - 1 others are drawn as in training, from the
+    image's content.
     """
     import torch
 
-    generators = (view_generator(image, view) for view in range(views))
-    return torch.stack([preprocess(image, rng=rng, normalised=normalised) for rng in generators])
+    generators = (view_generator(image, view) for view in range(1, views))
+    others = [preprocess(image, rng=rng, normalised=normalised)[None] for rng in generators]
+    return torch.cat([preprocess.crops(image, normalised=normalised), *others])
 
 
 def view_generator(image: np.ndarray, view: int) -> np.random.Generator | None:

@@ -23,7 +23,13 @@ class Answer(NamedTuple):
 
     item: Any
     note: Any  # as the job's `prepare` has it
-    logits: dict[str, tuple[list[float], str]]  # by part: of its versions and "", or none and an error
+    # By part: the logits of every version's crops and views and "", or none and an error.
+    single: dict[str, tuple[list[list[float]], str]]
+
+    @property
+    def logits(self) -> dict[str, tuple[list[float], str]]:
+        """By part: the mean logits of its versions and "", or none and an error."""
+        return {name: ([mean(rows) for rows in found], error) for name, (found, error) in self.single.items()}
 
 
 @dataclass(frozen=True)
@@ -31,9 +37,9 @@ class Job:
     """How items become logits.
 
     Args:
-        prepare: map-style dataset from an item to what is noted of it and, by name, its parts: views uint8
-            [versions * views, 3, S, S] and "", or None and an error message. `prepare.failed(item, why)` is
-            the same for an item that cannot be prepared.
+        prepare: map-style dataset from an item to what is noted of it and, by name, its parts: of every
+            version of the image its crops and views, uint8 [n, 3, S, S], and "", or None and an error
+            message. `prepare.failed(item, why)` is the same for an item that cannot be prepared.
         scorers: detectors by the name of the part that they score; that of "" scores all others too.
     """
 
@@ -69,7 +75,7 @@ def answers(
     if None in again.values():
         raise UserError("engine ray needs a detector that Detector.load made")
     detector = job.scorers[""]
-    for item, (note, logits) in on_ray(
+    for item, answer in on_ray(
         partial(_loaded, again),
         job.prepare,
         items,
@@ -77,47 +83,77 @@ def answers(
         fills=detector.fills,
         on_gpu=next(detector.model.parameters()).is_cuda,
     ):
-        yield Answer(item, note, logits)
+        yield Answer(item, *answer)
 
 
 def _loaded(again: Mapping[str, Callable[[], Any]]) -> Callable[[Sequence[Any]], list[Any]]:
     """What scores prepared items, made where it scores."""
     scorers = {name: load() for name, load in again.items()}
-    return lambda prepared: begin(scorers, prepared)()
+    return partial(_scored, scorers)
 
 
-def begin(scorers: Mapping[str, Any], prepared: Sequence[Any]) -> Callable[[], list[Any]]:
-    """Have a device score prepared items; what is returned waits for their notes and logits."""
-    views: dict[str, list[Any]] = {name: [] for name in scorers}
-    for _, parts in prepared:
-        for name, (part, _) in parts.items():
-            if part is not None:
-                views[name if name in scorers else ""].append(part)
-    begun = {name: scorers[name].mean_logits(several) for name, several in views.items()}
+def mean(logits: Sequence[float]) -> float:
+    """Of one image's logits, in float32."""
+    import torch
 
-    def finish() -> list[Any]:
-        logits = {name: iter(several.tolist()) for name, several in begun.items()}
+    return logits[0] if len(logits) == 1 else torch.tensor(logits).mean().item()
 
-        def of(name: str, part: Any, error: str) -> tuple[list[float], str]:
-            scorer = name if name in scorers else ""
-            count = 0 if part is None else len(part) // scorers[scorer].views
-            return [next(logits[scorer]) for _ in range(count)], error
 
-        return [(note, {name: of(name, *part) for name, part in parts.items()}) for note, parts in prepared]
+def _scored(scorers: Mapping[str, Any], prepared: Sequence[Any]) -> list[Any]:
+    """The notes and logits of prepared items, as `Answer` has them."""
+    scoring = _Scoring(scorers)
+    scoring.add(prepared)
+    return [*scoring.rest()]
 
-    return finish
+
+class _Scoring:
+    """Prepared items on their way through the batches of their scorers, in their order."""
+
+    def __init__(self, scorers: Mapping[str, Any]) -> None:
+        self._lines = {name: scorer.line() for name, scorer in scorers.items()}
+        # What is known of each, how many rows its versions have, and where in every line its last one stands.
+        self._waiting: deque[tuple[Any, dict[str, tuple[list[int], str]], dict[str, int]]] = deque()
+
+    def add(self, prepared: Sequence[Any]) -> None:
+        """Have what fills batches scored."""
+        for note, parts in prepared:
+            for name, (versions, _) in parts.items():
+                for rows in versions or ():
+                    self._lines[self._of(name)].add(rows)
+            counts = {name: ([*map(len, versions or ())], error) for name, (versions, error) in parts.items()}
+            self._waiting.append((note, counts, {name: line.added for name, line in self._lines.items()}))
+
+    def ready(self, behind: int) -> Iterator[Any]:
+        """Notes and logits of the items that do not wait for the last so many batches."""
+        known = {name: line.known(behind) for name, line in self._lines.items()}
+        while self._waiting and all(known[name] >= end for name, end in self._waiting[0][2].items()):
+            note, counts, _ = self._waiting.popleft()
+            yield (
+                note,
+                {
+                    name: ([self._lines[self._of(name)].take(count) for count in versions], error)
+                    for name, (versions, error) in counts.items()
+                },
+            )
+
+    def rest(self) -> Iterator[Any]:
+        """The others'."""
+        for line in self._lines.values():
+            line.finish()
+        yield from self.ready(0)
+
+    def _of(self, name: str) -> str:
+        return name if name in self._lines else ""
 
 
 def _here(job: Job, items: Iterable[Any], workers: int | None) -> Iterator[Any]:
-    detector = job.scorers[""]
-    begun: deque[Callable[[], list[Any]]] = deque()
-    for filled in detector.filled(job.prepare, items, workers):
-        begun.append(begin(job.scorers, filled))
-        # A GPU works on a batch while the answers to the one before it are taken.
-        if len(begun) > (detector.batches.device.type == "cuda"):
-            yield from begun.popleft()()
-    while begun:
-        yield from begun.popleft()()
+    detector, scoring = job.scorers[""], _Scoring(job.scorers)
+    # A GPU works on a batch while the answers to the one before it are taken.
+    behind = int(detector.batches.device.type == "cuda")
+    for prepared in detector.filled(job.prepare, items, workers):
+        scoring.add(prepared)
+        yield from scoring.ready(behind)
+    yield from scoring.rest()
 
 
 def _surviving(job: Job, items: Iterable[Any], workers: int | None) -> Iterator[Answer]:
@@ -173,7 +209,7 @@ def _alone(job: Job, item: Any) -> Any:
     except (RuntimeError, OSError, EOFError) as error:
         if not _is_death(error):
             raise
-        (answer,) = begin(job.scorers, [job.prepare.failed(item, "the process that read it died")])()
+        (answer,) = _scored(job.scorers, [job.prepare.failed(item, "the process that read it died")])
     return answer
 
 

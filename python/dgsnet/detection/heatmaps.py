@@ -9,6 +9,7 @@ import hashlib
 import json
 import re
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,7 +17,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from dgsnet.detection.decisions import DECIMALS
-from dgsnet.detection.detector import Detector, view_generator
+from dgsnet.detection.detector import Detector, prepare_views, view_generator
+from dgsnet.detection.engine import mean
 from dgsnet.files import replacing, write_file
 
 if TYPE_CHECKING:
@@ -24,6 +26,9 @@ if TYPE_CHECKING:
 
 # Longest side, in pixels, at which a heatmap is drawn.
 DRAWN_SIDE = 768
+# What contributions are, in words.
+OCCLUSION = "logit minus logit with the patch painted over in its mean colour"
+OWN = "logit of the crop by itself"
 
 
 @dataclass(frozen=True)
@@ -33,6 +38,7 @@ class Heatmap:
     boxes: np.ndarray  # float64 [n, 4], left, top, right, bottom in pixels of the upright image
     contributions: np.ndarray  # float64 [n], in logits: positive speaks for generated
     logit: float  # of the image as it is, before any temperature
+    method: str = OCCLUSION  # what a contribution is
 
     def pixels(self, height: int, width: int, scale: float = 1.0) -> np.ndarray:
         """float64 [height, width], the mean contribution of the boxes on a pixel; NaN where there is none.
@@ -47,15 +53,21 @@ class Heatmap:
         return np.divide(sums, count, out=np.full_like(sums, np.nan), where=count > 0)
 
 
-def heatmap(detector: Detector, image: np.ndarray) -> Heatmap:
-    """The change of the logit when a part of the image is painted over with its own mean colour.
+def heatmap(detector: Detector, image: np.ndarray, logits: Sequence[float] | None = None) -> Heatmap:
+    """Of several crops, which have the mean of their logits: the logit of each.
+
+    Otherwise the change of the logit when a part of the image is painted over with its own mean colour.
 
     Texture goes and colour stays, for traces of generation are texture. Each of the mosaic's patches (in mode
     "crop": each cell of a grid) is painted over alone, so it takes one forward pass per patch, 49 as
     published, and view. Of several views the contributions are averaged like the logits. It is occlusion
     (Zeiler and Fergus 2014): exact for one patch, and blind to what several do together.
 
-    The image is uint8 [H, W, 3]; ImageError if it cannot be prepared.
+    Args:
+        detector: the model.
+        image: uint8 [H, W, 3]; ImageError if it cannot be prepared.
+        logits: of its crops and views, where they are known (`engine.Answer.single`): those of several crops
+            then need no further work.
 
     Example:
         >>> from dgsnet import Detector
@@ -64,8 +76,17 @@ def heatmap(detector: Detector, image: np.ndarray) -> Heatmap:
         >>> heatmap(detector, read_image("photo.jpg")).contributions.max()  # doctest: +SKIP
         0.31
     """
+    import torch
+
+    if detector.crops != 1:
+        if logits is None:
+            pixels = prepare_views(detector.preprocess, image, detector.views, normalised=False)
+            (logits,) = detector.single_logits([pixels])
+        generators = (view_generator(image, view) for view in range(detector.views))
+        boxes = torch.cat([detector.preprocess.crop_boxes(image, rng=rng) for rng in generators])
+        return Heatmap(boxes.numpy(), np.array(logits), mean(logits), OWN)
     sums: defaultdict[tuple[float, ...], float] = defaultdict(float)
-    logits = []
+    whole = []
     for view in range(detector.views):
         # The same numbers are drawn for the pixels and for where they come from.
         pixels = detector.preprocess(image, rng=view_generator(image, view))
@@ -75,10 +96,10 @@ def heatmap(detector: Detector, image: np.ndarray) -> Heatmap:
             part = copy[:, top:bottom, left:right]
             part[:] = part.mean(dim=(1, 2), keepdim=True)
         *without, logit = detector.logits(occluded).double().tolist()
-        logits.append(logit)
+        whole.append(logit)
         for box, other in zip(boxes.tolist(), without):
             sums[tuple(box)] += (logit - other) / detector.views
-    return Heatmap(np.array(list(sums)), np.array(list(sums.values())), float(np.mean(logits)))
+    return Heatmap(np.array(list(sums)), np.array(list(sums.values())), float(np.mean(whole)))
 
 
 def draw(result: Heatmap, image: np.ndarray, title: str = "") -> Figure:
@@ -124,16 +145,22 @@ def draw(result: Heatmap, image: np.ndarray, title: str = "") -> Figure:
     return figure
 
 
-def save(detector: Detector, name: str, image: np.ndarray, folder: str | Path) -> Path:
-    """Write the heatmap of an image, uint8 [H, W, 3], as .png, whose path it gives, and .json.
+def save(
+    detector: Detector,
+    name: str,
+    image: np.ndarray,
+    folder: str | Path,
+    logits: Sequence[float] | None = None,
+) -> Path:
+    """Write the heatmap of an image as .png, whose path it gives, and .json, named after the image's name.
 
-    The files' names are made of its name.
+    Image and logits are as of `heatmap`.
     """
     import torch
 
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    result = heatmap(detector, image)
+    result = heatmap(detector, image, logits)
     probability = detector.probabilities(torch.tensor(result.logit)).item()
     # Legible, legal on any file system, and different for different images.
     digest = hashlib.sha256(name.encode(errors="surrogateescape")).hexdigest()[:8]
@@ -145,7 +172,7 @@ def save(detector: Detector, name: str, image: np.ndarray, folder: str | Path) -
         "height": image.shape[0],
         "probability": round(probability, DECIMALS),
         "decision": decision,
-        "method": "logit minus logit with the patch painted over in its mean colour",
+        "method": result.method,
         "logit": result.logit,
         "patches": [
             {"box": [round(x, 3) for x in box], "contribution": value}

@@ -167,15 +167,19 @@ def _listing(ray: Any, items: Iterable[Any], together: int) -> Any:
     return Listing()
 
 
-def _prepare(table: pa.Table, prepare: Any, threads: int, folder: str) -> pa.Table:
+def _prepare(table: pa.Table, prepare: Any, threads: int, folder: str) -> Iterator[pa.Table]:
     _settle(threads, folder)
-    return _packed([_prepared(prepare, item) for item in _unpacked(table)])
+    for item in _unpacked(table):  # one by one, for of a large image there are many tiles
+        yield _packed([_prepared(prepare, item)])
 
 
 def _prepared(prepare: Any, item: Any) -> tuple[Any, Any, dict[str, Any]]:
     note, parts = prepare[item]
     # Arrays, since a tensor brings along all of the memory that it is a part of.
-    arrays = {name: (part if part is None else part.numpy(), why) for name, (part, why) in parts.items()}
+    arrays = {
+        name: (versions and [rows.numpy() for rows in versions], why)
+        for name, (versions, why) in parts.items()
+    }
     return replace(item, data=None) if isinstance(item, Item) else item, note, arrays
 
 
@@ -190,9 +194,10 @@ class _Scorer:
         items, prepared = [], []
         for item, note, arrays in _unpacked(table):
             items.append(item)
-            prepared.append(
-                (note, {n: (a if a is None else torch.from_numpy(a), why) for n, (a, why) in arrays.items()})
-            )
+            parts = {
+                n: (a if a is None else [*map(torch.from_numpy, a)], why) for n, (a, why) in arrays.items()
+            }
+            prepared.append((note, parts))
         # All of a table go through the network together.
         return _packed(list(zip(items, self.score(prepared))))
 

@@ -17,6 +17,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from dgsnet.config import Crops
 from dgsnet.data.cells import guarded
 from dgsnet.data.items import Item, find_items
 from dgsnet.data.parquet import import_pyarrow
@@ -43,6 +44,7 @@ def score(
     provenance: ProvenanceReader | None = None,
     on_score: Callable[[Item, Row], None] | None = None,
     engine: Engine = "local",
+    heatmaps: str | Path | None = None,
 ) -> Iterator[Row]:
     """Score images one after the other, whatever becomes of the processes that read them.
 
@@ -53,6 +55,7 @@ def score(
         consistency: score re-encoded and resized copies too, and be unsure where they are decided otherwise.
         provenance: reads each file's Content Credentials.
         on_score: called with every image that could be scored, and its row.
+        heatmaps: folder for a picture and a .json of each of them, as `heatmaps.save` writes.
 
     Yields:
         One row for each item, in their order.
@@ -61,13 +64,15 @@ def score(
         >>> for row in score(Detector.load("runs/demo/model"), find_items(["photos"])):  # doctest: +SKIP
         ...     print(row.path, row.decision)
     """
-    for item, _, logits in answers(detector.job(consistency), items, engine=engine, workers=workers):
-        found, error = logits[""]
+    for answer in answers(detector.job(consistency), items, engine=engine, workers=workers):
+        item, (found, error) = answer.item, answer.logits[""]
         row = Row.of(detector, item, detector.probabilities(found).tolist(), error)
         if provenance and not error:
             row = row._replace(**provenance(item)._asdict())
         if on_score and not error:
             on_score(item, row)
+        if heatmaps and not error:
+            save(detector, item.path, item.read(), heatmaps, answer.single[""][0][0])
         yield row
 
 
@@ -79,6 +84,7 @@ def predict_command(
     views: int | None = None,
     batch: int | None = None,
     precision: Precision | None = None,
+    crops: Crops | None = None,
     workers: int | None = None,
     resume: bool = False,
     engine: Engine = "local",
@@ -101,10 +107,14 @@ def predict_command(
         batch: images that go through the network at a time; if not given, what the model was calibrated with,
             else 1. A lone image costs as much as a whole batch.
         precision: of the network's weights; if not given, what the model was calibrated with, else fp32.
+        crops: what a score is the mean over: 1 is the centre crop, 5 it and the four corners, tiles as many
+            as cover the image, 64 at most; if not given, what the model was calibrated with, else what its
+            configuration says.
         workers: processes that read and prepare images, or with ray that score them; chosen if not given.
         resume: go on where a call with the same words was stopped or killed.
         engine: local scores on this machine's device, ray on all of a Ray cluster's.
-        heatmaps: folder for a picture and a .json per image of what made its score; 50 times the work.
+        heatmaps: folder for a picture and a .json per image of what made its score; 50 times the work, but
+            for that of writing them none with several crops.
         consistency: score re-encoded and resized copies too, in a further column how far apart they are, and
             decide "unsure" where they are decided otherwise; 5 times the work and more.
         provenance: in further columns, the file's Content Credentials: verified, unverified, invalid, absent.
@@ -128,16 +138,14 @@ def predict_command(
     if write is _write_parquet:
         import_pyarrow()
     _check_found(paths)
-    how: dict[str, Any] = {"views": views, "batch": batch, "precision": precision, "pretrained": pretrained}
+    how: dict[str, Any] = {"views": views, "batch": batch, "precision": precision, "crops": crops}
     with ProvenanceReader(trust) if provenance else contextlib.nullcontext() as reader:
-        detector = Detector.load(model, device, **how)
+        detector = Detector.load(model, device, pretrained=pretrained, **how)
         begun = settings(detector, paths, consistency=consistency, provenance=reader)
         with Table(partial(target), begun, Row._fields, missing=SETTINGS, resume=resume) as table:
             todo = Todo(paths, table.path, table.end)
             options: Any = {"consistency": consistency, "provenance": reader, "engine": engine}
-            if heatmaps:
-                options["on_score"] = lambda item, _: save(detector, item.path, item.read(), heatmaps)
-            rows = score(detector, todo, workers=workers, **options)
+            rows = score(detector, todo, workers=workers, heatmaps=heatmaps, **options)
             rate = _fill(table, rows, detector.waiting)
             counts = Counter(row["decision"] for row in table.rows())
             finished = (Row(**row) for row in table.rows())

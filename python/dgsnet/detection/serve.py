@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
+from dgsnet.config import Crops
 from dgsnet.data.distortions import COPIES
 from dgsnet.data.images import ImageError, read_image
 from dgsnet.data.items import Item
@@ -125,18 +126,18 @@ def create_app(
                         raise HTTPException(422, str(error)) from None
                 return await then(found) if then else found
 
-    def prepare_image(data: bytes, name: str) -> tuple[str, Tensor, dict[str, Any]]:
+    def prepare_image(data: bytes, name: str) -> tuple[str, list[Tensor], dict[str, Any]]:
         image = read_image(data, name=name)
-        pixels, error = prepared.part(image)
+        versions, error = prepared.part(image)
         if error:
             raise ImageError(f"{name}: {error}")
-        assert pixels is not None
+        assert versions is not None
         more: dict[str, Any] = provenance(Item(name, data=data))._asdict() if provenance else {}
-        return name, pixels, more | {"width": image.shape[1], "height": image.shape[0]}
+        return name, versions, more | {"width": image.shape[1], "height": image.shape[0]}
 
-    async def score_prepared(image: tuple[str, Tensor, dict[str, Any]]) -> dict[str, Any]:
-        name, pixels, more = image
-        score = Row.of(detector, Item(name), detector.probabilities(await logits(pixels)).tolist(), "")
+    async def score_prepared(image: tuple[str, list[Tensor], dict[str, Any]]) -> dict[str, Any]:
+        name, versions, more = image
+        score = Row.of(detector, Item(name), detector.probabilities(await logits(versions)).tolist(), "")
         row = {"name": name, "probability": score.probability, "decision": score.decision}
         return row | ({"spread": score.spread} if consistency else {}) | more
 
@@ -196,6 +197,7 @@ def create_app(
 def _facts(detector: Detector) -> dict[str, Any]:
     calibration = detector.calibration
     facts: dict[str, Any] = {"calibrated": calibration is not None, "views": detector.views}
+    facts["crops"] = detector.crops
     if calibration:
         names = ("threshold", "low", "fpr", "fpr_upper", "confidence", "n_reals", "n_generated")
         return facts | {name: getattr(calibration, name) for name in names}
@@ -226,6 +228,7 @@ def serve_command(
     views: int | None = None,
     batch: int | None = None,
     precision: Precision | None = None,
+    crops: Crops | None = None,
     max_megabytes: int = 32,
     per_minute: int = 120,
     consistency: bool = False,
@@ -245,6 +248,9 @@ def serve_command(
         batch: images that go through the network at a time; if not given, what the model was calibrated with,
             else 1. A lone image costs as much as a whole batch.
         precision: of the network's weights; if not given, what the model was calibrated with, else fp32.
+        crops: what a score is the mean over: 1 is the centre crop, 5 it and the four corners, tiles as many
+            as cover the image, 64 at most; if not given, what the model was calibrated with, else what its
+            configuration says.
         max_megabytes: largest image file.
         per_minute: requests that one client may make.
         consistency: score re-encoded and resized copies too, and decide "unsure" where they are decided
@@ -262,9 +268,8 @@ def serve_command(
     if host not in LOOPBACK:
         print(f"dgsnet: warning: anybody who can reach {host} can use the page", file=sys.stderr)
     with ProvenanceReader(trust) if provenance else contextlib.nullcontext() as reader:
-        detector = Detector.load(
-            model, device, views=views, batch=batch, precision=precision, pretrained=pretrained
-        )
+        how: dict[str, Any] = {"views": views, "batch": batch, "precision": precision, "crops": crops}
+        detector = Detector.load(model, device, pretrained=pretrained, **how)
         try:
             listening = socket.create_server(
                 (host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -15,10 +16,14 @@ if TYPE_CHECKING:
 
 @dataclass(eq=False)
 class _Asked:
-    """An image that waits: its prepared views, and its logits when it has been scored."""
+    """An image that waits: as `Prepared` makes it, and its logits when it has been scored."""
 
-    views: Tensor
+    versions: list[Tensor]
     logits: list[float] | None = None
+
+    @property
+    def rows(self) -> int:
+        return sum(map(len, self.versions))
 
 
 class Together:
@@ -37,9 +42,9 @@ class Together:
         self._model = anyio.Lock()  # is had by who has waited for longest
         self._waiting: list[_Asked] = []
 
-    async def __call__(self, views: Tensor) -> list[float]:
-        """Mean logits [1 + copies] of the views that `Prepared` makes of an image."""
-        asked = _Asked(views)
+    async def __call__(self, versions: list[Tensor]) -> list[float]:
+        """Mean logits [1 + copies] of what `Prepared` makes of an image."""
+        asked = _Asked(versions)
         self._waiting.append(asked)
         try:
             async with self._model:
@@ -51,11 +56,11 @@ class Together:
         return asked.logits
 
     async def _score(self, asked: _Asked) -> None:
-        together, room = [asked], -len(asked.views) % self.size
+        together, room = [asked], -asked.rows % self.size
         for other in self._waiting:
-            if other is not asked and other.logits is None and len(other.views) <= room:
+            if other is not asked and other.logits is None and other.rows <= room:
                 together.append(other)
-                room -= len(other.views)
+                room -= other.rows
         try:
             await self._take(together)
         except Exception:
@@ -65,9 +70,8 @@ class Together:
 
     async def _take(self, together: list[_Asked]) -> None:
         def work() -> None:
-            found = self.detector.mean_logits([asked.views for asked in together]).tolist()
+            found = iter(self.detector.mean_logits([rows for asked in together for rows in asked.versions]))
             for asked in together:
-                count = len(asked.views) // self.detector.views
-                asked.logits, found = found[:count], found[count:]
+                asked.logits = [*itertools.islice(found, len(asked.versions))]
 
         await anyio.to_thread.run_sync(work)

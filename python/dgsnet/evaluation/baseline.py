@@ -40,7 +40,8 @@ def frozen_detector(detector: Detector) -> Detector:
             )
 
     frozen = detector.model.merged(torch.float32, teacher=True)
-    how: dict[str, Any] = {"batch": detector.batch, "precision": detector.precision}
+    names = ("batch", "precision", "crops")
+    how: dict[str, Any] = {name: getattr(detector, name) for name in names}
     beside = Detector(frozen, config, None, detector.views, **how)
     beside.again = detector.again and partial(_frozen_again, detector.again)
     return beside

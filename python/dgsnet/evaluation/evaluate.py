@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dgsnet.audit.audit import load_model
+from dgsnet.config import Crops
 from dgsnet.data.images import ImageError, file_hash, read_image
 from dgsnet.data.nuisances import NUISANCES, file_nuisances
 from dgsnet.data.tables import Table, damaged
@@ -207,6 +208,7 @@ def evaluate_command(
     views: int | None = None,
     batch: int | None = None,
     precision: Precision | None = None,
+    crops: Crops | None = None,
     device: str | None = None,
     workers: int | None = None,
     engine: Engine = "local",
@@ -233,6 +235,9 @@ def evaluate_command(
         batch: images that go through the network at a time; if not given, what the model was calibrated with,
             else 1. A lone image costs as much as a whole batch.
         precision: of the network's weights; if not given, what the model was calibrated with, else fp32.
+        crops: what a score is the mean over: 1 is the centre crop, 5 it and the four corners, tiles as many
+            as cover the image, 64 at most; if not given, what the model was calibrated with, else what its
+            configuration says.
         device: torch device; the GPU where there is one if not given.
         workers: processes that read and prepare images, or with ray that score them; chosen if not given.
         engine: local scores on this machine's device, ray on all of a Ray cluster's.
@@ -244,9 +249,8 @@ def evaluate_command(
     distortions = parse(robustness or ())
     file_model = load_model(audit) if audit else None
     suites = find_suites(data, split)
-    detector = Detector.load(
-        model, device, views=views, batch=batch, precision=precision, pretrained=pretrained
-    )
+    how: dict[str, Any] = {"views": views, "batch": batch, "precision": precision, "crops": crops}
+    detector = Detector.load(model, device, pretrained=pretrained, **how)
     result = evaluate(
         detector,
         suites,

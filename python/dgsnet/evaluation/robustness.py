@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from dgsnet.data.distortions import Distortion, parse_step, parse_value
 from dgsnet.errors import UserError
+
+if TYPE_CHECKING:
+    from dgsnet.data.preprocess import Preprocessor
 
 # The sweep of `--robustness default`.
 DEFAULT = (
@@ -25,11 +28,14 @@ DEFAULT = (
 class Distorted:
     """A preprocessor that distorts the image first; takes what the preprocessor takes."""
 
-    def __init__(self, distortion: Distortion, preprocess: Callable[..., Any]):
+    def __init__(self, distortion: Distortion, preprocess: Preprocessor):
         self.distortion, self.preprocess = distortion, preprocess
 
     def __call__(self, image: np.ndarray, **options: Any) -> Any:
         return self.preprocess(self.distortion(image), **options)
+
+    def crops(self, image: np.ndarray, **options: Any) -> Any:
+        return self.preprocess.crops(self.distortion(image), **options)
 
 
 def parse(words: Sequence[str]) -> list[Distortion]:

@@ -321,7 +321,7 @@ class _WithoutPixels(Dataset):
 def _views_identity(dataset: ImageDataset, encoder: str) -> str:
     """A hash of all that decides the features; size and time of a file stand for its content."""
     digest = hashlib.sha256()
-    settings: list[Any] = [encoder, asdict(dataset.preprocess.config), dataset.seed, dataset.views]
+    settings: list[Any] = [encoder, dataset.preprocess.config.of_one(), dataset.seed, dataset.views]
     if dataset.degradations:  # which stores of former versions have not
         settings.append(asdict(dataset.degradations))
     if dataset.drawn_as is not None:

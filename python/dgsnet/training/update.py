@@ -15,7 +15,7 @@ import numpy as np
 
 from dgsnet.config import CONFIG_FILE, Config
 from dgsnet.data.items import Item, find_samples
-from dgsnet.detection.decisions import THRESHOLD
+from dgsnet.detection.decisions import SETTINGS, THRESHOLD
 from dgsnet.detection.overlap import warn_of_training_images
 from dgsnet.errors import UserError
 from dgsnet.evaluation.changes import compare, per_image, table
@@ -227,9 +227,8 @@ def report(
     before = Detector.load(model, pretrained=pretrained)
     device = next(before.model.parameters()).device
     updated = load_model(out, device=device, pretrained=pretrained)
-    after = Detector(
-        *updated, before.calibration, before.views, batch=before.batch, precision=before.precision
-    )
+    how: dict[str, Any] = {name: getattr(before, name) for name in SETTINGS}
+    after = Detector(*updated, before.calibration, **how)
     workers = after.config.data.workers
     measured = [
         evaluate(detector, suites, journal=out / "state" / f"{name}.jsonl", workers=workers)

@@ -108,8 +108,8 @@ def test_whatever_part_of_a_calibration_changes_the_rows_are_refused(calibrated,
     before = (tmp_path / "s.csv.partial").read_bytes()
     for part in fields(Calibration):
         value = getattr(calibration, part.name)
-        if isinstance(value, str):
-            other = "bf16"
+        if part.name in ("precision", "crops"):
+            other = {"precision": "bf16", "crops": "tiles"}[part.name]
         else:
             other = (
                 value[::-1] if part.name == "sources" else value + (1 if isinstance(value, int) else 0.001)

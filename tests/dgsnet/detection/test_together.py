@@ -95,7 +95,7 @@ def test_what_comes_while_the_model_works_is_scored_together(detector, images, e
     """Beside one that cannot be read, one at which the model fails and one whose client has gone."""
     names = sorted(expected)[:10]
     held = Held(monkeypatch)
-    held.failing = Prepared(detector.preprocess, 1).part(read_image(images / names[6]))[0]
+    held.failing = Prepared(detector.preprocess, 1).part(read_image(images / names[6]))[0][0]
     held.prepared = 0
     with serving(create_app(detector)) as port, ThreadPoolExecutor(16) as clients:
         answers = {names[0]: clients.submit(ask, port, (images / names[0]).read_bytes())}
