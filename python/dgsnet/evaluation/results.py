@@ -96,12 +96,43 @@ class Evaluation:
 
     @cached_property
     def read(self) -> dict[tuple[str, str], list[int]]:
-        """(suite, generator) to the places in `plain` of the images that could be read."""
-        places: dict[tuple[str, str], list[int]] = {}
+        """(suite, generator) to the places in `plain` of the images it is measured on that could be read."""
+        places: dict[tuple[str, str], list[int]] = {key: [] for key in self.members}
         for place, s in enumerate(self.plain):
             if not s.error:
-                places.setdefault((s.suite, s.generator), []).append(place)
-        return places
+                for generator in self._measured_with(s):
+                    places[s.suite, generator].append(place)
+        return {key: found for key, found in places.items() if found}
+
+    @cached_property
+    def members(self) -> dict[tuple[str, str], set[int]]:
+        """(suite, generator) to the labels of its own images, whether they could be read or not."""
+        labels: dict[tuple[str, str], set[int]] = {}
+        for s in self.scores:
+            labels.setdefault((s.suite, s.generator), set()).add(s.label)
+        return labels
+
+    @cached_property
+    def borrowers(self) -> dict[str, list[str]]:
+        """Suite to its generators without real images, where others have no generated ones.
+
+        The others are photographs in a folder of their own, or of a Parquet file's "real": each generator
+        that has none is measured against all of them.
+        """
+        return {
+            suite: [name for (its, name), labels in self.members.items() if its == suite and labels == {1}]
+            for suite in self.suites
+            if any(its == suite and labels == {0} for (its, _), labels in self.members.items())
+        }
+
+    def is_lent(self, suite: str, generator: str) -> bool:
+        """Whether it is no generator but real images that generators are measured against."""
+        return self.members.get((suite, generator)) == {0} and bool(self.borrowers[suite])
+
+    def _measured_with(self, score: Score) -> list[str]:
+        """The generators whose measures an image is in."""
+        lent = self.is_lent(score.suite, score.generator)
+        return [score.generator, *(self.borrowers[score.suite] if lent else [])]
 
     @property
     def damaged(self) -> list[Score]:
@@ -113,22 +144,24 @@ class Evaluation:
     def results(self) -> list[Result]:
         """By distortion: every suite's generators in alphabetical order and their mean; then the mean of all.
 
-        The mean is unweighted, over the generators that have the measure. The last result of a distortion is
-        always the mean over all generators. Resamples of a generator depend on nothing but its own scores.
+        The mean is unweighted, over the generators that have the measure; real images that are lent to them
+        count once in its numbers. The last result of a distortion is always the mean over all generators.
+        Resamples of a generator depend on nothing but the scores that it is measured on.
         """
         groups: dict[tuple[str, str, str], list[Score]] = {}
         for s in self.scores:
-            groups.setdefault((s.distortion, s.suite, s.generator), []).append(s)
+            for generator in self._measured_with(s):
+                groups.setdefault((s.distortion, s.suite, generator), []).append(s)
         results = []
         for distortion in ("", *self.distortions):
             generators = []
             for suite in self.suites:
                 names = sorted(name for d, its, name in groups if (d, its) == (distortion, suite))
-                members = [self._result(groups[distortion, suite, name]) for name in names]
-                results += [*members, _mean(members, suite)]
+                members = [self._result(name, groups[distortion, suite, name]) for name in names]
+                results += [*members, self._mean(members, suite)]
                 generators += members
             if len(self.suites) > 1:
-                results.append(_mean(generators, ""))
+                results.append(self._mean(generators, ""))
         return results
 
     def of(self, distortion: str = "", suite: str | None = None) -> list[Result]:
@@ -180,7 +213,11 @@ class Evaluation:
         if not result.is_mean:
             found = self.shortcuts.get((result.suite, result.generator))
             return found.values if found else {}
-        members = [f.values for (suite, _), f in self.shortcuts.items() if result.suite in ("", suite)]
+        members = [
+            found.values
+            for (suite, name), found in self.shortcuts.items()
+            if result.suite in ("", suite) and not self.is_lent(suite, name)
+        ]
         return _means(members) if members else {}
 
     def comparisons(self) -> dict[str, published.Comparison]:
@@ -207,7 +244,7 @@ class Evaluation:
             lines += "\n\n" + self._text("distortion", means)
         return lines
 
-    def _result(self, scores: list[Score]) -> Result:
+    def _result(self, generator: str, scores: list[Score]) -> Result:
         first, read = scores[0], [s for s in scores if not s.error]
         arguments = (
             np.array([s.label for s in read], dtype=np.int8),
@@ -216,8 +253,18 @@ class Evaluation:
             self.calibrated_threshold,
         )
         values = metrics(*arguments) | {"n_damaged": len(scores) - len(read)}
-        draw = partial(resampled, *arguments, seed=_seed(first.suite, first.generator))
-        return Result(first.suite, first.generator, first.distortion, values, draw)
+        draw = partial(resampled, *arguments, seed=_seed(first.suite, generator))
+        return Result(first.suite, generator, first.distortion, values, draw)
+
+    def _mean(self, results: list[Result], suite: str) -> Result:
+        """Of a distortion's generators, of one suite or of all ("")."""
+        distortion = results[0].distortion
+        members = [r for r in results if not self.is_lent(r.suite, r.generator)]
+        own = [s for s in self.scores if s.distortion == distortion and suite in ("", s.suite)]
+        read = [s.label for s in own if not s.error]
+        counts = dict(zip(COUNTS, (read.count(0), read.count(1), len(own) - len(read))))
+        values = _means([member.values for member in members]) | counts
+        return Result(suite, "mean", distortion, values, partial(_mean_samples, members), is_mean=True)
 
     def _text(self, title: str, rows: list[tuple[str, dict[str, float]]]) -> str:
         lines = [[title, *self.measures.values(), "images"]]
@@ -273,12 +320,6 @@ def _means(members: list[dict[str, float]]) -> dict[str, float]:
         mean = math.fsum(having) / len(having) if having else math.nan
         result[key] = sum(having) if key.startswith("n_") else mean
     return result
-
-
-def _mean(members: list[Result], suite: str) -> Result:
-    values = _means([m.values for m in members])
-    draw = partial(_mean_samples, members)
-    return Result(suite, "mean", members[0].distortion, values, draw, is_mean=True)
 
 
 def _mean_samples(members: list[Result]) -> dict[str, np.ndarray]:

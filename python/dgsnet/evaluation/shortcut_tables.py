@@ -52,7 +52,7 @@ def file_probabilities(evaluation: Evaluation) -> dict[int, float]:
         id(evaluation.plain[place]): probability
         for key, found in evaluation.shortcuts.items()
         for place, probability in zip(evaluation.read[key], found.probabilities.tolist())
-        if not math.isnan(probability)
+        if not math.isnan(probability) and evaluation.plain[place].generator == key[1]
     }
 
 

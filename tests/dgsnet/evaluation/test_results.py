@@ -2,6 +2,7 @@
 
 import math
 import pickle
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -23,6 +24,36 @@ def test_mean_leaves_out_generators_without_the_measure():
     mean = Evaluation(scores).mean()
     assert mean["auc"] == 1.0
     assert mean["accuracy"] == 0.5
+
+
+def test_real_images_apart_are_lent_to_every_generator_without_any():
+    """As in a Parquet file whose real images are one source: measured as if each generator had them."""
+    real = [(f"r{i}", 0, p) for i, p in enumerate((0.1, 0.2, 0.6))]
+    own = {"a": [("a0", 1, 0.9), ("a1", 1, 0.15)], "b": [("b0", 1, 0.7)]}
+    c = [("c0", 1, 0.4), ("c1", 0, 0.5)]
+    scores = [Score(path, "photos", *rest) for path, *rest in real]
+    scores += [Score(path, name, *rest) for name, images in own.items() for path, *rest in images]
+    scores += [Score(path, "c", *rest) for path, *rest in c]
+    scores.append(Score("bad", "photos", 0, math.nan, "unread"))
+    scores = [replace(s, suite="main") for s in scores]
+    scores += [replace(s, suite="other") for s in scores if s.generator == "a"]
+    found = Evaluation(scores)
+    each = [(name, *image) for name, images in own.items() for image in [*real, *images]]
+    each += [("c", *image) for image in c]
+    wanted = Evaluation([Score(path, name, *rest) for name, path, *rest in each])
+    for result in wanted.of():
+        (same,) = [r for r in found.of(suite="main") if r.generator == result.generator]
+        assert {k: v for k, v in same.values.items() if k != "n_damaged"} == pytest.approx(
+            {k: v for k, v in result.values.items() if k != "n_damaged"}
+        )
+        assert same.interval("auc") == result.interval("auc")
+    means = found.mean_of(suite="main").values, wanted.mean()
+    assert means[0]["auc"] == pytest.approx(means[1]["auc"])
+    assert means[0]["accuracy"] == pytest.approx(means[1]["accuracy"])
+    assert [means[0][key] for key in COUNTS] == [4, 4, 1]
+    assert next(r for r in found.of(suite="main") if r.generator == "photos").values["n_real"] == 3
+    # Another suite's photographs are not this one's.
+    assert math.isnan(found.by_generator()["other/a"]["auc"])
 
 
 def test_suites_keep_their_order_and_generators_are_sorted():
