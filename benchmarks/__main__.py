@@ -35,6 +35,7 @@ def parse() -> argparse.Namespace:
         "--parts", nargs="+", choices=["rates", "ray", "page", "memory"], help="of scoring; all"
     )
     parser.add_argument("--models", nargs="+", help="of scoring's rates; three of full size")
+    parser.add_argument("--photographs", help="of recipes: a folder of photographs of your own")
     parser.add_argument("--out", type=Path, default=Path("runs/benchmarks.json"), help="result file (JSON)")
     arguments = parser.parse_args()
     for operation in arguments.operations:
