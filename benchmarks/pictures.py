@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[1]
 DEMO = Path(__file__).parent / "results" / "cpu_demo.json"
 # Okabe and Ito's colours, distinct also to colour-blind eyes.
 TASK, HARMFUL, BENEFICIAL, GREY = "#0072B2", "#D55E00", "#009E73", "#8A8F98"
-COLOURS = {"linear probe": GREY, "DGS-Net": TASK, "DGS-Net with expert": BENEFICIAL}
+COLOURS = {"linear probe": GREY, "DGS-Net": TASK, "DGS-Net with expert": BENEFICIAL, "twins": "#CC79A7"}
 STYLE: Any = {
     **{"font.size": 10, "axes.titlesize": 11, "axes.spines.top": False, "axes.spines.right": False},
     **{"figure.constrained_layout.use": True, "svg.hashsalt": "dgs-kernels", "savefig.facecolor": "white"},

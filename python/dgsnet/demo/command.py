@@ -1,4 +1,4 @@
-"""`dgsnet demo`: four methods trained and compared on built-in data with a shortcut and without."""
+"""`dgsnet demo`: five methods trained and compared on built-in data with a shortcut and without."""
 
 from __future__ import annotations
 
@@ -22,15 +22,16 @@ MAP_IMAGES = 300
 TABLE_NOTE = (
     "Percent. Methods: mean ± standard deviation over seeds. Differences to LoRA: paired by seed, mean ±\n"
     "standard error (seeds in which it is higher). Tests are balanced, on photographs and decoders that no\n"
-    "training has seen; conflicting: generated JPEG files against real PNG files. Zero-shot and CKA: what\n"
-    "is left of CLIP; the linear probe keeps all of it."
+    "training has seen; an image is decided on by the mean logit of the tiles that cover it. Conflicting:\n"
+    "generated JPEG files against real PNG files. Zero-shot and CKA: what is left of CLIP; the linear probe\n"
+    "keeps all of it."
 )
 # Tells a demo's folder, which may be overwritten, from any other.
 MARKER = ".dgsnet-demo"
 
 
 def demo_command(out: str = "runs/demo") -> None:
-    """Train and compare linear probe, LoRA, DGS-Net and an expert on the built-in data; write report.html.
+    """Train and compare linear probe, LoRA, DGS-Net, an expert and twins on built-in data; write report.html.
 
     Args:
         out: folder for everything; a former demo in it is replaced.
@@ -53,17 +54,14 @@ def _demo(folder: Path) -> None:
     shutil.copytree(demo.of(runs, demo.BALANCED, demo.DGSNET)[0].folder / "best", folder / "model")
     (folder / "results.json").write_text(json.dumps(demo.results(runs), indent=2) + "\n")
     maps, labels = feature_maps(runs, test)
-    shown = [(task, runs[0].seed) for task in demo.TASKS]
+    sets = {
+        f"{task}, seed {runs[0].seed}": demo.training_set(data, task, runs[0].seed) for task in demo.TASKS
+    }
+    sets |= {f"{name}, twins": demo.twins_of(images) for name, images in sets.items()}
     report.write(
         folder / "report.html",
         runs,
-        samples={
-            **{
-                f"{task}, seed {seed}": find_samples(demo.training_set(data, task, seed))
-                for task, seed in shown
-            },
-            "test": test,
-        },
+        samples={name: find_samples(images) for name, images in sets.items()} | {"test": test},
         maps=maps,
         map_labels=labels,
         seconds=time.monotonic() - started,

@@ -32,7 +32,13 @@ SEEDS = tuple(range(6))
 # Shares of real and of generated training images that are JPEG files. Tests are always balanced.
 BALANCED, BIASED = "balanced", "jpeg"
 TASKS = {BALANCED: (0.5, 0.5), BIASED: (0.8, 0.2)}
-PROBE, LORA, DGSNET, EXPERT = METHODS = ("linear probe", "LoRA", "DGS-Net", "DGS-Net with expert")
+PROBE, LORA, DGSNET, EXPERT, TWINS = METHODS = (
+    "linear probe",
+    "LoRA",
+    "DGS-Net",
+    "DGS-Net with expert",
+    "twins",
+)
 LAYERWISE = "DGS-Net by layer"  # not in the demo itself; see docs/builtin.md
 # What the expert sees, by name: settings of section data.
 EXPERTS = {
@@ -42,6 +48,7 @@ EXPERTS = {
 }
 # Chosen on validation photographs by `python -m benchmarks demo_settings`; see docs/builtin.md.
 CHOSEN_EXPERT, DISTILLATION = "captions", 0.1
+PULL = 0.3  # of twins to the frozen features
 # Of a Run, in percent: field and column title.
 MEASURES = {
     "auc": "AUC",
@@ -79,6 +86,7 @@ def configurations(config: Config, seed: int) -> dict[str, Config]:
         DGSNET: replace(config, surgery=replace(config.surgery, mode="feature")),
         EXPERT: with_expert(config, CHOSEN_EXPERT, DISTILLATION),
         LAYERWISE: replace(config, surgery=replace(config.surgery, mode="layer")),
+        TWINS: with_twins(config, PULL),
     }
 
 
@@ -87,6 +95,15 @@ def with_expert(config: Config, expert: str, distillation: float) -> Config:
     surgery = replace(config.surgery, mode="feature", text="expert", distillation=distillation)
     data: Any = EXPERTS[expert]
     return replace(config, data=replace(config.data, **data), surgery=surgery)
+
+
+def with_twins(config: Config, distillation: float) -> Config:
+    """The configuration on twins in place of unrelated images, with a pull to the frozen features, without
+    captions."""
+    sets = [str(twins_of(Path(images).parent) / "train") for images in config.data.train]
+    surgery = replace(config.surgery, mode="feature", alignment=0.0, distillation=distillation)
+    data = replace(config.data, train=sets, pairs=True, captions="none")
+    return replace(config, data=data, surgery=surgery)
 
 
 def compare(
@@ -100,8 +117,8 @@ def compare(
 ) -> list[Run]:
     """Train every method on every task with every seed, and measure it on the split test below `data`.
 
-    Training images go to data/TASK-SEED; `configure` gives what the methods share for such a folder. The runs
-    come ordered by task, method and seed.
+    Training images go to data/TASK-SEED, their real ones with twins to data/TASK-SEED-twins; `configure`
+    gives what the methods share for such a folder. The runs come ordered by task, method and seed.
     """
     pairs = [(task, seed) for seed in seeds for task in tasks]
     configs = {pair: configurations(configure(training_set(data, *pair)), pair[1]) for pair in pairs}
@@ -154,15 +171,20 @@ def training_set(data: Path, task: str, seed: int) -> Path:
     return data / f"{task}-{seed}"
 
 
+def twins_of(images: Path) -> Path:
+    """Where the twins of a training set's real images are."""
+    return images.with_name(f"{images.name}-twins")
+
+
 def _write(data: Path, task: str, seed: int) -> None:
     import torch
 
     from dgsnet import builtin
 
     torch.set_num_threads(1)
-    builtin.write_dataset(
-        training_set(data, task, seed), seed=seed, splits=("train",), compressed=TASKS[task]
-    )
+    root = training_set(data, task, seed)
+    for folder, twins in (root, False), (twins_of(root), True):
+        builtin.write_dataset(folder, seed=seed, splits=("train",), compressed=TASKS[task], twins=twins)
 
 
 def _train_one(

@@ -28,8 +28,9 @@ class Exam:
     """What detectors are measured with, decoded and encoded once."""
 
     samples: list[Item]
-    pixels: Tensor  # their inputs [N, 3, S, S]
-    frozen: Tensor  # their features [N, D] in the frozen tower
+    pixels: Tensor  # inputs [K, 3, S, S] that are crops of theirs, one image after the other
+    counts: list[int]  # crops of each sample
+    frozen: Tensor  # features [K, D] of the inputs in the frozen tower
     crops: Tensor  # inputs [M, 3, S, S] of real crops of photographs that the tiny CLIP knows
     contents: Tensor  # [M], what each shows, as a row of `names`
     names: Tensor  # [C, D], the frozen text tower's unit feature of every content
@@ -42,7 +43,7 @@ class Measures:
     evaluation: Evaluation
     conflicting: float  # mean over decoders of the AUC on `conflicting` images
     zero_shot: float  # share of crops whose content is the nearest of all contents' captions
-    cka: float  # linear centred kernel alignment of its features with the frozen ones
+    cka: float  # linear centred kernel alignment of its features with the frozen ones, crop by crop
 
 
 @torch.inference_mode()
@@ -56,10 +57,12 @@ def prepare(data: Path, split: str, config: Config) -> Exam:
     qualities, contents = zip(*(caption.split(" photo of ") for caption in captions))
     names, words = sorted(set(contents)), sorted(set(qualities))
     texts = model.text_features([f"{quality} photo of {name}" for name in names for quality in words])
-    pixels = torch.stack([preprocess(read_image(sample.path)) for sample in samples])
+    parts = [preprocess.crops(read_image(sample.path)) for sample in samples]
+    pixels = torch.cat(parts)
     return Exam(
         samples,
         pixels,
+        counts=[len(part) for part in parts],
         frozen=_features(model, pixels),
         crops=torch.stack([preprocess(read_image(image)) for image in images]),
         contents=torch.tensor([names.index(content) for content in contents]),
@@ -71,10 +74,10 @@ def prepare(data: Path, split: str, config: Config) -> Exam:
 def measure(model: DGSNet, exam: Exam) -> Measures:
     """Measure a detector, on the CPU, in evaluation mode."""
     features = _features(model, exam.pixels) if model.config.lora_rank else exam.frozen
-    probabilities = torch.sigmoid(model.head.image_head(features).squeeze(1).double()).tolist()
+    logits = model.head.image_head(features).squeeze(1).double()
     scores = [
-        Score(sample.path, sample.generator, int(sample.label == 1), probability)
-        for sample, probability in zip(exam.samples, probabilities)
+        Score(sample.path, sample.generator, int(sample.label == 1), of_crops.mean().sigmoid().item())
+        for sample, of_crops in zip(exam.samples, logits.split(exam.counts))
     ]
     return Measures(
         Evaluation(scores),

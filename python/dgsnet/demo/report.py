@@ -73,6 +73,7 @@ def write(
         sets=[_set(name, members) for name, members in samples.items()],
         examples=_examples(runs, decoders),
         config=Config.load(first.folder / "config.json"),
+        twins=Config.load(demo.of(runs, demo.BIASED, demo.TWINS)[0].folder / "config.json"),
         steps=int(first.curves["step"].max()),
         seeds=sorted({run.seed for run in runs}),
         map_count=len(map_labels),
@@ -85,10 +86,10 @@ def write(
 
 
 def verdict(runs: list[demo.Run]) -> list[str]:
-    """What the numbers say, as sentences: either kind of DGS-Net against plain LoRA, task by task."""
+    """What the numbers say, as sentences: each way beyond plain LoRA against it, task by task."""
     sentences = []
     for task, title in TITLES.items():
-        for method in (demo.DGSNET, demo.EXPERT):
+        for method in (demo.DGSNET, demo.EXPERT, demo.TWINS):
             gains = {name: demo.gain(runs, task, method, key) for key, name in SPOKEN.items()}
             found = ", ".join(f"{name} {value}: {said(value)}" for name, value in gains.items())
             sentences.append(f"{title}, {method} against plain LoRA: {found}.")

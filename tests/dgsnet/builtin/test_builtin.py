@@ -19,6 +19,7 @@ from dgsnet.data.captions import attach_captions
 from dgsnet.data.images import read_image
 from dgsnet.data.items import find_samples
 from dgsnet.data.nuisances import NUISANCES, file_nuisances
+from dgsnet.data.pairs import attach_twins, find_pairs
 from dgsnet.errors import UserError
 from dgsnet.model.dgsnet import DGSNet
 from PIL import Image
@@ -50,9 +51,12 @@ def digest(folder: Path) -> str:
 def test_photographs_are_disjoint_across_splits_and_large_enough():
     files = [photograph.file for split in SPLITS for photograph in PHOTOGRAPHS[split]]
     assert len(files) == len(set(files))
-    pixels = [photograph.pixels() for split in SPLITS for photograph in PHOTOGRAPHS[split]]
-    assert all(p.dtype == np.uint8 and p.shape[2] == 3 for p in pixels)
-    assert min(min(p.shape[:2]) for p in pixels) >= builtin.SIZE + 2 * builtin.MARGIN
+    pixels = []
+    for split in SPLITS:
+        for photograph in PHOTOGRAPHS[split]:
+            pixels.append(photograph.pixels())
+            assert pixels[-1].dtype == np.uint8 and pixels[-1].shape[2] == 3
+            assert min(pixels[-1].shape[:2]) >= builtin.SIZES[split] + 2 * builtin.MARGIN
     # Not the same pixels under two names either.
     assert len({hashlib.sha256(p.tobytes()).hexdigest() for p in pixels}) == len(pixels)
 
@@ -104,8 +108,31 @@ def test_dataset_layout_and_captions(root, module_counts):
         samples = attach_captions(find_samples(root / split), "auto", root / split)
         assert sum(sample.label for sample in samples) * 2 == len(samples) == len(images)
         assert {sample.generator for sample in samples} == set(builtin.FAMILIES[split])
-    with Image.open(next(root.rglob("*.png"))) as image:
-        assert (image.mode, image.size) == ("RGB", (builtin.SIZE, builtin.SIZE))
+        for path in (root / split).rglob("*.png"):
+            with Image.open(path) as image:
+                assert (image.mode, image.size) == ("RGB", (builtin.SIZES[split],) * 2)
+
+
+@pytest.mark.parametrize("decoder", [True, "shuffle"])
+def test_twins_differ_in_the_decoding_alone(root, decoder, tmp_path, monkeypatch):
+    """With a decoder that does nothing they are the same file, JPEG and all; the real ones are as without."""
+    shares, splits = (0.8, 0.2), ("train",)
+    plain = builtin.write_dataset(tmp_path / "plain", splits=splits, compressed=shares)
+    twins = builtin.write_dataset(tmp_path / "twins", splits=splits, compressed=shares, twins=decoder)
+    own, _ = next(builtin.make_files("train", "nearest", 0, 6, seed=0, compressed=0.8, decoder="nearest"))
+    for name in DECODERS:
+        monkeypatch.setitem(DECODERS, name, lambda images: images)
+    same = builtin.write_dataset(tmp_path / "same", splits=splits, compressed=shares, twins=decoder)
+    reals = sorted(path.relative_to(plain) for path in plain.glob("train/*/0_real/*"))
+    assert len(reals) == 18
+    for real in reals:
+        assert (plain / real).read_bytes() == (twins / real).read_bytes() == (same / real).read_bytes()
+        twin = real.parent.with_name("1_fake") / real.name
+        assert (twins / twin).read_bytes() != (plain / real).read_bytes() == (same / twin).read_bytes()
+    samples = attach_twins(find_samples(twins / "train"), twins / "train")
+    assert len(find_pairs(samples)) == 18
+    (first,) = twins.glob("train/nearest/1_fake/0000.*")
+    assert (first.read_bytes() == own) == (decoder is True)
 
 
 def test_dataset_is_deterministic_and_its_seed_matters(root, tmp_path):

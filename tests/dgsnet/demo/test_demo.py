@@ -27,7 +27,7 @@ from tests.support.fresh import forked
 def configure(root):
     return Config(
         model=ModelConfig(name="dgsnet-tiny", pretrained="builtin", lora_rank=2),
-        preprocess=PreprocessConfig(mode="crop", image_size=32),
+        preprocess=PreprocessConfig(mode="crop", image_size=32, crops="tiles"),
         data=DataConfig(train=[str(root / "train")], workers=0),
         optim=OptimConfig(batch_size=5, head_epochs=0, epochs=1, max_steps=2),
         log_every=1,
@@ -48,7 +48,7 @@ def compared(tmp_path_factory):
 
 def made_up(task=demo.BIASED, **measures):
     """Runs with these measures, each method to one value per seed; what is not given is 0.5."""
-    names = {"probe": demo.PROBE, "lora": demo.LORA, "dgsnet": demo.DGSNET, "expert": demo.EXPERT}
+    names = dict(zip(("probe", "lora", "dgsnet", "expert", "twins"), demo.METHODS))
     seeds = len(next(iter(next(iter(measures.values())).values())))
     return [
         demo.Run(
@@ -62,7 +62,7 @@ def made_up(task=demo.BIASED, **measures):
 
 
 def test_methods_differ_in_nothing_but_the_method():
-    config = Config(seed=7)
+    config = Config(seed=7, data=DataConfig(train=["data/jpeg-1/train"]))
     made = demo.configurations(config, seed=1)
     changes = {
         method: {name for name, value in made[method].flat().items() if value != config.flat()[name]}
@@ -78,7 +78,10 @@ def test_methods_differ_in_nothing_but_the_method():
         demo.DGSNET: {"seed"},
         demo.EXPERT: expert | {"seed"},
         demo.LAYERWISE: {"surgery.mode", "seed"},
+        demo.TWINS: {"data.train", "data.pairs", "data.captions", "surgery.alignment", "seed"}
+        | {"surgery.distillation"},
     }
+    assert made[demo.TWINS].data.train == ["data/jpeg-1-twins/train"]
     assert {c.seed for c in made.values()} == {1}
 
 
@@ -89,9 +92,8 @@ def test_every_method_and_seed_is_trained_and_measured(compared):
         assert sorted(run.evaluation.by_generator()) == sorted(builtin.FAMILIES["test"])
         assert len(run.evaluation.scores) == 60 and run.auc == run.evaluation.mean()["auc"]
         assert run.curves["step"].tolist() == [1, 2] and np.isfinite(run.curves["image_loss"]).all()
-        assert Config.load(run.folder / "config.json").data.train == [
-            str(folder / f"data/jpeg-{run.seed}/train")
-        ]
+        images = "jpeg-3-twins" if run.method == demo.TWINS else "jpeg-3"
+        assert Config.load(run.folder / "config.json").data.train == [str(folder / f"data/{images}/train")]
     paths = [s.path for s in runs[-1].evaluation.scores]
     score = Detector.load(runs[-1].folder, device="cpu").predict(paths)
     np.testing.assert_allclose(score, [s.probability for s in runs[-1].evaluation.scores], atol=1e-6)
@@ -147,7 +149,7 @@ def test_report_is_complete_and_self_contained(compared):
     folder, runs = compared
     test = find_samples(folder / "data/test")
     maps, labels = command.feature_maps(runs, test)
-    assert [points.shape for points in maps.values()] == [(60, 2)] * 4 and labels.sum() == 30
+    assert [points.shape for points in maps.values()] == [(60, 2)] * 5 and labels.sum() == 30
     page = folder / "report.html"
     both = [*(replace(run, task=demo.BALANCED) for run in runs), *runs]
     report.write(page, both, samples={"test": test}, maps=maps, map_labels=labels, seconds=90)
@@ -184,8 +186,8 @@ def test_gains_are_paired():
     assert gain.error == pytest.approx(differences.std(ddof=1) / np.sqrt(3))
     assert str(gain) == "+13.3 ± 8.8 (2/3)"
     lines = demo.table(runs).splitlines()
-    assert [line.split("  ")[0] for line in lines[2:6]] == list(demo.METHODS)
-    assert "73.3 ± 15.3" in lines[5] and lines[-1].startswith("DGS-Net with expert − LoRA  +13.3 ± 8.8 (2/3)")
+    assert [line.split("  ")[0] for line in lines[2:7]] == list(demo.METHODS)
+    assert "73.3 ± 15.3" in lines[5] and lines[-2].startswith("DGS-Net with expert − LoRA  +13.3 ± 8.8 (2/3)")
 
 
 @pytest.mark.parametrize(
@@ -199,8 +201,8 @@ def test_gains_are_paired():
 def test_the_verdict_follows_the_numbers(expert, says):
     runs = made_up(auc={"lora": [0.55, 0.65, 0.60], "expert": expert})
     sentences = report.verdict([*made_up(demo.BALANCED, auc={"lora": [0.9] * 3}), *runs])
-    assert len(sentences) == 5
-    published, ours = sentences[2:4]
+    assert len(sentences) == 7
+    published, ours = sentences[3:5]
     assert f"DGS-Net with expert against plain LoRA: AUC {says}, AUC on conflicting images" in ours
     assert "DGS-Net against plain LoRA: AUC −10.0 ± 2.9 (0/3): not told apart, AUC on" in published
 
@@ -209,7 +211,7 @@ def test_the_verdict_admits_guessing():
     near, far = (
         [*made_up(demo.BALANCED, auc={"lora": [v] * 2}), *made_up(auc={"lora": [v] * 2})] for v in (0.5, 0.6)
     )
-    assert "far from guessing" in report.verdict(near)[2]
+    assert "far from guessing" in report.verdict(near)[3]
     assert not any("guessing" in sentence for sentence in report.verdict(far))
 
 
