@@ -80,7 +80,7 @@ def test_mistakes_are_reported_before_the_heavy_imports(tmp_path):
         "--version": f"dgsnet {version('dgs-kernels')}\n",
         "train --out new": "no training images",
         "train --data.train nowhere --out new": "nowhere: no such file",
-        f"train {tiny} --preprocess.image_size 64": "takes images of 32 pixels",
+        f"train {tiny} --preprocess.image_size 65": "give a multiple of 4, such as 64",
         f"train {tiny} --model.pretrained openai": "give builtin, a weights file",
         f"train {tiny} --model.lora_rank -1": "lora_rank=-1",
         f"train {tiny} --model.lora_dropout 1": "lora_dropout=1.0",

@@ -105,7 +105,9 @@ def contract(detector: Detector) -> dict[str, Any]:
 
     preprocess, size = detector.config.preprocess, detector.model.image_size
     mean, std = NORMALIZATIONS[preprocess.normalization]
-    mosaic = {"patch_size": preprocess.patch_size, "num_patches": preprocess.num_patches}
+    how: dict[str, Any] = {"crops": detector.crops, "small": preprocess.small}
+    if preprocess.mode == "patches":
+        how = {"patch_size": preprocess.patch_size, "num_patches": preprocess.num_patches}
     c = detector.calibration
     return {
         "version": 1,
@@ -113,14 +115,14 @@ def contract(detector: Detector) -> dict[str, Any]:
         "preprocess": {
             "mode": preprocess.mode,
             "image_size": size,
-            **(mosaic if preprocess.mode == "patches" else {}),
+            **how,
             "scale": "pixel / 255, minus mean, divided by std",
             "mean": list(mean),
             "std": list(std),
             "views": detector.views,
         },
         "outputs": {
-            "logits": "[batch] float32, positive is generated; averaged over an image's views before use",
+            "logits": "[batch] float32, positive is generated; averaged over an image's crops and views",
             "probabilities": "[batch] float32, sigmoid(logits / temperature)",
         },
         "decision": {
@@ -204,7 +206,7 @@ def _write_safetensors(detector: Detector, path: Path) -> Callable[[Tensor], Any
         state[f"visual.{key}"] = tensor.contiguous()
     save_file(state, path, {"format": "pt", CONTRACT: json.dumps(contract(detector))})
 
-    visual = untouched_tower(detector.config.model.name).eval()
+    visual = untouched_tower(detector.config.model.name, detector.model.image_size).eval()
     written = load_file(path)
     tower = {key.removeprefix("visual."): t for key, t in written.items() if key.startswith("visual.")}
     visual.load_state_dict(tower, assign=True)

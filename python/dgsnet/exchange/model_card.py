@@ -27,9 +27,12 @@ def model_card(
     from dgsnet.model.checkpoint import fingerprint
 
     config, name = detector.config, detector.config.model.name
-    library, tower = "open_clip", f'open_clip.create_model("{name}").visual'
+    size, resized = detector.model.image_size, detector.model.resized
+    library = "open_clip"
+    tower = f'open_clip.create_model("{name}"{f", force_image_size={size}" if resized else ""}).visual'
     if not has_text(name):
         arguments = ", ".join(f"{key}={value!r}" for key, value in timm_arguments(name).items())
+        arguments += f", img_size={size}" if resized else ""
         library, tower = "timm", f"timm.create_model({arguments})".replace("'", '"')
     text = page.render(
         Path(__file__).with_suffix(".md"),

@@ -8,10 +8,12 @@ from __future__ import annotations
 import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import open_clip
 import torch
+from open_clip.model import resize_pos_embed
 from open_clip.timm_model import TimmModel
 from open_clip.transformer import VisionTransformer as OpenClipTransformer
 from timm.layers import Attention, AttentionRope, PatchEmbed
@@ -63,6 +65,16 @@ class Backbone(ABC):
     @abstractmethod
     def image_size(self) -> tuple[int, int]:
         """Height and width of the input, in pixels."""
+
+    @property
+    @abstractmethod
+    def patch_size(self) -> tuple[int, int]:
+        """Height and width of the patches that the tower cuts its input into, in pixels."""
+
+    @staticmethod
+    @abstractmethod
+    def resize(visual: Any, size: int) -> None:
+        """Have a tower take square images of another side, a multiple of its patch, as its library does."""
 
     @abstractmethod
     def split(self, attention: Any) -> nn.Module:
@@ -131,6 +143,21 @@ class OpenClip(Backbone):
     def image_size(self) -> tuple[int, int]:
         return self.visual.image_size
 
+    @property
+    def patch_size(self) -> tuple[int, int]:
+        return self.visual.patch_size
+
+    @staticmethod
+    def resize(visual: Any, size: int) -> None:
+        name = "visual.positional_embedding"
+        visual.image_size = (size, size)
+        visual.grid_size = tuple(size // patch for patch in visual.patch_size)
+        state = {name: visual.positional_embedding.detach()}
+        # As for weights that are loaded into a model of another size: bicubic, with antialiasing.
+        resize_pos_embed(state, SimpleNamespace(visual=visual))
+        trained = visual.positional_embedding.requires_grad
+        visual.positional_embedding = nn.Parameter(state[name], requires_grad=trained)
+
     def split(self, attention: Any) -> nn.Module:
         if not (isinstance(attention, nn.MultiheadAttention) and attention.batch_first):
             raise UserError(
@@ -176,6 +203,14 @@ class Timm(Backbone):
     @property
     def image_size(self) -> tuple[int, int]:
         return self.trunk.patch_embed.img_size
+
+    @property
+    def patch_size(self) -> tuple[int, int]:
+        return self.trunk.patch_embed.patch_size
+
+    @staticmethod
+    def resize(visual: Any, size: int) -> None:
+        visual.set_input_size((size, size))
 
     def split(self, attention: Any) -> nn.Module:
         if type(attention) is Attention:
@@ -240,16 +275,21 @@ def _is_timm(visual: nn.Module) -> bool:
 FAMILIES = {OpenClip: _is_open_clip, Timm: _is_timm}
 
 
-def backbone_of(visual: nn.Module, name: str) -> Backbone:
-    """The tower of the model of this name as its family takes it apart; splits its attention in place.
-
-    UserError if it is of no known family.
-    """
+def family_of(visual: nn.Module, name: str) -> type[Backbone]:
+    """The family of the tower of the model of this name; UserError if it is of no known one."""
     for family, holds in FAMILIES.items():
         if holds(visual):
-            return family(visual)
+            return family
     kind = type(getattr(visual, "trunk", visual)).__name__
     raise UserError(
         f"model {name} has a {kind} for an image tower; dgsnet adapts the vision transformers of open_clip "
         "and timm, e.g. ViT-L-14-quickgelu or ViT-B-16-SigLIP2"
     )
+
+
+def backbone_of(visual: nn.Module, name: str) -> Backbone:
+    """The tower of the model of this name as its family takes it apart; splits its attention in place.
+
+    UserError if it is of no known family.
+    """
+    return family_of(visual, name)(visual)

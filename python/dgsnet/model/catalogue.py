@@ -31,6 +31,8 @@ WEIGHTS_SUFFIXES = (".bin", ".pt", ".pth", ".safetensors")
 TIMM = "timm/"
 # Names of timm's plain and rotary vision transformers; `backbones.FAMILIES` looks at the tower itself.
 TIMM_TRANSFORMERS = re.compile(r"(vit|eva|eva02)_(?!relpos)")
+# Patches of a tower along a side of its images, at most: attention takes the fourth power of it.
+MAX_GRID = 128
 # The mosaic's patches, where they tile the model's images.
 PATCH_SIZE = 32
 
@@ -135,10 +137,15 @@ def check_model(model: ModelConfig, image_size: int) -> None:
         check_known(model.name, config_files())
         config = read_config_file(model.name)
         check_tower(model.name, config)
-        size = config["vision_cfg"]["image_size"]
+        vision = config["vision_cfg"]
+        size, patch, trunk = vision["image_size"], vision.get("patch_size"), vision.get("timm_model_name")
     else:
-        size = timm_config(model.name).input_size[1:]
-    check_image_size(model.name, size, image_size)
+        size, patch, trunk = timm_config(model.name).input_size[1:], None, model.name
+    if trunk:
+        named = re.search(r"patch(\d+)", trunk)
+        patch = int(named[1]) if named else None
+    if side(model.name, size) != image_size and patch:
+        check_image_size(model.name, patch, image_size)
     check_weights(model.name, model.pretrained)
 
 
@@ -184,13 +191,13 @@ def side(name: str, size: int | Sequence[int]) -> int:
     return height
 
 
-def check_image_size(name: str, size: int | Sequence[int], given: int) -> None:
-    """Refuse images that a model does not take."""
-    taken = side(name, size)
-    if taken != given:
+def check_image_size(name: str, patch: int, given: int) -> None:
+    """Refuse images, `given` pixels high and wide, that a model with these patches does not take."""
+    if given % patch or given > MAX_GRID * patch:
+        below = min(max(given // patch, 1), MAX_GRID) * patch
         raise UserError(
-            f"model {name} takes images of {taken} pixels, but preprocess.image_size is {given}: "
-            "make them equal"
+            f"model {name} cuts images of up to {MAX_GRID * patch} pixels into patches of {patch}, but "
+            f"preprocess.image_size is {given}: give a multiple of {patch}, such as {below}"
         )
 
 

@@ -28,7 +28,6 @@ from torch.distributed.tensor import DTensor
 from dgsnet.config import CONFIG_FILE, Config
 from dgsnet.errors import UserError
 from dgsnet.files import one_line, replace_folder, replacing, write_synced
-from dgsnet.model.catalogue import check_image_size
 from dgsnet.model.dgsnet import DGSNet
 from dgsnet.model.folders import (
     BACKBONE_FILE,
@@ -47,11 +46,12 @@ FORMAT = "dgsnet-1"  # changes when an older program could not read the file rig
 def build_model(config: Config, *, with_text: bool = True) -> DGSNet:
     """A new DGSNet; config.seed decides its random parts: heads, adapters, a backbone not pretrained.
 
-    UserError if the backbone does not exist or its weights cannot be had.
+    It takes images of the configuration's size. UserError if the backbone does not exist or takes none of
+    that size, or its weights cannot be had.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        return DGSNet(config.model, with_text=with_text)
+        return DGSNet(config.model, with_text=with_text, image_size=config.preprocess.image_size)
 
 
 def trained_state(model: DGSNet) -> dict[str, torch.Tensor]:
@@ -197,7 +197,6 @@ def load_model(
     try:
         _check_rank(state, config.model.lora_rank)
         model = build_model(config, with_text=with_text)
-        check_image_size(config.model.name, model.image_size, config.preprocess.image_size)
         load_trained_state(model, state)
     except ValueError as error:
         raise UserError(

@@ -16,7 +16,7 @@ from dgsnet.config import ModelConfig
 from dgsnet.errors import UserError
 from dgsnet.model.adapters import adapters_skipped, drop_adapters, inject_lora, merge_adapters
 from dgsnet.model.backbones import backbone_of
-from dgsnet.model.catalogue import side
+from dgsnet.model.catalogue import check_image_size, side
 from dgsnet.model.pretrained import build_towers, encode_text, tokenizer_of
 
 
@@ -30,6 +30,8 @@ class DGSNet(nn.Module):
     Args:
         config: model name, weights and adapters; `lora_rank=0` makes no adapters (linear probe).
         with_text: False leaves the text tower out, as scoring needs none; towers from timm have none.
+        image_size: side of the images in pixels, a multiple of the tower's patch; None is the side that it
+            was made for. For another one its library interpolates its position embeddings.
 
     Attributes:
         visual: the vision tower of open_clip or timm with split attention and LoRA.
@@ -38,10 +40,12 @@ class DGSNet(nn.Module):
         head: `dgs_kernels.SurgeryHead` with image_head, teacher_head and text_head.
         dim: width D of the features.
         image_size: side S of the square input, in pixels.
+        resized: whether that is another side than the tower was made for.
 
     Raises:
         UserError: an unknown name or tag, weights that cannot be found, downloaded, read or fitted, a vision
-            tower of no known family, no text tower where one is asked for, or adapter settings out of range.
+            tower of no known family or that takes no such images, no text tower where one is asked for, or
+            adapter settings out of range.
 
     Example:
         >>> model = DGSNet(ModelConfig(name="dgsnet-tiny", pretrained=""), with_text=False)
@@ -50,7 +54,7 @@ class DGSNet(nn.Module):
         torch.Size([2])
     """
 
-    def __init__(self, config: ModelConfig, *, with_text: bool = True) -> None:
+    def __init__(self, config: ModelConfig, *, with_text: bool = True, image_size: int | None = None) -> None:
         super().__init__()
         self.config = config
         visual, text = build_towers(config.name, config.pretrained, with_text)
@@ -60,6 +64,10 @@ class DGSNet(nn.Module):
         self._tokenizer = tokenizer_of(config.name) if with_text else None
 
         self.backbone = backbone_of(visual, config.name)
+        self.resized = image_size not in (None, side(config.name, self.backbone.image_size))
+        if image_size is not None and self.resized:
+            check_image_size(config.name, side(config.name, self.backbone.patch_size), image_size)
+            self.backbone.resize(visual, image_size)
         if config.lora_rank:
             inject_lora(visual, config, self.backbone.targets(config.lora_targets))
         self.dim = self.backbone.dim

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from dgsnet.errors import UserError
 from dgsnet.files import one_line
 from dgsnet.model import catalogue
-from dgsnet.model.backbones import backbone_of
+from dgsnet.model.backbones import backbone_of, family_of
 
 Tokenizer = Callable[[list[str]], Tensor]
 
@@ -80,14 +80,20 @@ def tokenizer_of(name: str) -> Tokenizer:
         ) from error
 
 
-def untouched_tower(name: str) -> nn.Module:
-    """The image tower as its library builds it, without memory for its weights."""
+def untouched_tower(name: str, image_size: int | None = None) -> nn.Module:
+    """The image tower as its library builds it, without memory for its weights; image_size as of DGSNet."""
     with init_empty_weights(include_buffers=False):
         if not catalogue.has_text(name):
-            return timm.create_model(**catalogue.timm_arguments(name))
-        config = _clip_arguments(name)
-        quick_gelu = config.get("quick_gelu", False)
-        return open_clip.model._build_vision_tower(config["embed_dim"], config["vision_cfg"], quick_gelu)
+            visual = timm.create_model(**catalogue.timm_arguments(name))
+        else:
+            config = _clip_arguments(name)
+            quick_gelu = config.get("quick_gelu", False)
+            visual = open_clip.model._build_vision_tower(
+                config["embed_dim"], config["vision_cfg"], quick_gelu
+            )
+        if image_size is not None:
+            family_of(visual, name).resize(visual, image_size)
+    return visual
 
 
 def encode_text(text: nn.Module, tokens: Tensor) -> Tensor:

@@ -27,7 +27,6 @@ from dgsnet.config import CONFIG_FILE
 from dgsnet.errors import UserError
 from dgsnet.evaluation.metrics import metrics
 from dgsnet.files import write_file
-from dgsnet.model.catalogue import check_image_size
 from dgsnet.model.checkpoint import build_model, damaged_state, fingerprint, load_trained_state
 from dgsnet.training import drift, parallel
 from dgsnet.training.checks import uses_nuisances, uses_surgery, uses_text
@@ -73,7 +72,6 @@ class Trainer:
         config = job.config
         self.config, self.out, self.update, self.accelerator = config, job.out, job.update, accelerator
         self.model = build_model(config, with_text=uses_text(config))
-        check_image_size(config.model.name, self.model.image_size, config.preprocess.image_size)
         backbone = fingerprint(self.model)
         if job.update:
             load_trained_state(self.model, job.update.start)

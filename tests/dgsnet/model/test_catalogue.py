@@ -40,9 +40,10 @@ def test_settings_out_of_range_are_refused_where_they_are_made(setting):
     "name, given, message",
     [
         ("ViT-B-32", 224, None),
-        ("ViT-B-32", 256, "ViT-B-32 takes images of 224 pixels, but preprocess.image_size is 256"),
+        ("ViT-B-32", 256, None),
+        ("ViT-B-32", 250, "into patches of 32, but preprocess.image_size is 250: give .* such as 224"),
         ("timm/vit_base_patch16_dinov3", 256, None),
-        ("timm/vit_base_patch16_dinov3", 224, "takes images of 256 pixels, but preprocess.image_size is 224"),
+        ("timm/vit_base_patch16_dinov3", 518, "into patches of 16, but preprocess.image_size is 518"),
         ("timm/vit_base_patch16_sapiens2", 768, "takes 1024x768 images; only square inputs"),
         ("timm/vit_base_patch16_dinov33", 256, "did you mean timm/vit_base_patch16_dinov3"),
     ],

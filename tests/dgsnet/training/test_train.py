@@ -42,7 +42,7 @@ def test_a_folder_in_use_is_refused_by_the_name_of_its_process(dataset, tmp_path
         (["--out", "{new}", "--model.name", "ViT-X"], "unknown model 'ViT-X'"),
         (["--out", "{new}", "--model.pretrained", "/no.pt"], "/no.pt"),
         (["--out", "{new}", "--model.lora_rank", "-1"], "lora_rank=-1"),
-        (["--out", "{new}", "--preprocess.image_size", "64"], "takes images of 32 pixels"),
+        (["--out", "{new}", "--preprocess.image_size", "65"], "give a multiple of 4, such as 64"),
         (["--out", "{new}", "--preprocess.mode", "patches"], "num_patches"),
         (["--out", "{new}", "--optim.batch_size", "0"], "batch_size=0 must be at least 1"),
         (["--out", "{new}", "--augment.preset", "social"], 'setting "augment.preset"'),
