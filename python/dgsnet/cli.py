@@ -51,6 +51,7 @@ COMMANDS = {
     "export": Command("write a detector for other programs", "exchange.export:export_command"),
     "serve": Command("show a page to drop images on", "detection.serve:serve_command"),
     "caption": Command("write captions for training", "data.captioning:caption_command"),
+    "twins": Command("make generated twins of real images", "twins.command:twins_command"),
     "demo": Command("train and compare detectors on the built-in data", "demo.command:demo_command"),
 }
 # Control characters but tab and new line, what turns the direction of writing, and bytes that are no UTF-8.

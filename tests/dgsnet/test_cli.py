@@ -104,6 +104,9 @@ def test_mistakes_are_reported_before_the_heavy_imports(tmp_path):
         "export --format hf --out new --model nowhere": "no model at nowhere",
         "serve --model nowhere": "no model at nowhere",
         "caption --data nowhere": "nowhere: no such file",
+        "twins --data nowhere --by resize --out new": "nowhere: no such file",
+        "twins --data data/one --by gan:x --out new": "--by gan:x is unknown; give vae:NAME_OR_FOLDER",
+        "twins --data data/one --by resize --out data": "exists and is not an empty folder",
         "demo --out data": "not a demo's",
     }
     found = subprocess.run(

@@ -6,12 +6,14 @@ command calls, or something that the command wrote. An option without a row fail
 
 from __future__ import annotations
 
+import csv
 import inspect
 import itertools
 import json
 import os
 import re
 import shutil
+from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -222,6 +224,18 @@ TABLE: dict[str, list[Row]] = {
         # Called before and interrupted after one of six batches, which hold 26 images.
         Row("--resume", "", "loaded", 5),
     ],
+    "twins": [
+        Row("--data", "old/val noise", "sources", {"old/val/0_real": 12, "noise": 3}),
+        Row("--by", "builtin:nearest resize", "load_makers.words", ["builtin:nearest", "resize"]),
+        Row("--device", "cuda:5", "load_makers.device", "cuda:5"),
+        Row("--out", "o", "files", {"builtin-nearest", "resize", "captions.json", "twins.csv"}),
+        Row("--captions", "words.json", "captions", {"sky"}),
+        Row("--seed", "4", "PairWriter.seed", 4),
+        Row("--batch_size", "2", "PairWriter.batch", 2),
+        Row("--workers", "7", "workers", {7}),
+        # Called before and interrupted after the first eight of 15 images and one more.
+        Row("--resume", "", "loaded", 7),
+    ],
     "demo": [Row("--out", "o", "write_dataset.root", Path("o/data"))],
 }
 SWITCHES = [(line, row.option) for line, rows in TABLE.items() for row in rows if not row.words]
@@ -288,6 +302,11 @@ def look(command: str, seen: dict[str, Any]) -> None:
     elif command == "caption":
         paths = [Path(name.removeprefix("../")) for name in json.loads((out / "words.json").read_text())]
         seen["folders"], seen["splits"] = ({path.parts[i] for path in paths} for i in (0, 1))
+    elif command == "twins":
+        with open(out / "twins.csv", newline="") as file:
+            seen["sources"] = Counter(os.path.dirname(row["source"]) for row in csv.DictReader(file))
+        words = out / "captions.json"
+        seen["captions"] = set(json.loads(words.read_text()).values()) if words.exists() else set()
 
 
 @pytest.fixture(scope="module")
@@ -310,6 +329,8 @@ def prepare(line: str, rows: list[Row], watched: Watched) -> None:
         assert watched.call(words_of(line, before)) == 0
     elif line in ("predict", "caption"):
         assert watched.call(words_of(line, before), interrupt_after=1) == 130
+    elif line == "twins":
+        assert watched.call(words_of(line, before), interrupt_after=9) == 130
 
 
 @pytest.mark.parametrize("line", TABLE)

@@ -100,6 +100,9 @@ def place(tmp_path_factory):
     (place / "captioner").mkdir()
     (place / "captioner" / "config.json").write_text(json.dumps({"model_type": "blip"}))
     (place / "captioner" / "pytorch_model.bin").touch()
+    (place / "autoencoder").mkdir()
+    (place / "autoencoder" / "config.json").write_text(json.dumps({"_class_name": "AutoencoderKL"}))
+    (place / "autoencoder" / "diffusion_pytorch_model.bin").touch()
     return place
 
 
@@ -150,6 +153,7 @@ LINES = {
     "export": ("export --model run --format safetensors --out new.safetensors", "run/best/* weights.pt"),
     "serve": ("serve --model run --port 0", "run/best/* weights.pt"),
     "caption": ("caption --data data/train --out new.json --model captioner", "captioner/*"),
+    "twins": ("twins --data data/train --out new --by vae:autoencoder", "autoencoder/* data/train/*.json"),
 }
 # What a reader of such files might take; weights are tried as everything.
 FITTING = {

@@ -66,6 +66,7 @@ def complete(words: list[str]) -> list[str]:
         "export": ["--model", "m", "--format", "onnx", "--out", "o"],
         "convert": ["--out", "o"],
         "caption": ["--data", "d"],
+        "twins": ["--data", "d", "--out", "o", "--by", "resize"],
         "serve": ["--model", "m"],
     }.get(words[0], [])
     words = [re.sub(r"\|.*", "", word) for word in words if word != "..."]  # of a choice the first

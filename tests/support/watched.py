@@ -93,6 +93,8 @@ class Watched:
             ("dgsnet.evaluation.report", "write_tables", lambda real, **given: real(**given)),
             ("dgsnet.exchange.convert", "convert", lambda _, **__: Official({}, {}, {}, 0, 1, False, "0")),
             ("dgsnet.exchange.export", "export", lambda _, **__: Path("card")),
+            ("dgsnet.twins.makers", "load_makers", lambda real, words, **_: real(words)),
+            ("dgsnet.twins.command", "PairWriter", lambda real, **given: real(**given)),
             ("dgsnet.builtin", "write_dataset", _end),
             ("socket", "create_server", lambda real, **_: real(("127.0.0.1", 0))),
         ]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 from collections.abc import Sequence
 from typing import Any
@@ -10,14 +9,12 @@ from typing import Any
 import numpy as np
 
 from dgsnet.config import Crops
-from dgsnet.data.items import Item, find_images, find_labelled
+from dgsnet.data.items import Item
 from dgsnet.detection.decisions import Precision, calibrate, load_calibration, save_calibration, summary
 from dgsnet.detection.detector import Detector
 from dgsnet.detection.engine import Engine, answers
-from dgsnet.detection.overlap import distinct, warn_of_both_labels, warn_of_training_images
+from dgsnet.detection.overlap import images_of_class, warn_of_both_labels, warn_of_training_images
 from dgsnet.errors import UserError
-
-CLASSES = {0: "real", 1: "generated"}
 
 
 def calibrate_command(
@@ -69,10 +66,10 @@ def calibrate_command(
             f"{model} is calibrated already (threshold {before.threshold:.6f} from {before.n_reals} real "
             "images): give --replace to calibrate it anew"
         )
-    sources = {" ".join(paths): _items(paths, 0) for paths in reals}
+    sources = {" ".join(paths): images_of_class(paths, 0) for paths in reals}
     if len(sources) < len(reals):
         raise UserError("--reals names a source twice")
-    fakes = _items(generated, 1) if generated else []
+    fakes = images_of_class(generated, 1) if generated else []
     items = [item for found in (*sources.values(), fakes) for item in found]
     warn_of_training_images(model, items)
     warn_of_both_labels(items)
@@ -93,29 +90,6 @@ def calibrate_command(
     )
     print(summary(result))
     print(f"written to {save_calibration(model, result)}")
-
-
-def _items(paths: Sequence[str], label: int) -> list[Item]:
-    """The images of this label that paths stand for, each content once, with a word of what is left out."""
-    plain, items = [], []
-    for path in paths:
-        if not (samples := find_labelled(path)):
-            plain.append(path)
-            continue
-        taken = [sample for sample in samples if sample.label == label]
-        print(
-            f"{path} is a labelled dataset: its {len(taken)} {CLASSES[label]} images are taken, its "
-            f"{len(samples) - len(taken)} {CLASSES[1 - label]} ones are not"
-        )
-        items += taken
-    found, missing = find_images(plain) if plain else ([], {})
-    for path, why in missing.items():
-        raise UserError(f"{path}: {why}; give image files, folders or quoted glob patterns")
-    items += [dataclasses.replace(item, label=label) for item in found]
-    once = distinct(items)
-    if copies := len(items) - len(once):
-        print(f"{copies} of {len(items)} {CLASSES[label]} images are copies of others' files: left out")
-    return once
 
 
 def _logits(

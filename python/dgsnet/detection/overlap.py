@@ -6,6 +6,7 @@ A copy of a file is found under any name; the same picture saved anew is not.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 import os
 import sys
@@ -15,10 +16,43 @@ from collections.abc import Container, Iterator, Sequence
 from pathlib import Path
 
 from dgsnet.data.images import ImageError, file_hash
-from dgsnet.data.items import Item
+from dgsnet.data.items import Item, find_images, find_labelled
+from dgsnet.errors import UserError
 
+CLASSES = {0: "real", 1: "generated"}
 # Of items that were read already, their files' hashes, None of what cannot be read; None: they are read.
 Hashes = Sequence[int | None] | None
+
+
+def images_of_class(paths: Sequence[str], label: int) -> list[Item]:
+    """The images of this label that paths stand for, each content once, with a word of what is left out.
+
+    Args:
+        paths: as of find_items, of which labelled datasets give their images of this label.
+        label: 0 real, 1 generated.
+
+    Raises:
+        UserError: a path stands for nothing, or labels cannot be read.
+    """
+    plain, items = [], []
+    for path in paths:
+        if not (samples := find_labelled(path)):
+            plain.append(path)
+            continue
+        taken = [sample for sample in samples if sample.label == label]
+        print(
+            f"{path} is a labelled dataset: its {len(taken)} {CLASSES[label]} images are taken, its "
+            f"{len(samples) - len(taken)} {CLASSES[1 - label]} ones are not"
+        )
+        items += taken
+    found, missing = find_images(plain) if plain else ([], {})
+    for path, why in missing.items():
+        raise UserError(f"{path}: {why}; give image files, folders or quoted glob patterns")
+    items += [dataclasses.replace(item, label=label) for item in found]
+    once = distinct(items)
+    if copies := len(items) - len(once):
+        print(f"{copies} of {len(items)} {CLASSES[label]} images are copies of others' files: left out")
+    return once
 
 
 def distinct(items: Sequence[Item]) -> list[Item]:
