@@ -87,6 +87,7 @@ DETECTOR = [
 CREDENTIALS = [
     Row("--provenance", "", "provenance", True),
     Row("--trust", "anchors.pem", "ProvenanceReader.trust", "anchors.pem"),
+    Row("--declared", "", "declared", True),
 ]
 ON_RAY = [Row("--workers", "7", "on_ray.workers", 7), Row("--model", "mine", "load.run", "mine")]
 # Of some commands several lines, as some options do not go together.
@@ -288,6 +289,7 @@ def look(command: str, seen: dict[str, Any]) -> None:
         seen["paths"] = [Path(row["path"]).name for row in rows]
         seen["spread"] = any(row.get("spread") is not None for row in rows)
         seen["provenance"] = any(row.get("provenance") for row in rows)
+        seen["declared"] = any(row.get("declared") for row in rows)
         seen["maps"] = len(list(out.glob("maps/**/*.png")))
     elif command == "calibrate":
         found = json.loads(next(Path("mine").rglob("calibration.json")).read_text())

@@ -24,7 +24,16 @@ FOREIGN = {
     *("prefix", "print_config", "results", "rows", "steps", "strict", "target", "test_dir", "threads"),
 }
 # Without a value.
-FLAGS = ("--consistency", "--frozen", "--help", "--print_config", "--provenance", "--replace", "--resume")
+FLAGS = (
+    "--consistency",
+    "--declared",
+    "--frozen",
+    "--help",
+    "--print_config",
+    "--provenance",
+    "--replace",
+    "--resume",
+)
 OPTION = re.compile(r"(?<![\w-])--([a-z][a-z_.-]*[a-z])")
 
 

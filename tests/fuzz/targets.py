@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 from dgsnet.audit.audit import audit, document
 from dgsnet.audit.audit import load_model as load_audit
 from dgsnet.data.captions import CAPTIONS_FILE, attach_captions
+from dgsnet.data.declared import read_declared
 from dgsnet.data.images import ImageError, file_hash, read_image
 from dgsnet.data.items import Item, find_items, find_samples
 from dgsnet.data.nuisances import file_nuisances
@@ -35,6 +36,15 @@ from benchmarks.page import serving
 from tests.fuzz.changes import changed_any, changed_bytes, changed_header, changed_numbers
 from tests.fuzz.runs import runs
 from tests.fuzz.target import Change, Target
+from tests.support.declarations import (
+    EXIF_CONTAINERS,
+    XMP_CONTAINERS,
+    comment,
+    source_type,
+    with_exif,
+    with_text,
+    with_xmp,
+)
 from tests.support.pictures import encode, grid, picture
 from tests.support.tiny import CROP, save_noise, save_tiny
 
@@ -71,7 +81,20 @@ def images() -> list[Target]:
         assert found.ndim == 3 and found.shape[2] == 3 and found.dtype == np.uint8
         assert np.isfinite(file_nuisances(data)).all()
 
-    return [Target("images", seeds, changed_headers, read)]
+    declaring = [with_xmp(source_type("digitalCapture"), container) for container in XMP_CONTAINERS]
+    declaring += [with_exif({271: "camera", "comment": comment("{}")}, kind) for kind in EXIF_CONTAINERS]
+    graph = '{"3": {"type": 5}}'
+    declaring += [with_text(kind, kind != "tEXt", prompt=graph) for kind in ("tEXt", "zTXt", "iTXt")]
+
+    def read_labels(data: bytes) -> None:
+        found = read_declared(data)
+        assert found.declared in ("generated", "partly", "captured", "none", "")
+        assert len(found.declared_by) < 2000 and "\n" not in found.declared_by
+
+    return [
+        Target("images", seeds, changed_headers, read),
+        Target("declared", declaring, changed_headers, read_labels),
+    ]
 
 
 def changed_headers(data: bytes, rng: random.Random) -> bytes:

@@ -86,7 +86,7 @@ _REDUCED, _OLD_KIND, _PHOTOMETRIC, _TILE_WIDTH, _TILE_HEIGHT, _SUB_DIRECTORIES, 
 )
 _SENSORS = (32803, 34892)
 # Of one value of each type.
-_TIFF_BYTES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8}
+TIFF_BYTES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8}
 # A marker, and neither a stuffed 0xff, a restart nor a filling byte.
 _MARKER = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")
 _ENDS, _NO_ENDS = frozenset({0xD8, 0xD9}), frozenset[int]()  # libjpeg gives up at a second start of image
@@ -178,7 +178,7 @@ def _check_tiff(data: bytes) -> None:
     raw = data[8:10] == b"CR"  # Canon's, which begin with a preview
     inner: dict[int, int] = {}  # where the directories are that Pillow reads too
     try:
-        for tag, kind, number, value in _counted(_entries(data, "a TIFF directory")):
+        for tag, kind, number, value in _counted(entries(data, "a TIFF directory")):
             if tag in found:
                 found[tag] = _number(order, kind, value)
             elif tag in (_EXIF, _GPS):
@@ -189,7 +189,7 @@ def _check_tiff(data: bytes) -> None:
             raise ImageError(f"a TIFF with tiles of more than {MAX_PIXELS:,} pixels")
         for place in inner.values():
             with contextlib.suppress(struct.error, OverflowError):
-                list(_counted(_entries(data, "a TIFF directory", place)))
+                list(_counted(entries(data, "a TIFF directory", place)))
     except (struct.error, OverflowError):
         raise ImageError("cannot be decoded: the TIFF directory is cut off") from None
     if raw or found[_DNG] or found[_PHOTOMETRIC] in _SENSORS:
@@ -214,7 +214,7 @@ def _is_sensor(data: bytes, place: int) -> bool:
     with contextlib.suppress(struct.error, OverflowError):
         return any(
             tag == _PHOTOMETRIC and _number(order, kind, value) in _SENSORS
-            for tag, kind, _, value in _entries(data, "a TIFF directory", place)
+            for tag, kind, _, value in entries(data, "a TIFF directory", place)
         )
     return False
 
@@ -238,14 +238,14 @@ def _places(data: bytes, order: str, kind: int, number: int, value: bytes) -> It
 def check_exif(exif: bytes | bytearray) -> None:
     """Refuse EXIF data whose directory would fill the memory; whatever else is wrong with it is no matter."""
     with contextlib.suppress(struct.error, OverflowError):
-        for _ in _entries(re.sub(rb"^(Exif\0\0){1,2}", b"", exif), "an EXIF directory"):
+        for _ in entries(re.sub(rb"^(Exif\0\0){1,2}", b"", exif), "an EXIF directory"):
             pass
 
 
 _Entry = tuple[int, int, int, bytes]
 
 
-def _entries(data: bytes, name: str, place: int | None = None) -> Iterator[_Entry]:
+def entries(data: bytes, name: str, place: int | None = None) -> Iterator[_Entry]:
     """Tag, type, number of values and value, or its place, of a TIFF's directory; of its first if not given.
 
     Pillow before 13 makes a copy of what every entry stands for, though all stand for the same bytes.
@@ -262,7 +262,7 @@ def _entries(data: bytes, name: str, place: int | None = None) -> Iterator[_Entr
     for _ in range(tags):
         tag, kind, number, value = struct.unpack_from(order + entry, data, place)
         place += struct.calcsize(order + entry)
-        copied += min(number * _TIFF_BYTES.get(kind, 0), len(data))
+        copied += min(number * TIFF_BYTES.get(kind, 0), len(data))
         if copied > max(len(data), MAX_DIRECTORY_BYTES):
             raise ImageError(f"{name} of more than {MAX_DIRECTORY_BYTES:,} bytes")
         yield tag, kind, number, value

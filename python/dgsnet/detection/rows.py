@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from dgsnet.data.declared import Declared
 from dgsnet.data.items import Item, find_items
 from dgsnet.data.tables import read_rows
 from dgsnet.detection.decisions import DECIMALS
@@ -28,6 +29,9 @@ class Row(NamedTuple):
     issuer: str = ""
     source_type: str = ""
     provenance_note: str = ""
+    # `Declared` of its file, "" where not asked for.
+    declared: str = ""
+    declared_by: str = ""
 
     @classmethod
     def of(cls, detector: Detector, item: Item, answer: float | Sequence[float], error: str) -> Row:
@@ -40,13 +44,21 @@ class Row(NamedTuple):
         return cls(item.path, rounded[0], detector.decide([rounded])[0], "", spread)
 
 
-def columns(*, consistency: bool = False, provenance: bool = False) -> tuple[str, ...]:
+def columns(
+    *, consistency: bool = False, provenance: bool = False, declared: bool = False
+) -> tuple[str, ...]:
     """The columns of a table, which are fields of `Row`."""
     return (
         *("path", "probability", "decision", "error"),
         *(("spread",) if consistency else ()),
         *(Provenance._fields if provenance else ()),
+        *(Declared._fields if declared else ()),
     )
+
+
+def kept(declared: bool) -> tuple[str, ...]:
+    """The columns of an unfinished table: all, without those that older tables lack unless asked for."""
+    return tuple(name for name in Row._fields if declared or name not in Declared._fields)
 
 
 @dataclass(frozen=True)
@@ -56,9 +68,10 @@ class Todo:
     paths: list[str]  # as find_items takes them
     table: Path  # a partial table
     end: int  # its length in bytes when it was opened: later rows are of images gone through already
+    columns: Sequence[str] = Row._fields  # of the table
 
     def __iter__(self) -> Iterator[Item]:
-        rows = read_rows(self.table, Row._fields, self.end)
+        rows = read_rows(self.table, self.columns, self.end)
         # Rows and items usually come in the same order, and then no more than one row is ever held.
         unmatched: Counter[str] = Counter()
         for item in find_items(self.paths):

@@ -19,6 +19,7 @@ from typing import Any
 
 from dgsnet.config import Crops
 from dgsnet.data.cells import guarded
+from dgsnet.data.declared import of_item
 from dgsnet.data.items import Item, find_items
 from dgsnet.data.parquet import import_pyarrow
 from dgsnet.data.tables import Table, partial
@@ -27,12 +28,14 @@ from dgsnet.detection.detector import Detector
 from dgsnet.detection.engine import Engine, answers
 from dgsnet.detection.heatmaps import save
 from dgsnet.detection.provenance import ProvenanceReader
-from dgsnet.detection.rows import Row, Todo, columns
+from dgsnet.detection.rows import Row, Todo, columns, kept
 from dgsnet.errors import UserError
 from dgsnet.files import replacing
 
 # Rows of a Parquet table that are in memory at a time and become one row group.
 ROW_GROUP = 2**16
+# Settings that unfinished tables of former versions do not have, and what they were.
+MISSING = SETTINGS | {"declared": False}
 
 
 def score(
@@ -42,6 +45,7 @@ def score(
     workers: int | None = None,
     consistency: bool = False,
     provenance: ProvenanceReader | None = None,
+    declared: bool = False,
     on_score: Callable[[Item, Row], None] | None = None,
     engine: Engine = "local",
     heatmaps: str | Path | None = None,
@@ -54,6 +58,7 @@ def score(
         workers, engine: as of `dgsnet.detection.engine.answers`.
         consistency: score re-encoded and resized copies too, and be unsure where they are decided otherwise.
         provenance: reads each file's Content Credentials.
+        declared: read what each file declares of its origin.
         on_score: called with every image that could be scored, and its row.
         heatmaps: folder for a picture and a .json of each of them, as `heatmaps.save` writes.
 
@@ -69,6 +74,8 @@ def score(
         row = Row.of(detector, item, detector.probabilities(found).tolist(), error)
         if provenance and not error:
             row = row._replace(**provenance(item)._asdict())
+        if declared and not error:
+            row = row._replace(**of_item(item)._asdict())
         if on_score and not error:
             on_score(item, row)
         if heatmaps and not error:
@@ -92,6 +99,7 @@ def predict_command(
     consistency: bool = False,
     provenance: bool = False,
     trust: str | None = None,
+    declared: bool = False,
     pretrained: str | None = None,
     raw_cells: bool = False,
 ) -> None:
@@ -119,12 +127,15 @@ def predict_command(
             decide "unsure" where they are decided otherwise; 5 times the work and more.
         provenance: in further columns, the file's Content Credentials: verified, unverified, invalid, absent.
         trust: PEM file of the certificates that signers are trusted by; none are if not given.
+        declared: in further columns, what the file's metadata declare, unsigned: generated, partly, captured,
+            none.
         pretrained: weights file of the model's backbone, in place of what the folder names; TorchScript, such
             as OpenAI's own file, has to be named here.
         raw_cells: write texts into the .csv as they are; if not given, one that a spreadsheet would compute,
             such as a file's name that begins with =, begins with an apostrophe.
     """
-    for option, given in {"heatmaps": heatmaps, "provenance": provenance}.items():
+    local = {"heatmaps": heatmaps, "provenance": provenance, "declared": declared}
+    for option, given in local.items():
         if given and engine != "local":
             raise UserError(f"--{option} goes with --engine local, not {engine}")
     if engine == "ray" and "-" in paths:
@@ -141,17 +152,21 @@ def predict_command(
     how: dict[str, Any] = {"views": views, "batch": batch, "precision": precision, "crops": crops}
     with ProvenanceReader(trust) if provenance else contextlib.nullcontext() as reader:
         detector = Detector.load(model, device, pretrained=pretrained, **how)
-        begun = settings(detector, paths, consistency=consistency, provenance=reader)
-        with Table(partial(target), begun, Row._fields, missing=SETTINGS, resume=resume) as table:
-            todo = Todo(paths, table.path, table.end)
-            options: Any = {"consistency": consistency, "provenance": reader, "engine": engine}
-            rows = score(detector, todo, workers=workers, heatmaps=heatmaps, **options)
+        begun = settings(detector, paths, consistency=consistency, provenance=reader, declared=declared)
+        fields = kept(declared)
+        with Table(partial(target), begun, fields, missing=MISSING, resume=resume) as table:
+            todo = Todo(paths, table.path, table.end, fields)
+            options: Any = {"consistency": consistency, "provenance": reader, "declared": declared}
+            options |= {"engine": engine, "heatmaps": heatmaps}
+            rows = score(detector, todo, workers=workers, **options)
             rate = _fill(table, rows, detector.waiting)
             counts = Counter(row["decision"] for row in table.rows())
             finished = (Row(**row) for row in table.rows())
             if raw_cells and write is _write_csv:
                 write = functools.partial(_write_csv, raw=True)
-            write(target, finished, columns(consistency=consistency, provenance=provenance))
+            write(
+                target, finished, columns(consistency=consistency, provenance=provenance, declared=declared)
+            )
             table.remove()
     read = ", ".join(
         f"{counts[d]} {d}" for d in ("generated", "real", "unsure") if counts[d] or d != "unsure"
@@ -180,6 +195,7 @@ def settings(
     *,
     consistency: bool = False,
     provenance: ProvenanceReader | None = None,
+    declared: bool = False,
 ) -> dict[str, Any]:
     """What the rows depend on, as JSON values."""
     return detector.settings() | {
@@ -187,6 +203,7 @@ def settings(
         "paths": list(paths),
         "consistency": consistency,
         "provenance": hashlib.sha256(provenance.anchors.encode()).hexdigest()[:16] if provenance else "",
+        "declared": declared,
     }
 
 
@@ -197,7 +214,7 @@ def _fill(table: Table, rows: Iterator[Row], waiting: Callable[[], str]) -> str:
     before, begin = table.done, time.monotonic()
     with tqdm(initial=before, unit="image", disable=None) as progress:
         for row in rows:
-            table.add(row._asdict())
+            table.add({name: getattr(row, name) for name in table.columns})
             progress.set_postfix_str(waiting(), refresh=False)
             progress.update()
     new, seconds = table.done - before, time.monotonic() - begin
@@ -231,7 +248,8 @@ def _write_jsonl(target: Path, rows: Iterator[Row], columns: Sequence[str]) -> N
 def _write_parquet(target: Path, rows: Iterator[Row], columns: Sequence[str]) -> None:
     pa = import_pyarrow()
     words = pa.dictionary(pa.int8(), pa.string())
-    kinds = {"probability": pa.float64(), "spread": pa.float64(), "decision": words, "provenance": words}
+    kinds = {"probability": pa.float64(), "spread": pa.float64(), "decision": words}
+    kinds |= {"provenance": words, "declared": words}
     schema = pa.schema([(column, kinds.get(column, pa.string())) for column in columns])
     with replacing(target, "wb") as file, pa.parquet.ParquetWriter(file, schema) as writer:
         while group := list(itertools.islice(rows, ROW_GROUP)):

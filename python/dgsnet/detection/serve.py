@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from PIL import Image
 
 from dgsnet.config import Crops
+from dgsnet.data.declared import read_declared
 from dgsnet.data.distortions import COPIES
 from dgsnet.data.images import ImageError, read_image
 from dgsnet.data.items import Item
@@ -60,6 +61,7 @@ def create_app(
     per_minute: int = 120,
     consistency: bool = False,
     provenance: ProvenanceReader | None = None,
+    declared: bool = False,
 ) -> FastAPI:
     """The page and its API as an ASGI application, for any server.
 
@@ -73,6 +75,7 @@ def create_app(
         per_minute: requests that one client may make, a score and a heatmap being one each.
         consistency: score re-encoded and resized copies too, and be unsure where they are decided otherwise.
         provenance: reads each file's Content Credentials.
+        declared: read what each file declares of its origin.
 
     Example:
         >>> app = create_app(Detector.load("runs/demo/model"))  # doctest: +SKIP
@@ -87,7 +90,7 @@ def create_app(
     prepared = Prepared(detector.preprocess, detector.views, COPIES if consistency else ())
     logits = Together(detector)
     facts = _facts(detector) | {"max_bytes": max_bytes, "consistency": consistency}
-    facts["provenance"] = provenance is not None
+    facts |= {"provenance": provenance is not None, "declared": declared}
 
     @app.exception_handler(ClientDisconnect)
     async def hung_up(request: Request, _: Exception) -> Response:
@@ -133,6 +136,7 @@ def create_app(
             raise ImageError(f"{name}: {error}")
         assert versions is not None
         more: dict[str, Any] = provenance(Item(name, data=data))._asdict() if provenance else {}
+        more |= read_declared(data, name=name)._asdict() if declared else {}
         return name, versions, more | {"width": image.shape[1], "height": image.shape[0]}
 
     async def score_prepared(image: tuple[str, list[Tensor], dict[str, Any]]) -> dict[str, Any]:
@@ -234,6 +238,7 @@ def serve_command(
     consistency: bool = False,
     provenance: bool = False,
     trust: str | None = None,
+    declared: bool = False,
     pretrained: str | None = None,
 ) -> None:
     """Show a page that scores the images dropped on it, with the JSON API behind it.
@@ -257,6 +262,7 @@ def serve_command(
             otherwise; 5 times the work and more.
         provenance: show the file's Content Credentials: verified, unverified, invalid, absent.
         trust: PEM file of the certificates that signers are trusted by; none are if not given.
+        declared: show what the file's metadata declare, unsigned: generated, partly, captured, none.
         pretrained: weights file of the model's backbone, in place of what the folder names; TorchScript, such
             as OpenAI's own file, has to be named here.
     """
@@ -283,6 +289,7 @@ def serve_command(
             per_minute=per_minute,
             consistency=consistency,
             provenance=reader,
+            declared=declared,
         )
         shown = f"[{host}]" if ":" in host else host
         print(f"http://{shown}:{listening.getsockname()[1]} (Ctrl-C stops it)", flush=True)

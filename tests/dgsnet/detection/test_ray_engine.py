@@ -11,7 +11,7 @@ from dgsnet.config import Config
 from dgsnet.data.tables import Table, partial
 from dgsnet.detection.calibrate import calibrate_command
 from dgsnet.detection.detector import Detector
-from dgsnet.detection.rows import Row
+from dgsnet.detection.rows import Row, kept
 from dgsnet.detection.scoring import predict_command, score, settings
 from dgsnet.errors import UserError
 from dgsnet.evaluation.evaluate import evaluate_command
@@ -61,10 +61,11 @@ def predicted(run, files, capfd):
     columns = [(row["probability"], row["spread"]) for row in expected]
     assert columns[:80] == columns[80:160]
     begun = settings(Detector.load(run, **HOW), paths, consistency=True)
-    with Table(partial(Path("ray.csv")), begun, Row._fields) as part:
+    with Table(partial(Path("ray.csv")), begun, kept(declared=False)) as part:
         for row in expected[10:20]:
             values = float(row["probability"]), row["decision"], row["error"], float(row["spread"])
-            part.add(Row(row["path"], *values)._asdict())
+            made = Row(row["path"], *values)._asdict()
+            part.add({name: made[name] for name in kept(declared=False)})
     capfd.readouterr()
     options = {"workers": 1, "consistency": True, "resume": True}
     predict_command(paths, run, "ray.csv", engine="ray", **options, **HOW)

@@ -4,7 +4,7 @@ import pytest
 from dgsnet.data.items import Item
 from dgsnet.data.tables import Table
 from dgsnet.detection.detector import Detector
-from dgsnet.detection.rows import Row, Todo, columns
+from dgsnet.detection.rows import Row, Todo, columns, kept
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +27,11 @@ def test_columns_are_those_asked_for():
     words = ("provenance", "issuer", "source_type", "provenance_note")
     assert columns() == plain and columns(consistency=True) == (*plain, "spread")
     assert columns(provenance=True) == (*plain, *words)
-    assert columns(consistency=True, provenance=True) == (*plain, "spread", *words) == Row._fields
+    unsigned = ("declared", "declared_by")
+    assert columns(declared=True) == (*plain, *unsigned)
+    every = columns(consistency=True, provenance=True, declared=True)
+    assert every == (*plain, "spread", *words, *unsigned) == Row._fields
+    assert kept(declared=True) == every and kept(declared=False) == every[:-2]
 
 
 @pytest.mark.parametrize(

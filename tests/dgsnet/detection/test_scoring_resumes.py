@@ -17,6 +17,7 @@ from dgsnet.errors import UserError
 from dgsnet.evaluation.evaluate import evaluate_command
 from dgsnet.model.checkpoint import build_model, load_model, load_trained_state, save_model, trained_state
 
+from tests.support.declarations import source_type, with_text, with_xmp
 from tests.support.fresh import FORKSERVER
 from tests.support.tables import interrupted, read_csv, same
 
@@ -169,6 +170,32 @@ def test_whatever_part_of_a_model_changes_the_rows_are_refused(run, images, tmp_
         predict_command([f"{images}/0?.png"], run, arguments[2], resume=True)
     predict_command(arguments[0], run, arguments[2], resume=True)
     assert len(read_csv(arguments[2])) == 10
+
+
+def test_what_files_declare_has_columns_where_it_is_asked_for(run, tmp_path):
+    """A table that an older version began without them goes on without them."""
+    folder = tmp_path / "declaring"
+    folder.mkdir()
+    (folder / "a.jpg").write_bytes(with_xmp(source_type("compositeSynthetic"), "JPEG"))
+    (folder / "b.png").write_bytes(with_text(Software="NovelAI"))
+    (folder / "c.png").write_bytes(b"none")
+    paths, out, table = [str(folder)], str(tmp_path / "t.csv"), tmp_path / "t.csv.partial"
+    predict_command(paths, run, out, declared=True)
+    rows = [list(row.values()) for row in read_csv(out)]
+    assert [row[4:] for row in rows] == [
+        ["partly", "compositeSynthetic (XMP DigitalSourceType)"],
+        ["generated", "NovelAI (PNG Software)"],
+        ["", ""],
+    ]
+    interrupted(predict_command, paths, run, out, rows=1)
+    with pytest.raises(UserError, match=r"other settings \(declared\)"):
+        predict_command(paths, run, out, declared=True, resume=True)
+    head, *lines = table.read_text().splitlines()
+    assert all("declared" not in line for line in lines)
+    older = {key: value for key, value in json.loads(head).items() if key != "declared"}
+    table.write_text("\n".join([json.dumps(older), *lines, ""]))
+    predict_command(paths, run, out, resume=True)
+    assert [row[:4] for row in rows] == [list(row.values()) for row in read_csv(out)]
 
 
 def test_a_partial_table_of_version_0_1_is_refused_in_one_line(run, images, tmp_path):

@@ -12,6 +12,7 @@ import numpy as np
 import psutil
 import pytest
 from dgsnet.cli import main
+from dgsnet.data.declared import Declared
 from dgsnet.data.images import read_image
 from dgsnet.detection.decisions import save_calibration
 from dgsnet.detection.detector import Detector
@@ -119,11 +120,13 @@ def test_copies_and_credentials_where_they_are_asked_for(detector, images, clien
     plain = client.post("/api/score?name=2.png", content=data).json()
     assert plain.keys() == {"name", "probability", "decision", "width", "height"}
     with ProvenanceReader() as read:
-        app = create_app(detector, consistency=True, provenance=read)
+        app = create_app(detector, consistency=True, provenance=read, declared=True)
         row = TestClient(app, base_url="http://localhost").post("/api/score?name=2.png", content=data).json()
         facts = TestClient(app, base_url="http://localhost").get("/api/model").json()
         assert {key: row.pop(key) for key in Provenance._fields} == read(data)._asdict()
-    assert facts["consistency"] and facts["provenance"]
+    assert facts["consistency"] and facts["provenance"] and facts["declared"]
+    assert {key: row.pop(key) for key in Declared._fields} == {"declared": "none", "declared_by": ""}
+    assert "everybody\n  can write or remove it" in TestClient(app, base_url="http://localhost").get("/").text
     probabilities = detector.predict(images / "2.png", consistency=True)
     assert row.pop("spread") == pytest.approx(np.ptp(probabilities), abs=2e-6)
     assert row == plain | {"decision": detector.decide(probabilities)[0]}
