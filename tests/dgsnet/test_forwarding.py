@@ -146,6 +146,7 @@ TABLE: dict[str, list[Row]] = {
         Row("--audit", "audit.json", "evaluate.file_model", FILE_MODEL),
         Row("--threshold", "0.25", "evaluate.threshold", 0.25),
         Row("--frozen", "", "evaluate.frozen", True),
+        Row("--reencode", "webp:81", "evaluate.reencode", "webp:81"),
         Row("--raw_cells", "", "write_tables.raw_cells", True),
         Row("--workers", "7", "workers", {7}),
     ],

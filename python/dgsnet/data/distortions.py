@@ -18,17 +18,34 @@ from PIL import Image, ImageEnhance, features
 
 from dgsnet.data.images import MAX_PIXELS, ImageError
 
+# Lossy file formats: what Pillow is told. Chroma is halved in both directions, as by most programs and sites,
+# or kept.
+CODECS: dict[str, dict[str, Any]] = {
+    "jpeg": {"format": "JPEG", "subsampling": "4:2:0"},
+    "jpeg444": {"format": "JPEG", "subsampling": "4:4:4"},
+    "webp": {"format": "WEBP"},
+    "avif": {"format": "AVIF", "speed": 9},
+}
 
-def codec(image: np.ndarray, quality: float, *, kind: str, **options: Any) -> np.ndarray:
-    """A lossy file format and back by Pillow: quality 1..100."""
+
+def encoded(image: np.ndarray, codec: str, quality: float) -> bytes:
+    """A file of one of CODECS: quality 1..100.
+
+    Raises:
+        ImageError: sides beyond what the format can hold, or a Pillow without it.
+    """
     buffer = io.BytesIO()
     try:
-        Image.fromarray(image).save(buffer, kind, quality=int(quality), **options)
-        with Image.open(buffer, formats=[kind]) as decoded:
-            return np.array(decoded.convert("RGB"))
-    # Sides beyond what the format can hold, or a Pillow without it.
+        Image.fromarray(image).save(buffer, quality=int(quality), **CODECS[codec])
     except (OSError, ValueError, KeyError) as error:
-        raise ImageError(f"cannot be written as {kind}: {error}") from None
+        raise ImageError(f"cannot be written as {CODECS[codec]['format']}: {error}") from None
+    return buffer.getvalue()
+
+
+def reencode(image: np.ndarray, quality: float, *, codec: str) -> np.ndarray:
+    """A lossy file format and back by Pillow."""
+    with Image.open(io.BytesIO(encoded(image, codec, quality)), formats=[CODECS[codec]["format"]]) as decoded:
+        return np.array(decoded.convert("RGB"))
 
 
 def blur(image: np.ndarray, sigma: float) -> np.ndarray:
@@ -100,11 +117,7 @@ class Operation:
 
 
 OPERATIONS = {
-    # Chroma is halved in both directions, as by most programs and sites, or kept.
-    "jpeg": Operation(partial(codec, kind="JPEG", subsampling="4:2:0"), 1, 100, whole=True),
-    "jpeg444": Operation(partial(codec, kind="JPEG", subsampling="4:4:4"), 1, 100, whole=True),
-    "webp": Operation(partial(codec, kind="WEBP"), 1, 100, whole=True),
-    "avif": Operation(partial(codec, kind="AVIF", speed=9), 1, 100, whole=True),
+    **{name: Operation(partial(reencode, codec=name), 1, 100, whole=True) for name in CODECS},
     "blur": Operation(blur, 0.1, 50),
     "sharpen": Operation(sharpen, 0, 10),
     "resize": Operation(partial(resize, kernel=Image.Resampling.BICUBIC), 0.01, 8),

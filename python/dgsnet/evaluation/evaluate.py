@@ -15,6 +15,7 @@ import numpy as np
 
 from dgsnet.audit.audit import load_model
 from dgsnet.config import Crops
+from dgsnet.data.distortions import encoded
 from dgsnet.data.images import ImageError, file_hash, read_image
 from dgsnet.data.nuisances import NUISANCES, file_nuisances
 from dgsnet.data.tables import Table, damaged
@@ -26,10 +27,11 @@ from dgsnet.errors import UserError
 from dgsnet.evaluation import false_positives, shortcut_tables
 from dgsnet.evaluation.baseline import FROZEN, frozen_detector
 from dgsnet.evaluation.baseline import rows as frozen_rows
+from dgsnet.evaluation.comparison import Comparison, write
 from dgsnet.evaluation.metrics import THRESHOLD
 from dgsnet.evaluation.report import published_methods, write_page, write_tables
 from dgsnet.evaluation.results import Evaluation, Score, text_table
-from dgsnet.evaluation.robustness import Distorted, parse
+from dgsnet.evaluation.robustness import Distorted, parse, parse_codec
 
 if TYPE_CHECKING:
     from dgsnet.audit.shortcuts import FileModel
@@ -49,6 +51,7 @@ def evaluate(
     distortions: Sequence[Distortion] = (),
     file_model: FileModel | None = None,
     frozen: bool = False,
+    reencode: str = "",
     journal: str | Path | None = None,
     workers: int | None = None,
     engine: Engine = "local",
@@ -59,7 +62,7 @@ def evaluate(
     Args:
         detector: the model; the threshold of its calibration, if it has one, is measured too.
         samples: what `dgsnet.data.items.find_samples` found, or suite to that.
-        threshold, frozen: as in `evaluate_command`.
+        threshold, frozen, reencode: as in `evaluate_command`.
         distortions: each is measured on all images, besides the images as they are.
         file_model: what the files of other data say of the label, in place of what these images' own say.
         journal: file that keeps the logits as they are made. Scores already in it are not made again.
@@ -82,9 +85,9 @@ def evaluate(
         scorers[FROZEN] = frozen_detector(detector)
     nuisances = np.empty((len(listed), len(NUISANCES)), np.float32)
     hashes: list[int | None] = [None] * len(listed)
-    examine = _Examined(detector, distortions)
+    examine = _Examined(detector, distortions, parse_codec(reencode) if reencode else None)
     with contextlib.ExitStack() as stack:
-        table = stack.enter_context(_journal(Path(journal), detector, listed)) if journal else None
+        table = stack.enter_context(_journal(Path(journal), detector, listed, reencode)) if journal else None
         done: dict[str, dict[int, tuple[float, str]]] = {name: {} for name in variants}
         done |= _kept(table, listed) if table else {}
         bar = tqdm(total=len(variants) * len(listed), unit="image", disable=None if progress else True)
@@ -132,6 +135,7 @@ def evaluate(
         promised,
         Evaluation(beside, threshold) if frozen else None,
         hashes,
+        reencode,
     )
 
 
@@ -141,7 +145,10 @@ class _Examined:
     The note is its hash and its nuisances; the parts are the variants.
     """
 
-    def __init__(self, detector: Detector, distortions: Sequence[Distortion]):
+    def __init__(
+        self, detector: Detector, distortions: Sequence[Distortion], codec: tuple[str, float] | None
+    ):
+        self.codec = codec
         plain: Any = detector.preprocess
         preprocessors: Any = {"": plain, FROZEN: plain} | {d.name: Distorted(d, plain) for d in distortions}
         self.prepared = {name: Prepared(one, detector.views) for name, one in preprocessors.items()}
@@ -152,6 +159,8 @@ class _Examined:
         try:
             data = item.read_bytes()
             file = file_hash(data)
+            if self.codec:
+                data = encoded(read_image(data, name=item.path), *self.codec)
             with contextlib.suppress(ImageError):  # whoever decodes it says why
                 nuisances = file_nuisances(data)
             image = read_image(data, name=item.path) if names else None
@@ -173,12 +182,13 @@ class _Examined:
         return unknown, dict.fromkeys(names, (None, f"{item.path}: {why}"))
 
 
-def _journal(path: Path, detector: Detector, listed: Sequence[tuple[str, Item]]) -> Table:
+def _journal(path: Path, detector: Detector, listed: Sequence[tuple[str, Item]], reencode: str) -> Table:
     """The logits that are there, and more to come."""
     images = hashlib.sha256()
     for suite, sample in listed:
         images.update(repr((suite, sample.path, sample.label, sample.generator)).encode())
     settings = detector.settings() | {"images": images.hexdigest()[:16]}
+    settings |= {"reencode": reencode} if reencode else {}
     return Table(path, settings, COLUMNS, missing=SETTINGS)
 
 
@@ -198,13 +208,14 @@ def _kept(table: Table, listed: Sequence[tuple[str, Item]]) -> dict[str, dict[in
 
 def evaluate_command(
     data: list[str],
-    model: str,
+    model: list[str],
     out: str,
     split: str | None = None,
     threshold: float = THRESHOLD,
     robustness: list[str] | None = None,
     audit: str | None = None,
     frozen: bool = False,
+    reencode: str = "",
     views: int | None = None,
     batch: int | None = None,
     precision: Precision | None = None,
@@ -215,14 +226,16 @@ def evaluate_command(
     pretrained: str | None = None,
     raw_cells: bool = False,
 ) -> None:
-    """Measure a model on labelled images, per generator and on average.
+    """Measure a model on labelled images, per generator and on average; or several, side by side.
 
     Prints a table, and writes report.html, metrics.md, .json, .csv and .png, and scores.csv (every image).
-    A killed evaluation goes on when it is called again.
+    Several models have a folder each for these, and report.html, comparison.md and .json set them side by
+    side. A killed evaluation goes on when it is called again.
 
     Args:
         data: test suites: dataset folders, or JSON/CSV lists of path and label; NAME=PATH names a suite.
-        model: a model folder, or the folder of a training run.
+        model: a model folder, or the folder of a training run; NAME=FOLDER names it. Of several, the first is
+            what the others are compared with.
         out: folder for the results; scores that are already in it are not made again.
         split: train, val or test, for folders that hold several.
         threshold: an image is called generated where its probability is above it.
@@ -231,6 +244,8 @@ def evaluate_command(
         audit: audit.json of the training data: which images conflict with what *its* files say of the label,
             rather than with what the measured images' own say.
         frozen: measure the frozen backbone with the linear head of training's stage 1 beside the model.
+        reencode: write every image as jpeg:QUALITY (jpeg444, webp, avif) first, both classes alike, so that
+            formats tell nothing; what is left of the files is measured beside the model.
         views: views averaged per image; what the calibration was made with, else 1, if not given.
         batch: images that go through the network at a time; if not given, what the model was calibrated with,
             else 1. A lone image costs as much as a whole batch.
@@ -246,27 +261,48 @@ def evaluate_command(
         raw_cells: write texts into the .csv files as they are; if not given, one that a spreadsheet would
             compute, such as a generator's name that begins with =, begins with an apostrophe.
     """
-    distortions = parse(robustness or ())
-    file_model = load_model(audit) if audit else None
+    models = find_models(model)
     suites = find_suites(data, split)
-    how: dict[str, Any] = {"views": views, "batch": batch, "precision": precision, "crops": crops}
-    detector = Detector.load(model, device, pretrained=pretrained, **how)
-    result = evaluate(
-        detector,
-        suites,
-        threshold=threshold,
-        distortions=distortions,
-        file_model=file_model,
-        frozen=frozen,
-        journal=Path(out) / JOURNAL,
-        workers=workers,
-        engine=engine,
-    )
     listed = [sample for samples in suites.values() for sample in samples]
-    warn_of_training_images(model, listed, result.hashes)
+    options: dict[str, Any] = {
+        "threshold": threshold,
+        "distortions": parse(robustness or ()),
+        "file_model": load_model(audit) if audit else None,
+        "frozen": frozen,
+        "reencode": reencode,
+        "workers": workers,
+        "engine": engine,
+    }
+    how: dict[str, Any] = {"views": views, "batch": batch, "precision": precision, "crops": crops}
+    how["pretrained"] = pretrained
+    detectors = {name: Detector.load(folder, device, **how) for name, folder in models.items()}
+    found = {}
+    for name, folder in models.items():
+        place, detector = Path(out) / name, detectors.pop(name)
+        result = evaluate(detector, suites, journal=place / JOURNAL, **options)
+        warn_of_training_images(folder, listed, result.hashes)
+        write_tables(place, result, raw_cells=raw_cells)
+        write_page(place / "report.html", result, model=folder, views=detector.views)
+        if name:
+            print(f"\n{name}:")
+        _print(result)
+        found[name] = result
+    result = next(iter(found.values()))
     warn_of_both_labels(listed, hashes=result.hashes)
-    write_tables(out, result, raw_cells=raw_cells)
-    write_page(Path(out) / "report.html", result, model=model, views=detector.views)
+    if len(found) > 1:
+        compared = Comparison(found)
+        write(out, compared)
+        for title, _, rows in compared.tables()[:2]:
+            print(f"\n{title.lower()}:\n{text_table(rows)}")
+    for score in result.damaged:
+        print(f"left out: {score.error}")
+    unread, total = sum(bool(s.error) for s in result.plain), len(listed)
+    if unread == total:
+        raise UserError(f"none of the {total} images could be read")
+    print(f"{unread} of {total} images could not be read; results in {out}")
+
+
+def _print(result: Evaluation) -> None:
     print(result.table())
     if rates := false_positives.rows(result):
         print(f"\n{false_positives.caption(result)}\n{text_table(rates)}")
@@ -278,12 +314,27 @@ def evaluate_command(
         print(f"\nbeside the frozen backbone with a linear head:\n{text_table(beside)}")
     for suite, comparison in result.comparisons().items():
         print(f"\n{suite}:\n{text_table(published_methods(comparison))}")
-    for score in result.damaged:
-        print(f"left out: {score.error}")
-    unread, total = sum(bool(s.error) for s in result.plain), len(listed)
-    if unread == total:
-        raise UserError(f"none of the {total} images could be read")
-    print(f"{unread} of {total} images could not be read; results in {out}")
+
+
+def find_models(folders: str | Sequence[str]) -> dict[str, str]:
+    """Model folders by name: NAME=FOLDER, or what the folder is called; a single one has the name "".
+
+    Raises:
+        UserError: two of one name, or a name that is no name of a folder.
+    """
+    if isinstance(folders, (str, os.PathLike)):
+        folders = [os.fspath(folders)]
+    models: dict[str, str] = {}
+    for given in folders:
+        name, equals, folder = given.partition("=")
+        if not equals or os.path.exists(given):
+            name, folder = Path(given).absolute().name, given
+        if name in models:
+            raise UserError(f"--model: two models are called {name!r}; tell them apart as NAME={folder}")
+        if not name or name in (".", "..") or "/" in name or os.sep in name:
+            raise UserError(f"--model: {name!r} cannot be the name of a folder of results")
+        models[name] = folder
+    return models if len(models) > 1 else dict.fromkeys([""], *models.values())
 
 
 def find_suites(sources: Sequence[str], split: str | None = None) -> dict[str, list[Item]]:

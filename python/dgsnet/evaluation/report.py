@@ -41,7 +41,7 @@ def write_tables(out: str | Path, evaluation: Evaluation, *, raw_cells: bool = F
     """
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    write_file(out / "metrics.json", _json(document(evaluation)))
+    write_file(out / "metrics.json", as_json(document(evaluation)))
     write_file(
         out / "metrics.csv", _csv([_row(evaluation, result) for result in evaluation.results], raw_cells)
     )
@@ -81,6 +81,7 @@ def document(evaluation: Evaluation) -> dict[str, Any]:
 
     return {
         "threshold": evaluation.threshold,
+        **({"reencoded": evaluation.reencoded} if evaluation.reencoded else {}),
         "calibrated_threshold": evaluation.calibrated_threshold,
         "confidence": CONFIDENCE,
         "resamples": RESAMPLES,
@@ -118,21 +119,21 @@ def markdown(evaluation: Evaluation) -> str:
             "",
             f"## {page.plain(suite) or 'Generators'}",
             "",
-            *_markdown_table([["generator", *columns], *rows]),
+            *markdown_table([["generator", *columns], *rows]),
         ]
     if len(evaluation.suites) > 1:
         rows = [["mean", *cells(evaluation.mean_of())]]
-        lines += ["", "## All suites", "", *_markdown_table([["generator", *columns], *rows])]
+        lines += ["", "## All suites", "", *markdown_table([["generator", *columns], *rows])]
     for title, caption, table in _sections(evaluation):
-        lines += ["", f"## {title}", "", caption, "", *_markdown_table(table)]
+        lines += ["", f"## {title}", "", caption, "", *markdown_table(table)]
     if evaluation.distortions:
         rows = [[name or "none", *cells(evaluation.mean_of(name))] for name in ("", *evaluation.distortions)]
         lines += ["", "## Robustness", "", "Means over all generators.", ""]
-        lines += _markdown_table([["distortion", *columns], *rows])
+        lines += markdown_table([["distortion", *columns], *rows])
     for suite, comparison in evaluation.comparisons().items():
         lines += ["", f"## {page.plain(suite)}: published results", "", _source(comparison), ""]
-        lines += [*_markdown_table(published_methods(comparison)), ""]
-        lines += _markdown_table(published_generators(comparison))
+        lines += [*markdown_table(published_methods(comparison)), ""]
+        lines += markdown_table(published_generators(comparison))
     if evaluation.damaged:
         lines += ["", "## Left out", "", *(f"- {page.plain(s.error)}" for s in evaluation.damaged)]
     return "\n".join(lines) + "\n"
@@ -250,8 +251,9 @@ def _sections(evaluation: Evaluation) -> list[tuple[str, str, list[list[str]]]]:
 def _caption(evaluation: Evaluation) -> str:
     calibrated = evaluation.calibrated_threshold
     at = "" if calibrated is None else f", calibrated ones at {calibrated:g}"
+    first = f"Every image was written as {evaluation.reencoded} first. " if evaluation.reencoded else ""
     return (
-        f"Percent; in brackets the {CONFIDENCE:.0%} bootstrap interval. Decisions at "
+        f"{first}Percent; in brackets the {CONFIDENCE:.0%} bootstrap interval. Decisions at "
         f"{evaluation.threshold:g}{at}. TPR@1%: share of generated images found while at most 1% of these "
         "real images are called generated. ECE: expected calibration error. Means are unweighted over "
         "generators."
@@ -371,12 +373,12 @@ def _mistakes(evaluation: Evaluation) -> list[dict[str, Any]]:
         ]
         wrong.sort(key=lambda s: (s.probability if label else -s.probability, s.path))
         total = sum(s.label == label for s in _read(evaluation))
-        shown = [{"score": s, "picture": _thumbnail(s.path)} for s in wrong[:MISTAKES]]
+        shown = [{"score": s, "picture": thumbnail(s.path)} for s in wrong[:MISTAKES]]
         sections.append({"title": title, "count": len(wrong), "total": total, "shown": shown})
     return sections
 
 
-def _thumbnail(path: str) -> str | None:
+def thumbnail(path: str) -> str | None:
     """The picture as base64 JPEG; None where it cannot be read any more."""
     try:
         picture = Image.fromarray(read_image(path))
@@ -399,7 +401,7 @@ def _row(evaluation: Evaluation, result: Result) -> dict[str, Any]:
     return {k: "" if isinstance(v, float) and math.isnan(v) else v for k, v in row.items()}
 
 
-def _markdown_table(rows: Sequence[Sequence[str]]) -> list[str]:
+def markdown_table(rows: Sequence[Sequence[str]]) -> list[str]:
     rule = ["---", *["---:"] * (len(rows[0]) - 1)]
     escaped = [[page.plain(cell) for cell in row] for row in rows]
     return [f"| {' | '.join(row)} |" for row in (escaped[0], rule, *escaped[1:])]
@@ -410,7 +412,7 @@ def _one_decimal(values: Sequence[float]) -> list[str]:
     return [percent(value / 100) for value in values]
 
 
-def _json(value: Any) -> bytes:
+def as_json(value: Any) -> bytes:
     """JSON, which has no NaN: null."""
     return (
         json.dumps(json.loads(json.dumps(value), parse_constant=lambda _: None), indent=2) + "\n"

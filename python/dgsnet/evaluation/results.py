@@ -73,6 +73,7 @@ class Evaluation:
     frozen: Evaluation | None = field(default=None, repr=False, compare=False)  # by the frozen backbone
     # `file_hash` of the images as they are, in the order of their scores; None of what cannot be read.
     hashes: Sequence[int | None] | None = field(default=None, repr=False, compare=False)
+    reencoded: str = ""  # codec:quality of what every image was written as first
 
     @property
     def measures(self) -> dict[str, str]:

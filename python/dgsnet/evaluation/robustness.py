@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dgsnet.data.distortions import Distortion, parse_step, parse_value
+from dgsnet.data.distortions import CODECS, Distortion, parse_step, parse_value
 from dgsnet.errors import UserError
 
 if TYPE_CHECKING:
@@ -38,7 +38,16 @@ class Distorted:
         return self.preprocess.crops(self.distortion(image), **options)
 
 
-def parse(words: Sequence[str]) -> list[Distortion]:
+def parse_codec(word: str) -> tuple[str, float]:
+    """Codec and quality of a word such as `jpeg:96`; UserError if it is none."""
+    steps = [step for distortion in parse([word], "--reencode") for step in distortion.steps]
+    if len(steps) != 1 or steps[0][0] not in CODECS:
+        known = ", ".join(f"{name}:QUALITY" for name in CODECS)
+        raise UserError(f"--reencode {word}: is no file format with a quality; use {known}")
+    return steps[0]
+
+
+def parse(words: Sequence[str], option: str = "--robustness") -> list[Distortion]:
     """The distortions that words such as `jpeg:90,50` and `jpeg:90+resize:0.5` stand for, each once.
 
     The word `default` stands for those of DEFAULT.
@@ -52,21 +61,21 @@ def parse(words: Sequence[str]) -> list[Distortion]:
     distortions: dict[Distortion, None] = {}
     for word in itertools.chain.from_iterable(DEFAULT if word == "default" else [word] for word in words):
         # Every combination, where several steps of a chain have several values.
-        for steps in itertools.product(*(_parse_step(step, word) for step in word.split("+"))):
+        for steps in itertools.product(*(_parse_step(step, f"{option} {word}") for step in word.split("+"))):
             distortions[Distortion(steps)] = None
     return list(distortions)
 
 
-def _parse_step(step: str, word: str) -> list[tuple[str, float]]:
+def _parse_step(step: str, words: str) -> list[tuple[str, float]]:
     try:
         name, values = parse_step(step)
     except ValueError as error:
-        raise UserError(f"--robustness {word}: {error}, commas between values, + between steps") from None
-    return [(name, _parse_value(name, value, step, word)) for value in values.split(",")]
+        raise UserError(f"{words}: {error}, commas between values, + between steps") from None
+    return [(name, _parse_value(name, value, step, words)) for value in values.split(",")]
 
 
-def _parse_value(name: str, text: str, step: str, word: str) -> float:
+def _parse_value(name: str, text: str, step: str, words: str) -> float:
     try:
         return parse_value(name, text)
     except ValueError as error:
-        raise UserError(f"--robustness {word}: {text!r} in {step!r} {error}") from None
+        raise UserError(f"{words}: {text!r} in {step!r} {error}") from None

@@ -202,3 +202,34 @@ def test_the_names_of_suites(model, data, tmp_path):
         find_suites([str(data), str(data)])
     with pytest.raises(UserError, match="no such file"):
         find_suites([f"x={tmp_path}/nowhere"])
+
+
+def test_reencoding_treats_both_classes_alike(model, tmp_path, capsys):
+    """Real JPEG and generated PNG files of one size: nothing is left of what the files alone say."""
+    rng = np.random.default_rng(0)
+    for i in range(60):
+        folder, kind = (("0_real", "jpg"), ("1_fake", "png"))[i % 2]
+        path = tmp_path / "data/g" / folder / f"{i}.{kind}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        noise = rng.integers(0, 256, (40, 40, 3), dtype=np.uint8)
+        pixels = distortions.reencode(noise, 90, codec="jpeg") if i % 2 else noise  # compressed once, both
+        Image.fromarray(pixels).save(path, quality=90)
+    found = {}
+    for name, options in {"as they are": {}, "alike": {"reencode": "jpeg:96"}}.items():
+        found[name] = measure(model, tmp_path / "data", tmp_path / name, **options)["generators"]["g"]
+    assert found["as they are"]["shortcut"]["file_auc"] == 1
+    assert found["alike"]["shortcut"]["file_auc"] < 0.8
+    assert "Every image was written as jpeg:96 first" in (tmp_path / "alike/metrics.md").read_text()
+    (alike,) = robustness.parse(["jpeg:96"])
+    rows = read_csv(tmp_path / "alike/scores.csv")
+    expected = Detector.load(model, device="cpu").predict([alike(read_image(row["path"])) for row in rows])
+    np.testing.assert_allclose([float(row["probability"]) for row in rows], expected, atol=1e-6)
+    with pytest.raises(UserError, match="as they are"):
+        measure(model, tmp_path / "data", tmp_path / "as they are", reencode="jpeg:96")
+
+
+@pytest.mark.parametrize("word", ["jpeg:90,80", "blur:1", "default", "jpeg:90+webp:80", "jpeg:200", "png:1"])
+def test_what_no_image_can_be_written_as_is_refused(word, model, data, tmp_path):
+    with pytest.raises(UserError, match=f"--reencode {word}: ".replace("+", r"\+")) as error:
+        evaluate_command([str(data)], str(model), str(tmp_path / "o"), reencode=word)
+    assert "\n" not in str(error.value) and not (tmp_path / "o").exists()
