@@ -49,10 +49,13 @@ class Feed:
         pairs = find_pairs(job.samples) if data.pairs else None
         drawn_as = None
         if pairs is not None:
-            self.data_hash = hashlib.sha256(f"{self.data_hash} {pairs.tolist()}".encode()).hexdigest()
+            both = pairs
+            if job.update and job.update.replayed and job.update.pairs is not None:
+                both = np.concatenate([pairs, len(job.samples) + job.update.pairs])
+            self.data_hash = hashlib.sha256(f"{self.data_hash} {both.tolist()}".encode()).hexdigest()
             if data.pairs != "independent":
                 drawn_as = np.arange(len(samples))
-                drawn_as[pairs[:, 1]] = pairs[:, 0]
+                drawn_as[both[:, 1]] = both[:, 0]
         dataset = loading.ImageDataset(
             samples,
             self.preprocess,
@@ -127,11 +130,12 @@ class Feed:
         """
         self.order.set_epoch(epoch, skip=position.seen)
 
-        def replayed(number: int) -> dict[str, list[int]]:
+        def replayed(number: int) -> dict[str, np.ndarray]:
             """Old images of the n-th step from here, which follow the new ones in the dataset."""
             assert self.update
             drawn = self.update.draw(position.step + number, self.plan.images)
-            return {name: [len(self.order.samples) + i for i in places] for name, places in drawn.items()}
+            first = len(self.order.samples)
+            return {name: np.where(units < 0, units, first + units) for name, units in drawn.items()}
 
         self.plan.set(self.order.left(), limit, replayed if replay else None)
         self._captioned = position.stage == BRANCHES

@@ -86,13 +86,13 @@ class StepPlan:
         self,
         order: Sequence[int] | np.ndarray,
         limit: int | None = None,
-        replayed: Callable[[int], dict[str, list[int]]] | None = None,
+        replayed: Callable[[int], dict[str, np.ndarray]] | None = None,
     ) -> None:
         """Plan at most `limit` steps over `order`; a process may get empty batches of the last one.
 
         Rows of `order`, if it has two axes, stay in one micro-batch; -1 in it stands for no image.
-        `replayed(n)`: the images beside those of the n-th of these steps, by objective; each objective has a
-        mean of its own.
+        `replayed(n)`: the images beside those of the n-th of these steps, in rows of the same kind, by
+        objective; each objective has a mean of its own.
         """
         units = np.reshape(order, (len(order), -1))
         ends = np.cumsum((units >= 0).sum(1))
@@ -102,7 +102,7 @@ class StepPlan:
             end = max(start + 1, int(np.searchsorted(ends, seen + self.images, side="right")))
             micro = self._split(units[start:end])
             for objective, others in (replayed(len(self.steps)) if replayed else {}).items():
-                micro += self._split(np.reshape(others, (-1, 1)), objective)
+                micro += self._split(np.reshape(others, (len(others), -1)), objective)
             self.steps.append((int(ends[end - 1]) - seen, micro))
             start, seen = end, int(ends[end - 1])
 

@@ -28,6 +28,7 @@ class Update:
     ratio: float  # replayed images for each new one of a step
     seed: int  # decides which old images a step replays
     record: dict[str, str]  # what is stored of it with the model
+    pairs: np.ndarray | None = None  # of old twins, places [P, 2] in `samples`; None: they stay alone
 
     @property
     def replayed(self) -> list[Item]:
@@ -53,19 +54,38 @@ class Update:
         places = MAX_OBJECTIVES - 1
         return f"{REPLAYED}/{', '.join(generators[number % places :: places])}"
 
-    def draw(self, step: int, images: int) -> dict[str, list[int]]:
+    @cached_property
+    def _twins(self) -> dict[int, list[tuple[int, int]]]:
+        """The pairs that each place is in."""
+        found: dict[int, list[tuple[int, int]]] = {}
+        for real, generated in self.pairs if self.pairs is not None else ():
+            for place in (real, generated):
+                found.setdefault(int(place), []).append((int(real), int(generated)))
+        return found
+
+    def draw(self, step: int, images: int) -> dict[str, np.ndarray]:
         """Places in `samples` that stand beside `images` new ones in a step, by objective.
 
         A function of (seed, step), the same under every rule that replays. Generators and classes come as
-        often as each other.
+        often as each other. An image brings its twin with it, and with several one of them.
+
+        Returns:
+            int64 [n, 1]; with pairs [n, 2], of which a row stays together, -1 beside one without a twin.
         """
         rng = np.random.default_rng((self.seed, step, 1))
-        turns = np.resize(rng.permutation(len(self._cells)), max(1, round(self.ratio * images)))
-        drawn: dict[str, list[int]] = {}
+        wanted = max(1, round(self.ratio * images))
+        turns = np.resize(rng.permutation(len(self._cells)), wanted)
+        drawn: dict[str, list[tuple[int, ...]]] = {}
         for turn in turns:
             objective, places = self._cells[turn]
-            drawn.setdefault(objective, []).append(int(rng.choice(places)))
-        return drawn
+            place = int(rng.choice(places))
+            pairs = self._twins.get(place)
+            alone = (place,) if self.pairs is None else (place, -1)
+            drawn.setdefault(objective, []).append(pairs[rng.integers(len(pairs))] if pairs else alone)
+            wanted -= 2 if pairs else 1
+            if wanted <= 0:
+                break
+        return {objective: np.array(units) for objective, units in drawn.items()}
 
     def surgery(
         self, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler | None = None

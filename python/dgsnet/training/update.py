@@ -15,6 +15,7 @@ import numpy as np
 
 from dgsnet.config import CONFIG_FILE, Config
 from dgsnet.data.items import Item, find_samples
+from dgsnet.data.pairs import attach_twins, find_pairs
 from dgsnet.detection.decisions import SETTINGS, THRESHOLD
 from dgsnet.detection.overlap import warn_of_training_images
 from dgsnet.errors import UserError
@@ -129,6 +130,7 @@ def update(
             ratio=replay_share / (1 - replay_share),
             seed=config.seed,
             record=record,
+            pairs=find_pairs(old) if config.data.pairs else None,
         )
         write_file(out / UPDATE_FILE, (json.dumps(record, indent=2) + "\n").encode())
         fit(Job(config, out, new, [], started))
@@ -161,7 +163,10 @@ def _samples(
     if rule == "none":
         new = training_samples(config, list(data), "train")
     else:
-        new = [sample for root in data for sample in find_samples(root, "train")]
+        found = {root: find_samples(root, "train") for root in data}
+        if config.data.pairs:
+            found = {root: attach_twins(samples, root) for root, samples in found.items()}
+        new = [sample for samples in found.values() for sample in samples]
     known = {_place(sample) for sample in old}
     if both := [sample for sample in new if _place(sample) in known]:
         raise UserError(

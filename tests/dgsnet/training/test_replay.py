@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import shutil
 
 import numpy as np
 import pytest
@@ -9,14 +10,15 @@ import torch
 import torch.nn.functional as F
 from dgsnet.config import Config
 from dgsnet.data.items import Item, find_samples
-from dgsnet.data.loading import ImageDataset
+from dgsnet.data.loading import EpochSampler, ImageDataset
+from dgsnet.data.pairs import attach_twins, find_pairs
 from dgsnet.data.preprocess import Preprocessor
 from dgsnet.model import checkpoint
 from dgsnet.training.replay import WEIGHTINGS, Update
 from dgsnet.training.step import named_parameters
 from dgsnet.training.update import update
 
-from tests.support.runs import STATE_FILE, interrupted_after
+from tests.support.runs import STATE_FILE, changed, interrupted_after
 
 
 def naive_gem(g, others):
@@ -46,10 +48,17 @@ def naive(rule, g, others):
     return g - c / (o @ o) * o + o - c / (g @ g) * g
 
 
-@pytest.mark.parametrize("rule", [*WEIGHTINGS, "none"])
-def test_a_step_has_the_rules_gradient(rule, options, tmp_path):
-    """Adam's first moment after one step is a tenth of its gradient; the formulas are redone in float64."""
+@pytest.mark.parametrize("rule, paired", [*((rule, False) for rule in [*WEIGHTINGS, "none"]), ("gem", True)])
+def test_a_step_has_the_rules_gradient(rule, paired, options, tmp_path):
+    """Adam's first moment after one step is a tenth of its gradient; the formulas are redone in float64.
+
+    Of a detector that learned from pairs, twins of the same names come together, replayed ones too.
+    """
     out = tmp_path / "run"
+    if paired:
+        options = options | {"model": shutil.copytree(options["model"], tmp_path / "detector")}
+        settings = options["model"] / "best" / "config.json"
+        settings.write_text(changed(Config.load(settings), data_pairs=True).to_json())
     with interrupted_after(1):
         update(out=out, rule=rule, test=[], **options | {"steps": 2, "replay_share": 0.4})
     state = checkpoint.load_state(out / STATE_FILE)
@@ -57,11 +66,18 @@ def test_a_step_has_the_rules_gradient(rule, options, tmp_path):
     moments = [entry["exp_avg"] for entry in found["state"].values()]
 
     config = Config.load(out / "config.json")
-    new, old = (find_samples(root, "train") for root in (options["data"][0], options["replay"][0]))
+    roots = options["data"][0], options["replay"][0]
+    new, old = (attach_twins(find_samples(root, "train"), root) for root in roots)
+    pairs = [find_pairs(samples) if paired else None for samples in (new, old)]
+    drawn_as = np.arange(len(new) + len(old))
+    for first, of in zip((0, len(new)), pairs if paired else ()):
+        drawn_as[first + of[:, 1]] = first + of[:, 0]
     network = checkpoint.load_model(options["model"])[0].double()
-    images = ImageDataset([*new, *old], Preprocessor(config.preprocess), train=True, seed=config.seed)
+    how = {"train": True, "seed": config.seed, "drawn_as": drawn_as}
+    images = ImageDataset([*new, *old], Preprocessor(config.preprocess), **how)
     epoch = config.optim.head_epochs  # stage 2 counts from there
-    images.set_epoch(epoch)
+    sampler = EpochSampler(images, shuffle=True, seed=config.seed, count=len(new), pairs=pairs[0])
+    sampler.set_epoch(epoch)
     for name, parameter in network.named_parameters():
         parameter.requires_grad_("lora_" in name or "image_head" in name)
     names, trained = zip(*named_parameters(network))
@@ -74,11 +90,13 @@ def test_a_step_has_the_rules_gradient(rule, options, tmp_path):
         loss = F.binary_cross_entropy_with_logits(logits, labels)
         return torch.cat([grad.flatten() for grad in torch.autograd.grad(loss, trained)]), loss.item()
 
-    order = np.random.default_rng((config.seed, epoch)).permutation(len(new))[: config.optim.batch_size]
-    drawn = Update({}, np.empty(0), old, rule, 0.4 / 0.6, config.seed, {}).draw(0, len(order))
-    assert sum(map(len, drawn.values())) == 5
-    g, loss = gradient(order)
-    others = [gradient([len(new) + i for i in places])[0] for places in drawn.values()]
+    most = config.optim.batch_size
+    drawn = Update({}, np.empty(0), old, rule, 0.4 / 0.6, config.seed, {}, pairs[1]).draw(0, most)
+    assert sum((units >= 0).sum() for units in drawn.values()) == (6 if paired else 5)
+    units = sampler.left()
+    first = units[np.cumsum((units >= 0).sum(axis=1)) <= most]
+    g, loss = gradient(first[first >= 0])
+    others = [gradient(len(new) + places[places >= 0])[0] for places in drawn.values()]
     logged = state["sums"]
     assert (logged[0].item(), logged[-1].item()) == (pytest.approx(loss, rel=1e-5), 1)  # of new images alone
     assert len(others) == (2 if rule == "gem" else 1)
@@ -103,17 +121,20 @@ def replayed(generators, rule):
     return Update({}, np.empty(0), samples, rule, 2.0, 5, {})
 
 
+def places(update, step):
+    """Those that a step with six new images replays."""
+    return update.draw(step, 6)["replayed"].ravel().tolist()
+
+
 def test_draws_are_balanced_functions_of_seed_and_step():
     one = replayed(3, "replay")
-    (drawn,) = one.draw(7, 6).values()
-    assert len(drawn) == 12 and drawn == replayed(3, "conflict").draw(7, 6)["replayed"]
+    drawn = places(one, 7)
+    assert len(drawn) == 12 and drawn == places(replayed(3, "conflict"), 7)
     cells = [(one.samples[i].generator, one.samples[i].label) for i in drawn]
     assert all(cells.count(cell) == 2 for cell in cells)
-    assert {i for step in range(40) for i in one.draw(step, 6)["replayed"]} == set(range(len(one.samples)))
+    assert {i for step in range(40) for i in places(one, step)} == set(range(len(one.samples)))
     draws = {
-        tuple(dataclasses.replace(one, seed=seed).draw(step, 6)["replayed"])
-        for seed in range(4)
-        for step in range(4)
+        tuple(places(dataclasses.replace(one, seed=seed), step)) for seed in range(4) for step in range(4)
     }
     assert len(draws) == 16  # (seed, step) of neighbours do not meet
 
@@ -122,10 +143,25 @@ def test_gem_has_a_constraint_for_each_old_generator_as_far_as_there_may_be():
     three = replayed(3, "gem")
     drawn = three.draw(0, 6)
     assert sorted(drawn) == ["replayed/g00", "replayed/g01", "replayed/g02"]
-    for name, places in drawn.items():
-        assert {three.samples[i].generator for i in places} == {name[-3:]}
-    assert sorted(i for places in drawn.values() for i in places) == sorted(
-        replayed(3, "replay").draw(0, 6)["replayed"]
-    )
+    for name, units in drawn.items():
+        assert {three.samples[i].generator for i in units.ravel()} == {name[-3:]}
+    of_all = np.concatenate([units.ravel() for units in drawn.values()])
+    assert sorted(of_all) == sorted(places(replayed(3, "replay"), 0))
     many = replayed(32, "gem").draw(0, 32)
     assert len(many) == 15 and "replayed/g00, g15, g30" in many
+
+
+def test_an_image_brings_its_twin_with_it():
+    """Of several, one; whoever has none comes alone, and images are hardly more than without."""
+    alone = replayed(2, "replay")
+    real, generated = ([i for i, sample in enumerate(alone.samples) if sample.label == k] for k in (0, 1))
+    pairs = np.array([(real[0], generated[0]), (real[0], generated[1]), (real[4], generated[5])])
+    update = dataclasses.replace(alone, pairs=pairs)
+    seen = set()
+    for step in range(60):
+        units = update.draw(step, 6)["replayed"]
+        assert units.shape[1] == 2 and 12 <= (units >= 0).sum() <= 13
+        for unit in units.tolist():
+            assert unit in pairs.tolist() or (unit[1] == -1 and unit[0] not in pairs)
+            seen.add(tuple(unit))
+    assert seen >= {tuple(pair) for pair in pairs.tolist()}

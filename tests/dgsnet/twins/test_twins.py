@@ -49,8 +49,9 @@ def rows(out):
 
 @pytest.fixture
 def photos(tmp_path):
-    """Files of the same names in two folders, one of which cannot be read, and a single pixel."""
-    for number, image in enumerate(crops(9)):
+    """Files of the same names in two folders, one of which cannot be read, some of one size."""
+    for number, image in enumerate(crops(9, low=55)):
+        image = image.crop((0, 0, 55, 51)) if number > 2 else image
         path = tmp_path / "photos" / ("north", "south")[number % 2] / f"{number // 2}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         image.save(path)
