@@ -32,7 +32,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, nargs="+", default=[torch.get_num_threads()])
     parser.add_argument("--seconds", type=float, default=10, help="time for the rounds of one case")
     parser.add_argument(
-        "--parts", nargs="+", choices=["rates", "ray", "page", "memory"], help="of scoring; all"
+        "--parts", nargs="+", choices=["rates", "ray", "page", "memory", "crops"], help="of scoring; all"
     )
     parser.add_argument("--models", nargs="+", help="of scoring's rates; three of full size")
     parser.add_argument("--photographs", help="of recipes: a folder of photographs of your own")

@@ -11,6 +11,7 @@ Parts, each of which can be chosen with --parts:
 - ray: `dgsnet predict` with --engine ray and two workers against local, start-up taken out.
 - page: what sixteen clients of the page get who ask at the same time.
 - memory: of all processes while 15,000 images are scored.
+- crops: images per second by the centre crop, by five crops and by tiles, at what `dgsnet calibrate` chooses.
 
 Weights are random, for none can be downloaded where this was made; adapters are not at their initial zeros.
 """
@@ -25,6 +26,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +36,8 @@ import torch
 from dgsnet.config import Config, ModelConfig, PreprocessConfig
 from dgsnet.data.images import read_image
 from dgsnet.data.items import Item, find_items
+from dgsnet.data.preprocess import crop_corners
+from dgsnet.detection.decisions import CROPS
 from dgsnet.detection.detector import Detector, Prepared
 from dgsnet.detection.rows import columns
 from dgsnet.detection.scoring import WRITERS, predict_command, score
@@ -49,7 +53,7 @@ from benchmarks.page import ORDINARY, ordinary, serving
 from benchmarks.processor_time import ProcessorTime
 
 MODELS = ("ViT-B-32", "ViT-B-16-SigLIP2", "ViT-L-14")
-PARTS = ("page", "memory", "ray", "rates")
+PARTS = ("page", "memory", "ray", "crops", "rates")
 SIDE, PLAIN_BATCH = 512, 64
 ALONE = 4  # images a round of what takes them one by one
 COMPARED = 24  # images whose scores in fp32 are made too
@@ -138,7 +142,7 @@ def results(arguments: argparse.Namespace) -> Iterator[dict]:
     for part in arguments.parts or PARTS:
         if part != "rates":
             torch.set_num_threads(arguments.threads[0])
-            yield {"ray": ray, "page": page, "memory": memory}[part](device)
+            yield {"ray": ray, "page": page, "memory": memory, "crops": crops}[part](device)
             continue
         for name, threads in itertools.product(arguments.models or MODELS, arguments.threads):
             torch.set_num_threads(threads)
@@ -302,6 +306,38 @@ def page(device: str, name: str = MODELS[0], each: int = 6) -> dict:
         flush=True,
     )
     return result
+
+
+def crops(device: str, name: str = MODELS[0], side: int = SIDE, rounds: int = 3) -> dict:
+    """Images per second from files to a table, medians of rounds in turn, and of crops alike."""
+    config = configuration(name)
+    config.preprocess = replace(config.preprocess, mode="crop")
+    ours = Detector(build(name, device), config).fastest()
+    rows = {number: len(crop_corners(side, side, ours.model.image_size, number)) for number in CROPS}
+    taken: dict[Any, list[float]] = {number: [] for number in rows}
+    with tempfile.TemporaryDirectory(dir=memory_folder()) as folder:
+        files = write_files(Path(folder), 4 * max(ours.batch, 8), side)
+        for _, (number, times) in itertools.product(range(rounds), taken.items()):
+            how: dict[str, Any] = {"batch": ours.batch, "precision": ours.precision, "crops": number}
+            detector = Detector(ours.model, config, **how)
+            detector.predict(files[:1])
+            since = time.perf_counter()
+            some = files[: -(-len(files) // rows[number])]
+            to_table(some, detector, Path(folder, "table.csv"))
+            times.append((time.perf_counter() - since) / len(some))
+    rate = {str(number): float(1 / np.median(times)) for number, times in taken.items()}
+    print(
+        f"\nscoring {name}, JPEG of {side} x {side}, batches of {ours.batch} at {ours.precision}:", flush=True
+    )
+    for number, of_crops in rows.items():
+        each = rate[str(number)]
+        print(f"  crops {number}: {each:.2f} images/s, {each * of_crops:.1f} crops/s", flush=True)
+    return {
+        **{"operation": "scoring", "part": "crops", "model": name, "device": device, "side": side},
+        **{"threads": torch.get_num_threads(), "batch": ours.batch, "precision": ours.precision},
+        **{"rounds": rounds, "crops": {str(key): value for key, value in rows.items()}},
+        "images_per_second": rate,
+    }
 
 
 def memory(device: str, images: int = MEMORY_IMAGES, samples: int = MEMORY_SAMPLES) -> dict:

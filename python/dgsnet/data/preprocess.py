@@ -256,8 +256,8 @@ def _grid(height: int, width: int, size: int) -> tuple[int, int]:
     """How many rows and columns of tiles an image has."""
     rows, columns = (min(-(-side // size), MAX_TILES) for side in (height, width))
     while rows * columns > MAX_TILES:
-        # Of the two the one that has more of them to a pixel.
-        if rows > 1 and rows * width > columns * height:
+        # Of the two the one that has more of them to a pixel, or else more: turned images have turned tiles.
+        if rows > 1 and (rows * width, rows) > (columns * height, columns):
             rows -= 1
         else:
             columns -= 1

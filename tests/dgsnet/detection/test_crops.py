@@ -38,7 +38,6 @@ CORNERS = {
     ("tiles", 32, 129): [(0, 0), (0, 24), (0, 48), (0, 72), (0, 97)],
 }
 HOW = [{"batch": 4, "precision": "bf16"}, {"batch": 1, "precision": "fp32"}]
-CROPS = [5, "tiles"]
 
 
 def logits_of(detector: Detector, images: list, **options) -> list[float]:
@@ -68,15 +67,14 @@ def mixed(tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("how", HOW, ids=["bf16", "fp32"])
-@pytest.mark.parametrize("crops", CROPS)
-def test_company_order_and_workers_change_no_bit(run, mixed, crops, how):
+@pytest.mark.parametrize("crops, how, workers", [(5, HOW[0], 1), ("tiles", HOW[0], 2), ("tiles", HOW[1], 0)])
+def test_company_order_and_workers_change_no_bit(run, mixed, crops, how, workers):
     paths = sorted(mixed.iterdir())
     detector = Detector.load(run, device="cpu", crops=crops, **how)
     alone = [logits_of(detector, [path])[0] for path in paths]
     assert len(set(alone)) == len(paths)
     assert logits_of(detector, paths, workers=0) == alone
-    assert logits_of(detector, paths[::-1], workers=2) == alone[::-1]
+    assert logits_of(detector, paths[::-1], workers=workers) == alone[::-1]
     views = Detector.load(run, device="cpu", crops=crops, views=3, **how)
     alone = [logits_of(views, [path])[0] for path in paths]
     assert logits_of(views, paths) == alone
@@ -123,9 +121,8 @@ def labelled(tmp_path_factory) -> Path:
     return root
 
 
-@pytest.mark.parametrize("crops", CROPS)
-def test_commands_and_the_page_score_alike(run, labelled, crops, tmp_path):
-    how = {"crops": crops, "views": 2, "batch": 4, "precision": "bf16"}
+def test_commands_and_the_page_score_alike(run, labelled, tmp_path):
+    how = {"crops": "tiles", "views": 2, "batch": 4, "precision": "bf16"}
     reals = sorted((labelled / "0_real").iterdir())
     detector = Detector.load(run, device="cpu", **how)
     expected = [round(float(p), 6) for p in detector.predict(reals)]
@@ -142,10 +139,10 @@ def test_commands_and_the_page_score_alike(run, labelled, crops, tmp_path):
     client = TestClient(create_app(detector), base_url="http://localhost")
     answers = [client.post("/api/score", content=path.read_bytes()).json() for path in reals[:3]]
     assert [answer["probability"] for answer in answers] == pytest.approx(expected[:3], abs=1e-6)
-    assert client.get("/api/model").json()["crops"] == crops
+    assert client.get("/api/model").json()["crops"] == "tiles"
     found = heatmap(detector, read_image(reals[0]))
     picture_of = client.post("/api/heatmap", content=reals[0].read_bytes())
-    assert picture_of.status_code == 200 and len(found.contributions) == (6 if crops == 5 else 7)
+    assert picture_of.status_code == 200 and len(found.contributions) == 7
 
 
 def test_a_calibration_holds_for_the_crops_it_was_made_with(run, labelled, tmp_path):
@@ -187,29 +184,21 @@ def test_a_models_own_crops_are_used_where_nothing_else_is_said(run, labelled, t
     assert (one.predict(images) != own.predict(images)).all()
 
 
-@pytest.mark.parametrize("command", ["predict", "evaluate"])
-def test_what_was_begun_goes_on_with_the_same_crops_only(run, labelled, command, tmp_path):
-    if command == "predict":
-        call, words, resume = (
-            predict_command,
-            ([str(labelled)], run, str(tmp_path / "s.csv")),
-            {"resume": True},
-        )
-        table = tmp_path / "s.csv"
-    else:
-        call, words, resume = evaluate_command, ([str(labelled)], run, str(tmp_path / "e")), {}
-        table = tmp_path / "e" / "scores.csv"
+def test_what_was_begun_goes_on_with_the_same_crops_only(run, labelled, tmp_path):
+    words, table = ([str(labelled)], run, str(tmp_path / "s.csv")), tmp_path / "s.csv"
     how = {"crops": "tiles", "batch": 4, "precision": "bf16", "workers": 0}
-    call(*words, **how)
+    predict_command(*words, **how)
     whole = table.read_bytes()
-    (shutil.rmtree if command == "evaluate" else Path.unlink)(
-        table.parent if command == "evaluate" else table
-    )
-    interrupted(call, *words, rows=5, **how)
+    table.unlink()
+    interrupted(predict_command, *words, rows=5, **how)
     with pytest.raises(UserError, match=r"begun with other settings \(crops\)"):
-        call(*words, **how | resume | {"crops": 5})
-    call(*words, **how | resume)
+        predict_command(*words, resume=True, **how | {"crops": 5})
+    predict_command(*words, resume=True, **how)
     assert table.read_bytes() == whole
+    measured = [str(labelled)], run, str(tmp_path / "e")
+    interrupted(evaluate_command, *measured, rows=2, **how)
+    with pytest.raises(UserError, match=r"begun with other settings \(crops\)"):
+        evaluate_command(*measured, **how | {"crops": 1})
 
 
 def test_mosaics_have_no_crops(run, tmp_path):
@@ -219,3 +208,63 @@ def test_mosaics_have_no_crops(run, tmp_path):
     patches = PreprocessConfig(image_size=32, patch_size=8, num_patches=16)
     with pytest.raises(UserError, match=r"preprocess\.crops=tiles goes with"):
         Detector(model, Config(model=config.model, preprocess=patches), crops="tiles")
+
+
+@pytest.mark.parametrize("small", ["upscale", "pad", "tile"])
+def test_a_dot_and_a_long_panorama_are_scored_in_company_too(run, small):
+    model, config = load_model(run)
+    preprocess = dataclasses.replace(CROP, small=small)
+    detector = Detector(model, dataclasses.replace(config, preprocess=preprocess), crops="tiles", batch=8)
+    images = [picture(1, 1), picture(40, 20_000), picture(50, 45), picture(20, 3_000), picture(3, 90)]
+    alone = [logits_of(detector, [image])[0] for image in images]
+    assert logits_of(detector, images) == alone and len(set(alone)) == 5
+    tiles = [len(detector.preprocess.crops(image)) for image in images]
+    assert tiles[:3] == [1, 64, 4] and tiles[4] == (30 if small == "upscale" else 3)
+    if small != "upscale":  # others than those of enlarging, where a side is shorter than the crop
+        enlarging = logits_of(Detector(model, config, crops="tiles", batch=8), images)
+        assert [a == b for a, b in zip(alone, enlarging)][1:] == [True, True, False, False]
+
+
+def test_few_large_images_are_held_at_a_time(run):
+    """With batches of 64, which one image fills."""
+    taken, image = 0, picture(300, 300)
+
+    def images():
+        nonlocal taken
+        for _ in range(12):
+            taken += 1
+            yield image
+
+    detector = Detector.load(run, device="cpu", crops="tiles", batch=64)
+    found = detector.stream(images(), workers=0)
+    next(found)
+    assert taken <= 3
+    assert len({score for score, _ in found}) == 1 and taken == 12
+
+
+def test_heatmaps_of_crops_are_their_logits_and_cost_no_pass(run, labelled, tmp_path, monkeypatch):
+    passed, logits = [], Detector.logits
+
+    def counting(self, pixels):
+        passed.append(len(pixels))
+        return logits(self, pixels)
+
+    monkeypatch.setattr(Detector, "logits", counting)
+    photographs = sorted((labelled / "0_real").iterdir())[:3]
+    words = [str(path) for path in photographs], run, str(tmp_path / "s.csv")
+    how = {"crops": "tiles", "batch": 4, "precision": "bf16", "workers": 0}
+    predict_command(*words, **how)
+    without = sum(passed)
+    predict_command(*words, heatmaps=str(tmp_path / "maps"), **how)
+    assert sum(passed) == 2 * without > 0
+    detector = Detector.load(run, device="cpu", crops=1, batch=4, precision="bf16")
+    for row in read_csv(tmp_path / "s.csv"):
+        (file,) = (tmp_path / "maps").glob(f"*{Path(row['path']).stem}.png-*.json")
+        content, image = json.loads(file.read_text()), read_image(row["path"])
+        assert content["method"] == "logit of the crop by itself" and file.with_suffix(".png").is_file()
+        boxes = [[round(x) for x in part["box"]] for part in content["patches"]]
+        cut = [image[top:bottom, left:right] for left, top, right, bottom in boxes]
+        assert {part.shape for part in cut} == {(32, 32, 3)} and len(cut) == len({*map(tuple, boxes)})
+        assert [part["contribution"] for part in content["patches"]] == logits_of(detector, cut)
+        assert content["probability"] == float(row["probability"])
+        assert content["logit"] == pytest.approx(np.mean(logits_of(detector, cut)), abs=1e-6)
