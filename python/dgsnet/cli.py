@@ -46,6 +46,9 @@ COMMANDS = {
     "calibrate": Command(
         "set the threshold for a false-positive rate", "detection.calibrate:calibrate_command"
     ),
+    "monitor": Command(
+        "tell whether a calibration's promise still holds", "detection.monitor:monitor_command"
+    ),
     "average": Command("write the mean of several detectors", "model.averages:average_command"),
     "convert": Command("import the authors' published weights", "exchange.convert:convert_command"),
     "export": Command("write a detector for other programs", "exchange.export:export_command"),
@@ -62,7 +65,7 @@ GROUPS = list[list[str]]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run one command line; ends the process with 0, 2 (wrong input, reported in one line) or 130 (Ctrl-C).
+    """Run one command line; exit codes are 0, 2 (wrong input, in one line), 3 (an alarm) and 130 (Ctrl-C).
 
     Example:
         >>> main(["train", "--data.train", "photos", "--out", "runs/mine"])  # doctest: +SKIP

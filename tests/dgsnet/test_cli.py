@@ -36,6 +36,8 @@ def test_help_lists_every_command(capsys):
         (["predict", "a.jpg", "--model", "m", "--out", "scores.xls"], ".parquet"),
         (["predict", "a.jpg", "--model", "m", "--engine", "ray", "--heatmaps", "h"], "--engine local"),
         (["train", "--optim.lr", "fast", "--out", "o"], "optim.lr"),
+        (["monitor", "--model", "m"], "reviewed"),
+        (["monitor", "--model", "m", "--reviewed", "r.csv"], "m"),
     ],
 )
 def test_mistakes_end_in_one_line(words, expected, capsys):

@@ -191,6 +191,10 @@ TABLE: dict[str, list[Row]] = {
         Row("--replace", "", "fpr", 0.4),
         Row("--workers", "7", "workers", {7}),
     ],
+    "monitor": [
+        Row("--model", "mine", "images", 2),
+        Row("--reviewed", "reviewed.csv", "false_positives", 1),
+    ],
     "average": [
         Row("PATHS", "mine mine/best", "averaged", ["mine", "mine/best"]),
         Row("--out", "o", "files", {"adapters.safetensors", "config.json", "training_images.npy"}),
@@ -212,6 +216,7 @@ TABLE: dict[str, list[Row]] = {
         *CREDENTIALS,
         Row("--host", "0.0.0.0", "host", "0.0.0.0"),
         Row("--port", "81", "port", 81),
+        Row("--reviewed", "told.csv", "reviewed", True),
         Row("--max_megabytes", "6", "max_bytes", 6 * 2**20),
         Row("--per_minute", "3", "answered", 3),
         Row("--consistency", "", "consistency", True),
@@ -292,6 +297,8 @@ def look(command: str, seen: dict[str, Any]) -> None:
         seen["provenance"] = any(row.get("provenance") for row in rows)
         seen["declared"] = any(row.get("declared") for row in rows)
         seen["maps"] = len(list(out.glob("maps/**/*.png")))
+    elif command == "monitor":
+        seen |= json.loads(next(Path("mine").rglob("monitor.json")).read_text())
     elif command == "calibrate":
         found = json.loads(next(Path("mine").rglob("calibration.json")).read_text())
         seen |= {**found, "sources": {source["name"]: source["n"] for source in found["sources"]}}
@@ -326,7 +333,11 @@ def watched(files, tmp_path, monkeypatch):
 def prepare(line: str, rows: list[Row], watched: Watched) -> None:
     """Make what the switches of these rows are for: a calibration to replace, something to go on with."""
     before = [row for row in rows if row.option not in ("--resume", "--replace")]
-    if line == "calibrate":
+    if line == "monitor":
+        assert watched.call(["calibrate", "--model", "mine", "--reals", "old/val", "--fpr", "0.4"]) == 0
+        rows_of_images = ("a.png,generated,real", "b.png,real,real", "c.png,real,generated")
+        Path("reviewed.csv").write_text("\n".join(["path,decision,truth", *rows_of_images, ""]))
+    elif line == "calibrate":
         assert watched.call([*words_of(line, before), "--fpr", "0.45"]) == 0
     elif line == "update":
         assert watched.call(words_of(line, before)) == 0

@@ -85,11 +85,13 @@ def place(tmp_path_factory):
         from dgsnet.model.pretrained import build_clip
 
         add_quick_gelu(place, "tiny-quickgelu")
+        (place / "reviewed.csv").write_text("path,decision,truth\na.png,real,real\n")
         torch.save(build_clip("tiny-quickgelu", "", True).state_dict(), "weights.pt")
         for words in (
             f"{TRAIN} --out run",
             "audit --data data/train --out audit",
             "calibrate --model run --reals data/val/0_real --fpr 0.5",
+            "monitor --model run --reviewed reviewed.csv",
             f"{UPDATE} update",
             "evaluate --model run --data data/val --out results",
         ):
@@ -148,6 +150,7 @@ LINES = {
         "calibrate --model run --reals data/val/0_real --fpr 0.5 --replace",
         "run/best/* weights.pt",
     ),
+    "monitor": ("monitor --model run --reviewed reviewed.csv", "run/best/*.json"),
     "average": ("average run run/last --out new", "run/best/* run/last/* weights.pt"),
     "convert": ("convert weights.pt --out new", "weights.pt"),
     "export": ("export --model run --format safetensors --out new.safetensors", "run/best/* weights.pt"),

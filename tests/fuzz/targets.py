@@ -26,6 +26,7 @@ from dgsnet.data.nuisances import file_nuisances
 from dgsnet.data.tables import Table
 from dgsnet.detection.decisions import calibrate, decide, load_calibration, save_calibration
 from dgsnet.detection.detector import Detector
+from dgsnet.detection.monitor import MONITOR_FILE, alarmed, monitor
 from dgsnet.detection.serve import create_app
 from dgsnet.errors import UserError
 from dgsnet.model.checkpoint import load_model, read_extra, trained_on
@@ -155,6 +156,9 @@ def metadata(model: Path) -> list[Target]:
     sources = {"a": rng.normal(-1, 1, 300), "b": rng.normal(-2, 1, 200)}
     save_calibration(folder, calibrate(sources, rng.normal(1, 1, 300), fpr=0.05))
     np.save(folder / "training_images.npy", np.sort([file_hash(b"a"), 5, 2**40]))
+    lines = ["path,decision,truth,source", 'a.png,real,real,"a b"', "=b,generated,real,x", "c,unsure,0,x", ""]
+    (folder / "reviewed.csv").write_text("\n".join(lines))
+    monitor(folder, folder / "reviewed.csv")
     samples = []
     for name in ("0_real", "1_fake"):
         (model / name).mkdir()
@@ -166,6 +170,10 @@ def metadata(model: Path) -> list[Target]:
         if found := load_calibration(folder):
             assert {*decide([0.0, 0.5, 1.0], found)} <= {"real", "unsure", "generated"}
             json.dumps(found.low, allow_nan=False)
+
+    def read_reviewed(folder: Path) -> None:
+        (folder / MONITOR_FILE).unlink(missing_ok=True)
+        monitor(folder, folder / "reviewed.csv")
 
     def of(name: str, change: Change, read: Callable[[Path], object], seed: bytes = b"") -> Target:
         """A file that a folder has; what changes it leaves behind is put back."""
@@ -186,6 +194,15 @@ def metadata(model: Path) -> list[Target]:
         of("calibration.json", changed_any, read_calibration),
         of("training_images.npy", changed_numbers, trained_on),
         of(WEIGHTS, changed_header, lambda folder: (read_extra(folder), load_model(folder))),
+        of("monitor.json", changed_any, lambda _: alarmed(folder)),
+        of(
+            "reviewed.csv",
+            changed_bytes,
+            lambda _: (
+                (folder / MONITOR_FILE).unlink(missing_ok=True),
+                monitor(folder, folder / "reviewed.csv"),
+            ),
+        ),
         of("audit.json", changed_any, lambda folder: load_audit(folder / "audit.json"), audited),
         of(
             CAPTIONS_FILE,

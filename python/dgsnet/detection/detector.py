@@ -61,6 +61,8 @@ class Detector:
     Attributes:
         model: the network, in evaluation mode. What scores is a copy, made when it is first asked for.
         config, calibration, views, batch, precision, crops: as given or found.
+        folder: of the model, whose calibration decides; None where `load` has not made it.
+        alarmed: whether `dgsnet monitor` found that the calibration does not hold; see `obey`.
         errors: index to message of the images that the last `predict` could not read.
         again: makes the same detector in another process; None where `load` has not made it.
 
@@ -97,6 +99,8 @@ class Detector:
         self.model = model.eval()
         self.config = config
         self.calibration = calibration
+        self.folder: Path | None = None
+        self.alarmed = False
         self.preprocess = Preprocessor(preprocess)
         self.errors: dict[int, str] = {}
         self.again: Callable[[], Detector] | None = None
@@ -148,6 +152,9 @@ class Detector:
         model = load_model(Path(run), device=device, pretrained=pretrained)
         how: dict[str, Any] = {"views": views, "batch": batch, "precision": precision, "crops": crops}
         detector = cls(*model, calibration, **how)
+        if calibrated:
+            detector.folder = Path(run)
+            detector.obey()
         detector.again = functools.partial(
             cls.load, run, device, calibrated=calibrated, pretrained=pretrained, **how
         )
@@ -354,13 +361,20 @@ class Detector:
         temperature = self.calibration.temperature if self.calibration else 1.0
         return (torch.as_tensor(logits, dtype=torch.float64) / temperature).sigmoid()
 
+    def obey(self) -> None:
+        """Look whether `dgsnet monitor` has raised an alarm; UserError where its file is damaged."""
+        from dgsnet.detection.monitor import alarmed
+
+        self.alarmed = self.folder is not None and alarmed(self.folder)
+
     def decide(self, probabilities: Any) -> list[str]:
         """Names "generated", "real" or "unsure" for N probabilities as `predict` gives them; "" for NaN.
 
         Without a calibration, "generated" above 0.5 and else "real". Of copies, [N, 1 + copies], the names
-        must agree, else it is "unsure".
+        must agree, else it is "unsure". After an alarm of `dgsnet monitor` nothing is called generated.
         """
-        return decide(probabilities, self.calibration)
+        names = decide(probabilities, self.calibration)
+        return ["unsure" if name == "generated" and self.alarmed else name for name in names]
 
 
 def _setting(calibration: Calibration | None, name: str, given: Any) -> Any:

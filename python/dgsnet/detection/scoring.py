@@ -27,6 +27,7 @@ from dgsnet.detection.decisions import DECIMALS, SETTINGS, Precision
 from dgsnet.detection.detector import Detector
 from dgsnet.detection.engine import Engine, answers
 from dgsnet.detection.heatmaps import save
+from dgsnet.detection.monitor import ALARMED
 from dgsnet.detection.provenance import ProvenanceReader
 from dgsnet.detection.rows import Row, Todo, columns, kept
 from dgsnet.errors import UserError
@@ -35,7 +36,7 @@ from dgsnet.files import replacing
 # Rows of a Parquet table that are in memory at a time and become one row group.
 ROW_GROUP = 2**16
 # Settings that unfinished tables of former versions do not have, and what they were.
-MISSING = SETTINGS | {"declared": False}
+MISSING = SETTINGS | {"declared": False, "alarm": False}
 
 
 def score(
@@ -168,6 +169,8 @@ def predict_command(
                 target, finished, columns(consistency=consistency, provenance=provenance, declared=declared)
             )
             table.remove()
+    if detector.alarmed:
+        print(ALARMED.format(model), file=sys.stderr)
     read = ", ".join(
         f"{counts[d]} {d}" for d in ("generated", "real", "unsure") if counts[d] or d != "unsure"
     )
@@ -204,6 +207,7 @@ def settings(
         "consistency": consistency,
         "provenance": hashlib.sha256(provenance.anchors.encode()).hexdigest()[:16] if provenance else "",
         "declared": declared,
+        "alarm": detector.alarmed,
     }
 
 

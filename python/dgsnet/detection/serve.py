@@ -9,6 +9,7 @@ import os
 import secrets
 import socket
 import sys
+from collections import OrderedDict
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,7 @@ from dgsnet.data.items import Item
 from dgsnet.detection.decisions import THRESHOLD, Precision
 from dgsnet.detection.detector import Detector, Prepared
 from dgsnet.detection.heatmaps import draw, heatmap
+from dgsnet.detection.monitor import append
 from dgsnet.detection.provenance import ProvenanceReader
 from dgsnet.detection.rows import Row
 from dgsnet.errors import UserError
@@ -47,6 +49,8 @@ if TYPE_CHECKING:
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 # Requests that may be in work or wait for their turn; a page sends one after the other.
 MAX_REQUESTS = 33
+# Scores that can still be reviewed.
+MAX_ANSWERED = 10_000
 # The longer side of a thumbnail, in pixels.
 THUMBNAIL = 224
 
@@ -62,6 +66,7 @@ def create_app(
     consistency: bool = False,
     provenance: ProvenanceReader | None = None,
     declared: bool = False,
+    reviewed: str | Path | None = None,
 ) -> FastAPI:
     """The page and its API as an ASGI application, for any server.
 
@@ -76,6 +81,7 @@ def create_app(
         consistency: score re-encoded and resized copies too, and be unsure where they are decided otherwise.
         provenance: reads each file's Content Credentials.
         declared: read what each file declares of its origin.
+        reviewed: table that images are appended to of which a visitor says that they were real.
 
     Example:
         >>> app = create_app(Detector.load("runs/demo/model"))  # doctest: +SKIP
@@ -90,7 +96,13 @@ def create_app(
     prepared = Prepared(detector.preprocess, detector.views, COPIES if consistency else ())
     logits = Together(detector)
     facts = _facts(detector) | {"max_bytes": max_bytes, "consistency": consistency}
-    facts |= {"provenance": provenance is not None, "declared": declared}
+    facts |= {"provenance": provenance is not None, "declared": declared, "reviewed": bool(reviewed)}
+    answered: OrderedDict[str, tuple[str, str]] = OrderedDict()  # names and decisions that can be reviewed
+
+    def facts_now() -> dict[str, Any]:
+        with contextlib.suppress(UserError):  # a file that is being changed: what was known stays
+            detector.obey()
+        return facts | {"alarm": detector.alarmed}
 
     @app.exception_handler(ClientDisconnect)
     async def hung_up(request: Request, _: Exception) -> Response:
@@ -141,8 +153,14 @@ def create_app(
 
     async def score_prepared(image: tuple[str, list[Tensor], dict[str, Any]]) -> dict[str, Any]:
         name, versions, more = image
+        facts_now()
         score = Row.of(detector, Item(name), detector.probabilities(await logits(versions)).tolist(), "")
         row = {"name": name, "probability": score.probability, "decision": score.decision}
+        if reviewed:
+            row["review"] = secrets.token_urlsafe(16)
+            answered[row["review"]] = name, score.decision
+            if len(answered) > MAX_ANSWERED:
+                answered.popitem(last=False)
         return row | ({"spread": score.spread} if consistency else {}) | more
 
     def heatmap_image(data: bytes, name: str) -> bytes:
@@ -176,10 +194,24 @@ def create_app(
         """The image that is the request's body in small, as PNG, for browsers that cannot show it."""
         return Response(await answer(request, name, drawing, thumbnail_image), media_type="image/png")
 
+    @app.post("/api/reviewed")
+    async def real(request: Request, review: str = "") -> dict[str, str]:
+        """Note that an image was real, which the score that named it `review` was about; once."""
+        if wait := limit(request.client.host if request.client else ""):
+            raise too_many(429, f"more than {per_minute} requests per minute", wait)
+        if not reviewed or (found := answered.pop(review, None)) is None:
+            raise HTTPException(404, "no such score, or it was reviewed before")
+        try:
+            await anyio.to_thread.run_sync(append, reviewed, *found)
+        except (OSError, UserError) as error:
+            log.warning("cannot append to %s: %s", reviewed, error)
+            raise HTTPException(500, "it cannot be noted: the server's log says why") from None
+        return {"status": "noted"}
+
     @app.get("/api/model")
     async def model_facts() -> dict[str, Any]:
         """What decides: the calibration, or that there is none, and the limits."""
-        return facts
+        return facts_now()
 
     @app.get("/api/health")
     async def health() -> dict[str, str]:
@@ -192,7 +224,7 @@ def create_app(
             f"default-src 'none'; script-src 'nonce-{nonce}'; style-src 'nonce-{nonce}'; img-src blob: "
             "data:; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
         )
-        html = page.render(Path(__file__).with_name("serve.html"), nonce=nonce, facts=facts)
+        html = page.render(Path(__file__).with_name("serve.html"), nonce=nonce, facts=facts_now())
         return HTMLResponse(html, headers={"Content-Security-Policy": policy})
 
     return app
@@ -239,6 +271,7 @@ def serve_command(
     provenance: bool = False,
     trust: str | None = None,
     declared: bool = False,
+    reviewed: str | None = None,
     pretrained: str | None = None,
 ) -> None:
     """Show a page that scores the images dropped on it, with the JSON API behind it.
@@ -263,6 +296,8 @@ def serve_command(
         provenance: show the file's Content Credentials: verified, unverified, invalid, absent.
         trust: PEM file of the certificates that signers are trusted by; none are if not given.
         declared: show what the file's metadata declare, unsigned: generated, partly, captured, none.
+        reviewed: .csv that images are appended to of which a visitor says "this was real", for dgsnet
+            monitor; there is no such button if not given.
         pretrained: weights file of the model's backbone, in place of what the folder names; TorchScript, such
             as OpenAI's own file, has to be named here.
     """
@@ -271,6 +306,8 @@ def serve_command(
     for name, value in {"max-megabytes": max_megabytes, "per-minute": per_minute}.items():
         if value < 1:
             raise UserError(f"--{name} is {value}; it must be 1 or more")
+    if reviewed and not Path(reviewed).absolute().parent.is_dir():
+        raise UserError(f"--reviewed {reviewed}: there is no such folder")
     if host not in LOOPBACK:
         print(f"dgsnet: warning: anybody who can reach {host} can use the page", file=sys.stderr)
     with ProvenanceReader(trust) if provenance else contextlib.nullcontext() as reader:
@@ -290,6 +327,7 @@ def serve_command(
             consistency=consistency,
             provenance=reader,
             declared=declared,
+            reviewed=reviewed,
         )
         shown = f"[{host}]" if ":" in host else host
         print(f"http://{shown}:{listening.getsockname()[1]} (Ctrl-C stops it)", flush=True)
