@@ -62,6 +62,9 @@ class Watched:
     e_value: float
     level: float
 
+    def __post_init__(self) -> None:
+        check_types(self)
+
     @property
     def alarm(self) -> bool:
         return self.e_value * self.level >= 1

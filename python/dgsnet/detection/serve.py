@@ -157,8 +157,8 @@ def create_app(
         score = Row.of(detector, Item(name), detector.probabilities(await logits(versions)).tolist(), "")
         row = {"name": name, "probability": score.probability, "decision": score.decision}
         if reviewed:
-            row["review"] = secrets.token_urlsafe(16)
-            answered[row["review"]] = name, score.decision
+            review = secrets.token_urlsafe(16)
+            row["review"], answered[review] = review, (name, score.decision)
             if len(answered) > MAX_ANSWERED:
                 answered.popitem(last=False)
         return row | ({"spread": score.spread} if consistency else {}) | more
