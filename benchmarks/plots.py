@@ -2,8 +2,11 @@
 
 One shows the share of `torch.clone`'s bandwidth at equal bytes that every variant reached, another that
 share and the time against the number of rows, for operations measured at three sizes or more. What `prior`
-measures is plotted against steps, what `update` measures against arrivals. Other results that are not of
-operations on tensors (a training step, the data path) have tables of their own and are left out.
+measures is plotted against steps, what `update` measures against arrivals, what `recipes` measures as
+differences. Other results that are not of operations on tensors (a training step, the data path) have tables
+of their own and are left out.
+
+The detector's packages are imported for these three alone: a machine for kernels need not have them.
 """
 
 from __future__ import annotations
@@ -20,7 +23,6 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-from benchmarks import update
 from benchmarks.harness import CLONE, COPY
 
 # Okabe and Ito's colours, distinct also to colour-blind eyes; ours come first.
@@ -157,6 +159,8 @@ def plot_prior(results: list[dict], title: str, path: Path) -> None:
 
 def plot_update(results: list[dict], title: str, path: Path) -> None:
     """Old, new and all decoders after every arrival, by rule: means over seeds with standard errors."""
+    from benchmarks import update
+
     rules = list(dict.fromkeys(r["rule"] for r in results))
     arrivals = list(dict.fromkeys(r["arrived"] for r in results if r["arrived"]))
     measures = {"auc": "AUC", "accuracy": "accuracy at 0.5"}
@@ -177,6 +181,37 @@ def plot_update(results: list[dict], title: str, path: Path) -> None:
             axes.set_xticks(range(len(arrivals)), arrivals, fontsize=8)
             axes.spines[["top", "right"]].set_visible(False)
     figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=len(rules))
+    figure.suptitle(title, fontsize=10)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def plot_recipes(results: list[dict], title: str, path: Path) -> None:
+    """What each recipe has more than the plain one: means over seeds with standard errors, a panel a test."""
+    from benchmarks import recipes
+
+    columns = recipes.columns(results)
+    shown = [recipe for recipe in recipes.RECIPES if recipe != recipes.BASE]
+    figure, grid = plt.subplots(
+        1, len(columns), figsize=(2 + 1.9 * len(columns), 0.6 + 0.32 * len(shown)), layout="constrained"
+    )
+    for axes, (name, column) in zip(grid, columns.items()):
+        base = recipes.values(results, recipes.BASE, *column)
+        for place, recipe in enumerate(shown):
+            found = recipes.values(results, recipe, *column) - base
+            error = found.std(ddof=1) / len(found) ** 0.5 if len(found) > 1 else None
+            colour = COLOURS[recipes.DATA.index(recipe.data)]
+            axes.barh(place, found.mean(), 0.7, xerr=error, color=colour, ecolor="black", capsize=2)
+        axes.axvline(0, color="black", linewidth=0.8, linestyle="--")
+        axes.set_yticks(
+            range(len(shown)), map(str, shown) if axes is grid[0] else [""] * len(shown), fontsize=8
+        )
+        axes.set_ylim(len(shown) - 0.4, -0.6)
+        axes.set_title(f"{name}\n{base.mean():.1f}", fontsize=9, loc="left")
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.supxlabel(
+        f"AUC in percent: points above or below {recipes.BASE}, whose own stands on top", fontsize=9
+    )
     figure.suptitle(title, fontsize=10)
     figure.savefig(path, dpi=120)
     plt.close(figure)
@@ -203,6 +238,9 @@ def main() -> None:
         updates = [r for r in content.get("results", []) if r.get("benchmark") == "update"]
         if updates:
             plot_update(updates, device, arguments.folder / f"{updates[0]['device']}_update.png")
+        recipes = [r for r in content.get("results", []) if r.get("benchmark") == "recipes"]
+        if recipes:
+            plot_recipes(recipes, device, arguments.folder / f"{recipes[0]['device']}_recipes.png")
     for device, results in by_device.items():
         if not results:
             continue
