@@ -62,7 +62,7 @@ if [ -n "$capability" ]; then
   bench rows 48 project_align surgery_head --rows 8192 --seconds 2 --dtype float32 bfloat16
   bench layers 39 project_align_ surgery_adamw_ gramian --rows 395520 --seconds 2
   bench lora 25 project_align_ surgery_adamw_ gramian --rows 144 --seconds 1
-  bench sizes 35 project_align surgery_head --rows 32 512 65536 --seconds 1
+  bench sizes 35 project_align surgery_head --rows 65536 512 32 --seconds 1
   # By mark.gpu and on_backends tests are marked as needing a GPU; most of their time is Triton's compiler.
   tests=$(importable $(grep -rlE 'mark\.gpu|on_backends' tests --include 'test_*.py') 2>$work/left_out.log)
   [ -s $work/left_out.log ] && tell "$(cat $work/left_out.log)"

@@ -1,0 +1,41 @@
+"""What the benchmarks' figures rest on: no call finds what it reads in the cache."""
+
+import itertools
+import subprocess
+import sys
+
+import pytest
+
+from benchmarks import harness
+
+
+@pytest.mark.parametrize("cache", [2**22, 60 * 10**6])
+@pytest.mark.parametrize("input_bytes", [3 * 2**10, 331_000, 37_700_000, 150_000_000])
+@pytest.mark.parametrize("variants", range(1, 9))
+def test_three_times_the_cache_is_read_between_two_uses_of_a_set(cache, input_bytes, variants, monkeypatch):
+    monkeypatch.setattr(harness, "cache_bytes", lambda device: cache)
+    monkeypatch.setattr(harness, "free_bytes", lambda device: 10**12)
+    sets = harness.rotation(input_bytes, "cuda")
+    order = itertools.chain.from_iterable(
+        harness.turns(i, variants, sets) for i in range(-(-3 * sets // variants))
+    )
+    last: dict[int, int] = {}
+    for place, used in enumerate(order):
+        if used in last:
+            assert (place - last[used] - 1) * input_bytes >= 3 * cache
+        last[used] = place
+    assert len(last) == sets  # all are in use
+
+
+def test_little_memory_limits_the_sets(monkeypatch):
+    monkeypatch.setattr(harness, "cache_bytes", lambda device: 10**9)
+    monkeypatch.setattr(harness, "free_bytes", lambda device: 10**9)
+    assert [harness.rotation(size, "cuda") for size in (10**7, 10**9)] == [20, 2]
+
+
+def test_plots_of_kernels_need_no_detector():
+    """As on a machine that has torch, triton and matplotlib alone."""
+    missing = "dgsnet", "pillow_heif", "open_clip", "peft", "accelerate"
+    code = f"import sys; sys.modules |= dict.fromkeys({missing}); import benchmarks.plots"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
