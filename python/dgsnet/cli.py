@@ -50,7 +50,7 @@ COMMANDS = {
         "tell whether a calibration's promise still holds", "detection.monitor:monitor_command"
     ),
     "average": Command("write the mean of several detectors", "model.averages:average_command"),
-    "convert": Command("import the authors' published weights", "exchange.convert:convert_command"),
+    "convert": Command("import published weights", "exchange.convert:convert_command"),
     "export": Command("write a detector for other programs", "exchange.export:export_command"),
     "serve": Command("show a page to drop images on", "detection.serve:serve_command"),
     "caption": Command("write captions for training", "data.captioning:caption_command"),

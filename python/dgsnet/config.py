@@ -12,14 +12,20 @@ import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from dgsnet.errors import UserError
 from dgsnet.files import one_line
 
+T = TypeVar("T")
+
 CONFIG_FILE = "config.json"
 # Crops of an image that a score is the mean of: the centre, the four corners too, or tiles of the whole.
 Crops = Literal[1, 5, "tiles"]
+# Settings of one crop at native resolution: what a mosaic has, and what there was before there were others.
+NATIVE: dict[str, Any] = {
+    **{"crops": 1, "small": "upscale", "resize": "none", "side": 0, "antialias": True, "grid": 1}
+}
 # A YAML file for each recipe of `dgsnet train --recipe`, which says what it is.
 RECIPES = Path(__file__).parent / "recipes"
 # Channel mean and standard deviation of pixels in 0..1, by the name that PreprocessConfig has for them.
@@ -44,6 +50,9 @@ class ModelConfig:
         lora_dropout: dropout probability on the adapters' input.
         lora_targets: linears of a vision block that have an adapter: "qkv" of the attention (official),
             "qkvo" with the one after it, "mlp" or "all".
+        feature: what the heads see. "own" is what the model gives: a CLIP's projected embedding, a timm
+            tower's pooled feature. "class" is the class token after the last norm, before any projection.
+        l2: divide features by their length before the heads see them.
     """
 
     name: str = "ViT-L-14-quickgelu"
@@ -52,6 +61,8 @@ class ModelConfig:
     lora_alpha: float = 6.0
     lora_dropout: float = 0.8
     lora_targets: Literal["qkv", "qkvo", "mlp", "all"] = "qkv"
+    feature: Literal["own", "class"] = "own"
+    l2: bool = False
 
     def __post_init__(self) -> None:
         _between(0, 2**12, lora_rank=self.lora_rank)
@@ -77,6 +88,13 @@ class PreprocessConfig:
         small: in mode "crop", what is done to sides that are shorter than the crop: "upscale" enlarges the
             image, both sides alike, as it is enlarged for a mosaic; "pad" puts black around it; "tile"
             repeats it from its left and upper edges.
+        resize: in mode "crop", what comes before the crop: "none" leaves native pixels; "shorter" scales the
+            image, bilinearly, until its shorter side is `side`; "squash" until both are.
+        side: of a resized image, in pixels; 0 where none is resized.
+        antialias: whether a resized image's pixels are means of all that they cover, as Pillow makes them,
+            or of the four nearest, as OpenCV does.
+        grid: in mode "crop", crops lie on multiples of so many pixels, and what is beyond the last multiple
+            is left out before small images are tiled: the tokens of a crop are then tokens of the image.
     """
 
     mode: Literal["patches", "crop"] = "patches"
@@ -87,6 +105,10 @@ class PreprocessConfig:
     flip: bool = True
     crops: Crops = 1
     small: Literal["upscale", "pad", "tile"] = "upscale"
+    resize: Literal["none", "shorter", "squash"] = "none"
+    side: int = 0
+    antialias: bool = True
+    grid: int = 1
 
     def __post_init__(self) -> None:
         _between(1, 2**14, image_size=self.image_size, patch_size=self.patch_size)
@@ -100,7 +122,11 @@ class PreprocessConfig:
                 f"{self.image_size} pixels: num_patches must be a square and "
                 "patch_size * sqrt(num_patches) == image_size"
             )
-        for name, published in (("crops", 1), ("small", "upscale")):
+        _between(0, 2**14, side=self.side)
+        _between(1, self.image_size, grid=self.grid)
+        if (self.resize == "none") != (self.side == 0):
+            raise ValueError(f"preprocess.side={self.side} does not go with preprocess.resize={self.resize}")
+        for name, published in NATIVE.items():
             if self.mode == "patches" and getattr(self, name) != published:
                 raise ValueError(
                     f"preprocess.{name}={getattr(self, name)} goes with preprocess.mode=crop only: a mosaic "
@@ -108,9 +134,10 @@ class PreprocessConfig:
                 )
 
     def of_one(self) -> dict[str, Any]:
-        """What decides the pixels of one crop, in words of before there were `crops` and other `small`."""
-        left_out = {"crops"} | ({"small"} if self.small == "upscale" else set())
-        return {name: value for name, value in dataclasses.asdict(self).items() if name not in left_out}
+        """What decides the pixels of one crop, in words of before there were other values than NATIVE's."""
+        values = dataclasses.asdict(self)
+        left_out = {"crops"} | {name for name, value in NATIVE.items() if values[name] == value}
+        return {name: value for name, value in values.items() if name not in left_out}
 
 
 @dataclass
@@ -351,9 +378,15 @@ def recipe(name: str) -> dict[str, Any]:
 
 def read_config(path: Path) -> Config:
     """Read a config.json; UserError when it is missing, damaged or unknown."""
+    return read_settings(path, Config)
+
+
+def read_settings(path: Path, kind: type[T]) -> T:
+    """Read JSON as a dataclass that has a `model`; UserError when it is missing, damaged or unknown."""
     try:
-        config = Config.load(path)
-        if "model" not in json.loads(path.read_text()):
+        values = json.loads(path.read_text())
+        config = _build(kind, values, "")
+        if "model" not in values:
             raise ValueError("it names no model")
         check_types(config)
         return config

@@ -44,11 +44,12 @@ def plain(function: str, **values: Any) -> list[Row]:
 SETTINGS = {
     "model": {
         **{"name": "timm/vit_x", "pretrained": "mine.pt", "lora_rank": 7, "lora_alpha": 7.5},
-        **{"lora_dropout": 0.71, "lora_targets": "mlp"},
+        **{"lora_dropout": 0.71, "lora_targets": "mlp", "feature": "class", "l2": True},
     },
     "preprocess": {
         **{"mode": "crop", "image_size": 96, "patch_size": 24, "num_patches": 17, "normalization": "clip"},
-        **{"flip": False, "crops": "tiles", "small": "tile"},
+        **{"flip": False, "crops": "tiles", "small": "tile", "resize": "squash", "side": 99},
+        **{"antialias": False, "grid": 3},
     },
     "data": {
         **{"train": ["old/train", "more.csv"], "val": ["old/val"], "captions": "words.json"},
@@ -208,7 +209,8 @@ TABLE: dict[str, list[Row]] = {
     ],
     "convert": [
         Row("CHECKPOINT", "theirs.pth", "convert.checkpoint", "theirs.pth"),
-        *plain("convert", out="o", name="ViT-B-32", alpha=2.5),
+        *plain("convert", out="o", name="ViT-B-32", alpha=2.5, pretrained="clip.pt"),
+        Row("--accept_licence", "", "convert.accept_licence", True),
     ],
     "export": plain("export", model="mine", format="hf", out="o", pretrained="weights.pt"),
     "serve": [
@@ -382,7 +384,7 @@ def test_the_help_says_what_options_do_and_each_has_a_row(command, capsys):
     described = inspect.getdoc(FUNCTIONS[command])
     for parameter in inspect.signature(FUNCTIONS[command]).parameters:
         assert parameter in said and f"    {parameter}: " in described
-    options = set(re.findall(r"^  (--[a-z_.]+)", said, flags=re.MULTILINE)) - {"--print_config"}
+    options = set(re.findall(r"^  (--[a-z0-9_.]+)", said, flags=re.MULTILINE)) - {"--print_config"}
     if command == "train":
         options -= {f"--{name}" for name, value in SETTINGS.items() if isinstance(value, dict)}
     rows = {row.option for line in TABLE if command_of(line) == command for row in TABLE[line]}

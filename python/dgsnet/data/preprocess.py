@@ -8,8 +8,9 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
-from torch.nn.functional import pad
+from torch.nn.functional import interpolate, pad
 
 from dgsnet.config import NORMALIZATIONS, Crops, PreprocessConfig
 from dgsnet.data.images import MAX_PIXELS, ImageError
@@ -67,7 +68,7 @@ class Preprocessor:
         if self.config.mode == "patches":
             pixels = self._mosaic(pixels, _draw_seed(rng) if rng else content_seed(image))
         else:
-            pixels = self._crop(pixels, rng)
+            pixels = self._crop(self._resized(pixels), rng)
         if rng and self.config.flip and rng.random() < 0.5:
             pixels = pixels.flip(2)
         return self.normalise(pixels) if normalised else pixels.contiguous()
@@ -82,7 +83,8 @@ class Preprocessor:
         """
         if self.config.crops == 1:
             return self(image, normalised=normalised)[None]
-        pixels, corners = self._prepared(torch.from_numpy(image).permute(2, 0, 1), self.config.crops)
+        resized = self._resized(torch.from_numpy(image).permute(2, 0, 1))
+        pixels, corners = self._prepared(resized, self.config.crops)
         crops = torch.stack([self._cut(pixels, top, left) for top, left in corners])
         return self.normalise(crops) if normalised else crops
 
@@ -112,7 +114,9 @@ class Preprocessor:
             seed = _draw_seed(rng) if rng else content_seed(image)
             boxes = selected_boxes(pixels[None], cell, self.config.num_patches, seed=seed)[0]
         else:
-            boxes = self._shown(cells, pixels.shape[1:], self._draw_corner(pixels.shape[1:], rng))
+            shape = self._resized_size(*pixels.shape[1:])
+            boxes = self._shown(cells, shape, self._draw_corner(shape, rng))
+            boxes = self._in_image(boxes, pixels.shape[1:])
         if rng and self.config.flip and rng.random() < 0.5:
             cells = torch.stack([size - cells[:, 2], cells[:, 1], size - cells[:, 0], cells[:, 3]], dim=1)
         seen = (boxes[:, 2:] > boxes[:, :2]).all(dim=1)  # and not of what was put around the image
@@ -127,12 +131,14 @@ class Preprocessor:
             float64 [n, 4] of left, top, right, bottom in pixels of the image: of those of `crops`, or of the
             one that is drawn from rng.
         """
-        side, shape = self.config.image_size, image.shape[:2]
+        side, shape = self.config.image_size, self._resized_size(*image.shape[:2])
         whole = torch.tensor([[0, 0, side, side]])
         if rng:
-            return self._shown(whole, shape, self._draw_corner(shape, rng))
-        corners = crop_corners(*self._enlarged(*shape), side, self.config.crops)
-        return torch.cat([self._shown(whole, shape, corner) for corner in corners])
+            corners = [self._draw_corner(shape, rng)]
+        else:
+            corners = self._corners(*self._enlarged(*shape), self.config.crops)
+        boxes = torch.cat([self._shown(whole, shape, corner) for corner in corners])
+        return self._in_image(boxes, image.shape[:2])
 
     def cut(self, image: np.ndarray, *, rng: np.random.Generator | None = None) -> tuple[Tensor, int, bool]:
         """The part of preprocessing in mode "patches" that comes before the selection.
@@ -169,6 +175,53 @@ class Preprocessor:
     def _check_enlarged(self, height: int, width: int) -> None:
         _check_size(*enlarged_size(height, width, self.config.patch_size, self.config.num_patches))
 
+    def _resized(self, pixels: Tensor) -> Tensor:
+        """[3, H, W] in the size that crops are cut from, without what is beyond the last cell of the grid."""
+        height, width = self._scaled_size(*pixels.shape[1:])
+        if (height, width) != tuple(pixels.shape[1:]):
+            if self.config.antialias:
+                image = Image.fromarray(np.ascontiguousarray(pixels.permute(1, 2, 0).numpy()))
+                resized = image.resize((width, height), Image.Resampling.BILINEAR)
+                pixels = torch.from_numpy(np.array(resized)).permute(2, 0, 1)
+            else:
+                pixels = interpolate(pixels[None].float(), (height, width), mode="bilinear")[0]
+                pixels = pixels.round().to(torch.uint8)
+        height, width = self._trimmed(height, width)
+        return pixels[:, :height, :width]
+
+    def _resized_size(self, height: int, width: int) -> tuple[int, int]:
+        return self._trimmed(*self._scaled_size(height, width))
+
+    def _scaled_size(self, height: int, width: int) -> tuple[int, int]:
+        side = self.config.side
+        if self.config.resize == "squash":
+            return side, side
+        if self.config.resize == "shorter":
+            shorter = min(height, width)
+            height, width = (side * length // shorter for length in (height, width))
+            _check_size(height, width)
+        return height, width
+
+    def _trimmed(self, height: int, width: int) -> tuple[int, int]:
+        grid = self.config.grid
+        return (height - height % grid or height), (width - width % grid or width)
+
+    def _in_image(self, boxes: Tensor, shape: Sequence[int]) -> Tensor:
+        """Boxes of a resized image as those of the image, of this height and width."""
+        height, width = self._scaled_size(*shape)
+        scale = torch.tensor([shape[1] / width, shape[0] / height], dtype=torch.float64)
+        return boxes * scale.repeat(2)
+
+    def _corners(self, height: int, width: int, crops: Crops) -> list[tuple[int, int]]:
+        """Top and left of the crops of an image of which no side is shorter than theirs."""
+        config, grid = self.config, self.config.grid
+        cells = crop_corners(height // grid, width // grid, config.image_size // grid, crops)
+        if crops != "tiles" and (config.small != "upscale" or config.resize != "none"):
+            # Where torchvision's CenterCrop has it, which detectors with such settings were trained with.
+            down, across = (length // grid - config.image_size // grid for length in (height, width))
+            cells[0] = round(down / 2), round(across / 2)
+        return [(top * grid, left * grid) for top, left in cells]
+
     def _crop(self, pixels: Tensor, rng: np.random.Generator | None) -> Tensor:
         corner = self._draw_corner(pixels.shape[1:], rng)
         return self._cut(self._prepared(pixels, 1)[0], *corner)
@@ -178,7 +231,7 @@ class Preprocessor:
         height, width = self._enlarged(*pixels.shape[1:])
         if self.config.small == "upscale" and (height, width) != tuple(pixels.shape[1:]):
             pixels = resize_bicubic(pixels[None], height, width)[0]
-        return pixels, crop_corners(height, width, self.config.image_size, crops)
+        return pixels, self._corners(height, width, crops)
 
     def _enlarged(self, height: int, width: int) -> tuple[int, int]:
         """Height and width of an image after the rule for small ones."""
@@ -196,8 +249,10 @@ class Preprocessor:
         size = self.config.image_size
         height, width = self._enlarged(*shape)
         if rng:
-            return int(rng.integers(height - size + 1)), int(rng.integers(width - size + 1))
-        return crop_corners(height, width, size, 1)[0]
+            grid = self.config.grid
+            top, left = (int(rng.integers((length - size) // grid + 1)) for length in (height, width))
+            return top * grid, left * grid
+        return self._corners(height, width, 1)[0]
 
     def _cut(self, pixels: Tensor, top: int, left: int) -> Tensor:
         """One crop [3, S, S]. Sides that are shorter are filled up here: the image would be as large as S."""

@@ -16,10 +16,11 @@ import numpy as np
 from dgsnet.config import Crops, check_types
 from dgsnet.errors import UserError
 from dgsnet.files import one_line, write_file
+from dgsnet.model.description import Description
 
 CALIBRATION_FILE = "calibration.json"
 # Without a calibration: the published rule, and no abstaining.
-THRESHOLD = 0.5
+THRESHOLD = Description.threshold
 # Scores are written, calibrated and compared at this many decimals, so that a written row agrees with itself.
 DECIMALS = 6
 # Probability with which the stated rates hold, over the choice of calibration images.
@@ -320,20 +321,22 @@ def _lower_limit(scores: np.ndarray, rate: float, confidence: float) -> float:
     return scores[::-1][above] if above < len(scores) else -(10**-DECIMALS)
 
 
-def decide(probabilities: Any, calibration: Calibration | None = None) -> list[str]:
+def decide(
+    probabilities: Any, calibration: Calibration | None = None, threshold: float = THRESHOLD
+) -> list[str]:
     """Names "generated", "real" or "unsure" for each probability; "" for NaN.
 
     Args:
         probabilities: [N] floats, or one; rounded to DECIMALS before they are compared. [N, C]: of an image
             and its copies; where they do not all have the same name, it is "unsure".
-        calibration: the rule; None is "generated" above 0.5, else "real".
+        calibration: the rule; None is "generated" above `threshold`, else "real".
 
     >>> decide([0.2, 0.7, float("nan")])
     ['real', 'generated', '']
     >>> decide([[0.7, 0.9], [0.7, 0.4]])
     ['generated', 'unsure']
     """
-    low, high = (calibration.low, calibration.threshold) if calibration else (THRESHOLD, THRESHOLD)
+    low, high = (calibration.low, calibration.threshold) if calibration else (threshold, threshold)
     rounded = np.round(np.atleast_1d(np.asarray(probabilities, dtype=np.float64)), DECIMALS)
     names = np.select(
         [np.isnan(rounded), rounded > high, rounded <= low], ["", "generated", "real"], "unsure"

@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dgsnet.data.items import Item
-from dgsnet.detection.decisions import SETTINGS, Calibration, check_setting, decide
+from dgsnet.detection.decisions import SETTINGS, THRESHOLD, Calibration, check_setting, decide
 from dgsnet.detection.engine import Job, answers, mean
+from dgsnet.detection.given import checked, listed
 from dgsnet.errors import UserError
 
 # torch, open_clip and the rest are imported where they are used: `from dgsnet import Detector` stays quick.
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from dgsnet.data.loading import Wait
     from dgsnet.data.preprocess import Preprocessor
     from dgsnet.detection.batches import Batches, Line
+    from dgsnet.model.description import Description
     from dgsnet.model.dgsnet import DGSNet
 
 
@@ -57,10 +59,11 @@ class Detector:
             with, else "fp32".
         crops: 1, 5 or "tiles", as `PreprocessConfig` has them; None is what the calibration was made with,
             without one what the configuration says.
+        description: where there is no calibration, it has the temperature and the threshold.
 
     Attributes:
         model: the network, in evaluation mode. What scores is a copy, made when it is first asked for.
-        config, calibration, views, batch, precision, crops: as given or found.
+        config, calibration, views, batch, precision, crops, description: as given or found.
         folder: of the model, whose calibration decides; None where `load` has not made it.
         alarmed: whether `dgsnet monitor` found that the calibration does not hold; see `obey`.
         errors: index to message of the images that the last `predict` could not read.
@@ -83,6 +86,7 @@ class Detector:
         batch: int | None = None,
         precision: str | None = None,
         crops: Crops | None = None,
+        description: Description | None = None,
     ):
         from dgsnet.data.preprocess import Preprocessor
 
@@ -99,6 +103,7 @@ class Detector:
         self.model = model.eval()
         self.config = config
         self.calibration = calibration
+        self.description = description
         self.folder: Path | None = None
         self.alarmed = False
         self.preprocess = Preprocessor(preprocess)
@@ -134,9 +139,9 @@ class Detector:
                 views, crops, batches or another precision, or there is no such device.
         """
         from dgsnet.detection.decisions import load_calibration
-        from dgsnet.model.folders import model_folder
+        from dgsnet.model.folders import model_folder, read_description
 
-        model_folder(run)  # refuses what is no model, before the imports that take seconds
+        folder = model_folder(run)  # refuses what is no model, before the imports that take seconds
 
         import torch
 
@@ -151,7 +156,7 @@ class Detector:
         calibration = load_calibration(run) if calibrated else None
         model = load_model(Path(run), device=device, pretrained=pretrained)
         how: dict[str, Any] = {"views": views, "batch": batch, "precision": precision, "crops": crops}
-        detector = cls(*model, calibration, **how)
+        detector = cls(*model, calibration, **how, description=read_description(folder))
         if calibrated:
             detector.folder = Path(run)
             detector.obey()
@@ -170,7 +175,8 @@ class Detector:
         precision = precision or fast_precision(next(self.model.parameters()).device)
         batch = batch or best_size(ready(self.model, precision))[0]
         how: dict[str, Any] = {"batch": batch, "precision": precision}
-        faster = Detector(self.model, self.config, self.calibration, self.views, crops=self.crops, **how)
+        kept: dict[str, Any] = {"crops": self.crops, "description": self.description}
+        faster = Detector(self.model, self.config, self.calibration, self.views, **kept, **how)
         faster.again = self.again and functools.partial(self.again, **how)
         return faster
 
@@ -179,6 +185,8 @@ class Detector:
         from dgsnet.model.checkpoint import fingerprint, trained_state
 
         model = hashlib.sha256(fingerprint(self.model).encode())
+        if self.config.model.feature != "own" or self.config.model.l2:
+            model.update(f"{self.config.model.feature} {self.config.model.l2}".encode())
         for name, tensor in sorted(trained_state(self.model).items()):
             model.update(name.encode() + tensor.float().numpy().tobytes())
         return {
@@ -210,7 +218,7 @@ class Detector:
         """
         from dgsnet.data.distortions import COPIES
 
-        images = _listed(images)
+        images = listed(images)
         stream: Any = self.stream_copies if consistency else self.stream
         shape = (len(images), 1 + len(COPIES)) if consistency else len(images)
         probabilities = np.full(shape, np.nan, dtype=np.float32)
@@ -249,7 +257,7 @@ class Detector:
         self, images: Iterable[Any], workers: int | None, consistency: bool = False
     ) -> Iterator[tuple[list[float], str]]:
         """Logits [1 + copies] of one image after another, NaN with an error."""
-        images = images if isinstance(images, list) else map(_image, images)
+        images = images if isinstance(images, list) else map(checked, images)
         job = self.job(consistency)
         versions = 1 + len(job.prepare.copies)
         for answer in answers(job, images, workers=workers):
@@ -358,8 +366,19 @@ class Detector:
         """sigmoid(logit / temperature), float64 of the shape of `logits`; temperature 1 if uncalibrated."""
         import torch
 
-        temperature = self.calibration.temperature if self.calibration else 1.0
-        return (torch.as_tensor(logits, dtype=torch.float64) / temperature).sigmoid()
+        return (torch.as_tensor(logits, dtype=torch.float64) / self.temperature).sigmoid()
+
+    @property
+    def temperature(self) -> float:
+        """What logits are divided by: the calibration's, else the description's, else 1."""
+        rule = self.calibration or self.description
+        return rule.temperature if rule else 1.0
+
+    @property
+    def threshold(self) -> float:
+        """The probability above which an image is called generated, found as `temperature` is, else 0.5."""
+        rule = self.calibration or self.description
+        return rule.threshold if rule else THRESHOLD
 
     def obey(self) -> None:
         """Look whether `dgsnet monitor` has raised an alarm; UserError where its file is damaged."""
@@ -370,10 +389,10 @@ class Detector:
     def decide(self, probabilities: Any) -> list[str]:
         """Names "generated", "real" or "unsure" for N probabilities as `predict` gives them; "" for NaN.
 
-        Without a calibration, "generated" above 0.5 and else "real". Of copies, [N, 1 + copies], the names
-        must agree, else it is "unsure". After an alarm of `dgsnet monitor` nothing is called generated.
+        Without a calibration, "generated" above `threshold` and else "real". Of copies, [N, 1 + copies], the
+        names must agree, else it is "unsure". After an alarm of `dgsnet monitor` nothing is called generated.
         """
-        names = decide(probabilities, self.calibration)
+        names = decide(probabilities, self.calibration, self.threshold)
         return ["unsure" if name == "generated" and self.alarmed else name for name in names]
 
 
@@ -389,41 +408,6 @@ def _setting(calibration: Calibration | None, name: str, given: Any) -> Any:
             f"leave {name} out, or run dgsnet calibrate --{name} {given}"
         )
     return given
-
-
-def _listed(images: Any) -> list[Any]:
-    """What `predict` was given, as a list of images."""
-    if isinstance(images, np.ndarray) and images.ndim == 4:
-        images = list(images)
-    elif isinstance(images, (str, bytes, os.PathLike, np.ndarray)) or hasattr(images, "getbands"):
-        images = [images]
-    elif not isinstance(images, Iterable) or hasattr(images, "read") or _is_tensor(images):
-        images = [images]  # and is refused
-    return [_image(image) for image in images]
-
-
-def _image(image: Any) -> Any:
-    """The same image, or TypeError or ValueError where it is none."""
-    if isinstance(image, np.ndarray):
-        if image.dtype == np.uint8 and (image.ndim == 2 or (image.ndim == 3 and image.shape[2] in (3, 4))):
-            return image
-        raise ValueError(
-            f"an array must be uint8 [H, W], [H, W, 3] or [H, W, 4], got {image.dtype} {list(image.shape)}"
-        )
-    if isinstance(image, (str, bytes, os.PathLike, Item)) or hasattr(image, "getbands"):
-        return image
-    remedy = ""
-    if _is_tensor(image):
-        remedy = "; Detector.logits takes prepared tensors [N, 3, S, S]"
-    elif hasattr(image, "read"):
-        remedy = "; give the file's path, or its content as bytes"
-    raise TypeError(
-        f"an image is a path, bytes, a PIL image or a uint8 array, got {type(image).__name__}{remedy}"
-    )
-
-
-def _is_tensor(value: Any) -> bool:
-    return type(value).__module__.startswith("torch") and hasattr(value, "numpy")
 
 
 class Prepared:

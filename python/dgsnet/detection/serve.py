@@ -21,7 +21,7 @@ from dgsnet.data.declared import read_declared
 from dgsnet.data.distortions import COPIES
 from dgsnet.data.images import ImageError, read_image
 from dgsnet.data.items import Item
-from dgsnet.detection.decisions import THRESHOLD, Precision
+from dgsnet.detection.decisions import Precision
 from dgsnet.detection.detector import Detector, Prepared
 from dgsnet.detection.heatmaps import draw, heatmap
 from dgsnet.detection.monitor import append
@@ -237,7 +237,7 @@ def _facts(detector: Detector) -> dict[str, Any]:
     if calibration:
         names = ("threshold", "low", "fpr", "fpr_upper", "confidence", "n_reals", "n_generated")
         return facts | {name: getattr(calibration, name) for name in names}
-    return facts | {"threshold": THRESHOLD, "low": THRESHOLD}
+    return facts | {"threshold": detector.threshold, "low": detector.threshold}
 
 
 def server(app: FastAPI) -> uvicorn.Server:

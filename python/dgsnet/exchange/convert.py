@@ -1,315 +1,164 @@
-"""`dgsnet convert`: the authors' published checkpoints as model folders of this package.
-
-Their file is a flat state_dict that holds CLIP twice (student and frozen teacher), the adapters, and three
-heads; docs/official_weights.md has the layout. One copy of CLIP is kept.
-"""
+"""`dgsnet convert`: checkpoints that others published as model folders of this package, known by content."""
 
 from __future__ import annotations
 
-import functools
-import hashlib
-import re
 import tempfile
-import warnings
-import zipfile
-from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
-from safetensors.torch import save_file
-from torch import Tensor
 
-from dgsnet.config import Config, ModelConfig, PreprocessConfig, SurgeryConfig
+from dgsnet.config import Config, ModelConfig, SurgeryConfig
 from dgsnet.errors import UserError
-from dgsnet.files import check_new, one_line
-from dgsnet.model.catalogue import has_text
-from dgsnet.model.checkpoint import BACKBONE_FILE, build_model, load_trained_state, save_model
-from dgsnet.model.dgsnet import DGSNet
+from dgsnet.exchange.hub import PREFIX, Download, download
+from dgsnet.exchange.layouts import LAYOUTS, OTHERS, Layout, layout_of, shapes_of
+from dgsnet.exchange.official import PUBLISHED, STUDENT, TEACHER, Official, read, write
+from dgsnet.exchange.weights import State, file_sha256, holds, load, save
+from dgsnet.files import check_new
+from dgsnet.model.checkpoint import build_model, load_trained_state, save_model, trained_state
+from dgsnet.model.description import Description, Origin
+from dgsnet.model.folders import BACKBONE_FILES
 
-State = dict[str, Tensor]
-
-# Prefixes of the file's parts.
-STUDENT, TEACHER = "clip_model.", "clip_model_frozen."
-# Our heads by the file's names; the teacher's lies inside the teacher's part.
-IMAGE_HEAD, TEXT_HEAD, TEACHER_HEAD = "img_fc", "text_fc", "img_frozen_fc"
-ADAPTED = re.compile(r"visual\.(transformer\.resblocks\.\d+\.attn\.)([qkv]_proj)\.(weight|bias)")
-# The published mosaic's patches, in pixels.
-PATCH_SIZE = 32
-# SHA-256 of files that the authors have published.
-PUBLISHED = {
-    "89b96a586a6b9f2e5626b03aa27e8063bbe6aaae00f4d0cf97fd3ced2379c216": "the authors' detector (stage 2)"
-}
-
-
-@dataclass
-class Official:
-    """What a published checkpoint holds."""
-
-    clip: State  # the one frozen CLIP, by OpenAI's names (fused attention)
-    adapters: State  # LoRA A [r, width] and B [width, r] by peft's names; empty in stage 1
-    heads: State  # weight [1, D] and bias [1] of our three heads, by the names of `SurgeryHead`
-    rank: int  # r; 0 in stage 1
-    stage: int  # 1, the linear head on the frozen encoder, or 2, the detector
-    merged: bool  # whether the file's student had its adapters added into its weights
-    sha256: str = ""  # of the file, as hexadecimal digits
+OFFICIAL = "DGS-Net"
 
 
 def convert_command(
-    checkpoint: str, out: str, name: str = ModelConfig.name, alpha: float = ModelConfig.lora_alpha
+    checkpoint: str,
+    out: str,
+    name: str | None = None,
+    alpha: float = ModelConfig.lora_alpha,
+    pretrained: str | None = None,
+    accept_licence: bool = False,
 ) -> None:
-    """Import a checkpoint that the authors published as a model folder for predict, evaluate and export.
+    """Import a published checkpoint as a model folder for predict, calibrate, evaluate, serve and export.
 
     Args:
-        checkpoint: their .pth file, of stage 2 (the detector) or stage 1 (the linear head), by any name.
+        checkpoint: a .pth or .safetensors file of DGS-Net, UniversalFakeDetect, Community Forensics, Sieve,
+            DDA, Effort, C2P-CLIP or B-Free, by any name; or hf:OWNER/NAME, hf:OWNER/NAME@REVISION or
+            hf:OWNER/NAME/FILE, which is downloaded from the Hugging Face Hub.
         out: folder for the model; must be new or empty.
-        name: open_clip model name of its CLIP.
-        alpha: numerator of the adapters' scaling; the file does not hold it.
+        name: its backbone, where it is another than the published one.
+        alpha: numerator of the scaling of DGS-Net's adapters; the file does not hold it.
+        pretrained: weights file of the backbone, for a checkpoint that holds a head alone.
+        accept_licence: download weights whose licence forbids commercial use, is unknown here or is missing.
     """
-    found = convert(checkpoint, out, name=name, alpha=alpha)
-    print(f"SHA-256 {found.sha256}: {PUBLISHED.get(found.sha256, 'not a published file known here')}")
-    what = (
-        f"LoRA of rank {found.rank}, {'merged' if found.merged else 'not merged'}"
-        if found.rank
-        else "no LoRA"
+    found = convert(
+        checkpoint, out, name=name, alpha=alpha, pretrained=pretrained, accept_licence=accept_licence
     )
-    print(f"{out}: stage {found.stage} of {name}, {what} in {checkpoint}")
+    if isinstance(found, Official):
+        print(f"SHA-256 {found.sha256}: {PUBLISHED.get(found.sha256, 'not a published file known here')}")
+        what = (
+            f"LoRA of rank {found.rank}, {'merged' if found.merged else 'not merged'}"
+            if found.rank
+            else "no LoRA"
+        )
+        return print(f"{out}: stage {found.stage} of {name or ModelConfig.name}, {what} in {checkpoint}")
+    origin, licence = found.origin, found.licence or "none named by its authors: ask them before you use it"
+    revision = f" at revision {origin.revision}" if origin.revision else ""
+    print(f"SHA-256 {origin.sha256}: {origin.file}{revision}")
+    print(f"{out}: {origin.layout}, {found.model.name}; licence {licence}")
 
 
 def convert(
     checkpoint: str | Path,
     out: str | Path,
     *,
-    name: str = ModelConfig.name,
+    name: str | None = None,
     alpha: float = ModelConfig.lora_alpha,
-) -> Official:
-    """Write a model folder that `Detector.load` reads: adapters and heads, and CLIP's weights beside them.
+    pretrained: str | None = None,
+    accept_licence: bool = False,
+) -> Official | Description:
+    """Write a model folder that `Detector.load` reads, of a checkpoint that others published.
 
-    The arguments are `convert_command`'s. The file is read with weights_only=True, no shape in it is trusted.
+    The arguments are `convert_command`'s. The file is read with weights_only=True, no shape in it is trusted,
+    and all of its tensors must be known.
 
     Returns:
-        What the file held.
+        What the file held: of DGS-Net's an `Official`, of others' the folder's description.
 
     Raises:
-        UserError: `out` is in use, or the file is missing, damaged, of another layout or of another CLIP.
+        UserError: `out` is in use; the file is missing, damaged, of no layout known here or of another
+            backbone; its backbone is missing; or a download that is not possible or whose licence was not
+            accepted.
+
+    Example:
+        >>> convert("fc_weights.pth", "runs/ufd")  # doctest: +SKIP
     """
-    checkpoint, out = Path(checkpoint), Path(out)
+    out = Path(out)
     check_new(out)
-    found = read(checkpoint, name=name, alpha=alpha)
+    source = Download(Path(checkpoint), Path(checkpoint).name)
+    if str(checkpoint).startswith(PREFIX):
+        source = download(str(checkpoint), accept_licence)
+    state, wrapper = load(source.path)
+    layout = None if holds(state, STUDENT) or holds(state, TEACHER) else _known(source.path, state, wrapper)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=".convert-") as folder:
-        backbone = Path(folder) / BACKBONE_FILE
-        save_file({key: _small(tensor) for key, tensor in found.clip.items()}, backbone, {"format": "pt"})
-        config = _config(name, str(backbone), found, alpha)
-        model = build_model(config, with_text=False)
-        load_trained_state(model, found.adapters | {f"head.{key}": t for key, t in found.heads.items()})
-        save_model(
-            out,
-            model,
-            config,
-            backbone=backbone,
-            source=checkpoint.name,
-            sha256=found.sha256,
-            stage=found.stage,
-            merged=found.merged,
-        )
-    return found
+        if layout:
+            return _write(out, Path(folder), source, state, layout, name or layout.name, pretrained)
+        name = name or ModelConfig.name
+        official = read(source.path, name=name, alpha=alpha, state=state)
+        write(out, Path(folder), source.name, official, name=name, alpha=alpha)
+        return official
 
 
-def read(checkpoint: Path, *, name: str, alpha: float) -> Official:
-    """What a published checkpoint holds; arguments and errors are those of `convert`."""
-    if not has_text(name):
-        raise UserError(
-            f"the published checkpoints are of a CLIP, and {name} has no text tower: give --name one"
-        )
-    state = _load(checkpoint)
+def _known(path: Path, state: State, wrapper: str) -> Layout:
+    """The layout of a file that is none of DGS-Net's."""
+    if layout := layout_of(state, wrapper):
+        return layout
+    for beginning, what in OTHERS.items():
+        if holds(state, beginning):
+            raise UserError(f"{path} is {what}: no backbone with a linear head says that")
+    known = ", ".join([OFFICIAL, *(layout.title for layout in LAYOUTS)])
+    raise UserError(
+        f"{path} is no checkpoint that is known here ({len(state)} tensors, {min(state)[:80]!r} the first by "
+        f"name); known are {known}"
+    )
+
+
+def _write(
+    out: Path,
+    folder: Path,
+    source: Download,
+    state: State,
+    layout: Layout,
+    name: str,
+    pretrained: str | None,
+) -> Description:
+    """Make the model folder `out` of a state, by way of a temporary folder on the same disk."""
+    if pretrained and not layout.pretrained:
+        raise UserError(f"{source.path} is {layout.title} and holds its backbone: leave --pretrained out")
+    backbone = folder / BACKBONE_FILES[1]
+    model, preprocess = layout.settings(name, pretrained or layout.pretrained or str(backbone))
     try:
-        found = _stage2(state, name, alpha) if _holds(state, STUDENT) else _stage1(state, name)
+        tower, head = layout.take(state, shapes_of(model, preprocess.image_size), preprocess.image_size)
         if state:
             raise ValueError(f"{min(state)} is unknown to this layout")
     except ValueError as error:
-        raise UserError(f"{checkpoint} is no checkpoint of DGS-Net on {name}: {error}") from None
-    found.sha256 = hashlib.sha256(np.memmap(checkpoint, mode="r").data).hexdigest()
-    return found
-
-
-def _load(checkpoint: Path) -> State:
-    if not checkpoint.is_file():
-        raise UserError(f"no file {checkpoint}: give the authors' .pth file")
+        raise UserError(f"{source.path} is {layout.title}, but not on {name}: {error}") from None
+    if tower:
+        save(tower, backbone)
+    description = Description(
+        model,
+        preprocess,
+        bias=layout.bias,
+        threshold=layout.threshold,
+        licence=source.licence or layout.licence,
+        origin=Origin(layout.title, source.name, source.revision, file_sha256(source.path)),
+    )
+    # No run has been: there was no surgery, and the teacher, a tower without adapters, has the same head.
+    config = Config(model=model, preprocess=preprocess, surgery=SurgeryConfig(mode="none"))
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of what is refused below
-            mmap = zipfile.is_zipfile(checkpoint) or None
-            state = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=mmap)
-    except Exception as error:  # torch.load's errors on damaged or hostile files share no class
-        reason = one_line(error).split(". ")[0][:200]
+        network = build_model(config, with_text=False)
+    except UserError as error:
+        if tower:
+            raise
         raise UserError(
-            f"{checkpoint} cannot be read as weights ({reason}): it is damaged, or no PyTorch file of plain "
-            "tensors; download it again"
+            f"{source.path} is {layout.title}, {layout.what}, and that backbone is missing: {error}; or give "
+            "its file with --pretrained"
         ) from None
-    if not isinstance(state, dict) or not state:
-        raise UserError(
-            f"{checkpoint} holds {type(state).__name__}, not a flat state_dict: give the authors' file"
-        )
-    for key, tensor in state.items():
-        if type(tensor) is not Tensor or tensor.layout != torch.strided or not tensor.is_floating_point():
-            kind = f"a {tensor.dtype} tensor" if isinstance(tensor, Tensor) else type(tensor).__name__
-            raise UserError(
-                f"{checkpoint} is no flat state_dict of the authors' layout: {key!r} is {kind}, expected a "
-                "dense tensor of floats"
-            )
-    return dict(state)
-
-
-def _stage1(state: State, name: str) -> Official:
-    heads = _heads(state, {TEACHER_HEAD: "teacher_head"}, _skeleton(name).dim)
-    clip = _part(state, TEACHER, _shapes(name)[0])
-    # In stage 1 the frozen encoder with its head is the detector; there is no text head yet.
-    same = {key.replace("teacher", "image"): tensor for key, tensor in heads.items()}
-    unused = {
-        f"text_head.{kind}": torch.zeros_like(heads[f"teacher_head.{kind}"]) for kind in ("weight", "bias")
-    }
-    return Official(clip, {}, heads | same | unused, rank=0, stage=1, merged=False)
-
-
-def _stage2(state: State, name: str, alpha: float) -> Official:
-    if not _holds(state, TEACHER):
-        raise ValueError(f"it lacks the teacher, {TEACHER}*, so merged adapters cannot be recognised")
-    heads = _heads(
-        state,
-        {IMAGE_HEAD: "image_head", TEXT_HEAD: "text_head", TEACHER + TEACHER_HEAD: "teacher_head"},
-        _skeleton(name).dim,
-    )
-    fused, split = _shapes(name)
-    clip = _part(state, TEACHER + TEACHER, fused)
-    found = (ADAPTED.fullmatch(key) for key in split)
-    linears = {
-        match[0].removesuffix(".weight"): split[match[0]][0]
-        for match in found
-        if match and match[3] == "weight"
-    }
-    adapters, rank = _adapters(state, linears)
-    student = _part(state, STUDENT, split)
-    merged = _check_student(student, clip, adapters, alpha / rank**0.5)
-    return Official(clip, adapters, heads, rank=rank, stage=2, merged=merged)
-
-
-def _check_student(student: State, clip: State, adapters: State, scaling: float) -> bool:
-    """Whether the adapters were merged; ValueError where the student is not the teacher with these adapters.
-
-    A file saved in evaluation mode has W + scaling * B @ A in place of W. The teacher holds W itself, so
-    nothing has to be subtracted and the result is exact.
-    """
-    merged = None
-    for key, tensor in student.items():
-        if match := ADAPTED.fullmatch(key):
-            attention, target, kind = match.groups()
-            base = clip[f"visual.{attention}in_proj_{kind}"].chunk(3)["qkv".index(target[0])]
-        else:
-            base = clip[key.replace(".attn.proj.", ".attn.out_proj.")]
-        same = torch.equal(tensor, base)
-        if not match or kind == "bias":
-            if not same:
-                raise ValueError(f"{STUDENT}{key} differs from the teacher's, and no adapter is on it")
-            continue
-        lora = f"{attention}{target}.lora_"
-        update = scaling * (adapters[f"{lora}B.weight"] @ adapters[f"{lora}A.weight"])
-        fits = torch.allclose(
-            tensor, base + update, rtol=0, atol=1e-5 * float(base.abs().max() + update.abs().max())
-        )
-        if same and fits:
-            continue  # too small an update to tell
-        if not (same or fits) or merged == same:
-            raise ValueError(
-                f"{STUDENT}{key} is neither the teacher's nor that plus {scaling:.4g} * B @ A, or not the "
-                "one that it is in the blocks before: the file is damaged, or alpha is another"
-            )
-        merged = fits
-    return bool(merged)
-
-
-def _adapters(state: State, targets: dict[str, int]) -> tuple[State, int]:
-    """Take A and B of every adapted linear (name and width) by peft's names; returns them and their rank."""
-    first = f"{STUDENT}{next(iter(targets))}.w_lora_A"
-    if first not in state:
-        raise ValueError(f"{first} is missing")
-    rank = state[first].shape[0] if state[first].ndim == 2 else 0
-    adapters = {}
-    for target, width in targets.items():
-        if not 1 <= rank <= width:
-            raise ValueError(f"{first} has shape {list(state[first].shape)}, expected [r, {width}]")
-        ours = target.removeprefix("visual.")
-        taken = _part(state, f"{STUDENT}{target}.", {"w_lora_A": (rank, width), "w_lora_B": (width, rank)})
-        adapters[f"{ours}.lora_A.weight"] = taken["w_lora_A"]
-        adapters[f"{ours}.lora_B.weight"] = taken["w_lora_B"]
-    return adapters, rank
-
-
-def _heads(state: State, names: dict[str, str], dim: int) -> State:
-    heads: State = {}
-    for theirs, ours in names.items():
-        part = _part(state, f"{theirs}.", {"weight": (1, dim), "bias": (1,)})
-        heads |= {f"{ours}.{kind}": tensor for kind, tensor in part.items()}
-    return heads
-
-
-def _part(state: State, prefix: str, shapes: dict[str, tuple[int, ...]]) -> State:
-    """Take the tensors below a prefix out of `state`; ValueError if one is missing, misshaped, not finite."""
-    part = {}
-    for name, shape in shapes.items():
-        if prefix + name not in state:
-            raise ValueError(f"{prefix}{name} is missing")
-        tensor = state.pop(prefix + name)
-        # Checked before anything reads it: a file may claim any shape.
-        if tuple(tensor.shape) != tuple(shape):
-            raise ValueError(f"{prefix}{name} has shape {list(tensor.shape)}, expected {list(shape)}")
-        if not torch.isfinite(tensor).all():
-            raise ValueError(f"{prefix}{name} holds values that are not finite")
-        part[name] = tensor.float()
-    return part
-
-
-def _holds(state: State, prefix: str) -> bool:
-    return any(key.startswith(prefix) for key in state)
-
-
-def _shapes(name: str) -> tuple[dict[str, tuple[int, ...]], dict[str, tuple[int, ...]]]:
-    """Shapes of a CLIP's tensors by OpenAI's names, and by the student's, which has q, k and v apart."""
-    clip = _skeleton(name)
-    assert clip.text
-    text = {"logit_scale": ()} | {key: tuple(tensor.shape) for key, tensor in clip.text.state_dict().items()}
-    fused, split = (
-        {f"visual.{key}": tuple(tensor.shape) for key, tensor in state.items()}
-        for state in (clip.backbone.state(), clip.visual.state_dict())
-    )
-    return fused | text, text | {key.replace(".attn.out_proj.", ".attn.proj."): split[key] for key in split}
-
-
-@functools.lru_cache(maxsize=1)
-def _skeleton(name: str) -> DGSNet:
-    """The model without memory for its weights."""
-    with torch.device("meta"):
-        return DGSNet(ModelConfig(name=name, pretrained="", lora_rank=0))
-
-
-def _small(tensor: Tensor) -> Tensor:
-    """In half precision where nothing is lost, as with OpenAI's weights, which were published so."""
-    half = tensor.half()
-    return (half if torch.equal(half.to(tensor.dtype), tensor) else tensor).contiguous()
-
-
-def _config(name: str, pretrained: str, found: Official, alpha: float) -> Config:
-    """The published settings, with a mosaic of as many patches as the model's input holds."""
-    size = _skeleton(name).image_size
-    if size % PATCH_SIZE:
-        raise UserError(
-            f"{name} takes images of {size} pixels, which patches of {PATCH_SIZE} do not tile: the published "
-            "checkpoints are of ViT-L-14-quickgelu at 224 pixels"
-        )
-    return Config(
-        model=ModelConfig(name, pretrained, lora_rank=found.rank, lora_alpha=alpha),
-        preprocess=PreprocessConfig(
-            image_size=size, patch_size=PATCH_SIZE, num_patches=(size // PATCH_SIZE) ** 2
-        ),
-        surgery=SurgeryConfig(mode="feature" if found.stage == 2 else "none"),
-    )
+    head["bias"] = head["bias"] + layout.bias
+    own = {f"head.image_head.{kind}": tensor for kind, tensor in head.items()}
+    same = {f"head.teacher_head.{kind}": tensor for kind, tensor in head.items()}
+    rest = {key: torch.zeros_like(tensor) for key, tensor in trained_state(network).items()}
+    load_trained_state(network, rest | own | same)
+    save_model(out, network, config, backbone=backbone if tower else None, description=description)
+    return description

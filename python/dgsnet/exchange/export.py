@@ -100,12 +100,12 @@ def export(model: str | Path, out: str | Path, format: Format, *, pretrained: st
 
 def contract(detector: Detector) -> dict[str, Any]:
     """What a program must know to use the exported model: input, preprocessing, outputs, decisions."""
-    from dgsnet.data.preprocess import NORMALIZATIONS
-    from dgsnet.detection.decisions import DECIMALS, THRESHOLD
+    from dgsnet.config import NATIVE, NORMALIZATIONS
+    from dgsnet.detection.decisions import DECIMALS
 
     preprocess, size = detector.config.preprocess, detector.model.image_size
     mean, std = NORMALIZATIONS[preprocess.normalization]
-    how: dict[str, Any] = {"crops": detector.crops, "small": preprocess.small}
+    how = {name: getattr(preprocess, name) for name in NATIVE} | {"crops": detector.crops}
     if preprocess.mode == "patches":
         how = {"patch_size": preprocess.patch_size, "num_patches": preprocess.num_patches}
     c = detector.calibration
@@ -125,10 +125,11 @@ def contract(detector: Detector) -> dict[str, Any]:
             "logits": "[batch] float32, positive is generated; averaged over an image's crops and views",
             "probabilities": "[batch] float32, sigmoid(logits / temperature)",
         },
+        "head": {"feature": detector.config.model.feature, "l2": detector.config.model.l2},
         "decision": {
-            "temperature": c.temperature if c else 1.0,
-            "generated_above": c.threshold if c else THRESHOLD,
-            "real_at_or_below": c.low if c else THRESHOLD,
+            "temperature": detector.temperature,
+            "generated_above": detector.threshold,
+            "real_at_or_below": c.low if c else detector.threshold,
             "decimals_before_comparing": DECIMALS,
             "calibrated": c is not None,
             "precision": detector.precision,
@@ -142,15 +143,17 @@ def _module(detector: Detector) -> Any:
 
     from dgsnet.model.adapters import merge_adapters
 
+    l2 = detector.config.model.l2
+
     class Exported(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.visual = detector.model.visual
             self.head = detector.model.head.image_head
-            self.temperature = detector.calibration.temperature if detector.calibration else 1.0
+            self.temperature = detector.temperature
 
         def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-            logits = self.head(self.visual(pixels)).squeeze(-1)
+            logits = self.head(_scaled(self.visual(pixels), l2)).squeeze(-1)
             return logits, torch.sigmoid(logits / self.temperature)
 
     merge_adapters(detector.model.visual)
@@ -200,17 +203,17 @@ def _write_safetensors(detector: Detector, path: Path) -> Callable[[Tensor], Any
 
     from dgsnet.model.pretrained import untouched_tower
 
-    module = _module(detector)
+    module, config = _module(detector), detector.config.model
     state = {f"head.{key}": tensor for key, tensor in module.head.state_dict().items()}
     for key, tensor in detector.model.backbone.state().items():
         state[f"visual.{key}"] = tensor.contiguous()
     save_file(state, path, {"format": "pt", CONTRACT: json.dumps(contract(detector))})
 
-    visual = untouched_tower(detector.config.model.name, detector.model.image_size).eval()
+    visual = untouched_tower(config.name, detector.model.image_size, config.feature).eval()
     written = load_file(path)
     tower = {key.removeprefix("visual."): t for key, t in written.items() if key.startswith("visual.")}
     visual.load_state_dict(tower, assign=True)
-    return lambda pixels: _linear(visual(pixels), written, "head.")
+    return lambda pixels: _linear(_scaled(visual(pixels), config.l2), written, "head.")
 
 
 def _write_hf(detector: Detector, folder: Path) -> Callable[[Tensor], Any]:
@@ -251,7 +254,7 @@ def _write_hf(detector: Detector, folder: Path) -> Callable[[Tensor], Any]:
         loaded = PeftModel.from_pretrained(loaded, folder / "adapter")
     loaded.eval()
     head = load_file(folder / "head.safetensors")
-    return lambda pixels: _linear(getattr(loaded(pixel_values=pixels), form.output), head)
+    return lambda pixels: _linear(_scaled(getattr(loaded(pixel_values=pixels), form.output), config.l2), head)
 
 
 def _pixels(detector: Detector) -> Tensor:
@@ -275,6 +278,10 @@ def _check(forward: Callable[[Tensor], Any], pixels: Tensor, expected: Tensor, f
                     f"the {format} export gives other scores than the model (by up to {difference:.2g}): "
                     "nothing was written; please report the versions of torch and of the exporter"
                 )
+
+
+def _scaled(features: Tensor, l2: bool) -> Tensor:
+    return features / features.norm(dim=-1, keepdim=True) if l2 else features
 
 
 def _linear(features: Tensor, head: dict[str, Tensor], prefix: str = "") -> Tensor:

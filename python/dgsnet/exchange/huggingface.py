@@ -51,7 +51,7 @@ def form_of(model: DGSNet) -> Form | None:
     from dgsnet.model.backbones import Timm
 
     if not isinstance(model.backbone, Timm):
-        return CLIP
+        return None if model.config.feature == "class" else CLIP
     trunk = model.backbone.trunk
     rope = getattr(trunk, "rope", None)
     if isinstance(rope, RotaryEmbeddingDinoV3):

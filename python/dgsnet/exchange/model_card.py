@@ -15,6 +15,7 @@ from dgsnet.pages import page
 if TYPE_CHECKING:
     from dgsnet.config import Config
     from dgsnet.detection.detector import Detector
+    from dgsnet.model.description import Description
 
 
 def model_card(
@@ -27,7 +28,7 @@ def model_card(
     from dgsnet.model.checkpoint import fingerprint
 
     config, name = detector.config, detector.config.model.name
-    size, resized = detector.model.image_size, detector.model.resized
+    size, resized = detector.model.image_size, detector.model.resized or detector.description is not None
     library = "open_clip"
     tower = f'open_clip.create_model("{name}"{f", force_image_size={size}" if resized else ""}).visual'
     if not has_text(name):
@@ -44,13 +45,25 @@ def model_card(
         tower=tower,
         form=form_of(detector.model),
         fingerprint=fingerprint(detector.model),
-        training=_training(config, extra),
+        training=_origin(detector.description) or _training(config, extra),
         measured={key: value for key, value in extra.items() if isinstance(value, float)},
         rules=summary(detector.calibration).splitlines() if detector.calibration else (),
         contract=json.dumps(contract, indent=2),
         versions=f"dgs-kernels {version('dgs-kernels')}, torch {version('torch')}",
     )
     return f"{text}\n"
+
+
+def _origin(description: Description | None) -> str:
+    """Where a detector comes from that was trained by other programs; empty for one that was not."""
+    if description is None:
+        return ""
+    origin, licence = description.origin, description.licence
+    named = f"their licence is {page.plain(licence)}" if licence else "their authors name no licence"
+    return (
+        f"Converted from {page.code(origin.file)}, weights of {page.plain(origin.layout)} (SHA-256 "
+        f"{page.plain(origin.sha256)}); {named}. What they were trained on is their authors' to say."
+    )
 
 
 def _training(config: Config, extra: dict[str, Any]) -> str:

@@ -137,7 +137,7 @@ class OpenClip(Backbone):
 
     @property
     def dim(self) -> int:
-        return self.visual.output_dim
+        return self.visual.conv1.out_channels if self.visual.proj is None else self.visual.output_dim
 
     @property
     def image_size(self) -> tuple[int, int]:
@@ -273,6 +273,19 @@ def _is_timm(visual: nn.Module) -> bool:
 
 
 FAMILIES = {OpenClip: _is_open_clip, Timm: _is_timm}
+
+
+def use_class_token(visual: Any, name: str) -> None:
+    """Have a tower give its class token after the last norm, without a projection; UserError: it has none."""
+    if _is_open_clip(visual):
+        visual.proj, visual.pool_type = None, "tok"
+    elif _is_timm(visual):
+        trunk: Any = getattr(visual, "trunk", visual)
+        if trunk.cls_token is None:
+            raise UserError(f"model {name} has no class token: leave model.feature at own")
+        trunk.reset_classifier(0, "token")
+        if trunk is not visual:
+            visual.head = nn.Identity()
 
 
 def family_of(visual: nn.Module, name: str) -> type[Backbone]:

@@ -3,8 +3,9 @@
 A model folder holds what training changed and nothing of the backbone: `adapters.safetensors` (the adapters
 and the three heads, with the backbone's fingerprint in its header) and `config.json` (the configuration, with
 preprocessing); after `dgsnet train` also `training_images.npy` (hashes of the files it was trained on), after
-`dgsnet calibrate` `calibration.json`. Only a converted one carries its backbone, `clip.safetensors`. A run
-folder, as `dgsnet train --out` writes it, holds two model folders, `best` and `last`.
+`dgsnet calibrate` `calibration.json`. Only a converted one carries its backbone, `clip.safetensors` or
+`backbone.safetensors`, and one that was trained by other programs has `detector.json` in place of
+`config.json`. A run folder, as `dgsnet train --out` writes it, holds two model folders, `best` and `last`.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import io
 import json
 import os
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +30,9 @@ from torch.distributed.tensor import DTensor
 from dgsnet.config import CONFIG_FILE, Config
 from dgsnet.errors import UserError
 from dgsnet.files import one_line, replace_folder, replacing, write_synced
+from dgsnet.model.description import DETECTOR_FILE, Description
 from dgsnet.model.dgsnet import DGSNet
 from dgsnet.model.folders import (
-    BACKBONE_FILE,
     WEIGHTS_FILE,
     model_folder,
     read_model_config,
@@ -123,7 +125,8 @@ def save_model(
     Args:
         folder: where to; replaced when it exists.
         model, config: the trained model, and what it was trained with.
-        backbone: weights file of its CLIP that is moved into the folder; None leaves config's.
+        backbone: weights file, named as one of `BACKBONE_FILES`, that is moved into the folder; None leaves
+            config's.
         extra: what belongs to this model (step, validation results) as JSON holds it; read_extra returns it.
 
     Example:
@@ -140,26 +143,31 @@ def write_model(
     *,
     backbone: Path | None = None,
     trained_on: np.ndarray | None = None,
+    description: Description | None = None,
     **extra: Any,
 ) -> Path:
     """save_model for a model that is not at hand whole: given its trained_state and fingerprint.
 
-    `trained_on`: hashes of the files that it was trained on, int64 [N], ascending.
+    `trained_on`: hashes of the files that it was trained on, int64 [N], ascending. `description`: written in
+    place of the configuration, whose model and preprocessing it has.
     """
     header = {"format": FORMAT, "backbone": backbone_fingerprint, "extra": json.dumps(extra)}
     if backbone:
-        config = with_pretrained(config, BACKBONE_FILE)
+        config = with_pretrained(config, backbone.name)
+        if description:
+            description = replace(description, model=config.model)
 
     def fill(new: Path) -> None:
         if backbone:
             with open(backbone, "rb+") as file:
                 os.fsync(file.fileno())
-            os.rename(backbone, new / BACKBONE_FILE)
+            os.rename(backbone, new / backbone.name)
         if trained_on is not None:
             hashes = io.BytesIO()
             np.save(hashes, trained_on)
             write_synced(new / TRAINED_ON_FILE, hashes.getvalue())
-        write_synced(new / CONFIG_FILE, config.to_json().encode())
+        said = description or config
+        write_synced(new / (DETECTOR_FILE if description else CONFIG_FILE), said.to_json().encode())
         write_synced(new / WEIGHTS_FILE, to_safetensors(state, metadata=header))
 
     return replace_folder(Path(folder), fill)
@@ -200,7 +208,7 @@ def load_model(
         load_trained_state(model, state)
     except ValueError as error:
         raise UserError(
-            f"{folder / WEIGHTS_FILE} does not fit {CONFIG_FILE} beside it: {one_line(error, 200)}; they "
+            f"{folder / WEIGHTS_FILE} does not fit the settings beside it: {one_line(error, 200)}; they "
             "must be of one run"
         ) from None
     found, expected = fingerprint(model), header.get("backbone", "")

@@ -8,6 +8,7 @@ import copy
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from peft import get_peft_model_state_dict
 from torch import Tensor, nn
 
@@ -15,7 +16,7 @@ from dgs_kernels import SurgeryHead
 from dgsnet.config import ModelConfig
 from dgsnet.errors import UserError
 from dgsnet.model.adapters import adapters_skipped, drop_adapters, inject_lora, merge_adapters
-from dgsnet.model.backbones import backbone_of
+from dgsnet.model.backbones import backbone_of, use_class_token
 from dgsnet.model.catalogue import check_image_size, side
 from dgsnet.model.pretrained import build_towers, encode_text, tokenizer_of
 
@@ -24,8 +25,8 @@ class DGSNet(nn.Module):
     """CLIP as student, teacher and text encoder, with a linear head for each; only adapters and heads train.
 
     There is one copy of the vision tower: the teacher is the student with its adapters skipped. Features are
-    CLIP's projected embeddings, not normalised. Initialisation draws from torch's global generator, so
-    `torch.manual_seed` decides it.
+    CLIP's projected embeddings, not normalised, or what `ModelConfig` names instead. Initialisation draws
+    from torch's global generator, so `torch.manual_seed` decides it.
 
     Args:
         config: model name, weights and adapters; `lora_rank=0` makes no adapters (linear probe).
@@ -57,12 +58,14 @@ class DGSNet(nn.Module):
     def __init__(self, config: ModelConfig, *, with_text: bool = True, image_size: int | None = None) -> None:
         super().__init__()
         self.config = config
-        visual, text = build_towers(config.name, config.pretrained, with_text)
+        visual, text = build_towers(config.name, config.pretrained, with_text, image_size)
         self.visual = visual
         self.text: Any = text  # open_clip's TextTransformer or, around a model of transformers, HFTextEncoder
         self.requires_grad_(False)
         self._tokenizer = tokenizer_of(config.name) if with_text else None
 
+        if config.feature == "class":
+            use_class_token(visual, config.name)
         self.backbone = backbone_of(visual, config.name)
         self.resized = image_size not in (None, side(config.name, self.backbone.image_size))
         if image_size is not None and self.resized:
@@ -77,13 +80,13 @@ class DGSNet(nn.Module):
 
     def student_features(self, pixels: Tensor, depth: int | None = None) -> Tensor:
         """Features [N, D] of normalised images [N, 3, S, S], with adapters; depth as of `Backbone.encode`."""
-        return self.backbone.encode(pixels, depth)
+        return self._scaled(self.backbone.encode(pixels, depth))
 
     @torch.no_grad()
     def teacher_features(self, pixels: Tensor) -> Tensor:
         """Features [N, D] of normalised images [N, 3, S, S] from the tower without adapters; no gradient."""
         with adapters_skipped(self.visual):
-            return self.backbone.encode(pixels)
+            return self._scaled(self.backbone.encode(pixels))
 
     @torch.no_grad()
     def text_features(self, captions: list[str]) -> Tensor:
@@ -94,7 +97,10 @@ class DGSNet(nn.Module):
         if self.text is None or self._tokenizer is None:
             raise ValueError("this DGSNet was built with with_text=False and has no text tower")
         tokens = self._tokenizer(captions).to(next(self.text.parameters()).device)
-        return encode_text(self.text, tokens)
+        return self._scaled(encode_text(self.text, tokens))
+
+    def _scaled(self, features: Tensor) -> Tensor:
+        return F.normalize(features, dim=-1) if self.config.l2 else features
 
     def logits(self, pixels: Tensor, depth: int | None = None) -> Tensor:
         """Student logits [N]: above 0 means generated; depth as of `Backbone.encode`."""

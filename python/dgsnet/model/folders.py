@@ -5,14 +5,15 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from dgsnet.config import CONFIG_FILE, Config, read_config
+from dgsnet.config import CONFIG_FILE, Config, read_config, read_settings
 from dgsnet.errors import UserError
 from dgsnet.files import aside
 from dgsnet.model.catalogue import check_no_code
+from dgsnet.model.description import DETECTOR_FILE, Description
 
 WEIGHTS_FILE = "adapters.safetensors"
-# As `pretrained` in config.json it means the file of this name in the model folder.
-BACKBONE_FILE = "clip.safetensors"
+# As `pretrained` of a model they mean the file of this name in its folder: a whole CLIP, or an image tower.
+BACKBONE_FILES = ("clip.safetensors", "backbone.safetensors")
 
 
 def model_folder(path: str | Path) -> Path:
@@ -39,15 +40,26 @@ def read_model_config(folder: Path, pretrained: str | None = None) -> Config:
 
     UserError if there is none, its own backbone is missing, or it names TorchScript by itself.
     """
-    config = read_config(folder / CONFIG_FILE)
-    if pretrained is None and config.model.pretrained == BACKBONE_FILE:
-        pretrained = str((folder / BACKBONE_FILE).resolve())
+    described = read_description(folder)
+    if described:
+        config = Config(model=described.model, preprocess=described.preprocess)
+    else:
+        config = read_config(folder / CONFIG_FILE)
+    named = config.model.pretrained
+    if pretrained is None and named in BACKBONE_FILES:
+        pretrained = str((folder / named).resolve())
         if not Path(pretrained).is_file():
-            raise UserError(f"{folder / BACKBONE_FILE} is missing: copy the model's folder whole")
+            raise UserError(f"{folder / named} is missing: copy the model's folder whole")
     if pretrained is None:
-        check_no_code(folder / CONFIG_FILE, config.model.pretrained, "--pretrained")
+        check_no_code(folder / (DETECTOR_FILE if described else CONFIG_FILE), named, "--pretrained")
         return config
     return with_pretrained(config, pretrained)
+
+
+def read_description(folder: Path) -> Description | None:
+    """A model folder's detector.json; None where it has none, UserError where it is damaged."""
+    path = folder / DETECTOR_FILE
+    return read_settings(path, Description) if path.is_file() else None
 
 
 def with_pretrained(config: Config, pretrained: str) -> Config:

@@ -11,17 +11,22 @@ import open_clip
 import timm
 import torch
 from accelerate import init_empty_weights
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from dgsnet.errors import UserError
 from dgsnet.files import one_line
 from dgsnet.model import catalogue
-from dgsnet.model.backbones import backbone_of, family_of
+from dgsnet.model.backbones import backbone_of, family_of, use_class_token
 
 Tokenizer = Callable[[list[str]], Tensor]
+# Before the names of a CLIP's image tower in a file of its weights.
+IMAGE_TOWER = "visual."
 
 
-def build_towers(name: str, pretrained: str, with_text: bool) -> tuple[nn.Module, nn.Module | None]:
+def build_towers(
+    name: str, pretrained: str, with_text: bool, image_size: int | None = None
+) -> tuple[nn.Module, nn.Module | None]:
     """The image tower of a model, and its text tower if asked for, on the CPU in fp32.
 
     Raises:
@@ -31,13 +36,16 @@ def build_towers(name: str, pretrained: str, with_text: bool) -> tuple[nn.Module
     if not catalogue.has_text(name):
         if with_text:
             raise UserError(f"{name} has no text tower: train without captions (data.captions none)")
-        return build_timm(name, pretrained), None
+        return build_timm(name, pretrained, image_size), None
     clip = build_clip(name, pretrained, with_text)
     return clip.visual, clip.text if with_text else None
 
 
-def build_timm(name: str, pretrained: str) -> nn.Module:
-    """timm's model of the name after "timm/", without a classifier, on the CPU in fp32."""
+def build_timm(name: str, pretrained: str, image_size: int | None = None) -> nn.Module:
+    """timm's model of the name after "timm/", without a classifier, on the CPU in fp32.
+
+    It takes images of its own size, or of `image_size` where a weights file has the positions of that one.
+    """
     arguments = catalogue.timm_arguments(name)
     catalogue.timm_config(name)  # refuses an unknown one
     if not pretrained:
@@ -54,12 +62,30 @@ def build_timm(name: str, pretrained: str) -> nn.Module:
     else:
         raise _no_weights(name, pretrained, tags)
     try:
+        if path.is_file() and image_size:
+            arguments |= _size_of_positions(path, arguments, image_size)
         return timm.create_model(**arguments, **source, pretrained=True)
     except Exception as error:  # timm's, torch's, safetensors' or the hub's
         reason = one_line(error, 200)
         if path.is_file():
             raise _unfit(name, path, reason) from error
         raise _not_downloaded(name, pretrained, f"({reason})") from error
+
+
+def _size_of_positions(path: Path, arguments: dict[str, Any], image_size: int) -> dict[str, int]:
+    """timm's argument for this size, where a file's position embeddings are of it and not of the model's."""
+    if path.suffix != ".safetensors":
+        return {}
+    with safe_open(str(path), framework="pt") as file:
+        if "pos_embed" not in file.keys():  # noqa: SIM118 - not a mapping
+            return {}
+        stored = tuple(file.get_slice("pos_embed").get_shape())
+    with init_empty_weights(include_buffers=False):
+        own, other = (
+            timm.create_model(**arguments, **size).pos_embed for size in ({}, {"img_size": image_size})
+        )
+    fits = own is not None and stored != tuple(own.shape) and stored == tuple(other.shape)
+    return {"img_size": image_size} if fits else {}
 
 
 def timm_tags(name: str) -> list[str]:
@@ -80,8 +106,11 @@ def tokenizer_of(name: str) -> Tokenizer:
         ) from error
 
 
-def untouched_tower(name: str, image_size: int | None = None) -> nn.Module:
-    """The image tower as its library builds it, without memory for its weights; image_size as of DGSNet."""
+def untouched_tower(name: str, image_size: int | None = None, feature: str = "own") -> nn.Module:
+    """The image tower as its library builds it, without memory for its weights.
+
+    image_size is as of DGSNet, feature as of ModelConfig.
+    """
     with init_empty_weights(include_buffers=False):
         if not catalogue.has_text(name):
             visual = timm.create_model(**catalogue.timm_arguments(name))
@@ -91,6 +120,8 @@ def untouched_tower(name: str, image_size: int | None = None) -> nn.Module:
             visual = open_clip.model._build_vision_tower(
                 config["embed_dim"], config["vision_cfg"], quick_gelu
             )
+        if feature == "class":
+            use_class_token(visual, name)
         if image_size is not None:
             family_of(visual, name).resize(visual, image_size)
     return visual
@@ -127,6 +158,10 @@ def build_clip(name: str, pretrained: str, with_text: bool) -> open_clip.CustomT
     try:
         if catalogue.is_torchscript(weights):
             clip.load_state_dict(_openai_state(weights))
+        elif image := None if with_text else _image_tower(weights):
+            if "proj" not in image:
+                clip.visual.proj = None
+            clip.visual.load_state_dict(image, assign=True)
         else:
             open_clip.load_checkpoint(clip, str(weights), weights_only=True)
     except Exception as error:
@@ -134,9 +169,22 @@ def build_clip(name: str, pretrained: str, with_text: bool) -> open_clip.CustomT
     del clip.load_state_dict
     if not with_text:
         clip.text = None
+        for name in ("logit_scale", "logit_bias"):
+            setattr(clip, name, None)
     for parameter in clip.parameters():  # a copy, as the tensors may be windows into the file
         parameter.data = parameter.data.to(torch.float32, copy=True)
     return clip
+
+
+def _image_tower(weights: Path) -> dict[str, Tensor]:
+    """The tensors of a file that holds an image tower and nothing else; empty for another."""
+    if weights.suffix != ".safetensors":
+        return {}
+    with safe_open(str(weights), framework="pt") as file:
+        names = list(file.keys())
+        if not all(name.startswith(IMAGE_TOWER) for name in names):
+            return {}
+        return {name.removeprefix(IMAGE_TOWER): file.get_tensor(name) for name in names}
 
 
 def _openai_state(archive: Path) -> dict[str, Tensor]:

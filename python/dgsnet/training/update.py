@@ -16,7 +16,7 @@ import numpy as np
 from dgsnet.config import CONFIG_FILE, Config
 from dgsnet.data.items import Item, find_samples
 from dgsnet.data.pairs import attach_twins, find_pairs
-from dgsnet.detection.decisions import SETTINGS, THRESHOLD
+from dgsnet.detection.decisions import SETTINGS
 from dgsnet.detection.overlap import warn_of_training_images
 from dgsnet.errors import UserError
 from dgsnet.evaluation.changes import compare, per_image, table
@@ -241,7 +241,7 @@ def report(
     ]
     warn_of_training_images(out, [s for samples in suites.values() for s in samples], measured[1].hashes)
     old, new = (evaluation.scores for evaluation in measured)
-    threshold = before.calibration.threshold if before.calibration else THRESHOLD
+    threshold = before.threshold
     groups = compare(old, new, threshold)
     if not groups:
         raise UserError("none of the images to report on could be read")

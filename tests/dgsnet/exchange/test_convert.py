@@ -247,9 +247,9 @@ def test_adapters_that_were_never_trained_count_as_not_merged(tmp_path):
 
 def test_the_published_settings_are_the_default():
     from dgsnet.config import Config, PreprocessConfig
-    from dgsnet.exchange.convert import Official, _config
+    from dgsnet.exchange.official import Official, config_of
 
-    config = _config("ViT-L-14-quickgelu", "x", Official({}, {}, {}, rank=6, stage=2, merged=False), 6.0)
+    config = config_of("ViT-L-14-quickgelu", "x", Official({}, {}, {}, rank=6, stage=2, merged=False), 6.0)
     assert config.preprocess == PreprocessConfig() == PreprocessConfig("patches", 224, 32, 49, "imagenet")
     assert config.model.name == Config().model.name and config.model.lora_alpha == 6
 
