@@ -282,7 +282,8 @@ def evaluate_command(
         result = evaluate(detector, suites, journal=place / JOURNAL, **options)
         warn_of_training_images(folder, listed, result.hashes)
         write_tables(place, result, raw_cells=raw_cells)
-        write_page(place / "report.html", result, model=folder, views=detector.views)
+        averaged: dict[str, Any] = {"views": detector.views, "crops": detector.crops}
+        write_page(place / "report.html", result, model=folder, **averaged)
         if name:
             print(f"\n{name}:")
         _print(result)

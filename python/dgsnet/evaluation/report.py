@@ -16,6 +16,7 @@ import numpy as np
 from markupsafe import Markup
 from PIL import Image
 
+from dgsnet.config import Crops
 from dgsnet.data.cells import guarded
 from dgsnet.data.images import ImageError, read_image
 from dgsnet.detection.decisions import DECIMALS
@@ -159,7 +160,9 @@ def published_generators(comparison: Comparison) -> list[list[str]]:
     return rows
 
 
-def write_page(path: str | Path, evaluation: Evaluation, *, model: str, views: int = 1) -> None:
+def write_page(
+    path: str | Path, evaluation: Evaluation, *, model: str, views: int = 1, crops: Crops = 1
+) -> None:
     """Write the HTML page; `model` is the model's folder, as it was given."""
     import torch  # for its version; whoever has something to write has imported it
 
@@ -170,6 +173,7 @@ def write_page(path: str | Path, evaluation: Evaluation, *, model: str, views: i
         title=f"Evaluation of {model}",
         model=model,
         views=views,
+        crops=crops,
         evaluation=evaluation,
         verdict=verdict(evaluation),
         tiles=[

@@ -136,6 +136,8 @@ def test_commands_and_the_page_score_alike(run, labelled, tmp_path):
     changed = {r["path"]: float(r["probability"]) for r in rows if r["distortion"]}
     assert [plain[str(path)] for path in reals] == pytest.approx(expected, abs=1e-6)
     assert len(changed) == 24 and len(set(changed.values()) - set(plain.values())) > 20
+    page = (tmp_path / "e" / "report.html").read_text()
+    assert "crops averaged per image: tiles, 2 views averaged per image." in page
     client = TestClient(create_app(detector), base_url="http://localhost")
     answers = [client.post("/api/score", content=path.read_bytes()).json() for path in reals[:3]]
     assert [answer["probability"] for answer in answers] == pytest.approx(expected[:3], abs=1e-6)

@@ -18,8 +18,8 @@ from dgsnet.evaluation.evaluate import evaluate_command
 
 from tests.support.tables import interrupted, read_csv
 
-# Batches of several images, in a precision in which company would be seen in a table.
-HOW = {"device": "cpu", "batch": 4, "precision": "bf16"}
+# Batches that images with several tiles share, in a precision in which company would be seen in a table.
+HOW = {"device": "cpu", "batch": 4, "precision": "bf16", "crops": "tiles"}
 
 
 @pytest.fixture

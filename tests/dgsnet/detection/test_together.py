@@ -125,11 +125,14 @@ def test_what_comes_while_the_model_works_is_scored_together(detector, images, e
     assert held.most_at_a_time == 1
 
 
-@pytest.mark.parametrize("settings", [{}, {"views": 2, "consistency": True}], ids=["plain", "copies"])
+@pytest.mark.parametrize(
+    "settings", [{}, {"views": 2, "consistency": True, "crops": "tiles"}], ids=["plain", "copies"]
+)
 def test_scores_are_those_of_predict_in_any_company(run, images, expected, settings, tmp_path):
     """Of many clients at once, beside heatmaps, which are those of Python too."""
-    views, consistency = settings.get("views"), settings.get("consistency", False)
-    detector = Detector.load(run, device="cpu", views=views, **HOW)
+    consistency, how = settings.get("consistency", False), HOW | settings
+    how.pop("consistency", None)
+    detector = Detector.load(run, device="cpu", **how)
     names = sorted(expected)[: 24 if not settings else 8]
     if settings:
         paths = [str(images / name) for name in names]
