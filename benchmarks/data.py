@@ -1,9 +1,10 @@
 """data: from an encoded photograph to the model's input, in images per second and core.
 
 Stages and peers run in turn, image after image, on one thread: decoding, the patch selection, the whole
-preprocessing, and what comes out of a loader's one worker. The photographs are scikit-image's, scaled to the
-side. `core_ms` is processor time of all processes, since images are decoded in one of their own. On a GPU
-also the part of the selection that it takes over, for a batch.
+preprocessing, and what comes out of a loader's one worker; at one side each degradation and each preset of
+them too, drawn anew in every call. The photographs are scikit-image's, scaled to the side. `core_ms` is
+processor time of all processes, since images are decoded in one of their own. On a GPU also the part of the
+selection that it takes over, for a batch.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from dgsnet.config import PreprocessConfig
+from dgsnet.data.distortions import OPERATIONS, PRESETS, Degradations, Distortion
 from dgsnet.data.images import read_image
 from dgsnet.data.items import Item
 from dgsnet.data.loading import ImageDataset, make_loader
@@ -38,6 +40,13 @@ KEPT, LOW = 49, 24
 BATCH = 32
 LOOP, OURS = "selection, NumPy loop", "selection, ours"
 TURBO = "libjpeg-turbo alone"
+DEGRADED = 512  # the side at which degradations are timed
+# Of each degradation a value as presets have it.
+VALUES = {
+    **{"jpeg": 75, "jpeg444": 75, "webp": 75, "avif": 60, "blur": 1.5, "sharpen": 2, "resize": 0.6},
+    **{"bilinear": 0.6, "lanczos": 0.6, "nearest": 0.6, "shorter": 250, "longer": 250, "crop": 0.7},
+    **{"cutout": 0.2, "noise": 5, "brightness": 1.2, "contrast": 1.2, "saturation": 0.6, "hue": 0.1},
+}
 CORE_SECONDS = 1.0  # of each stage, for its processor time
 
 
@@ -123,6 +132,18 @@ def stages(side: int) -> dict[str, Callable[[int], object]]:
     }
 
 
+def degradations(side: int) -> dict[str, Callable[[int], object]]:
+    """Name to a call that does it to the i-th image, drawn anew of each."""
+    images = photographs(side)
+
+    def of(degrade: Callable) -> Callable[[int], object]:
+        return lambda i: degrade(images[i % len(images)], np.random.default_rng(i))
+
+    calls = {f"{name}:{VALUES[name]:g}": of(Distortion(((name, VALUES[name]),))) for name in OPERATIONS}
+    presets = {f"preset {name}": of(Degradations.parse(steps)) for name, steps in PRESETS.items() if steps}
+    return calls | presets
+
+
 def loader_rate(folder: Path, side: int, selection: str, images: int) -> float:
     """Images per second out of a loader with one worker, of a JPEG folder in memory."""
     for i, image in enumerate(photographs(side)):
@@ -179,6 +200,8 @@ def results(arguments: argparse.Namespace) -> list[dict]:
     for side in SIDES:
         print(f"\ndata side={side} device={arguments.device} threads=1", flush=True)
         variants = measured(stages(side), "cpu", arguments.seconds)
+        if side == DEGRADED:
+            variants |= measured(degradations(side), "cpu", arguments.seconds)
         os.environ.pop(backends.VARIABLE, None)
         if before is not None:
             os.environ[backends.VARIABLE] = before
