@@ -86,6 +86,11 @@ def test_community_forensics(place, size, resize, tokens):
     said = json.loads((place / file.stem / "detector.json").read_text())
     assert said["origin"]["layout"] == f"Community Forensics ({size} pixels)" and said["licence"] == "MIT"
     assert said["model"]["pretrained"] == "backbone.safetensors"
+    folder, pictures = str(place / file.stem), str(place / "photos")
+    main(["calibrate", "--model", folder, "--reals", pictures, "--fpr", "0.9", "--batch", "1"])
+    main(["predict", pictures, "--model", folder, "--out", str(place / f"{file.stem}.csv")])
+    rows = (place / f"{file.stem}.csv").read_text()
+    assert all(path.name in rows for path in photos(place))
 
 
 def test_the_authors_own_file_of_community_forensics_is_the_same(place):
