@@ -312,3 +312,20 @@ def test_compiled_blocks_train_the_same_model(dataset, tmp_path):
         )
         updates.append(learned(train(config, tmp_path / compiled), config))
     assert (updates[0] - updates[1]).norm() < 1e-3 * updates[0].norm()
+
+
+@pytest.mark.parametrize("precision", ["bf16", pytest.param("fp16", marks=pytest.mark.gpu)])
+def test_what_recipes_set_goes_together_and_through_an_interruption(precision, dataset, tmp_path):
+    """Warm-up, cosine, clipping, smoothing, the mean of checkpoints and half precision, in one run."""
+    optim = {"schedule": "cosine", "warmup": 0.3, "clip": 0.05, "label_smoothing": 0.2, "average": 3}
+    how = {f"optim_{name}": value for name, value in optim.items()} | {"optim_precision": precision}
+    config = settings(dataset, data_val=[], checkpoint_every=1, optim_epochs=1, **how)
+    whole = train(config, tmp_path / "whole")
+    with interrupted_after(3):
+        train(config, tmp_path / "run")
+    run = train(config, tmp_path / "run", resume=True)
+    for which in ("last", "average"):
+        assert equal(weights(run, which), weights(whole, which))
+        assert all(tensor.isfinite().all() for tensor in weights(run, which).values())
+    assert not equal(weights(run), weights(run, "average"))
+    assert (run / METRICS_FILE).read_bytes() == (whole / METRICS_FILE).read_bytes()
