@@ -59,7 +59,7 @@ stage build 75 env DGS_KERNELS_BUILD=cuda TORCH_CUDA_ARCH_LIST="${capability:-9.
 stage smoke 30 "$python" -m benchmarks.smoke || grep -E 'wrong|failed|Error' $work/smoke.log | head -n 20
 
 if [ -n "$capability" ]; then
-  bench rows 48 project_align surgery_head --rows 8192 --seconds 2 --dtype float32 bfloat16
+  bench rows 48 project_align surgery_head surgery_head_forward surgery_head_backward --rows 8192 --seconds 1 --dtype float32 bfloat16
   bench layers 39 project_align_ surgery_adamw_ gramian --rows 395520 --seconds 2
   bench lora 25 project_align_ surgery_adamw_ gramian --rows 144 --seconds 1
   bench sizes 35 project_align surgery_head --rows 65536 512 32 --seconds 1

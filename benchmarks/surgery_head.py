@@ -87,17 +87,18 @@ def published(features, teacher, text, labels, *heads):
     return loss(seen, *heads[:2]), loss(text, *heads[4:]), alignment
 
 
-def case(rows: int, dim: int, dtype: torch.dtype, device: str) -> harness.Case:
+def inputs(rows: int, dim: int, dtype: torch.dtype, device: str) -> tuple[Tensor, ...]:
+    """Features of three branches, labels, and weight and bias of the three heads."""
     wide = torch.promote_types(dtype, torch.float32)
+    features = (torch.randn(rows, dim, device=device).to(dtype) for _ in range(3))
+    labels = torch.randint(0, 2, (rows,), device=device).to(wide)
+    heads = (
+        torch.randn(shape, device=device).to(wide) / dim**0.5 for _ in HEADS for shape in ((1, dim), (1,))
+    )
+    return (*features, labels, *heads)
 
-    def inputs() -> tuple[Tensor, ...]:
-        features = (torch.randn(rows, dim, device=device).to(dtype) for _ in range(3))
-        labels = torch.randint(0, 2, (rows,), device=device).to(wide)
-        heads = (
-            torch.randn(shape, device=device).to(wide) / dim**0.5 for _ in HEADS for shape in ((1, dim), (1,))
-        )
-        return (*features, labels, *heads)
 
+def case(rows: int, dim: int, dtype: torch.dtype, device: str) -> harness.Case:
     torch._dynamo.reset()
     official = upcast(reference.official_graph)
 
@@ -106,7 +107,7 @@ def case(rows: int, dim: int, dtype: torch.dtype, device: str) -> harness.Case:
 
     return harness.Case(
         operation="surgery_head",
-        inputs=inputs,
+        inputs=lambda: inputs(rows, dim, dtype, device),
         bytes_moved=4 * rows * dim * dtype.itemsize,
         variants={
             **harness.per_backend("surgery_head", device, step(dgs_kernels.surgery_head)),
