@@ -319,7 +319,7 @@ def test_what_recipes_set_goes_together_and_through_an_interruption(precision, d
     """Warm-up, cosine, clipping, smoothing, the mean of checkpoints and half precision, in one run."""
     optim = {"schedule": "cosine", "warmup": 0.3, "clip": 0.05, "label_smoothing": 0.2, "average": 3}
     how = {f"optim_{name}": value for name, value in optim.items()} | {"optim_precision": precision}
-    config = settings(dataset, data_val=[], checkpoint_every=1, optim_epochs=1, **how)
+    config = settings(dataset, data_val=[], checkpoint_every=1, optim_head_epochs=0, optim_epochs=1, **how)
     whole = train(config, tmp_path / "whole")
     with interrupted_after(3):
         train(config, tmp_path / "run")
