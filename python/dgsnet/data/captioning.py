@@ -45,11 +45,15 @@ class Captioner:
         from transformers import AutoConfig, BlipForConditionalGeneration, BlipProcessor
 
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        # Else transformers asks on the terminal whether to run code that the folder brings.
+        options: Any = {"trust_remote_code": False}
         try:
-            if (kind := AutoConfig.from_pretrained(model).model_type) != "blip":
+            if (kind := AutoConfig.from_pretrained(model, **options).model_type) != "blip":
                 raise UserError(f"{model} is a model of type {kind}, not blip")
-            found: Any = BlipForConditionalGeneration.from_pretrained(model, output_loading_info=True)
-            self.processor: Any = BlipProcessor.from_pretrained(model)
+            found: Any = BlipForConditionalGeneration.from_pretrained(
+                model, output_loading_info=True, **options
+            )
+            self.processor: Any = BlipProcessor.from_pretrained(model, **options)
         except UserError:
             raise
         # What a missing, damaged, foreign or hostile folder raises has no class in common.

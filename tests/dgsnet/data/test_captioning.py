@@ -193,3 +193,25 @@ def test_a_caption_in_python(blip, data):
     pixels = captioner.prepare(image)
     assert pixels.shape == (3, 32, 32) and pixels.dtype == torch.float32
     assert captioner(pixels[None]) == captioner(pixels[None]) != [""]
+
+
+@pytest.mark.parametrize(
+    "file, kind", [("config.json", "AutoConfig"), ("processor_config.json", "AutoProcessor")]
+)
+def test_code_in_a_models_folder_is_not_run_and_nobody_is_asked(
+    blip, data, tmp_path, monkeypatch, capsys, file, kind
+):
+    folder, mark = tmp_path / "strange", tmp_path / "mark"
+    shutil.copytree(blip, folder)
+    code = {"auto_map": {kind: "strange.Strange", "AutoImageProcessor": "strange.Strange"}}
+    config = json.loads((folder / file).read_text()) | code
+    if kind == "AutoConfig":
+        config["model_type"] = "strange"
+    else:
+        config["image_processor"] |= {"image_processor_type": "Strange"} | code
+    (folder / file).write_text(json.dumps(config))
+    (folder / "strange.py").write_text(f"import os\nos.mkdir({str(mark)!r})\nclass Strange: pass\n")
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    with pytest.raises(UserError, match="cannot be loaded as BLIP"):
+        caption_command(str(data), str(tmp_path / "new.json"), str(folder), workers=0)
+    assert not mark.exists() and "custom code" not in capsys.readouterr().out
