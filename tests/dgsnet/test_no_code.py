@@ -23,6 +23,8 @@ TRAIN = (
     "--data.train data/train --data.val data/val --data.workers 0 "
     "--optim.batch_size 3 --optim.max_steps 2 --checkpoint_every 1"
 )
+TWINS = "twins --data data/train --workers 0 --out"
+SEVERAL = "evaluate --model a=run b=run/last --data data/val --workers 0 --out"
 UPDATE = "update --model run --data data/train --replay data/val --steps 1 --out"
 
 
@@ -94,11 +96,14 @@ def place(tmp_path_factory):
             "monitor --model run --reviewed reviewed.csv",
             f"{UPDATE} update",
             "evaluate --model run --data data/val --out results",
+            f"{SEVERAL} both",
         ):
             assert call(words) == 0
         with pytest.MonkeyPatch.context() as stop:
             stop.setattr("dgsnet.data.items.Item.read", interrupt)
             assert call("predict data/val --model run --out scores.csv --workers 0") == 130
+            stop.setattr("dgsnet.twins.command.write_file", interrupt)
+            assert call(f"{TWINS} half --by resize") == 130
     (place / "captioner").mkdir()
     (place / "captioner" / "config.json").write_text(json.dumps({"model_type": "blip"}))
     (place / "captioner" / "pytorch_model.bin").touch()
@@ -141,6 +146,7 @@ LINES = {
         "run/best/* audit/*.json weights.pt",
     ),
     "evaluate, again": ("evaluate --model run --data data/val --out results", "results/*.jsonl"),
+    "evaluate, several": (f"{SEVERAL} both", "both/*/*.jsonl"),
     "predict": ("predict data/val --model run --out new.csv --workers 0", "run/best/* weights.pt"),
     "predict, resumed": (
         "predict data/val --model run --out scores.csv --workers 0 --resume",
@@ -150,16 +156,18 @@ LINES = {
         "calibrate --model run --reals data/val/0_real --fpr 0.5 --replace",
         "run/best/* weights.pt",
     ),
-    "monitor": ("monitor --model run --reviewed reviewed.csv", "run/best/*.json"),
+    "monitor": ("monitor --model run --reviewed reviewed.csv", "run/best/*.json reviewed.csv"),
     "average": ("average run run/last --out new", "run/best/* run/last/* weights.pt"),
     "convert": ("convert weights.pt --out new", "weights.pt"),
     "export": ("export --model run --format safetensors --out new.safetensors", "run/best/* weights.pt"),
     "serve": ("serve --model run --port 0", "run/best/* weights.pt"),
     "caption": ("caption --data data/train --out new.json --model captioner", "captioner/*"),
     "twins": ("twins --data data/train --out new --by vae:autoencoder", "autoencoder/* data/train/*.json"),
+    "twins, resumed": (f"{TWINS} half --by resize --resume", "half/*.partial"),
 }
 # What a reader of such files might take; weights are tried as everything.
 FITTING = {
+    ".csv": ["pickle"],
     ".json": ["pickle"],
     ".jsonl": ["pickle"],
     ".partial": ["pickle"],

@@ -316,7 +316,13 @@ def write(out: str | Path, comparison: Comparison) -> None:
     write_file(out / "comparison.json", as_json(comparison.document()))
     lines = ["# Comparison"]
     for title, caption, rows in tables:
-        lines += ["", f"## {title}", "", *([caption, ""] if caption else []), *markdown_table(rows)]
+        lines += [
+            "",
+            f"## {title}",
+            "",
+            *([page.plain(caption), ""] if caption else []),
+            *markdown_table(rows),
+        ]
     write_file(out / "comparison.md", ("\n".join(lines) + "\n").encode(errors="surrogateescape"))
     text = page.render(
         Path(__file__).with_name("comparison.html"),

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from dgsnet.detection.decisions import calibrate, save_calibration
 from dgsnet.errors import UserError
-from dgsnet.evaluation.comparison import Comparison, auc_influence
+from dgsnet.evaluation.comparison import Comparison, auc_influence, write
 from dgsnet.evaluation.evaluate import evaluate_command
 from dgsnet.evaluation.results import Evaluation, Score
 from scipy.stats import binomtest, norm
@@ -130,6 +130,15 @@ def test_models_are_measured_once_and_set_side_by_side(model, data, tmp_path, ca
         [str(data)], [str(tmp_path / "mine"), f"second={other}"], str(out), robustness=["jpeg:20"]
     )
     assert (out / "mine" / "scores.jsonl").read_bytes() == before
+
+
+def test_no_name_is_markup(tmp_path):
+    generator = "<img src=x>[a](http://b)"
+    rows = [(label, generator, *scores) for label, _, *scores in drawn(np.random.default_rng(3), 1)]
+    write(tmp_path, Comparison(dict(zip(("<img src=y>", "[c](http://d)"), evaluations(rows).values()))))
+    text, page = ((tmp_path / name).read_text() for name in ("comparison.md", "report.html"))
+    assert "<img src" not in text + page and "&lt;img src=x" in text and "&lt;img src=y" in page
+    assert not re.search(r"[^\\\\]\]\(http", text) and r"\[c\](http://d)" in text
 
 
 @pytest.mark.parametrize(
