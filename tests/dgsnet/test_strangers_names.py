@@ -9,6 +9,7 @@ import pytest
 from dgsnet.cli import main
 from dgsnet.data.cells import guarded, unguarded
 from dgsnet.data.items import find_items, find_samples
+from dgsnet.data.lists import read_list
 from hypothesis import example, given
 from hypothesis import strategies as st
 
@@ -77,6 +78,14 @@ def test_an_evaluation_holds_no_formulas_and_no_markup(named, run, capsys):
     assert r"\[a\](http://b)" in text
     said = capsys.readouterr()
     assert "\x1b" not in said.out + said.err and r"\x1b[2Jx" in said.out and "<img src=x>" in said.out
+
+
+def test_a_table_of_twins_holds_no_formulas_and_is_read_back(named):
+    (named / "list.txt").write_text("\n".join(NAMES))
+    main(["twins", "--data", "list.txt", "--by", "resize", "--out", "o", "--workers", "0"])
+    cells = [cell for row in read_csv(named / "o" / "twins.csv") for cell in row.values()]
+    assert not any(cell.startswith(FORMULAS) for cell in cells)
+    assert [row["source"] for _, row in read_list(str(named / "o" / "twins.csv"))] == NAMES
 
 
 def test_no_name_reaches_the_terminal_as_it_is(tmp_path, run, monkeypatch, capsys):
