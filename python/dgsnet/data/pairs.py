@@ -33,7 +33,13 @@ def attach_twins(samples: list[Item], root: str | Path) -> list[Item]:
     folders = (Path(root), *(Path(root) / split for split in SPLIT_FOLDERS))
     tables = [folder / TWINS_FILE for folder in folders if (folder / TWINS_FILE).exists()]
     if tables:
-        rows = [(file.parent, row) for file in tables for _, row in read_list(str(file)) if row.get("twin")]
+        # A line that ends too early lacks one of the two.
+        rows = [
+            (file.parent, row)
+            for file in tables
+            for _, row in read_list(str(file))
+            if row.get("twin") and row["path"]
+        ]
         table = {_path(folder, row["twin"]): _path(folder, row["path"]) for folder, row in rows}
         found = [table.get(os.path.abspath(sample.path)) for sample in samples]
     else:

@@ -7,7 +7,7 @@ from dgsnet.config import Config, DataConfig, OptimConfig, PreprocessConfig
 from dgsnet.data.distortions import Degradations
 from dgsnet.data.items import Item, find_samples
 from dgsnet.data.loading import EpochSampler, ImageDataset
-from dgsnet.data.pairs import attach_twins, find_pairs
+from dgsnet.data.pairs import TWINS_FILE, attach_twins, find_pairs
 from dgsnet.data.preprocess import Preprocessor
 from dgsnet.errors import UserError
 from dgsnet.training.checks import check_pairs
@@ -129,3 +129,9 @@ def test_twins_have_the_same_crop_mirroring_and_degradations(dataset):
             assert torch.equal(aligned[real]["pixels"], aligned[twin]["pixels"])
             assert torch.equal(aligned[real]["pixels"], alone[real]["pixels"])
             assert not torch.equal(alone[real]["pixels"], alone[twin]["pixels"])
+
+
+def test_a_row_that_ends_too_early_names_no_pair(tmp_path):
+    samples = [Item(str(tmp_path / name), label) for label, name in enumerate(("a.png", "b.png"))]
+    (tmp_path / TWINS_FILE).write_text("twin,path\nb.png\nb.png,a.png\na.png\n")
+    assert [sample.twin for sample in attach_twins(samples, tmp_path)] == [None, samples[0].path]
