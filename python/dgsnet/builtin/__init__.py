@@ -160,7 +160,7 @@ def demo_config(root: str | Path) -> Config:
     root = Path(root)
     return Config(
         model=ModelConfig(name="dgsnet-tiny", pretrained="builtin", lora_rank=6, lora_dropout=0.0),
-        preprocess=PreprocessConfig(mode="crop", image_size=32, normalization="clip", crops="tiles"),
+        preprocess=PreprocessConfig(mode="crop", image_size=32, normalization="clip", crops=5),
         data=DataConfig(train=[str(root / "train")], workers=0, views=2),
         optim=OptimConfig(lr=4e-3, batch_size=24, head_epochs=4, epochs=100, max_steps=150),
         surgery=SurgeryConfig(mode="feature", alignment=0.2, reference_batch_size=8),

@@ -22,9 +22,8 @@ MAP_IMAGES = 300
 TABLE_NOTE = (
     "Percent. Methods: mean ± standard deviation over seeds. Differences to LoRA: paired by seed, mean ±\n"
     "standard error (seeds in which it is higher). Tests are balanced, on photographs and decoders that no\n"
-    "training has seen; an image is decided on by the mean logit of the tiles that cover it. Conflicting:\n"
-    "generated JPEG files against real PNG files. Zero-shot and CKA: what is left of CLIP; the linear probe\n"
-    "keeps all of it."
+    "training has seen; an image is decided on by the mean logit of five crops. Conflicting: generated JPEG\n"
+    "files against real PNG files. Zero-shot and CKA: what is left of CLIP; the linear probe keeps all of it."
 )
 # Tells a demo's folder, which may be overwritten, from any other.
 MARKER = ".dgsnet-demo"

@@ -73,7 +73,8 @@ def prepare(data: Path, split: str, config: Config) -> Exam:
 @torch.inference_mode()
 def measure(model: DGSNet, exam: Exam) -> Measures:
     """Measure a detector, on the CPU, in evaluation mode."""
-    features = _features(model, exam.pixels) if model.config.lora_rank else exam.frozen
+    merged = model.merged(torch.float32)  # faster, and what detectors score with
+    features = _features(merged, exam.pixels) if model.config.lora_rank else exam.frozen
     logits = model.head.image_head(features).squeeze(1).double()
     scores = [
         Score(sample.path, sample.generator, int(sample.label == 1), of_crops.mean().sigmoid().item())
@@ -82,7 +83,7 @@ def measure(model: DGSNet, exam: Exam) -> Measures:
     return Measures(
         Evaluation(scores),
         conflicting=Evaluation([score for score in scores if conflicting(score)]).mean()["auc"],
-        zero_shot=zero_shot(_features(model, exam.crops), exam),
+        zero_shot=zero_shot(_features(merged, exam.crops), exam),
         cka=cka(features, exam.frozen),
     )
 

@@ -27,7 +27,7 @@ from tests.support.fresh import forked
 def configure(root):
     return Config(
         model=ModelConfig(name="dgsnet-tiny", pretrained="builtin", lora_rank=2),
-        preprocess=PreprocessConfig(mode="crop", image_size=32, crops="tiles"),
+        preprocess=PreprocessConfig(mode="crop", image_size=32, crops=5),
         data=DataConfig(train=[str(root / "train")], workers=0),
         optim=OptimConfig(batch_size=5, head_epochs=0, epochs=1, max_steps=2),
         log_every=1,
