@@ -23,6 +23,7 @@ from dgsnet.data.declared import read_declared
 from dgsnet.data.images import ImageError, file_hash, read_image
 from dgsnet.data.items import Item, find_items, find_samples
 from dgsnet.data.nuisances import file_nuisances
+from dgsnet.data.pairs import TWINS_FILE, attach_twins, find_pairs
 from dgsnet.data.tables import Table
 from dgsnet.detection.decisions import calibrate, decide, load_calibration, save_calibration
 from dgsnet.detection.detector import Detector
@@ -139,6 +140,17 @@ def containers(folder: Path) -> list[Target]:
         with Table(path, {"a": 1, "b": [2, None]}, ("path", "score"), resume=True) as table:
             list(table.rows())
 
+    pairs = folder / "pairs"
+    for name in ("0_real", "1_fake"):
+        (pairs / name).mkdir(parents=True)
+        (pairs / name / "a.png").write_bytes(file)
+    samples = find_samples(pairs)
+
+    def read_twins(data: bytes) -> None:
+        (pairs / TWINS_FILE).write_bytes(data)
+        find_pairs(attach_twins(samples, pairs))
+
+    twins = [b"path,twin,by\n0_real/a.png,1_fake/a.png,x\n", b"by,twin,path\nx,1_fake/a.png,0_real/a.png\n"]
     rows = b'{"a": 1, "b": [2, null]}\n{"path": "a.png", "score": 0.25}\n{"path": "b", "score": null}\n'
     return [
         Target("tar", [archive.getvalue()], changed_headers, read("t.tar")),
@@ -146,6 +158,7 @@ def containers(folder: Path) -> list[Target]:
         Target("list.csv", [listed.encode()], changed_bytes, read("l.csv")),
         Target("list.json", [json.dumps([row]).encode()], changed_any, read("l.json")),
         Target("list.txt", [b"a.png\n"], changed_bytes, read("l.txt")),
+        Target("twins.csv", twins, changed_bytes, read_twins),
         Target("unfinished table", [rows], changed_bytes, read_table),
     ]
 
