@@ -34,9 +34,12 @@ LONGEST = 2000  # letters of a line
 
 def problem(target: Target, data: bytes) -> tuple[str, bool]:
     """What is wrong with how a file is read, "" if nothing is; and whether it was refused."""
-    begin = time.process_time()
+    began = time.process_time()
     try:
         target.read(data)
+        if time.process_time() - began > target.seconds:  # once more: it may have been an import
+            began = time.process_time()
+            target.read(data)
         refusal = None
     except (UserError, ImageError) as error:
         refusal = str(error)
@@ -46,7 +49,7 @@ def problem(target: Target, data: bytes) -> tuple[str, bool]:
         return "".join(traceback.format_exception_only(error)).strip() + f" ({place(error)})", False
     if refusal is not None and ("\n" in refusal or not 0 < len(refusal) < LONGEST):
         return f"refused in {len(refusal)} letters and {refusal.count(chr(10)) + 1} lines", True
-    if (took := time.process_time() - begin) > target.seconds:
+    if (took := time.process_time() - began) > target.seconds:
         return f"{took:.1f} seconds", refusal is not None
     return "", refusal is not None
 

@@ -93,11 +93,14 @@ def test_a_resumed_run_may_change_what_does_not_decide_its_weights_and_nothing_e
         kind = typing.get_type_hints(hints[section])[key] if section else hints[key]
         values = config.to_dict()
         (values[section] if section else values)[key] = another(value, kind)
+        if name in ("preprocess.resize", "preprocess.side"):  # neither goes without the other
+            values["preprocess"] |= {"resize": "shorter", "side": 7}
         try:
             check_folder(Config.from_dict(values), tmp_path, resume=True)
             free.add(name)
         except UserError as error:
-            assert re.search(rf"cannot resume .* with {name}=", str(error))
+            told = "preprocess.resize" if name == "preprocess.side" else name
+            assert re.search(rf"cannot resume .* with {told}=", str(error))
     assert free == {
         *("data.workers", "data.prefetch", "data.cache", "optim.parallel"),
         *("checkpoint_every", "log_every"),
