@@ -309,8 +309,8 @@ def _at_threshold(evaluation: Evaluation, key: str) -> str:
     return f"calibrated_{key}" if evaluation.calibrated_threshold is not None else key
 
 
-def write(out: str | Path, comparison: Comparison) -> None:
-    """Write report.html, comparison.json and comparison.md into the folder `out`."""
+def write(out: str | Path, comparison: Comparison) -> list[tuple[str, str, Table]]:
+    """Write report.html, comparison.json and comparison.md into the folder `out`; returns their tables."""
     out = Path(out)
     tables, disagreements = comparison.tables(), comparison.disagreements()
     write_file(out / "comparison.json", as_json(comparison.document()))
@@ -336,3 +336,4 @@ def write(out: str | Path, comparison: Comparison) -> None:
         ],
     )
     write_file(out / "report.html", text.encode(errors="surrogateescape"))
+    return tables

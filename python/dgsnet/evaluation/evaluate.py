@@ -291,9 +291,7 @@ def evaluate_command(
     result = next(iter(found.values()))
     warn_of_both_labels(listed, hashes=result.hashes)
     if len(found) > 1:
-        compared = Comparison(found)
-        write(out, compared)
-        for title, _, rows in compared.tables()[:2]:
+        for title, _, rows in write(out, Comparison(found))[:2]:
             print(f"\n{title.lower()}:\n{text_table(rows)}")
     for score in result.damaged:
         print(f"left out: {score.error}")
