@@ -1,6 +1,6 @@
 """Published detectors in full depth with random weights: their logits beside those of a plain reading.
 
-The same as the tests of `dgsnet convert`, which have two blocks. Not timed. Needs torchvision and 16 GiB.
+The same as the tests of `dgsnet convert`, which have two narrow blocks. Not timed. Needs torchvision, 16 GiB.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def _dda() -> tuple[Any, Any]:
 
 def _c2p() -> tuple[Any, Any]:
     published.DEPTH = 24
-    state, r = published.clip_state(), Random(5)
+    state, r = published.clip_state(1024), Random(5)
     projection, head = r(768, 1024), {"weight": r(1, 768, scale=1), "bias": r(1)}
     file = {f"model.vision_model.{name}": tensor for name, tensor in state.items()}
     file |= {f"model.fc.{kind}": tensor for kind, tensor in head.items()}
@@ -68,7 +68,7 @@ def _c2p() -> tuple[Any, Any]:
 
 def _effort() -> tuple[Any, Any]:
     published.DEPTH = 24
-    state, head = published.effort_state(), Random(5).linear("fc", 1, 1024)
+    state, head = published.effort_state(width=1024), Random(5).linear("fc", 1, 1024)
     file = {f"model.vision_model.{name}": tensor for name, tensor in state.items()}
 
     def logit(path: Path) -> Any:
