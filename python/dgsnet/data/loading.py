@@ -40,8 +40,8 @@ class ImageDataset(Dataset):
         nuisances: items hold `file_nuisances` of their file too.
         views: augmentations of an image, which the epochs take in turn; 0: a new one in every epoch.
         degradations: what images go through before they are preprocessed.
-        drawn_as: places [N] of the images whose augmentation each of them has, as twins have the same; None:
-            each its own.
+        drawn_as: places [N] of the images whose augmentation each of them has, as twins have the same, and
+            whose patches decide which ones its mosaic shows; None: each its own.
     """
 
     def __init__(
@@ -84,17 +84,18 @@ class ImageDataset(Dataset):
     def item(self, index: int, view: int) -> dict[str, Any]:
         """An item as an epoch has it that sees this augmentation."""
         sample = self.samples[index]
-        drawn = (self.seed, view, index if self.drawn_as is None else int(self.drawn_as[index]))
+        source = index if self.drawn_as is None else int(self.drawn_as[index])
+        drawn = (self.seed, view, source)
         rng = np.random.default_rng(drawn) if self.train else None
         try:
-            image, item = self._read(index)
-            if self.degradations:
-                # Draws of their own: with and without them crops and shuffles are the same.
-                image = self.degradations(image, np.random.default_rng((*drawn, DEGRADED)))
+            image, item = self._degraded(index, drawn)
+            like = self._twin(source, drawn) if source != index else None
             if self.cut_only:
-                content = dict(zip(("patches", "seed", "flip"), self.preprocess.cut(image, rng=rng)))
+                content = dict(
+                    zip(("patches", "seed", "flip"), self.preprocess.cut(image, rng=rng, like=like))
+                )
             else:
-                content = {"pixels": self.preprocess(image, rng=rng)}
+                content = {"pixels": self.preprocess(image, rng=rng, like=like)}
         except ImageError as error:
             text = str(error)
             return {"error": text if sample.path in text else f"{sample.path}: {text}", "index": index}
@@ -103,6 +104,22 @@ class ImageDataset(Dataset):
     def view_of(self, epoch: int) -> int:
         """Number of the augmentation that an epoch sees."""
         return epoch % self.views if self.views else epoch
+
+    def _degraded(self, index: int, drawn: tuple[int, ...]) -> tuple[np.ndarray, dict[str, Any]]:
+        image, item = self._read(index)
+        if self.degradations:
+            # Draws of their own: with and without them crops and shuffles are the same.
+            image = self.degradations(image, np.random.default_rng((*drawn, DEGRADED)))
+        return image, item
+
+    def _twin(self, index: int, drawn: tuple[int, ...]) -> np.ndarray | None:
+        """The image whose patches decide, where there are patches and it can be read."""
+        if self.preprocess.config.mode != "patches":
+            return None
+        try:
+            return self._degraded(index, drawn)[0]
+        except ImageError:
+            return None
 
     def _read(self, index: int) -> tuple[np.ndarray, dict[str, Any]]:
         """The decoded image, uint8 [H, W, 3], and those parts of its item that no augmentation changes."""

@@ -132,6 +132,17 @@ def cut_patches(image: Tensor, patch_size: int = 32, num_patches: int = 49) -> T
     return grid.reshape(rows * columns, patch_size, patch_size, 3)
 
 
+def chosen_patches(patches: Tensor, num_patches: int = 49) -> Tensor:
+    """Which patches of one image its mosaic shows: places, [num_patches], in ascending order.
+
+    Args:
+        patches: [n, p, p, 3], as `cut_patches` gives them.
+    """
+    order = _ranks(spectral_entropy(patches.permute(0, 3, 1, 2), patches.shape[1])[:, 0]).argsort(stable=True)
+    low = _lowest(num_patches)
+    return torch.cat([order[:low], order[len(order) - (num_patches - low) :]]).sort().values
+
+
 def mosaics(patches: Tensor, counts: Tensor, num_patches: int = 49, *, seeds: Tensor) -> Tensor:
     """select_patches for images of any sizes in one batch, given as their patches, without a host sync.
 

@@ -15,6 +15,7 @@ from torch.nn.functional import interpolate, pad
 from dgsnet.config import NORMALIZATIONS, Crops, PreprocessConfig
 from dgsnet.data.images import MAX_PIXELS, ImageError
 from dgsnet.data.patches import (
+    chosen_patches,
     cut_patches,
     enlarged_size,
     mosaics,
@@ -47,7 +48,12 @@ class Preprocessor:
         self._shift = torch.tensor([-m / s for m, s in zip(mean, std)])[:, None, None]
 
     def __call__(
-        self, image: np.ndarray, *, rng: np.random.Generator | None = None, normalised: bool = True
+        self,
+        image: np.ndarray,
+        *,
+        rng: np.random.Generator | None = None,
+        like: np.ndarray | None = None,
+        normalised: bool = True,
     ) -> Tensor:
         """Preprocess one image.
 
@@ -56,6 +62,8 @@ class Preprocessor:
             rng: for training: crop position, flip and shuffle are drawn from it. None, for scoring: no flip,
                 the centre crop, and a shuffle seeded by the image's pixels, so that a score is a function
                 of the image.
+            like: an image whose patches decide in mode "patches" which ones the mosaic shows, if it is of
+                the same size.
             normalised: False leaves to `normalise` what is cheaper on the model's device.
 
         Returns:
@@ -66,7 +74,13 @@ class Preprocessor:
         """
         pixels = torch.from_numpy(image).permute(2, 0, 1)
         if self.config.mode == "patches":
-            pixels = self._mosaic(pixels, _draw_seed(rng) if rng else content_seed(image))
+            seed = _draw_seed(rng) if rng else content_seed(image)
+            if like is None:
+                pixels = self._mosaic(pixels, seed)
+            else:
+                patches = self._patches(image, like)
+                counts = torch.tensor([len(patches)])
+                pixels = mosaics(patches, counts, self.config.num_patches, seeds=torch.tensor([seed]))[0]
         else:
             pixels = self._crop(self._resized(pixels), rng)
         if rng and self.config.flip and rng.random() < 0.5:
@@ -140,19 +154,33 @@ class Preprocessor:
         boxes = torch.cat([self._shown(whole, shape, corner) for corner in corners])
         return self._in_image(boxes, image.shape[:2])
 
-    def cut(self, image: np.ndarray, *, rng: np.random.Generator | None = None) -> tuple[Tensor, int, bool]:
+    def cut(
+        self,
+        image: np.ndarray,
+        *,
+        rng: np.random.Generator | None = None,
+        like: np.ndarray | None = None,
+    ) -> tuple[Tensor, int, bool]:
         """The part of preprocessing in mode "patches" that comes before the selection.
 
         `select` makes of it what calling the preprocessor makes; arguments and errors are the same.
 
         Returns:
-            All patches of the image, uint8 [n, p, p, 3]; the seed of the shuffle; whether to mirror.
+            The patches of the image to select from, uint8 [n, p, p, 3]; the seed of the shuffle; whether to
+            mirror.
         """
-        self._check_enlarged(*image.shape[:2])
         seed = _draw_seed(rng) if rng else content_seed(image)
         flip = bool(rng and self.config.flip and rng.random() < 0.5)
-        patches = cut_patches(torch.from_numpy(image), self.config.patch_size, self.config.num_patches)
-        return patches, seed, flip
+        return self._patches(image, like), seed, flip
+
+    def _patches(self, image: np.ndarray, like: np.ndarray | None) -> Tensor:
+        """All patches of an image, or those alone that another of its size would have chosen."""
+        self._check_enlarged(*image.shape[:2])
+        size, count = self.config.patch_size, self.config.num_patches
+        patches = cut_patches(torch.from_numpy(image), size, count)
+        if like is None or like.shape != image.shape:
+            return patches
+        return patches[chosen_patches(cut_patches(torch.from_numpy(like), size, count), count)]
 
     def select(self, patches: Tensor, counts: Tensor, seeds: Tensor, flips: Tensor) -> Tensor:
         """The rest of preprocessing, for a batch of images of any sizes, on the tensors' device.

@@ -326,6 +326,8 @@ def _views_identity(dataset: ImageDataset, encoder: str) -> str:
         settings.append(asdict(dataset.degradations))
     if dataset.drawn_as is not None:
         settings.append(dataset.drawn_as.tolist())
+        if dataset.preprocess.config.mode == "patches":  # twins' own patches before
+            settings.append("shared patches")
     digest.update(json.dumps(settings).encode())
     for item in dataset.samples:
         try:

@@ -6,11 +6,12 @@ import torch
 from dgsnet.config import Config, DataConfig, OptimConfig, PreprocessConfig
 from dgsnet.data.distortions import Degradations
 from dgsnet.data.items import Item, find_samples
-from dgsnet.data.loading import EpochSampler, ImageDataset
+from dgsnet.data.loading import EpochSampler, ImageDataset, collate, pixels_on
 from dgsnet.data.pairs import TWINS_FILE, attach_twins, find_pairs
 from dgsnet.data.preprocess import Preprocessor
 from dgsnet.errors import UserError
 from dgsnet.training.checks import check_pairs
+from PIL import Image
 
 from tests.support.datasets import tree
 
@@ -129,6 +130,41 @@ def test_twins_have_the_same_crop_mirroring_and_degradations(dataset):
             assert torch.equal(aligned[real]["pixels"], aligned[twin]["pixels"])
             assert torch.equal(aligned[real]["pixels"], alone[real]["pixels"])
             assert not torch.equal(alone[real]["pixels"], alone[twin]["pixels"])
+
+
+@pytest.mark.parametrize("selection", ["workers", "device"])
+def test_in_mode_patches_the_real_image_decides_for_its_twin(tmp_path, selection):
+    rng = np.random.default_rng(3)
+    config = PreprocessConfig(image_size=32, patch_size=8, num_patches=16, flip=False)
+    preprocess = Preprocessor(config)
+    # 64 patches whose noise differs, and twins that show in each patch which one it is.
+    strength = rng.permutation(64).reshape(8, 8)
+    real = 128 + np.kron(strength, np.ones((8, 8)))[..., None] * rng.normal(size=(64, 64, 3))
+    twin = np.kron(np.arange(64).reshape(8, 8), np.ones((8, 8)))[..., None].repeat(3, axis=2)
+    for name, image in (("real", real), ("twin", twin), ("larger", np.concatenate([twin, twin[:8]]))):
+        Image.fromarray(image.clip(0, 255).astype(np.uint8)).save(tmp_path / f"{name}.png")
+    (tmp_path / "damaged.png").write_bytes(b"no image")
+    names = ("real", "twin", "larger", "damaged", "twin")
+    samples = [Item(str(tmp_path / f"{name}.png"), int(name != "real")) for name in names]
+    how = {"train": True, "selection": selection, "degradations": Degradations.parse(["brightness:0.5"])}
+    paired = ImageDataset(samples, preprocess, drawn_as=np.array([0, 0, 0, 3, 3]), **how)
+    alone = ImageDataset(samples, preprocess, **how)
+
+    def pixels(dataset, place):
+        return pixels_on(torch.device("cpu"), collate([dataset.item(place, 0)]), preprocess)[0]
+
+    degraded = how["degradations"](real.clip(0, 255).astype(np.uint8), np.random.default_rng((0, 0, 0, 1)))
+    cells, boxes = preprocess.boxes(degraded, rng=np.random.default_rng((0, 0, 0)))
+    shown = torch.empty(32, 32)
+    for (left, top, right, bottom), (x, y, *_) in zip(cells.tolist(), boxes.long().tolist()):
+        shown[top:bottom, left:right] = (y // 8 * 8 + x // 8) // 2
+    expected = preprocess.normalise(shown.to(torch.uint8).expand(3, 32, 32))
+    assert torch.equal(pixels(paired, 1), expected)
+    assert not torch.equal(pixels(alone, 1), expected)
+    assert torch.equal(pixels(paired, 0), pixels(alone, 0))
+    # Beside an image of another size, or one that cannot be read, each has its own.
+    for place in (2, 4):
+        assert pixels(paired, place).isfinite().all()
 
 
 def test_a_row_that_ends_too_early_names_no_pair(tmp_path):
