@@ -7,6 +7,7 @@ import gc
 import importlib
 import itertools
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -36,6 +37,10 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--models", nargs="+", help="of scoring's rates; three of full size")
     parser.add_argument("--photographs", help="of recipes: a folder of photographs of your own")
+    parser.add_argument(
+        "--without", nargs="+", default=[], help="leave out variants with one of these words in their names"
+    )
+    parser.add_argument("--skip", type=int, default=0, help="so many cases are in --out already")
     parser.add_argument("--out", type=Path, default=Path("runs/benchmarks.json"), help="result file (JSON)")
     arguments = parser.parse_args()
     for operation in arguments.operations:
@@ -48,34 +53,48 @@ def main() -> None:
     if sys.argv[1:2] == ["train_step"]:  # a whole step, with arguments of its own
         return importlib.import_module("benchmarks.train_step").main(sys.argv[2:])
     a = parse()
-    results: list[dict] = []
+    results: list[dict] = json.loads(a.out.read_text())["results"] if a.skip else []
+    machine, done = harness.machine(a.device), 0
     for operation in a.operations or OPERATIONS:
         module = importlib.import_module(f"benchmarks.{operation}")
         if hasattr(module, "results"):  # no operation on rows: it has cases of its own
             for result in module.results(a):  # all at once, or as they are made
                 results.append(result)
-                write(a, results)
+                write(a, machine, results)
             continue
         for threads, dtype, rows, dim in itertools.product(a.threads, a.dtype, a.rows, a.dim):
+            done += 1
+            if done <= a.skip:
+                continue
             gc.collect()  # optimizers and their gigabytes are cycles
             torch.set_num_threads(threads)
             size = {"rows": rows, "dim": dim, "dtype": dtype, "device": a.device, "threads": threads}
             print(f"\n{operation} " + " ".join(f"{k}={v}" for k, v in size.items()), flush=True)
             case = module.case(rows, dim, getattr(torch, dtype), a.device)
-            result = size | harness.measure(case, a.device, a.seconds)
+            for name in [n for n in case.variants if any(word in n for word in a.without)]:
+                del case.variants[name]
+            try:
+                result = size | harness.measure(case, a.device, a.seconds)
+            except harness.Lost as lost:
+                print(lost, flush=True)
+                results.append(size | {"operation": case.operation, "variants": {}, "faults": lost.faults})
+                write(a, machine, results)
+                # A process that starts anew in the place of this one has a device for the later cases.
+                rest = ["-m", "benchmarks", *sys.argv[1:], "--skip", str(done)]
+                os.execv(sys.executable, [sys.executable, *rest])
             print(harness.table(result), flush=True)
             results.append(result)
-            write(a, results)
+            write(a, machine, results)
     print(f"\nwritten: {a.out}")
     faults = {(r["operation"], name) for r in results for name in r.get("faults", ())}
     if ours := sorted(f"{operation}: {name}" for operation, name in faults if name.startswith(harness.OURS)):
         sys.exit(f"wrong or failed: {', '.join(ours)}")
 
 
-def write(arguments: argparse.Namespace, results: list[dict]) -> None:
+def write(arguments: argparse.Namespace, machine: dict, results: list[dict]) -> None:
     """After every case, so that a run that is stopped leaves what it has measured."""
     arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    content = {"machine": harness.machine(arguments.device), "results": results}
+    content = {"machine": machine, "results": results}
     arguments.out.write_text(json.dumps(content, indent=1) + "\n")
 
 

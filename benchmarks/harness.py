@@ -3,7 +3,8 @@
 An operation's file has a function `case(rows, dim, dtype, device) -> Case`. The harness checks each variant
 against the exact result, then runs all of them in turn, round after round, on inputs that rotate, so that
 whatever else the machine does falls on all alike. The yardstick is `torch.clone` moving as many bytes. A
-variant that is wrong, or raises an error, is reported as such, and the others go on.
+variant that is wrong, or raises an error, is reported as such, and the others go on. A kernel that reads
+where it must not takes the device along, for the whole process: that is `Lost`.
 
 On a GPU, times are the device's: a kernel that only waits goes first, so that all of a call is enqueued
 before the device comes to it. The host's time for a call stands in a column of its own.
@@ -11,6 +12,7 @@ before the device comes to it. The host's time for a call stands in a column of 
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import functools
 import importlib.metadata
@@ -22,7 +24,7 @@ import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -58,6 +60,39 @@ class Case:
     exact: Callable[..., Tensor]
     edited: tuple[int, ...] = ()
     others: tuple[str, ...] = ()
+
+
+class Lost(RuntimeError):
+    """This process has no device any more; `faults` names the variant that ran last, and what it raised."""
+
+    def __init__(self, name: str, error: RuntimeError) -> None:
+        self.faults = {name: f"failed, and the device with it: {first_line(error)}"}
+        super().__init__(f"{name} {self.faults[name]}")
+
+
+def first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[:1]}"
+
+
+def answers(device: str) -> bool:
+    """Whether the device still does: after an illegal access every call fails, whosever it is."""
+    if device == "cuda":
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError:
+            return False
+    return True
+
+
+@contextlib.contextmanager
+def watched(name: str, device: str) -> Iterator[None]:
+    """Raises `Lost` where what runs within loses the device."""
+    try:
+        yield
+    except RuntimeError as error:
+        if answers(device):
+            raise
+        raise Lost(name, error) from error
 
 
 def per_backend(operation: str, device: str, call: Callable[..., Tensor]) -> dict[str, Callable[..., Tensor]]:
@@ -122,7 +157,10 @@ def measure(case: Case, device: str, seconds: float) -> dict:
     calls[CLONE] = (torch.clone, [(s,) for s in sources])
     calls[COPY] = (Tensor.copy_, list(zip(targets, sources)))
 
-    host = {name: host_seconds(device, fn, tensors) for name, (fn, tensors) in calls.items()}
+    host = {}
+    for name, (fn, tensors) in calls.items():
+        with watched(name, device):
+            host[name] = host_seconds(device, fn, tensors)
     samples: dict[str, list[tuple[float, float]]] = {name: [] for name in calls}
     started = time.perf_counter()
     for i in itertools.count():
@@ -132,7 +170,8 @@ def measure(case: Case, device: str, seconds: float) -> dict:
         turn = dict(zip(ours, turns(i, len(ours), len(sets))))
         turn |= dict(zip((CLONE, COPY), turns(i, 2, len(sources))))
         for name, (fn, tensors) in calls.items():
-            samples[name].append(timed(device, fn, tensors[turn[name]], head_start=2 * host[name]))
+            with watched(name, device):
+                samples[name].append(timed(device, fn, tensors[turn[name]], head_start=2 * host[name]))
 
     results = {name: summary(samples[name], case.bytes_moved) for name in calls}
     for name, result in results.items():
@@ -228,10 +267,13 @@ def verify(case: Case, tensors: tuple[Tensor, ...]) -> tuple[dict[str, float], d
     rounding = 0.0
     for name, fn in sorted(case.variants.items(), key=lambda item: item[0] != EAGER):  # eager's error first
         try:
-            out = result_of(case, fn, [t.clone() for t in tensors] if case.edited else tensors)
-            errors[name] = (out.double() - exact).abs().max().item()
+            with watched(name, tensors[0].device.type):
+                out = result_of(case, fn, [t.clone() for t in tensors] if case.edited else tensors)
+                errors[name] = (out.double() - exact).abs().max().item()
+        except Lost:
+            raise
         except Exception as error:  # of another library too, or of memory
-            faults[name] = f"failed: {type(error).__name__}: {str(error).strip().splitlines()[:1]}"
+            faults[name] = f"failed: {first_line(error)}"
             continue
         rounding = rounding or torch.finfo(out.dtype).eps * largest
         judged = EAGER in errors and name not in case.others

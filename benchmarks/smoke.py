@@ -1,7 +1,8 @@
-"""`python -m benchmarks.smoke`: every operation on every backend of ours once, at sizes that take each path.
+"""`python -m benchmarks.smoke [backend ...]`: every operation once, at sizes that take each path.
 
-Against the exact result, as before a benchmark, and in seconds. Each operation has a process of its own, as a
-kernel that reads where it must not takes the whole process along. Ends with exit code 1 if anything is wrong.
+On these backends of ours, or on all that serve it, against the exact result, as before a benchmark, and in
+seconds. Each operation has a process of its own on each backend, as a kernel that reads where it must not
+takes the whole process along. Ends with exit code 1 if anything is wrong.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 
 from benchmarks import harness
+from dgs_kernels import backends
 
 # (rows, dim) of the benchmarks' cases: rows in registers, in a cluster and in parts; lists whose layers fit a
 # cluster, if it may have 12 blocks, or one block, and lists whose layers do not.
@@ -27,15 +29,16 @@ SIZES = {
 }
 
 
-def check(operation: str) -> bool:
-    """Prints a line for each size, type and backend; whether all are right."""
+def check(operation: str, backend: str) -> bool:
+    """Prints a line for each size, type and variant, ours and eager's; whether all are right."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     module, right = importlib.import_module(f"benchmarks.{operation}"), True
     for rows, dim in SIZES[operation]:
         for dtype in (torch.float32, torch.bfloat16):
             case = module.case(rows, dim, dtype, device)
-            for name in [n for n in case.variants if not n.startswith((harness.OURS, harness.EAGER))]:
-                del case.variants[name]  # others', and compilers that take their time
+            # Without others', and compilers that take their time.
+            for name in set(case.variants) - {harness.EAGER, f"{harness.OURS} ({backend})"}:
+                del case.variants[name]
             errors, faults = harness.verify(case, case.inputs())
             for name in case.variants:
                 found = faults.get(name) or f"right, off by at most {errors[name]:.2g}"
@@ -44,17 +47,25 @@ def check(operation: str) -> bool:
     return right
 
 
-def main(operations: list[str]) -> None:
-    if operations:
-        sys.exit(not all([check(operation) for operation in operations]))
+def main(wanted: list[str]) -> None:
+    if len(wanted) == 2 and wanted[0] in SIZES:
+        sys.exit(not check(*wanted))
 
-    def fails(operation: str) -> int:
-        return subprocess.run([sys.executable, "-m", "benchmarks.smoke", operation]).returncode
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    served = [
+        (operation, backend)
+        for backend in wanted or backends.BACKENDS
+        for operation in SIZES
+        if backend != "eager" and not backends.obstacle(backend, operation, device)
+    ]
+
+    def fails(pair: tuple[str, str]) -> int:
+        return subprocess.run([sys.executable, "-m", "benchmarks.smoke", *pair]).returncode
 
     with ThreadPoolExecutor() as pool:  # all write here, so that what is cut leaves what it has found
-        wrong = [operation for operation, failed in zip(SIZES, pool.map(fails, SIZES)) if failed]
-    if wrong:
-        sys.exit(f"wrong or failed: {', '.join(wrong)}")
+        wrong = [" on ".join(pair) for pair, failed in zip(served, pool.map(fails, served)) if failed]
+    if wrong or not served:
+        sys.exit(f"wrong or failed: {', '.join(wrong)}" if wrong else "no backend serves any operation here")
 
 
 if __name__ == "__main__":
