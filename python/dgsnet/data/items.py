@@ -20,6 +20,7 @@ CLASS_FOLDERS = {"0_real": 0, "1_fake": 1, "nature": 0, "ai": 1}
 SPLIT_FOLDERS = ("train", "val", "test")
 # What members of a tar besides the image tell.
 TEXTS = {"cls": "label", "txt": "caption"}
+MAX_CATEGORY = 200  # letters
 LABELS = {**CLASS_FOLDERS, "0": 0, "1": 1, "real": 0, "fake": 1, "generated": 1}
 
 
@@ -41,6 +42,7 @@ class Item:
     data: bytes | None = None  # the encoded image itself, where it is at hand
     error: str = ""  # why there is nothing to read
     missing: bool = False  # nothing is there under the name that was given: no image, rather than a bad one
+    category: str = ""  # what kind of picture it is, as its list says: night, screenshot, ...
 
     def __str__(self) -> str:
         return self.path
@@ -150,7 +152,7 @@ def _of_file(path: str) -> Iterator[Item]:
             folder = os.path.dirname(path)
             for where, row in lists.read_list(path):
                 if isinstance(name := row.get("path"), str) and name:
-                    yield Item(os.path.join(folder, name))
+                    yield Item(os.path.join(folder, name), category=_category(row, f"{path}, {where}"))
                 else:
                     yield Item(f"{path}, {where}", error="it names no path")
         elif kind == ".tar":
@@ -316,7 +318,16 @@ def _item(
     if found is None:
         place["error"] = f"{where}: label {label!r} is unknown; use 0 or real, 1, fake or generated"
     twin = None if twin in (None, "") else called(str(twin))
+    place["category"] = _category(row, where)
     return Item(called(name), found, str(row.get("generator") or generator), caption or None, twin, **place)
+
+
+def _category(row: Mapping[str, Any], where: str) -> str:
+    """What a list's row says of it; UserError where that is no short text."""
+    category = row.get("category")
+    if category is not None and not (isinstance(category, (str, int)) and len(str(category)) <= MAX_CATEGORY):
+        raise UserError(f"{where}: category is no text of at most {MAX_CATEGORY} letters")
+    return "" if category is None else str(category).strip()
 
 
 def _inside(container: str) -> Callable[[str], str]:

@@ -29,7 +29,7 @@ Rows = Iterator[tuple[str, dict[str, Any]]]
 
 
 def read_list(path: str, *, labelled: bool = False) -> Rows:
-    """The rows of a list: `path`, and if there `label`, `generator`, `caption` and `twin`, unchecked.
+    """The rows of a list: `path`, and if there `label`, `generator`, `category`, ..., unchecked.
 
     Args:
         path: a file that ends in .txt, .csv or .json, or "-" for standard input.

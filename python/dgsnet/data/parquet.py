@@ -40,6 +40,7 @@ NAMES = {
     "generator": ("generator", "model_name", "model"),
     "caption": ("caption", "prompt"),
     "twin": ("twin",),
+    "category": ("category",),
 }
 
 
@@ -66,7 +67,7 @@ def split_source(source: str) -> tuple[str, dict[str, str]]:
 def places(source: str) -> Iterator[tuple[int, int, int, dict[str, Any]]]:
     """Of every row its row group, its number there, the group's bytes of images, and what else is told of it.
 
-    Images are not read. What is told are label, generator, caption and twin, where there are such columns.
+    Images are not read. What is told are the other columns of NAMES, where there are such.
 
     Raises:
         ImageError: it is not readable, or a row group or a text in it is too large.

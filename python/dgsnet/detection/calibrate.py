@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Sequence
-from typing import Any
-
-import numpy as np
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 from dgsnet.config import Crops
 from dgsnet.data.items import Item
-from dgsnet.detection.decisions import Precision, calibrate, load_calibration, save_calibration, summary
+from dgsnet.detection.decisions import (
+    Calibration,
+    Precision,
+    calibrate,
+    load_calibration,
+    save_calibration,
+    summary,
+    with_categories,
+)
 from dgsnet.detection.detector import Detector
 from dgsnet.detection.engine import Engine, answers
 from dgsnet.detection.overlap import images_of_class, warn_of_both_labels, warn_of_training_images
@@ -77,10 +82,10 @@ def calibrate_command(
     how: dict[str, Any] = {"views": views, "batch": batch, "precision": precision, "crops": crops}
     detector = Detector.load(model, device, calibrated=False, pretrained=pretrained, **how)
     detector = detector.fastest(batch, precision)
-    *of_sources, of_fakes = _logits(detector, [*sources.values(), fakes], engine, workers)
-    result = calibrate(
-        dict(zip(sources, of_sources)),
-        of_fakes if fakes else None,
+    found = [*_known(detector, [*sources.items(), (None, fakes)], engine, workers)]
+    result = _calibration(
+        found,
+        sources,
         fpr=fpr,
         miss_rate=miss_rate,
         views=views,
@@ -92,24 +97,46 @@ def calibrate_command(
     print(f"written to {save_calibration(model, result)}")
 
 
-def _logits(
-    detector: Detector, groups: Sequence[Sequence[Item]], engine: Engine, workers: int | None
-) -> list[np.ndarray]:
-    """Of each group, the logits of the images that can be read."""
+class Known(NamedTuple):
+    """An image whose class is known."""
+
+    score: float  # logit
+    source: str | None  # of a real image; None: it is generated
+    category: str
+
+
+def _known(
+    detector: Detector,
+    groups: Sequence[tuple[str | None, Sequence[Item]]],
+    engine: Engine,
+    workers: int | None,
+) -> Iterator[Known]:
+    """The images that can be read of each source, and of the generated ones (None)."""
     from tqdm import tqdm
 
-    items = [item for group in groups for item in group]
-    found: list[tuple[list[float], str]] = []
+    places = [(source, item) for source, items in groups for item in items]
+    items = [item for _, item in places]
+    errors = []
     with tqdm(total=len(items), unit="image", disable=None) as progress:
-        for answer in answers(detector.job(), items, engine=engine, workers=workers):
-            found.append(answer.logits[""])
+        scored = answers(detector.job(), items, engine=engine, workers=workers)
+        for (source, item), answer in zip(places, scored):
+            logits, error = answer.logits[""]
+            if error:
+                errors.append(error)
+            else:
+                yield Known(logits[0], source, item.category)
             progress.set_postfix_str(detector.waiting(), refresh=False)
             progress.update()
-    for _, error in found:
-        if error:
-            print(f"left out: {error}")
-    rest = iter(found)
-    return [
-        np.array([logit for logits, _ in itertools.islice(rest, len(group)) for logit in logits])
-        for group in groups
-    ]
+    for error in errors:
+        print(f"left out: {error}")
+
+
+def _calibration(found: Sequence[Known], sources: Iterable[str], **how: Any) -> Calibration:
+    """`calibrate` on images of these sources, with its rates by category."""
+    reals: dict[str, list[float]] = {source: [] for source in sources}
+    generated: list[float] = []
+    for score, source, _ in found:
+        (generated if source is None else reals[source]).append(score)
+    result = calibrate(reals, generated or None, **how)
+    labels = [int(source is None) for _, source, _ in found]
+    return with_categories(result, [k.score for k in found], labels, [k.category for k in found])

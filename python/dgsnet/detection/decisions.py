@@ -6,14 +6,15 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
 
 from dgsnet.config import Crops, check_types
+from dgsnet.detection.categories import CONFIDENCE, CategoryRate, category_rates
 from dgsnet.errors import UserError
 from dgsnet.files import one_line, write_file
 from dgsnet.model.description import Description
@@ -23,14 +24,15 @@ CALIBRATION_FILE = "calibration.json"
 THRESHOLD = Description.threshold
 # Scores are written, calibrated and compared at this many decimals, so that a written row agrees with itself.
 DECIMALS = 6
-# Probability with which the stated rates hold, over the choice of calibration images.
-CONFIDENCE = 0.95
 
 Precision = Literal["fp32", "bf16", "fp16"]
 PRECISIONS = get_args(Precision)
 CROPS = get_args(Crops)
 # What scores are made with where nothing else is said, by the names in Calibration.
 SETTINGS: dict[str, Any] = {"views": 1, "batch": 1, "precision": "fp32", "crops": 1}
+
+# Fields of Calibration that files of earlier versions do not have, and what they were.
+LATER: dict[str, Any] = {"categories": []}
 
 # Views of an image, and images of a batch.
 MOST = 2**12
@@ -93,6 +95,7 @@ class Calibration:
         precision: of the network's weights, one of PRECISIONS, then and now.
         crops: of an image, one of CROPS, then and now.
         sources: of the real images, where there are several.
+        categories: how its images of each category fare at `threshold`, where their lists name any.
     """
 
     threshold: float
@@ -114,6 +117,7 @@ class Calibration:
     precision: str = "fp32"
     crops: Crops = 1
     sources: tuple[Source, ...] = ()
+    categories: tuple[CategoryRate, ...] = ()
 
     def __post_init__(self) -> None:
         check_types(self)
@@ -124,9 +128,17 @@ class Calibration:
         for name in SETTINGS:
             check_setting(name, getattr(self, name))
 
+    def scores(self, logits: Any) -> np.ndarray:
+        """What is compared with the threshold, float64 [N], of logits [N]."""
+        return _scores(np.asarray(logits, dtype=np.float64), self.temperature)
+
+    def values(self) -> dict[str, Any]:
+        """All fields as JSON has them; of LATER those that say something."""
+        return {name: value for name, value in asdict(self).items() if value or name not in LATER}
+
     def to_json(self) -> str:
         """The text of calibration.json."""
-        return json.dumps(asdict(self), indent=2) + "\n"
+        return json.dumps(self.values(), indent=2) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> Calibration:
@@ -137,14 +149,14 @@ class Calibration:
         names = {f.name for f in fields(cls)}
         # There were none of these once.
         later = {name: SETTINGS[name] for name in ("batch", "precision", "crops")}
-        values = later | {"sources": []} | values
-        sources = values["sources"]
+        values = later | {"sources": []} | LATER | values
         if wrong := sorted(values.keys() ^ names):
             raise ValueError(f"{'unknown' if wrong[0] not in names else 'missing'} field {wrong[0]}")
         try:
-            values["sources"] = tuple(Source(**source) for source in sources)
+            for name, kind in {"sources": Source, "categories": CategoryRate}.items():
+                values[name] = tuple(kind(**each) for each in values[name])
         except TypeError:
-            raise ValueError("sources are not what calibrate writes") from None
+            raise ValueError(f"{name} are not what calibrate writes") from None
         return cls(**values)
 
 
@@ -195,13 +207,13 @@ def calibrate(
         if not 0 < rate < 1:
             raise UserError(f"{name} is {rate}; it must lie between 0 and 1")
     temperature = fit_temperature(reals, generated) if len(generated) else 1.0
-    real_scores, generated_scores = (_scores(x, temperature) for x in (reals, generated))
+    real_scores, generated_scores = (np.sort(_scores(x, temperature)) for x in (reals, generated))
 
     above = {
         name: _allowed(len(logits), fpr, confidence, f"real images{name and f' of {name}'}", "fpr")
         for name, logits in by_source.items()
     }
-    scores = {name: _scores(logits, temperature) for name, logits in by_source.items()}
+    scores = {name: np.sort(_scores(logits, temperature)) for name, logits in by_source.items()}
     own = {name: float(scores[name][::-1][allowed]) for name, allowed in above.items()}
     threshold = max(own.values())
     sources = tuple(
@@ -251,6 +263,14 @@ def calibrate(
     )
 
 
+def with_categories(
+    calibration: Calibration, logits: Any, labels: Sequence[int], categories: Sequence[str]
+) -> Calibration:
+    """The same with the rates by category of its images: logits [N], labels (0 real, 1 generated), names."""
+    called = [name == "generated" for name in decide(calibration.scores(logits), calibration)]
+    return replace(calibration, categories=category_rates(categories, labels, called))
+
+
 def fit_temperature(reals: np.ndarray, generated: np.ndarray) -> float:
     """The T that minimises the log loss of sigmoid(logit / T), both classes weighing the same.
 
@@ -285,10 +305,10 @@ def fit_temperature(reals: np.ndarray, generated: np.ndarray) -> float:
 
 
 def _scores(logits: np.ndarray, temperature: float) -> np.ndarray:
-    """The probabilities that decisions compare, ascending."""
+    """The probabilities that decisions compare."""
     from scipy.special import expit
 
-    return np.sort(np.round(expit(logits / temperature), DECIMALS))
+    return np.round(expit(logits / temperature), DECIMALS)
 
 
 def _allowed(n: int, rate: float, confidence: float, kind: str, option: str) -> int:
@@ -390,6 +410,12 @@ def summary(calibration: Calibration) -> str:
         lines.append(
             f"  {source.name}: at most {source.fpr_upper:.2%} ({source.fpr_observed:.2%} of {source.n}); "
             f"alone its threshold would be {source.threshold:.6f}"
+        )
+    for r in c.categories:
+        called = "called generated" if r.label == 0 else "found"
+        lines.append(
+            f"  {r.name}, {('real', 'generated')[r.label]}: {r.rate:.2%} of {r.n} {called} ({r.low:.2%} to "
+            f"{r.high:.2%})"
         )
     if c.n_generated:
         lines += [

@@ -13,7 +13,6 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -202,7 +201,7 @@ def settings(
 ) -> dict[str, Any]:
     """What the rows depend on, as JSON values."""
     return detector.settings() | {
-        "calibration": detector.calibration and asdict(detector.calibration),
+        "calibration": detector.calibration and detector.calibration.values(),
         "paths": list(paths),
         "consistency": consistency,
         "provenance": hashlib.sha256(provenance.anchors.encode()).hexdigest()[:16] if provenance else "",

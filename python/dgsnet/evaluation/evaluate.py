@@ -24,7 +24,7 @@ from dgsnet.detection.detector import Detector, Prepared
 from dgsnet.detection.engine import Engine, Job, answers
 from dgsnet.detection.overlap import warn_of_both_labels, warn_of_training_images
 from dgsnet.errors import UserError
-from dgsnet.evaluation import false_positives, shortcut_tables
+from dgsnet.evaluation import categories, false_positives, shortcut_tables
 from dgsnet.evaluation.baseline import FROZEN, frozen_detector
 from dgsnet.evaluation.baseline import rows as frozen_rows
 from dgsnet.evaluation.comparison import Comparison, write
@@ -122,7 +122,7 @@ def evaluate(
             suite, sample = listed[i]
             # Rounded as in every table, so that the metrics can be recomputed from scores.csv.
             place = sample.path, sample.generator, int(sample.label == 1), round(probability, DECIMALS)
-            scores.append(Score(*place, done[name][i][1], suite, name))
+            scores.append(Score(*place, done[name][i][1], suite, name, sample.category))
     calibration = detector.calibration
     calibrated_threshold, promised = (calibration.threshold, calibration.fpr) if calibration else (None, None)
     beside = [replace(score, distortion="") for score in scores if score.distortion == FROZEN]
@@ -305,7 +305,9 @@ def _print(result: Evaluation) -> None:
     print(result.table())
     if rates := false_positives.rows(result):
         print(f"\n{false_positives.caption(result)}\n{text_table(rates)}")
-    for sentence in false_positives.sentences(result):
+    if of_categories := categories.rows(result):
+        print(f"\nby category:\n{text_table(of_categories)}")
+    for sentence in false_positives.sentences(result) + categories.sentences(result):
         print(f"warning: {sentence}")
     if shortcuts := shortcut_tables.rows(result, detailed=False):
         print(f"\nbeside what the files alone say:\n{text_table(shortcuts)}")

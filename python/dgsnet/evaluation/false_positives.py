@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from dgsnet.detection.decisions import CONFIDENCE
+from dgsnet.detection.categories import CONFIDENCE, rate_interval
 from dgsnet.evaluation.results import Evaluation, between, percent
 
 
@@ -34,25 +34,28 @@ def threshold_of(evaluation: Evaluation) -> float:
     return evaluation.threshold if calibrated is None else calibrated
 
 
+def is_above(evaluation: Evaluation, wrong: int, n: int, of: int) -> bool:
+    """Whether a rate of wrong / n is above what was promised, by a test at 1 - CONFIDENCE for all `of`."""
+    from scipy.stats import binom
+
+    promised = evaluation.promised_fpr
+    return promised is not None and float(binom.sf(wrong - 1, n, promised)) < (1 - CONFIDENCE) / of
+
+
 def source_rates(evaluation: Evaluation, distortion: str = "") -> list[SourceRate]:
     """The rate of every source that has real images, at the threshold of `threshold_of`."""
-    from scipy.stats import binom, binomtest
-
     counts: dict[tuple[str, str], list[int]] = {}
     for s in evaluation.scores:
         if not s.label and not s.error and s.distortion == distortion:
             count = counts.setdefault((s.suite, s.generator), [0, 0])
             count[0] += 1
             count[1] += s.probability > threshold_of(evaluation)
-    promised, rates = evaluation.promised_fpr, []
+    rates = []
     for result in evaluation.of(distortion):
         if n_wrong := counts.get((result.suite, result.generator)):
             n, wrong = n_wrong
-            interval = binomtest(wrong, n).proportion_ci(CONFIDENCE, "exact")
-            chance = 1.0 if promised is None else float(binom.sf(wrong - 1, n, promised))
-            exceeds = chance < (1 - CONFIDENCE) / len(counts)
-            bounds = float(interval.low), float(interval.high)
-            rates.append(SourceRate(evaluation.title(result), n, wrong, *bounds, exceeds))
+            exceeds = is_above(evaluation, wrong, n, len(counts))
+            rates.append(SourceRate(evaluation.title(result), n, wrong, *rate_interval(wrong, n), exceeds))
     return rates
 
 

@@ -20,7 +20,7 @@ from dgsnet.config import Crops
 from dgsnet.data.cells import guarded
 from dgsnet.data.images import ImageError, read_image
 from dgsnet.detection.decisions import DECIMALS
-from dgsnet.evaluation import baseline, false_positives, shortcut_tables
+from dgsnet.evaluation import baseline, categories, false_positives, shortcut_tables
 from dgsnet.evaluation.metrics import CONFIDENCE, RESAMPLES, reliability, roc
 from dgsnet.evaluation.published import AUTHORS_LOG, OFFICIAL, Comparison
 from dgsnet.evaluation.results import COUNTS, Evaluation, Result, Score, between, images, percent
@@ -50,8 +50,9 @@ def write_tables(out: str | Path, evaluation: Evaluation, *, raw_cells: bool = F
     said = shortcut_tables.file_probabilities(evaluation)
     frozen = evaluation.frozen.scores if evaluation.frozen else []
     beside = {id(s): f for s, f in zip(evaluation.plain, frozen)}
+    named = any(s.category for s in evaluation.scores)
     rows = (
-        vars(s)
+        {key: value for key, value in vars(s).items() if named or key != "category"}
         | {"probability": _probability(s)}
         | {"files": f"{said[id(s)]:.{DECIMALS}f}" if id(s) in said else ""}
         | ({"frozen": _probability(beside.get(id(s)))} if beside else {})
@@ -78,6 +79,7 @@ def document(evaluation: Evaluation) -> dict[str, Any]:
             "suites": {suite: with_intervals(evaluation.mean_of(distortion, suite)) for suite in suites},
             "generators": {evaluation.title(r): with_intervals(r) for r in evaluation.of(distortion)},
             "false_positives": false_positives.document(evaluation, distortion),
+            **({"categories": found} if (found := categories.document(evaluation, distortion)) else {}),
         }
 
     return {
@@ -229,7 +231,7 @@ def verdict(evaluation: Evaluation) -> list[str]:
         worst = max(drops, key=drops.__getitem__)
         change = f"{-100 * drops[worst]:+.1f}".replace("-", "\N{MINUS SIGN}")
         sentences.append(f"Of the distortions {worst} costs most: {change} points of AUC.")
-    sentences += false_positives.sentences(evaluation)
+    sentences += false_positives.sentences(evaluation) + categories.sentences(evaluation)
     sentences += shortcut_tables.sentences(evaluation)
     if evaluation.damaged:
         lost = len(evaluation.damaged)
@@ -244,6 +246,7 @@ def _sections(evaluation: Evaluation) -> list[tuple[str, str, list[list[str]]]]:
     """Title, caption and rows, under a head, of the tables that not every evaluation has."""
     parts = {
         "False positives by source": false_positives,
+        "By category": categories,
         "Beside the frozen backbone": baseline,
         "Beside what the files alone say": shortcut_tables,
     }

@@ -31,6 +31,7 @@ class Score:
     error: str = ""
     suite: str = ""
     distortion: str = ""
+    category: str = ""  # what kind of picture it is, where its list says so
 
 
 @dataclass

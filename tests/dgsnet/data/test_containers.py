@@ -26,6 +26,7 @@ FILES = [encode(pixels, "png") for pixels in PICTURES]
 CAPTIONS = [f"picture {i}" for i in range(len(LABELS))]
 # Pictures 1 and 2 were made from 0 and 3; of 4 nothing is known.
 TWINS = (None, 0, 3, None, None)
+CATEGORIES = ("night", None, "old scan", "night", "")
 
 
 def folder(root, files=FILES):
@@ -44,7 +45,7 @@ def listed(root, files):
     called = [f"pictures/{i}.png" for i in range(len(files))]
     return [
         {"path": called[i], "label": label, "generator": "photos", "caption": CAPTIONS[i]}
-        | {"twin": None if TWINS[i] is None else called[TWINS[i]]}
+        | {"twin": None if TWINS[i] is None else called[TWINS[i]], "category": CATEGORIES[i]}
         for i, label in enumerate(LABELS)
     ]
 
@@ -78,7 +79,10 @@ def shards(root, files=FILES):
                     "png": files[i],
                     "cls": str(LABELS[i]).encode(),
                     "txt": CAPTIONS[i].encode(),
-                    "json": json.dumps({} if TWINS[i] is None else {"twin": f"{TWINS[i]}.png"}).encode(),
+                    "json": json.dumps(
+                        {"category": CATEGORIES[i]}
+                        | ({} if TWINS[i] is None else {"twin": f"{TWINS[i]}.png"})
+                    ).encode(),
                 }.items():
                     add(tar, f"{i}.{kind}", data)
     return root / "photos-*.tar"
@@ -86,6 +90,7 @@ def shards(root, files=FILES):
 
 def parquet(root, files=FILES):
     columns = {"image": list(files), "label": LABELS, "caption": CAPTIONS, "twin": TWINS}
+    columns["category"] = CATEGORIES
     for number in range(2):
         part = {name: values[3 * number : 3 * number + 3] for name, values in columns.items()}
         pq.write_table(pa.table(part), root / f"photos-{number}.parquet", row_group_size=2)
@@ -111,6 +116,9 @@ def test_labels_generators_captions_and_pixels(kind, tmp_path):
     assert [item.label for item in items] == [LABELS[i] for i in found]
     assert {item.generator for item in items} == {"photos"}
     assert [item.caption for item in items] == [None if kind == "folder" else CAPTIONS[i] for i in found]
+    assert [item.category for item in items] == [
+        "" if kind == "folder" else CATEGORIES[i] or "" for i in found
+    ]
     assert len({item.path for item in items}) == len(items)
     assert find_labelled(source) == items
 
@@ -124,10 +132,23 @@ def test_twins(kind, tmp_path):
     assert [item.twin for item in items] == twins and items[1].twin == items[0].path
 
 
-def test_a_twin_that_is_no_name_is_refused(tmp_path):
-    (tmp_path / "a.json").write_text(json.dumps([{"path": "x.png", "label": 1, "twin": ["y.png"]}]))
-    with pytest.raises(UserError, match="entry 1: twin is not text"):
+@pytest.mark.parametrize(
+    ("told", "why"),
+    [
+        ({"twin": ["y.png"]}, "twin is not text"),
+        ({"category": ["night"]}, "category is no text of at most 200 letters"),
+        ({"category": "n" * 201}, "category is no text of at most 200 letters"),
+    ],
+)
+def test_what_is_no_text_is_refused(told, why, tmp_path):
+    (tmp_path / "a.json").write_text(json.dumps([{"path": "x.png", "label": 1} | told]))
+    with pytest.raises(UserError, match=f"entry 1: {why}"):
         find_samples(tmp_path / "a.json")
+
+
+def test_a_list_without_labels_has_categories_too(tmp_path):
+    (tmp_path / "a.csv").write_text("category,path\nnight,a.png\n,b.png\n")
+    assert [item.category for item in find_items([tmp_path / "a.csv"])] == ["night", ""]
 
 
 @every_kind
