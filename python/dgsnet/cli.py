@@ -65,7 +65,7 @@ GROUPS = list[list[str]]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run one command line; exit codes are 0, 2 (wrong input, in one line), 3 (an alarm) and 130 (Ctrl-C).
+    """Run one command line; exit codes: 0, 2 (wrong input, one line), 3 (an alarm, lost pins), 130 (Ctrl-C).
 
     Example:
         >>> main(["train", "--data.train", "photos", "--out", "runs/mine"])  # doctest: +SKIP
@@ -83,7 +83,7 @@ def _run(argv: list[str]) -> None:
     try:
         _call(argv)
     except UserError as error:
-        _fail(str(error))
+        _fail(str(error), error.code)
     except ArgumentError as error:
         _fail(_plain(str(error), argv))
     except OSError as error:  # a full disk, a folder without permission
@@ -244,6 +244,6 @@ def _plain(message: str, argv: list[str]) -> str:
     return f"{message}; see dgsnet {command}--help"
 
 
-def _fail(message: str) -> NoReturn:
+def _fail(message: str, code: int = 2) -> NoReturn:
     print(f"dgsnet: {one_line(message)}", file=sys.stderr)
-    sys.exit(2)
+    sys.exit(code)

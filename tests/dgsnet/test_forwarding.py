@@ -129,6 +129,8 @@ TABLE: dict[str, list[Row]] = {
         Row("--steps", "3", "optim.max_steps", 3),
         Row("--replay_share", "0.8", "replayed for each new one", pytest.approx(4)),
         Row("--seed", "4", "seed", 4),
+        Row("--pinned", "pins.csv", "pinned", 2),
+        Row("--allow_lost", "", "settle.allow_lost", True),
         # Called before with the same options.
         Row("--resume", "", "out", Path("o")),
     ],
@@ -281,6 +283,7 @@ def look(command: str, seen: dict[str, Any]) -> None:
         seen |= {"replayed": len(update.samples), "replayed for each new one": update.ratio}
         seen["suites"] = {name: len(items) for name, items in seen["report.suites"].items()}
         seen["model"] = json.loads((out / "update.json").read_text())["model"]
+        seen["pinned"] = update.pins and len(update.pins.items)
     elif command == "evaluate":
         suites = seen["evaluate.samples"]
         seen["suites"] = {name: len(samples) for name, samples in suites.items()}
@@ -335,6 +338,8 @@ def watched(files, tmp_path, monkeypatch):
 def prepare(line: str, rows: list[Row], watched: Watched) -> None:
     """Make what the switches of these rows are for: a calibration to replace, something to go on with."""
     before = [row for row in rows if row.option not in ("--resume", "--replace")]
+    if line == "update":
+        Path("pins.csv").write_text("path,label\nnoise/00.png,0\nnoise/01.png,1\n")
     if line == "monitor":
         assert watched.call(["calibrate", "--model", "mine", "--reals", "old/val", "--fpr", "0.4"]) == 0
         rows_of_images = ("a.png,generated,real", "b.png,real,real", "c.png,real,generated")

@@ -26,6 +26,7 @@ FOREIGN = {
 }
 # Without a value.
 FLAGS = (
+    "--allow-lost",
     "--consistency",
     "--declared",
     "--frozen",

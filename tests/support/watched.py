@@ -88,6 +88,7 @@ class Watched:
             ("dgsnet.training.train", "train", lambda _, **__: None),
             ("dgsnet.training.trainer", "fit", lambda _, **__: None),
             ("dgsnet.training.update", "report", lambda _, **__: None),
+            ("dgsnet.training.pins", "settle", lambda _, **__: None),
             ("dgsnet.model.checkpoint", "load_model", lambda _, **__: (self._detector.model, self._config)),
             ("dgsnet.evaluation.evaluate", "evaluate", _evaluate_plainly),
             ("dgsnet.evaluation.report", "write_tables", lambda real, **given: real(**given)),

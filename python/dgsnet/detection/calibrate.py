@@ -119,7 +119,7 @@ def _known(
     errors = []
     with tqdm(total=len(items), unit="image", disable=None) as progress:
         scored = answers(detector.job(), items, engine=engine, workers=workers)
-        for (source, item), answer in zip(places, scored):
+        for answer, (source, item) in zip(scored, places):  # which goes to the engine's end
             logits, error = answer.logits[""]
             if error:
                 errors.append(error)

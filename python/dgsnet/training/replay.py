@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dgs_kernels import MAX_OBJECTIVES, ObjectiveSurgery
 from dgsnet.data.items import Item
+from dgsnet.training.pins import Pins
 
 # Rule to what `ObjectiveSurgery` combines the gradients by; "none" replays nothing.
 WEIGHTINGS = {"gem": "gem", "conflict": "pcgrad", "replay": "mean"}
@@ -28,6 +29,7 @@ class Update:
     ratio: float  # replayed images for each new one of a step
     seed: int  # decides which old images a step replays
     record: dict[str, str]  # what is stored of it with the model
+    pins: Pins | None = None  # images that are looked at at every checkpoint
     pairs: np.ndarray | None = None  # of old twins, places [P, 2] in `samples`; None: they stay alone
 
     @property

@@ -95,6 +95,8 @@ class State:
         }
         if self.position.stage == BRANCHES and self.position.stage_step:
             self._write("last", trained, hashes, result or {})
+            if self.job.update and self.job.update.pins:
+                self.job.update.pins.check(self.model, self.job.config, self.position.step)
             if self.job.config.optim.average:
                 # Copies, since on a CPU these are the weights that training goes on with.
                 kept = {name: tensor.clone() for name, tensor in trained.items()}

@@ -47,6 +47,8 @@ def update(
     steps: int | None = None,
     replay_share: float = REPLAY_SHARE,
     seed: int | None = None,
+    pinned: str | None = None,
+    allow_lost: bool = False,
     resume: bool = False,
     pretrained: str | None = None,
 ) -> Path:
@@ -72,6 +74,10 @@ def update(
         replay_share: share of a step's images that are replayed.
         seed: decides order, augmentation, dropout and what is replayed; that of the model's training if not
             given.
+        pinned: list of labelled images whose decision may not change for the worse; every checkpoint is
+            tested on them, and pins.json says which of them it loses. An update that has lost one at its end
+            is complete, says so, and ends with exit code 3.
+        allow_lost: end with exit code 0 even so.
         resume: go on where an update was stopped or killed, with the same options. Starts it if there is none
             in --out.
         pretrained: weights file of the model's backbone, in place of what the folder names; TorchScript, such
@@ -82,6 +88,7 @@ def update(
 
     Raises:
         UserError: model, data or settings cannot be used, `out` is taken or in use; one line with the remedy.
+        PinsLost: pinned images are lost. All else is done.
     """
     out = Path(out)
     if announced_size() > 1:
@@ -117,11 +124,16 @@ def update(
         check_update(config, out, record, resume)
         check_model(config.model, config.preprocess.image_size)
 
+        from dgsnet.detection.detector import Detector
         from dgsnet.model.checkpoint import load_model, trained_on, trained_state
+        from dgsnet.training.pins import Pins, find_pins, settle
         from dgsnet.training.plan import Job
         from dgsnet.training.replay import Update
         from dgsnet.training.trainer import fit
 
+        pins = None
+        if pinned:
+            pins = Pins(find_pins(pinned), Detector.load(model, pretrained=pretrained), out)
         started = Update(
             trained_state(load_model(folder, pretrained=config.model.pretrained)[0]),
             trained_on(folder),
@@ -130,12 +142,17 @@ def update(
             ratio=replay_share / (1 - replay_share),
             seed=config.seed,
             record=record,
+            pins=pins,
             pairs=find_pairs(old) if config.data.pairs else None,
         )
         write_file(out / UPDATE_FILE, (json.dumps(record, indent=2) + "\n").encode())
         fit(Job(config, out, new, [], started))
         if suites:
             report(model, out, suites, pretrained=config.model.pretrained)
+        if pins:
+            device = next(pins.before.model.parameters()).device
+            model_and_config = load_model(out, device=device, pretrained=config.model.pretrained)
+            settle(pins, *model_and_config, allow_lost=allow_lost)
     return out
 
 
