@@ -24,10 +24,12 @@ from dgs_kernels.hooks.capture import (
     stamp,
 )
 from dgs_kernels.hooks.metrics import ObjectiveMetrics
+from dgs_kernels.hooks.per_sample import Recorder
 from dgs_kernels.hooks.ranks import average
 from dgs_kernels.hooks.weightings import NAMES, Weighting, weigh
 from dgs_kernels.ops.combine_ import combine_
 from dgs_kernels.ops.gramian import MAX_OBJECTIVES, gramian
+from dgs_kernels.tensors import sums_dtype
 
 MODES = ("exact", "running")
 TASK, RUNNING_SUM = ".grad", "sum so far"
@@ -115,6 +117,7 @@ class ObjectiveSurgery(Capture):
         self._numbers_checked: set[int] = set()
         self._last: ObjectiveMetrics | None = None
         self._combined: dict[Tensor, tuple] = {}
+        self._recorder: Recorder | None = None
         self._hook = weakref.ref(BeforeStep(self, self._edit))
 
     def clear(self) -> None:
@@ -166,6 +169,63 @@ class ObjectiveSurgery(Capture):
             scale = self.scaler.get_scale()
         self._operate(self._running, self.release(unscale=False), scale)
         self._combined = {p: stamp(p.grad) for p in self.parameters() if p.grad is not None}
+
+    @contextmanager
+    def record(self) -> Iterator[None]:
+        """A context: the model runs inside, so that `per_sample` can tell its samples apart."""
+        if self.model is None:
+            raise ValueError("record() needs to know the layers: pass model=")
+        if self._recorder is None:
+            self._recorder = Recorder(self.model, self.parameters())
+        with self._recorder.record():
+            yield
+
+    @torch.no_grad()
+    def per_sample(self, losses: Tensor) -> None:
+        """Every sample's loss is an objective: leave in `.grad` what the weighting makes of their gradients.
+
+        The inner products of the gradients come from what layers were given and asked, not from the
+        gradients, so memory does not grow with the number of losses beyond activations. It takes the place
+        of `backward()`, uses the graph up, and adds to `.grad`. `metrics().gramian` is [G, B, B].
+
+        Args:
+            losses: [B], of B samples that the model was called with inside `record()`; the first dimension
+                of what layers are given and give is the samples. Trained parameters must be of Linear,
+                Conv1d, Conv2d, Embedding, LayerNorm, RMSNorm or GroupNorm layers.
+
+        Raises:
+            ValueError, TypeError: losses that are not [B] or have no graph, layers with another first
+                dimension.
+            NotImplementedError: a parameter of another kind of layer, or used without calling its layer.
+            RuntimeError: nothing was recorded, samples are mixed (BatchNorm), inputs were changed in place,
+                several processes train together.
+
+        The first call with a model waits for the device once more, to see that samples are apart.
+        """
+        if not isinstance(losses, Tensor) or losses.dim() != 1 or not losses.requires_grad or not len(losses):
+            raise ValueError("per_sample(): losses must be a tensor [B] with a graph, a loss for each sample")
+        if self._recorder is None:
+            raise RuntimeError("per_sample(): run the model inside record() first")
+        if self.mode != "exact" or self._captured:
+            raise RuntimeError('per_sample() stands alone: no objective() beside it, and mode="exact"')
+        if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            raise RuntimeError("per_sample() knows the samples of one process alone")
+        scaled = self.scaler is not None and self.scaler.is_enabled()
+        factors = self._recorder.factors(losses)
+        numbers: dict[str, int] = {}
+        groups = [numbers.setdefault(self.layer(p), len(numbers)) for p in factors]
+        found = [factor.gramian() for factor in factors.values()]
+        products = torch.zeros(len(numbers), *found[0].shape, dtype=sums_dtype(found), device=found[0].device)
+        for group, its in zip(groups, found):
+            products[group] += its.to(products)
+        if scaled:
+            products /= self.scaler.get_scale() ** 2  # type: ignore[union-attr]
+        layers, samples = list(numbers), [f"sample {b}" for b in range(len(losses))]
+        weights = self._weights(layers, products) if len(losses) > 1 else torch.ones_like(products[:, 0])
+        for (p, factor), its, group in zip(factors.items(), found, groups):
+            gradient = factor.weighted(weights[group].to(its)).view(p.shape).to(p.dtype)
+            p.grad = gradient if p.grad is None else p.grad.add_(gradient)
+        self._last = ObjectiveMetrics(layers, samples, products, weights)
 
     def metrics(self) -> ObjectiveMetrics | None:
         """What the last surgery found; None if there were not two objectives. Waits for nothing."""
