@@ -15,7 +15,7 @@ namespace dgs::cuda {
 constexpr int kWarp = 32;
 constexpr unsigned kAllLanes = 0xffffffff;
 constexpr int kMaxThreads = 512;
-constexpr int kMaxCluster = 8;       // the largest size that every device with clusters grants
+constexpr int kMaxCluster = 8;       // the largest size that a whole device grants unasked; a slice of one may not
 constexpr int kLargestCluster = 16;  // that some grant, if asked
 
 template <typename T>
@@ -238,10 +238,8 @@ __device__ __forceinline__ void cluster_done(int blocks) {
 #endif
 }
 
-// Whether the current device grants clusters and the code that was loaded for it has their instructions: code for sm_80
-// that the driver compiles anew for a later device has none. All kernels of the library are compiled alike.
-bool has_clusters();
-// Whether clusters of so many blocks of a kernel, each of so many threads, run on the current device.
+// Whether clusters of so many blocks of a kernel, each of so many threads, run on the current device: it is asked once
+// for each size, as a slice of a device may have no room for what every whole one grants.
 bool grants_cluster(const void* kernel, int64_t blocks, int threads, int shared_bytes);
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }

@@ -153,35 +153,35 @@ int64_t lanes_for(int64_t shares) {
 }
 
 template <typename T, bool Aligned, int Packs>
-const char* run_in_registers(const ProjectAlign& args, void* stream) {
+const char* run_in_registers(const ProjectAlign& args, const Allocate& allocate, void* stream) {
   const int64_t shares = ceil_div(args.dim, Packs * kPack<T>);
   const int cluster = static_cast<int>(ceil_div(shares, kMaxThreads));
   const int lanes = static_cast<int>(lanes_for(ceil_div(shares, cluster)));
   const int threads = lanes > kWarp ? lanes : kThreads;
   const int64_t blocks = ceil_div(args.rows, threads / lanes) * cluster;
   const int scratch = scratch_bytes<Compute<T>>(kSums, kMaxThreads);
-  return launch(rows_in_registers<T, Aligned, Packs>, blocks, threads, scratch, stream, Rows{args, lanes, cluster},
-                cluster);
+  const auto kernel = rows_in_registers<T, Aligned, Packs>;
+  if (cluster > kMaxCluster || !grants_cluster(reinterpret_cast<const void*>(kernel), cluster, threads, scratch))
+    return run_in_parts<T, Aligned>(args, allocate, stream);
+  return launch(kernel, blocks, threads, scratch, stream, Rows{args, lanes, cluster}, cluster);
 }
 
 template <typename T, bool Aligned>
 const char* run(const ProjectAlign& args, const Allocate& allocate, void* stream) {
   constexpr int kFull = Aligned && sizeof(T) == 8 ? 6 : kShare<T, Aligned> / kPack<T>;  // that need no more registers
   const int64_t packs = ceil_div(args.dim, kPack<T>), shares = ceil_div(packs, kFull);
-  if (shares > int64_t(kMaxThreads) * kMaxCluster || (shares > kMaxThreads && !has_clusters()))
-    return run_in_parts<T, Aligned>(args, allocate, stream);
   if constexpr (Aligned) {
     if (packs <= kMaxThreads && args.rows * lanes_for(packs) <= kAtOnce)
-      return run_in_registers<T, true, 1>(args, stream);
+      return run_in_registers<T, true, 1>(args, allocate, stream);
   }
   // Rows that fit six packs a thread better than eight, as 768 numbers do, leave no thread with empty ones.
   constexpr int kLess = kFull * 3 / 4;
   if constexpr (Aligned && sizeof(T) != 8) {
     const int64_t less = ceil_div(packs, kLess);
     if (less <= kMaxThreads && lanes_for(less) * kLess < lanes_for(shares) * kFull)
-      return run_in_registers<T, true, kLess>(args, stream);
+      return run_in_registers<T, true, kLess>(args, allocate, stream);
   }
-  return run_in_registers<T, Aligned, kFull>(args, stream);
+  return run_in_registers<T, Aligned, kFull>(args, allocate, stream);
 }
 
 }  // namespace

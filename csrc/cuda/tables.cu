@@ -133,8 +133,8 @@ struct Key {
   auto parts() const { return std::tie(stream, device, dtype, num_groups, bytes_each, sums, tensors); }
 };
 
-}  // namespace
-
+// Whether the current device has clusters and the code that was loaded for it their instructions: code for sm_80 that
+// the driver compiles anew for a later device has none. All kernels of the library are compiled alike.
 bool has_clusters() {
   int device = 0, value = 0;
   cudaFuncAttributes loaded{};
@@ -143,21 +143,23 @@ bool has_clusters() {
          cudaFuncGetAttributes(&loaded, cut_tensors) == cudaSuccess && loaded.ptxVersion >= 90;
 }
 
+}  // namespace
+
 bool grants_cluster(const void* kernel, int64_t blocks, int threads, int shared_bytes) {
   if (blocks <= 1) return true;
   if (blocks > kLargestCluster || !has_clusters()) return false;
-  if (blocks <= kMaxCluster) return true;
 
   static std::mutex mutex;
-  static auto& known = *new std::map<std::tuple<int, const void*, int64_t>, bool>;
+  static auto& known = *new std::map<std::tuple<int, const void*, int64_t, int>, bool>;
   int device = 0;
   if (cudaGetDevice(&device) != cudaSuccess) return false;
   const std::lock_guard lock(mutex);
-  const auto [entry, fresh] = known.try_emplace({device, kernel, blocks}, false);
+  const auto [entry, fresh] = known.try_emplace({device, kernel, blocks, threads}, false);
   if (fresh) {
     const LaunchConfig config(blocks, threads, shared_bytes, nullptr, static_cast<int>(blocks));
     int at_once = 0;
-    entry->second = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1) == cudaSuccess &&
+    entry->second = (blocks <= kMaxCluster ||
+                     cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1) == cudaSuccess) &&
                     cudaOccupancyMaxActiveClusters(&at_once, kernel, &config) == cudaSuccess && at_once > 0;
     cudaGetLastError();  // not an error of the caller's
   }

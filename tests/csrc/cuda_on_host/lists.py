@@ -136,10 +136,10 @@ def test_project_align_list_in_three_launches(dtype, last, shift):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("chunks", "largest", "launched"),
-    [(3, 8, 1), (8, 8, 1), (9, 8, 3), (9, 16, 1), (12, 16, 1), (16, 16, 1), (17, 16, 3)],
+    [(2, 2, 1), (3, 2, 3), (8, 8, 1), (9, 8, 3), (9, 16, 1), (12, 16, 1), (16, 16, 1), (17, 16, 3)],
 )
 def test_project_align_list_of_so_many_chunks(chunks, largest, launched):
-    """Of 8192 numbers each, a block's. Not every device has clusters of more than 8 blocks."""
+    """Of 8192 numbers each, a block's. Not every device has clusters of more than 8 blocks, or of 3."""
     LIBRARY.shim_set_largest_cluster(largest)
     sizes = [8192 * (chunks - 1), 100, 8092]
     project_align_list_case(sizes, [0, 1, 0], torch.float32, launched=launched)

@@ -123,6 +123,16 @@ def test_project_align_long_rows(dtype, dim, device, code):
     assert launches() - before == (1 if in_registers else 2)
 
 
+@pytest.mark.parametrize(("largest", "launched"), [(2, 2), (3, 1)])
+def test_project_align_row_of_three_blocks(largest, launched):
+    """A slice of a device may have room for fewer, which is known once it is asked."""
+    host.LIBRARY.shim_set_largest_cluster(largest)
+    before = launches()
+    for _ in range(2):
+        project_align_case(torch.float32, 1, 40000, order="align_first", rule="positive", aligned=True)
+    assert launches() - before == 2 * launched
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("dim", [131072, 131073])
 def test_project_align_longest_row_of_a_cluster(dim):

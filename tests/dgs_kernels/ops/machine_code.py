@@ -197,9 +197,7 @@ def surgery_adamw__codes(capability: int) -> Iterator[tuple[str, dict]]:
 
 def spectral_entropy_codes(capability: int) -> Iterator[tuple[str, dict]]:
     for dtype, scale in (("u8", 1 / 255), ("fp32", 1.0)):
-        types = defaultdict(
-            lambda: "i32", {"basis_ptr": "*fp32", "out_ptr": "*fp32", "images_ptr": "*" + dtype}
-        )
+        types = defaultdict(lambda: "i32", {"out_ptr": "*fp32", "images_ptr": "*" + dtype})
         constants = {"ALIGNED": True, "SCALE": scale, "PATCHES": spectral_entropy.PATCHES, "pixel_stride": 1}
         code = machine_code(spectral_entropy._kernel, types, constants, capability, spectral_entropy.WARPS)
         yield dtype, code
