@@ -21,7 +21,13 @@ from torch import Tensor
 
 from dgs_kernels.arguments import check_items
 from dgs_kernels.operation import Named, Operation
-from dgs_kernels.ops.gramian import in_lists, in_one_list, laid_out, refuse_what_is_no_tensor
+from dgs_kernels.ops.gramian import (
+    KERNEL_OBJECTIVES,
+    in_lists,
+    in_one_list,
+    laid_out,
+    refuse_what_is_no_tensor,
+)
 from dgs_kernels.tensors import (
     check_list,
     common_dtype,
@@ -43,12 +49,13 @@ def combine_(
     """Write weighted sums of K gradients: `grads[t] = sum_k weights[g(t), k] objectives[k][t]`.
 
     Each list is read once, in one kernel launch whatever the number of tensors; nothing waits for the device.
+    More than 16 lists are added up in several launches, through a sum in the type of the arithmetic.
 
     Args:
         grads: T tensors that are written, float32, float64, bfloat16 or float16. grads[t] may be
             `objectives[k][t]` itself; otherwise no two of these tensors may share memory with one that is
             written.
-        objectives: K lists, 2 <= K <= 16, of T tensors of the shapes of grads, on the same device.
+        objectives: K lists, K >= 2, of T tensors of the shapes of grads, on the same device.
         weights: [G, K], the weights of each layer in order of first appearance, or [K] for all layers, on the
             same device. A weight of 0 does not hide a NaN or an infinity.
         groups: T integers, equal for tensors of one layer; None: every tensor is its own layer.
@@ -77,7 +84,30 @@ def combine_(
             f"objectives, got {tuple(weights.shape)}"
         )
     with torch.no_grad():
-        _operation(list(grads), flat, weights, layers)
+        if len(objectives) <= KERNEL_OBJECTIVES:
+            _operation(list(grads), flat, weights, layers)
+        else:
+            _in_parts(_operation.arguments(list(grads), flat, weights, layers))
+
+
+def _in_parts(a: Named) -> None:
+    """More lists than a kernel takes: the first 16, then 15 at a time with the sum so far."""
+    _kinds(a)
+    count = len(a.groups)
+    lists = [a.objectives[i : i + count] for i in range(0, len(a.objectives), count)]
+    if not torch.compiler.is_compiling():  # which the calls' own checks are enough for
+        _check(a)
+        refuse_overlaps("combine_", a.grads, lists)
+    dtype = sums_dtype(a.grads, a.objectives)
+    weights = a.weights.to(dtype)
+    total = [torch.empty_like(grad, dtype=dtype) for grad in a.grads]
+    first, rest = KERNEL_OBJECTIVES, KERNEL_OBJECTIVES - 1
+    _operation(total, a.objectives[: first * count], weights[..., :first], a.groups)
+    for k in range(first, len(lists), rest):
+        its = torch.nn.functional.pad(weights[..., k : k + rest], (1, 0), value=1.0)
+        _operation(total, [*total, *a.objectives[k * count : (k + rest) * count]], its, a.groups)
+    for grad, value in zip(a.grads, total):
+        grad.copy_(value)
 
 
 def _kinds(a: Named) -> None:

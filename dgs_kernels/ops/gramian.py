@@ -16,6 +16,7 @@ No host synchronisation, no atomics.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -32,7 +33,8 @@ from dgs_kernels.tensors import (
     sums_dtype,
 )
 
-MAX_OBJECTIVES = 16
+KERNEL_OBJECTIVES = 16  # that one call of a kernel takes
+MAX_OBJECTIVES = 64  # of one step of ObjectiveSurgery
 
 
 def gramian(objectives: Sequence[Sequence[Tensor]], *, groups: Sequence[int] | None = None) -> Tensor:
@@ -40,11 +42,12 @@ def gramian(objectives: Sequence[Sequence[Tensor]], *, groups: Sequence[int] | N
 
     The Gramian is all that a method needs to know of gradients in whose span it stays (PCGrad, MGDA, CAGrad,
     UPGrad, GEM, ...); `combine_` then takes the weights that it decides on. All tensors of a layer are one
-    vector. Each list is read once, in as many kernel launches whatever the number of tensors.
+    vector. Each list is read once, in as many kernel launches whatever the number of tensors; of more than 16
+    lists every two of ceil(K / 8) parts are read together.
 
     Args:
-        objectives: K lists, 2 <= K <= 16, of T tensors each: float32, float64, bfloat16 or float16, on one
-            device, tensor i of the same shape in every list. Constants: no gradient flows back to them.
+        objectives: K lists, K >= 2, of T tensors each: float32, float64, bfloat16 or float16, on one device,
+            tensor i of the same shape in every list. Constants: no gradient flows back to them.
         groups: T integers, equal for tensors of one layer; None: every tensor is its own layer.
 
     Returns:
@@ -67,13 +70,34 @@ def gramian(objectives: Sequence[Sequence[Tensor]], *, groups: Sequence[int] | N
     if not count:
         return torch.zeros(0, len(objectives), len(objectives))
     with torch.no_grad():
-        return _operation(flat, layers, len(objectives))
+        if len(objectives) <= KERNEL_OBJECTIVES:
+            return _operation(flat, layers, len(objectives))
+        return _in_parts(flat, layers, len(objectives))
+
+
+def _in_parts(flat: list[Tensor], layers: list[int], num_objectives: int) -> Tensor:
+    """The Gramian of more lists than a kernel takes, from those of every two of their parts."""
+    refuse_what_is_no_tensor("gramian", flat, len(layers))
+    if not torch.compiler.is_compiling():  # which the parts' own checks are enough for
+        in_lists("gramian", flat, layers, num_objectives)
+    dtype, count = common_dtype(flat), len(layers)
+    lists = [[t.to(dtype) for t in flat[i : i + count]] for i in range(0, len(flat), count)]
+    shape = (max(layers) + 1, num_objectives, num_objectives)
+    out = torch.empty(shape, dtype=sums_dtype(flat), device=flat[0].device)
+    half = KERNEL_OBJECTIVES // 2
+    parts = [range(i, min(i + half, num_objectives)) for i in range(0, num_objectives, half)]
+    for one, other in itertools.combinations(parts, 2):
+        both = [*one, *other]
+        found = _operation([t for k in both for t in lists[k]], layers, len(both))
+        places = torch.tensor(both, device=out.device)
+        out[:, places[:, None], places] = found
+    return out
 
 
 def in_one_list(caller: str, objectives: Sequence[Sequence[Tensor]]) -> tuple[list[Tensor], int]:
     """K lists of T tensors one after the other, and T."""
-    if not 2 <= len(objectives) <= MAX_OBJECTIVES:
-        raise ValueError(f"{caller}: objectives must be 2 to {MAX_OBJECTIVES} lists, got {len(objectives)}")
+    if len(objectives) < 2:
+        raise ValueError(f"{caller}: objectives must be at least 2 lists, got {len(objectives)}")
     count = len(objectives[0])
     for k, tensors in enumerate(objectives):
         if len(tensors) != count:

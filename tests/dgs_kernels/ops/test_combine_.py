@@ -54,6 +54,27 @@ def test_accuracy(backend, dtype, count):
 
 
 @everywhere
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_more_objectives_than_a_kernel_takes(backend, dtype):
+    """Rounded once, where sums of 16 that are added up in bfloat16 would be rounded three times."""
+    count = 18 if os.environ[backends.VARIABLE] == "triton" and backend == "cpu" else 40
+    lists = objectives(count, dtype=dtype, device=backend)
+    weights = draw_weights(count, device=backend)
+    expected = unwritten(dtype=torch.float32, device=backend)
+    combine_(expected, [[t.float() for t in tensors] for tensors in lists], weights, groups=GROUPS)
+    out, before = lists[17], [clones(tensors) for tensors in lists]  # grads may be one of the lists
+    combine_(out, lists, weights, groups=GROUPS)
+    assert_accurate(out, before, weights, GROUPS)
+    assert all(torch.equal(t, e.to(dtype)) for t, e in zip(out, expected))
+    assert all(lists[k] is out or all(map(torch.equal, lists[k], before[k])) for k in range(count))
+    combine_(out, before, weights[1], groups=GROUPS)
+    assert_accurate(out, before, weights[1], GROUPS)
+    lists[16] = [out[0].clone(), out[0].view(-1)[:1], *lists[16][2:]]
+    with pytest.raises(ValueError, match=r"grads\[0\] and objectives\[16\]\[1\] share memory"):
+        combine_(out, lists, weights, groups=GROUPS)
+
+
+@everywhere
 def test_larger_than_caches(backend):
     """On a CPU, results of more than 8 MiB are stored past the caches, where they divide by 16 bytes."""
     if os.environ[backends.VARIABLE] == "triton" and backend == "cpu":
@@ -199,10 +220,11 @@ def test_operator():
         opcheck(torch.ops.dgs.combine_.default, (draw(SHAPES[:4], seed=7), flat, weights, [0, 1, 1, 0]))
 
 
-def test_compiles_in_one_graph():
+@pytest.mark.parametrize("times", [1, 9])
+def test_compiles_in_one_graph(times):
     def step(first, second, weights):
         first = [t * 2 for t in first]
-        combine_(first, [first, second], weights * 2, groups=GROUPS[:3])
+        combine_(first, [first, second] * times, weights.repeat(1, times) * 2, groups=GROUPS[:3])
         return [t + 1 for t in first]
 
     arguments = (*objectives(2, SHAPES[:3]), draw_weights(2, GROUPS[:3]))
@@ -253,7 +275,7 @@ def test_memory_that_is_read_elsewhere_is_not_written(grads, lists, message):
             {"grads": [torch.ones(3)]},
             r"grads\[0\] must have shape \(2,\) as objectives\[0\]\[0\], got \(3,\)",
         ),
-        ({"objectives": [[torch.ones(2)]]}, "objectives must be 2 to 16 lists, got 1"),
+        ({"objectives": [[torch.ones(2)]]}, "objectives must be at least 2 lists, got 1"),
         ({"objectives": [[torch.ones(2)], [None]]}, r"objectives\[1\]\[0\] must be a tensor, got NoneType"),
         ({"weights": torch.ones(3)}, r"weights must be \[1, 2\] or \[2\], .*, got \(3,\)"),
         ({"weights": torch.ones(2, 2)}, r"weights must be \[1, 2\] or \[2\], .*, got \(2, 2\)"),
