@@ -28,6 +28,7 @@ NATIVE: dict[str, Any] = {
 }
 # A YAML file for each recipe of `dgsnet train --recipe`, which says what it is.
 RECIPES = Path(__file__).parent / "recipes"
+MAX_NAME = 200  # letters of a model's name
 # Channel mean and standard deviation of pixels in 0..1, by the name that PreprocessConfig has for them.
 NORMALIZATIONS = {
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
@@ -65,6 +66,8 @@ class ModelConfig:
     l2: bool = False
 
     def __post_init__(self) -> None:
+        if (letters := len(str(self.name))) > MAX_NAME:
+            raise ValueError(f"name has {letters} letters, at most {MAX_NAME} are taken")
         _between(0, 2**12, lora_rank=self.lora_rank)
         _fraction(lora_dropout=self.lora_dropout)
 

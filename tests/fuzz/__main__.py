@@ -1,6 +1,6 @@
 """Change good files at random, and read them: nothing but an answer or one line may come of it.
 
-    python -m tests.fuzz [--seconds 60] [--seed N] [--only WORD] [--found build/fuzz]
+    python -m tests.fuzz [--seconds 60 | --mutations N] [--seed N] [--only WORD ...] [--found build/fuzz]
 
 Each file that breaks this is kept, and its line names it. Put a small one into tests/fuzz/found, under the
 same name: every run begins with those.
@@ -17,41 +17,60 @@ import tempfile
 import time
 import traceback
 import warnings
-from collections import Counter
+from dataclasses import dataclass, field
 from pathlib import Path
 
-import psutil
 from dgsnet.data.images import ImageError
 from dgsnet.errors import UserError
 
 from tests.fuzz.target import Target
 from tests.fuzz.targets import targets
+from tests.support.cost import Cost, cost, resident
 
 FOUND = Path(__file__).parent / "found"
-MOST_MEMORY = 300 * 2**20  # bytes that this process may grow by while it reads files of one kind
+# Bytes that this process may take more for one file, and have more after all files of a kind.
+MOST_MEMORY = 200_000_000
 LONGEST = 2000  # letters of a line
 
 
-def problem(target: Target, data: bytes) -> tuple[str, bool]:
-    """What is wrong with how a file is read, "" if nothing is; and whether it was refused."""
-    began = time.process_time()
+@dataclass
+class Tally:
+    """How many files of a kind were read and refused, and the most that one of them cost."""
+
+    files: int = 0
+    refused: int = 0
+    most: Cost = field(default_factory=Cost)
+
+    def add(self, refused: bool, taken: Cost) -> None:
+        self.files += 1
+        self.refused += refused
+        self.most = Cost(max(self.most.seconds, taken.seconds), max(self.most.memory, taken.memory))
+
+
+def problem(target: Target, data: bytes) -> tuple[str, bool, Cost]:
+    """What is wrong with how a file is read, "" if nothing is; whether it was refused; and what it cost."""
+    refusal = None
     try:
-        target.read(data)
-        if time.process_time() - began > target.seconds:  # once more: it may have been an import
-            began = time.process_time()
+        with cost() as taken:
             target.read(data)
-        refusal = None
+        if taken.seconds > target.seconds:  # once more: it may have been an import
+            with cost() as taken:
+                target.read(data)
     except (UserError, ImageError) as error:
         refusal = str(error)
     except OSError as error:  # the system refuses a name, which may be long
         refusal = error.strerror or str(error)
     except Exception as error:
-        return "".join(traceback.format_exception_only(error)).strip() + f" ({place(error)})", False
+        wrong = "".join(traceback.format_exception_only(error)).strip() + f" ({place(error)})"
+        return wrong, False, taken
+    wrong, refused = "", refusal is not None
     if refusal is not None and ("\n" in refusal or not 0 < len(refusal) < LONGEST):
-        return f"refused in {len(refusal)} letters and {refusal.count(chr(10)) + 1} lines", True
-    if (took := time.process_time() - began) > target.seconds:
-        return f"{took:.1f} seconds", refusal is not None
-    return "", refusal is not None
+        wrong = f"refused in {len(refusal)} letters and {refusal.count(chr(10)) + 1} lines"
+    elif taken.seconds > target.seconds:
+        wrong = f"{taken.seconds:.1f} seconds"
+    elif taken.memory > MOST_MEMORY:
+        wrong = f"{taken.memory / 1e6:.0f} MB"
+    return wrong, refused, taken
 
 
 def place(error: Exception) -> str:
@@ -59,57 +78,58 @@ def place(error: Exception) -> str:
     return f"{frame.filename}:{frame.lineno}"
 
 
-def fuzz(chosen: list[Target], seconds: float, seed: int, found: Path) -> tuple[Counter[str], list[str]]:
-    """Read changed files of each target in turn, the same number of seconds of each.
+def fuzz(
+    chosen: list[Target], seconds: float, seed: int, found: Path, *, mutations: int | None = None
+) -> tuple[dict[str, Tally], list[str]]:
+    """Read changed files of each target in turn, the same number of seconds of each, or of files if given.
 
     Returns:
-        How many were read and refused, by target and "TARGET, refused", and a line for each problem.
+        What was read by target, and a line for each problem.
     """
-    counts: Counter[str] = Counter()
+    tallies: dict[str, Tally] = {}
     problems = []
     for target in chosen:
         for good in target.seeds:
             target.read(good)
-        rng, before = random.Random(f"{seed} {target.name}"), memory()
+        rng, before = random.Random(f"{seed} {target.name}"), resident()
+        tally = tallies[target.name] = Tally()
         old = sorted(FOUND.glob(f"{target.name.replace(' ', '_')}-*"))
         for path in old:
             if wrong := problem(target, path.read_bytes())[0]:
                 problems.append(f"{target.name}: {wrong}; {path}")
-        end = time.monotonic() + seconds / len(chosen)
-        while time.monotonic() < end:
+        most, end = mutations and -(-mutations // len(chosen)), time.monotonic() + seconds / len(chosen)
+        while tally.files < most if most else time.monotonic() < end:
             data = target.change(rng.choice(target.seeds), rng)
-            wrong, refused = problem(target, data)
-            counts[target.name] += 1
-            counts[f"{target.name}, refused"] += refused
+            wrong, refused, taken = problem(target, data)
+            tally.add(refused, taken)
             if wrong:
                 found.mkdir(parents=True, exist_ok=True)
-                path = found / f"{target.name.replace(' ', '_')}-{counts[target.name]}"
+                path = found / f"{target.name.replace(' ', '_')}-{tally.files}"
                 path.write_bytes(data)
                 problems.append(f"{target.name}: {wrong}; {path}")
-        if (more := memory() - before) > MOST_MEMORY:
-            problems.append(f"{target.name}: {more / 2**20:.0f} MiB more memory")
-    return counts, problems
-
-
-def memory() -> int:
-    return psutil.Process().memory_info().rss
+        if (more := resident() - before) > MOST_MEMORY:
+            problems.append(f"{target.name}: {more / 1e6:.0f} MB more memory")
+    return tallies, problems
 
 
 def main(words: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.fuzz", description=__doc__)
-    parser.add_argument("--seconds", type=float, default=60)
+    long = parser.add_mutually_exclusive_group()
+    long.add_argument("--seconds", type=float, default=60)
+    long.add_argument("--mutations", type=int, help="files to change, of all kinds together")
     parser.add_argument("--seed", type=int, default=secrets.randbelow(10**6))
-    parser.add_argument("--only", default="", help="targets whose name has this word")
+    parser.add_argument("--only", nargs="+", default=[""], help="targets whose name has one of these words")
     parser.add_argument("--found", type=Path, default=Path("build/fuzz"))
     given = parser.parse_args(words)
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)  # the page's lines about each bad request
     with tempfile.TemporaryDirectory() as folder, targets(Path(folder)) as every:
-        chosen = [target for target in every if given.only in target.name]
-        print(f"seed {given.seed}, {given.seconds:g} seconds", flush=True)
-        counts, problems = fuzz(chosen, given.seconds, given.seed, given.found)
-    for target in chosen:
-        print(f"{target.name:22}{counts[target.name]:8} files, {counts[f'{target.name}, refused']} refused")
+        chosen = [target for target in every if any(word in target.name for word in given.only)]
+        print(f"seed {given.seed}", flush=True)
+        tallies, problems = fuzz(chosen, given.seconds, given.seed, given.found, mutations=given.mutations)
+    for name, tally in tallies.items():
+        most = f"{tally.most.seconds:.2f} s and {tally.most.memory / 1e6:.0f} MB more"
+        print(f"{name:22}{tally.files:8} files, {tally.refused} refused, at most {most}")
     for line in problems:
         print(line)
     return bool(problems)

@@ -30,8 +30,7 @@ from dgsnet.detection.detector import Detector
 from dgsnet.detection.monitor import MONITOR_FILE, alarmed, monitor
 from dgsnet.detection.serve import create_app
 from dgsnet.errors import UserError
-from dgsnet.model.checkpoint import load_model, read_extra, trained_on
-from dgsnet.model.folders import read_model_config
+from dgsnet.model.checkpoint import read_extra, trained_on
 from PIL import Image
 
 from benchmarks.page import serving
@@ -179,7 +178,14 @@ def metadata(model: Path) -> list[Target]:
     audited = json.dumps(document(audit(samples))).encode()
     captions = json.dumps({"0_real/00.png": "a cat", "1_fake/00.png": "a dog"}).encode()
 
+    config = json.loads((folder / "config.json").read_bytes())
+    described = json.dumps({name: config[name] for name in ("model", "preprocess")}).encode()
+
+    def load(folder: Path) -> None:
+        Detector.load(folder, device="cpu")
+
     def read_calibration(folder: Path) -> None:
+        load(folder)
         if found := load_calibration(folder):
             assert {*decide([0.0, 0.5, 1.0], found)} <= {"real", "unsure", "generated"}
             json.dumps(found.low, allow_nan=False)
@@ -191,31 +197,25 @@ def metadata(model: Path) -> list[Target]:
     def of(name: str, change: Change, read: Callable[[Path], object], seed: bytes = b"") -> Target:
         """A file that a folder has; what changes it leaves behind is put back."""
         path = folder / name
-        whole = seed or path.read_bytes()
+        kept = path.read_bytes() if path.exists() else b""
 
         def from_file(data: bytes) -> None:
             path.write_bytes(data)
             try:
                 read(folder)
             finally:
-                path.write_bytes(whole)
+                path.write_bytes(kept) if kept else path.unlink()
 
-        return Target(name, [whole], change, from_file)
+        return Target(name, [seed or kept], change, from_file)
 
     return [
-        of("config.json", changed_any, read_model_config),
+        of("config.json", changed_any, load),
+        of("detector.json", changed_any, load, described),
         of("calibration.json", changed_any, read_calibration),
         of("training_images.npy", changed_numbers, trained_on),
-        of(WEIGHTS, changed_header, lambda folder: (read_extra(folder), load_model(folder))),
+        of(WEIGHTS, changed_header, lambda folder: (read_extra(folder), load(folder))),
         of("monitor.json", changed_any, lambda _: alarmed(folder)),
-        of(
-            "reviewed.csv",
-            changed_bytes,
-            lambda _: (
-                (folder / MONITOR_FILE).unlink(missing_ok=True),
-                monitor(folder, folder / "reviewed.csv"),
-            ),
-        ),
+        of("reviewed.csv", changed_bytes, read_reviewed),
         of("audit.json", changed_any, lambda folder: load_audit(folder / "audit.json"), audited),
         of(
             CAPTIONS_FILE,

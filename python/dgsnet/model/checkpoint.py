@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate import init_empty_weights
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as to_safetensors
 from torch import Tensor
@@ -61,9 +62,13 @@ def trained_state(model: DGSNet) -> dict[str, torch.Tensor]:
 
     Of a sharded model every process has to ask for it.
     """
+    return {name: whole(tensor.detach()).cpu().contiguous() for name, tensor in _trained(model).items()}
+
+
+def _trained(model: DGSNet) -> dict[str, Tensor]:
+    """The same as they lie in the model."""
     heads = {f"head.{name}": tensor for name, tensor in model.head.state_dict().items()}
-    trained = (model.adapter_state() | heads).items()
-    return {name: whole(tensor.detach()).cpu().contiguous() for name, tensor in trained}
+    return model.adapter_state() | heads
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -73,7 +78,16 @@ def whole(tensor: Tensor) -> Tensor:
 
 def load_trained_state(model: DGSNet, state: dict[str, torch.Tensor]) -> None:
     """The inverse of trained_state; ValueError names a tensor missing, unknown, misshaped or not finite."""
-    expected = trained_state(model)
+    _check_fits(model, state)
+    prefix = "head."
+    heads = {name.removeprefix(prefix): t for name, t in state.items() if name.startswith(prefix)}
+    model.load_adapter_state({name: t for name, t in state.items() if not name.startswith(prefix)})
+    model.head.load_state_dict(heads)
+
+
+def _check_fits(model: DGSNet, state: dict[str, Tensor]) -> None:
+    """The errors of load_trained_state, of a model without memory too."""
+    expected = _trained(model)
     for name in sorted(expected.keys() | state.keys()):
         if name not in state:
             raise ValueError(f"{name} is missing")
@@ -87,10 +101,6 @@ def load_trained_state(model: DGSNet, state: dict[str, torch.Tensor]) -> None:
             )
         if not torch.isfinite(state[name]).all():
             raise ValueError(f"{name} holds values that are not finite")
-    prefix = "head."
-    heads = {name.removeprefix(prefix): t for name, t in state.items() if name.startswith(prefix)}
-    model.load_adapter_state({name: t for name, t in state.items() if not name.startswith(prefix)})
-    model.head.load_state_dict(heads)
 
 
 def fingerprint(model: DGSNet) -> str:
@@ -204,6 +214,10 @@ def load_model(
     header, state = _read_weights(folder / WEIGHTS_FILE)
     try:
         _check_rank(state, config.model.lora_rank)
+        if not config.model.pretrained:
+            # A name alone takes what memory it likes: the largest model's 27 GB.
+            with init_empty_weights(include_buffers=False):
+                _check_fits(build_model(config, with_text=False), state)
         model = build_model(config, with_text=with_text)
         load_trained_state(model, state)
     except ValueError as error:
