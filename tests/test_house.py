@@ -130,6 +130,35 @@ def test_files_are_short(package):
     assert not long
 
 
+def csv_writers(path: Path) -> list[str]:
+    """What a file names of the ways to write CSV."""
+    found = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Attribute) and node.attr in ("writer", "DictWriter", "to_csv", "write_csv"):
+            found += (
+                [ast.unparse(node)] if node.attr.endswith("csv") or ast.unparse(node.value) == "csv" else []
+            )
+        elif isinstance(node, ast.ImportFrom) and node.module == "csv":
+            found += [alias.name for alias in node.names if alias.name.lower().endswith("writer")]
+    return found
+
+
+def test_one_file_writes_csv():
+    """The one that knows which cells a spreadsheet would compute."""
+    cells = PACKAGES["dgsnet"] / "data" / "cells.py"
+    assert csv_writers(cells) == ["csv.writer"]
+    for path in modules("dgsnet", PACKAGES["dgsnet"]).values():
+        assert path == cells or not csv_writers(path), path
+
+
+@pytest.mark.parametrize(
+    "text", ["import csv\ncsv.DictWriter(f, [])\n", "from csv import writer\n", "frame.to_csv(path)\n"]
+)
+def test_planted_writer_of_csv(tmp_path, text):
+    (tmp_path / "file.py").write_text(text)
+    assert csv_writers(tmp_path / "file.py")
+
+
 def test_few_files_at_the_top():
     assert len(list(PACKAGES["dgsnet"].glob("*.py"))) <= MOST_FILES_AT_THE_TOP
 

@@ -1,8 +1,10 @@
 """What files and generators are called is shown, and neither computed nor obeyed, wherever it is read."""
 
 import csv
+import io
 import os
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,6 +12,10 @@ from dgsnet.cli import main
 from dgsnet.data.cells import guarded, unguarded
 from dgsnet.data.items import find_items, find_samples
 from dgsnet.data.lists import read_list
+from dgsnet.detection.decisions import calibrate, save_calibration
+from dgsnet.detection.monitor import append, monitor
+from dgsnet.evaluation.changes import per_image
+from dgsnet.evaluation.results import Score
 from hypothesis import example, given
 from hypothesis import strategies as st
 
@@ -86,6 +92,26 @@ def test_a_table_of_twins_holds_no_formulas_and_is_read_back(named):
     cells = [cell for row in read_csv(named / "o" / "twins.csv") for cell in row.values()]
     assert not any(cell.startswith(FORMULAS) for cell in cells)
     assert [row["source"] for _, row in read_list(str(named / "o" / "twins.csv"))] == NAMES
+
+
+def test_a_table_of_changes_holds_no_formulas():
+    score = Score("=1+1.png", "@maker", 1, 0.75, suite="+web")
+    rows = io.StringIO(per_image([score], [replace(score, probability=0.25)], 0.5))
+    (cells,) = csv.DictReader(rows)
+    wanted = {"suite": "'+web", "generator": "'@maker", "path": "'=1+1.png", "before": "0.75"}
+    assert {name: cells[name] for name in wanted} == wanted
+
+
+def test_reviewed_images_are_no_formulas_and_sources_are_read_as_they_were(run, tmp_path):
+    shutil.copytree(run / "best", tmp_path / "best")
+    rng = np.random.default_rng(0)
+    save_calibration(tmp_path, calibrate({"a": rng.normal(-1, 1, 300)}, rng.normal(1, 1, 300), fpr=0.05))
+    append(tmp_path / "reviewed.csv", NAMES[0], "real")
+    (cells,) = read_csv(tmp_path / "reviewed.csv")
+    assert cells["path"] == guarded(NAMES[0])
+    (tmp_path / "reviewed.csv").write_text("path,decision,truth,source\na,real,real,'=1\nb,real,real,'tis\n")
+    found = monitor(tmp_path, tmp_path / "reviewed.csv")
+    assert [source.name for source in found.sources] == ["=1", "'tis"]
 
 
 def test_no_name_reaches_the_terminal_as_it_is(tmp_path, run, monkeypatch, capsys):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import csv
 import re
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import IO, Any
 
 # An apostrophe in front of such a text is part of it, so that what was written can be read back.
 _FORMULA = re.compile(r"'*[=+\-@\t\r]")
@@ -26,3 +28,19 @@ def unguarded(value: Any) -> Any:
     """
     quoted = isinstance(value, str) and value.startswith("'") and _FORMULA.match(value)
     return value[1:] if quoted else value
+
+
+def row_writer(
+    file: IO[str], *, raw: bool = False, lineterminator: str = "\r\n"
+) -> Callable[[Iterable[Any]], None]:
+    """What writes a row of cells into a file as CSV; each is `guarded`, if not `raw`.
+
+    NUL, which a list may hold by mistake and Python 3.10 does not write, becomes U+FFFD.
+    """
+    writer = csv.writer(file, lineterminator=lineterminator)
+
+    def write(cells: Iterable[Any]) -> None:
+        texts = (cell.replace("\0", "\ufffd") if isinstance(cell, str) else cell for cell in cells)
+        writer.writerow(texts if raw else map(guarded, texts))
+
+    return write

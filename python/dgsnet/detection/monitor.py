@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from dgsnet.config import check_types
-from dgsnet.data.cells import guarded
+from dgsnet.data.cells import row_writer, unguarded
 from dgsnet.detection.decisions import CALIBRATION_FILE, load_calibration
 from dgsnet.errors import UserError
 from dgsnet.files import one_line, open_own, write_file
@@ -224,7 +224,7 @@ def _rows(path: Path, data: bytes, begin: int) -> tuple[bool, Iterator[tuple[str
                         "truth (real, generated): correct it"
                     )
                 if truth == 0:
-                    yield row.get("source", ""), decision == "generated"
+                    yield unguarded(row.get("source", "")), decision == "generated"
         except csv.Error as error:
             raise UserError(f"--reviewed {path} is no CSV ({error}): correct it") from None
 
@@ -269,7 +269,7 @@ def append(reviewed: str | Path, name: str, decision: str, truth: str = "real") 
         UserError: it has other columns, or is a link.
     """
     path = Path(reviewed)
-    values = {"path": guarded(name), "decision": decision, "truth": truth, "source": "page"}
+    values = {"path": name, "decision": decision, "truth": truth, "source": "page"}
     with _appending, open_own(path, "a+", newline="", encoding="utf-8", errors="replace") as file:
         file.seek(0)
         columns = next(csv.reader([file.readline()]), []) or list(COLUMNS[:3])
@@ -277,10 +277,10 @@ def append(reviewed: str | Path, name: str, decision: str, truth: str = "real") 
             raise UserError(
                 f"--reviewed {path} has other columns than {', '.join(COLUMNS[:3])}: give another"
             )
-        writer = csv.DictWriter(file, columns, extrasaction="ignore", restval="", lineterminator="\n")
+        write = row_writer(file, lineterminator="\n")
         if file.seek(0, 2) == 0:
-            writer.writeheader()
-        writer.writerow(values)
+            write(columns)
+        write(values.get(column, "") for column in columns)
 
 
 def monitor_command(model: str, reviewed: str) -> None:

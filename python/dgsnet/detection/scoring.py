@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import csv
 import functools
 import hashlib
 import itertools
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from dgsnet.config import Crops
-from dgsnet.data.cells import guarded
+from dgsnet.data.cells import row_writer
 from dgsnet.data.declared import of_item
 from dgsnet.data.items import Item, find_items
 from dgsnet.data.parquet import import_pyarrow
@@ -228,18 +227,12 @@ def _fill(table: Table, rows: Iterator[Row], waiting: Callable[[], str]) -> str:
 def _write_csv(target: Path, rows: Iterator[Row], columns: Sequence[str], *, raw: bool = False) -> None:
     # surrogateescape writes file names that are not UTF-8 as the bytes they are.
     with replacing(target, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
-        writer = csv.writer(file)
-        writer.writerow(columns)
+        write = row_writer(file, raw=raw)
+        write(columns)
         for row in rows:
             values = (getattr(row, column) for column in columns)
-            writer.writerow([_cell(value if raw else guarded(value)) for value in values])
-
-
-def _cell(value: object) -> object:
-    """A number with its decimals; no NUL, which a list may hold by mistake and Python 3.10 does not write."""
-    if isinstance(value, float):
-        return f"{value:.{DECIMALS}f}"
-    return value.replace("\0", "\ufffd") if isinstance(value, str) else value
+            # No number is below 0, and so none is a formula.
+            write(f"{value:.{DECIMALS}f}" if isinstance(value, float) else value for value in values)
 
 
 def _write_jsonl(target: Path, rows: Iterator[Row], columns: Sequence[str]) -> None:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import csv
 import io
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from dgsnet.data.cells import guarded
+from dgsnet.data.cells import row_writer
 from dgsnet.evaluation.metrics import CONFIDENCE
 from dgsnet.evaluation.results import Score, bounded, percent, text_table
 
@@ -148,14 +147,13 @@ def table(groups: Sequence[Group]) -> str:
 def per_image(before: Sequence[Score], after: Sequence[Score], threshold: float) -> str:
     """CSV, a row for every image: both probabilities, and whether its right decision was gained or lost."""
     text = io.StringIO()
-    rows = csv.writer(text, lineterminator="\n")
-    rows.writerow(["suite", "generator", "path", "label", "before", "after", "change", "error"])
+    write = row_writer(text, lineterminator="\n")
+    write(["suite", "generator", "path", "label", "before", "after", "change", "error"])
     for old, new in zip(before, after, strict=True):
         error = old.error or new.error
         change = "" if error else _change(old, new, threshold)
         place = [old.suite, old.generator, old.path, old.label]
-        cells = [*place, *("" if s.error else s.probability for s in (old, new)), change, error]
-        rows.writerow(map(guarded, cells))
+        write([*place, *("" if s.error else s.probability for s in (old, new)), change, error])
     return text.getvalue()
 
 

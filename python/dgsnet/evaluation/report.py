@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import csv
 import io
 import json
 import math
@@ -17,7 +16,7 @@ from markupsafe import Markup
 from PIL import Image
 
 from dgsnet.config import Crops
-from dgsnet.data.cells import guarded
+from dgsnet.data.cells import row_writer
 from dgsnet.data.images import ImageError, read_image
 from dgsnet.detection.decisions import DECIMALS
 from dgsnet.evaluation import baseline, categories, false_positives, shortcut_tables
@@ -428,8 +427,9 @@ def as_json(value: Any) -> bytes:
 
 def _csv(rows: list[dict[str, Any]], raw: bool) -> bytes:
     text = io.StringIO(newline="")
-    writer = csv.DictWriter(text, fieldnames=list(rows[0]))
-    writer.writeheader()
-    writer.writerows(rows if raw else ({name: guarded(cell) for name, cell in row.items()} for row in rows))
+    write = row_writer(text, raw=raw)
+    write(rows[0])
+    for row in rows:
+        write(row[name] for name in rows[0])
     # File names that are not UTF-8 are written as the bytes they are.
     return text.getvalue().encode(errors="surrogateescape")

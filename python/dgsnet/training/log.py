@@ -15,6 +15,7 @@ from typing import IO
 from accelerate import Accelerator
 from tqdm import tqdm
 
+from dgsnet.data.cells import row_writer
 from dgsnet.errors import UserError
 from dgsnet.files import open_own, write_file
 from dgsnet.training.plan import Position
@@ -54,13 +55,15 @@ class Log:
         self.file = file = open_own(path, "a", newline="", encoding="utf-8")
         if size is not None:
             file.truncate(size)
-        self.writer = csv.DictWriter(file, columns, restval="", extrasaction="ignore", lineterminator="\n")
+        # Numbers and words of ours, and a number below 0 is no formula.
+        self.columns, self.write_row = columns, row_writer(file, raw=True, lineterminator="\n")
 
     def write(self, position: Position, row: dict[str, float], **tracked: float) -> None:
         """Add a row; `tracked` goes to TensorBoard only (times, which no two runs share)."""
         place = {"step": position.step, "stage": position.stage, "epoch": position.epoch + 1}
         if self.file:
-            self.writer.writerow(place | {name: f"{value:.6g}" for name, value in row.items()})
+            cells: dict[str, object] = place | {name: f"{value:.6g}" for name, value in row.items()}
+            self.write_row(cells.get(column, "") for column in self.columns)
             self.file.flush()
         finite = {name: value for name, value in (row | tracked).items() if math.isfinite(value)}
         self.accelerator.log(finite, step=position.step)

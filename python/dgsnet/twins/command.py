@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import json
 import sys
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from dgsnet.data.captions import CAPTIONS_FILE, attach_captions
-from dgsnet.data.cells import guarded
+from dgsnet.data.cells import row_writer
 from dgsnet.data.images import ImageError, read_image
 from dgsnet.data.items import Item
 from dgsnet.data.pairs import TWINS_FILE
@@ -261,10 +260,10 @@ def _finish(target: Path, items: Sequence[Item], rows: Sequence[dict[str, Any]])
     if texts:
         write_file(target.with_name(CAPTIONS_FILE), json.dumps(texts, indent=0).encode())
     with replacing(target, "w", newline="", encoding="utf-8", errors="surrogateescape") as file:
-        writer = csv.writer(file)
-        writer.writerow(COLUMNS)
+        write = row_writer(file)
+        write(COLUMNS)
         for row in rows:
-            writer.writerow([guarded(row[column]) for column in COLUMNS])
+            write(row[column] for column in COLUMNS)
 
 
 def _report(target: Path, rows: Sequence[dict[str, Any]], rate: str) -> None:
