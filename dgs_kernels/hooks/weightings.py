@@ -2,7 +2,8 @@
 
 Every method takes Gramians [G, K, K], one for each layer, and returns weights [G, K] in float64. It computes
 on the Gramians' device and does not wait for it, except that `gem`, `mgda` and `upgrad` with three or more
-objectives solve their quadratic programmes on the host, with `scipy.optimize.nnls`.
+objectives solve their quadratic programmes on the host, with `scipy.optimize.nnls`, where the gradients are
+on a CPU, or more than 16.
 
 What all promise: a Gramian that holds a NaN or an infinity gives NaN weights, for its layer. A zero gradient
 gets no say, and takes none of the others'. Linearly dependent gradients are no error: where weights are not
@@ -14,13 +15,18 @@ longest gradient (`mgda`, `upgrad`).
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from dgs_kernels import backends
+from dgs_kernels.ops.gramian import KERNEL_OBJECTIVES
+
 Weighting = Callable[[Tensor], Tensor]
+Kernel = Callable[[Tensor, Tensor], Tensor]  # dgs_kernels.triton.nonnegative
 # What the square of a weight costs, gradients being of length one, by the Gramian's dtype. Weights stay below
 # 1 / sqrt(RIDGE), and constraints are missed by at most sqrt(RIDGE) / 2 of the lengths.
 RIDGE = {torch.float32: 1e-6, torch.float64: 1e-12}
@@ -97,7 +103,7 @@ def gem(gramian: Tensor) -> Tensor:
         conflict = (g[:, 0, 1] < 0) & (g[:, 1, 1] > 0)
         away = torch.where(conflict, -g[:, 0, 1] / g[:, 1, 1], 0.0)
         return _marked(torch.stack([torch.ones_like(away), away], 1), gramian)
-    return _on_the_host(_gem, gramian)
+    return _solved(_gem, _gem_on_device, gramian)
 
 
 def mgda(gramian: Tensor) -> Tensor:
@@ -110,7 +116,7 @@ def mgda(gramian: Tensor) -> Tensor:
         apart = g[:, 0, 0] + g[:, 1, 1] - 2 * g[:, 0, 1]  # ||g_0 - g_1||^2
         share = torch.where(apart > 0, (g[:, 1, 1] - g[:, 0, 1]) / apart, 0.5).clamp(0, 1)
         return _marked(torch.stack([share, 1 - share], 1), gramian)
-    return _on_the_host(_mgda, gramian)
+    return _solved(_mgda, _mgda_on_device, gramian)
 
 
 def upgrad(gramian: Tensor) -> Tensor:
@@ -124,7 +130,7 @@ def upgrad(gramian: Tensor) -> Tensor:
         conflict = (g[:, :1, 1] < 0) & (energy > 0)
         away = torch.where(conflict, -g[:, :1, 1] / energy, 0.0)
         return _marked((1 + away) / 2, gramian)
-    return _on_the_host(_upgrad, gramian)
+    return _solved(_upgrad, _upgrad_on_device, gramian)
 
 
 METHODS: dict[str, Weighting] = {"mean": mean, "ogd": ogd, "gem": gem, "mgda": mgda, "upgrad": upgrad}
@@ -147,6 +153,70 @@ def _of_gradients(weights: Tensor, length: Tensor, norms: Tensor) -> Tensor:
 def _marked(weights: Tensor, gramian: Tensor) -> Tensor:
     """NaN in every layer whose Gramian is not finite: comparisons may have let it pass."""
     return weights + (gramian * 0).sum((1, 2))[:, None]
+
+
+def _solved(on_host: Callable, on_device: Callable, gramian: Tensor) -> Tensor:
+    """Of three and more objectives: where the Gramians are, if a kernel serves there."""
+    kernel = _kernel(gramian)
+    return _on_the_host(on_host, gramian) if kernel is None else _on_the_device(on_device, kernel, gramian)
+
+
+# With three or more objectives: quadratic programmes on the device ------------------------------------------
+
+
+def _kernel(gramian: Tensor) -> Kernel | None:
+    """The kernel that solves quadratic programmes, unless the host has to."""
+    device = gramian.device.type
+    chosen = os.environ.get(backends.VARIABLE) or backends.PREFERENCE.get(device, ("eager",))[0]
+    if chosen in ("cpu", "eager") or gramian.shape[1] > KERNEL_OBJECTIVES:
+        return None
+    if backends.obstacle("triton", "nonnegative", device):
+        return None
+    from dgs_kernels.triton.nonnegative import nonnegative
+
+    return nonnegative
+
+
+def _on_the_device(solve: Callable, kernel: Kernel, gramian: Tensor) -> Tensor:
+    """What `_on_the_host` does, layers at once; the Gramian's rounding is paid for with the ridge."""
+    cosines, norms = _cosines(gramian)
+    count = gramian.shape[1]
+    rounding = count * torch.finfo(gramian.dtype).eps
+    ridge = (RIDGE[gramian.dtype] + rounding) * torch.eye(count, dtype=cosines.dtype, device=cosines.device)
+    weights, longest = solve(kernel, cosines, cosines + ridge, norms)
+    parts = weights * norms
+    inner = ((parts[:, None] @ cosines)[:, 0] * parts).sum(1).clamp(min=0)
+    length = (inner + rounding * parts.square().sum(1)).sqrt()
+    shorter = torch.where(length > (1 + rounding) * longest, longest / length, 1.0)
+    return _marked(weights * shorter[:, None], gramian)
+
+
+def _gem_on_device(kernel: Kernel, cosines: Tensor, matrix: Tensor, norms: Tensor) -> tuple[Tensor, Tensor]:
+    # The first one's weight is given: in the programme it is zero.
+    matrix, linear = matrix.clone(), cosines[:, 0].clone()
+    matrix[:, 0] = matrix[:, :, 0] = 0.0
+    matrix[:, 0, 0] = linear[:, 0] = 1.0
+    away = _of_gradients(kernel(matrix, linear), norms[:, :1], norms)
+    return torch.cat([torch.ones_like(away[:, :1]), away[:, 1:]], 1), norms.sum(1)
+
+
+def _mgda_on_device(kernel: Kernel, cosines: Tensor, matrix: Tensor, norms: Tensor) -> tuple[Tensor, Tensor]:
+    zero = (norms == 0).double()
+    sums = norms.amin(1, keepdim=True) / norms
+    found = kernel(matrix + sums[:, :, None] * sums[:, None], -sums) / norms
+    found = found / found.sum(1, keepdim=True)
+    count = zero.sum(1, keepdim=True)
+    return torch.where(count > 0, zero / count, found), norms.amax(1)
+
+
+def _upgrad_on_device(
+    kernel: Kernel, cosines: Tensor, matrix: Tensor, norms: Tensor
+) -> tuple[Tensor, Tensor]:
+    count = norms.shape[1]
+    each = matrix[:, None].expand(-1, count, -1, -1).flatten(0, 1).contiguous()
+    away = kernel(each, cosines.flatten(0, 1).contiguous()).unflatten(0, (-1, count))
+    away = torch.where(norms[:, None] > 0, away * norms[:, :, None] / norms[:, None], 0.0)
+    return (away.sum(1) + 1) / count, norms.amax(1)
 
 
 # With three or more objectives: quadratic programmes on the host --------------------------------------------
