@@ -16,6 +16,7 @@ from dgsnet.detection.scoring import predict_command, score, settings
 from dgsnet.errors import UserError
 from dgsnet.evaluation.evaluate import evaluate_command
 
+from tests.support.pictures import vast_webp
 from tests.support.tables import interrupted, read_csv
 
 # Batches that images with several tiles share, in a precision in which company would be seen in a table.
@@ -29,6 +30,7 @@ def files(images, tmp_path, monkeypatch):
     columns = {"thumbnail": [b""] * len(data), "photo": data}
     pq.write_table(pa.table(columns), tmp_path / "t.parquet", row_group_size=5)
     (tmp_path / "broken.png").write_bytes(b"no image")
+    (tmp_path / "vast.webp").write_bytes(vast_webp())
     monkeypatch.chdir(tmp_path)
     return os.path.relpath(images, tmp_path)
 
@@ -54,10 +56,11 @@ def test_ray_writes_the_same(run, files, monkeypatch, capfd):
 
 def predicted(run, files, capfd):
     """A table that was begun, of files, Parquet and what cannot be read, with copies."""
-    paths = [files, "t.parquet#image=photo", "broken.png", "nowhere.png"]
+    paths = [files, "t.parquet#image=photo", "broken.png", "vast.webp", "nowhere.png"]
     predict_command(paths, run, "local.csv", consistency=True, **HOW)
     expected = read_csv("local.csv")
     assert {"real", "unsure", ""} <= {row["decision"] for row in expected}
+    assert expected[-2]["error"] == "vast.webp: it takes more than 1.2 GiB of memory to read"
     columns = [(row["probability"], row["spread"]) for row in expected]
     assert columns[:80] == columns[80:160]
     begun = settings(Detector.load(run, **HOW), paths, consistency=True)
