@@ -13,9 +13,10 @@ from torch.autograd.graph import increment_version
 from torch.optim.adamw import adamw
 from torch.optim.optimizer import ParamsT
 
-from dgs_kernels.hooks.capture import Part, check_keywords, local
+from dgs_kernels.hooks.capture import check_keywords
 from dgs_kernels.hooks.metrics import SurgeryMetrics
 from dgs_kernels.hooks.parameters import ReferenceSurgery
+from dgs_kernels.hooks.places import Part, local
 from dgs_kernels.ops import surgery_adamw_
 
 
@@ -30,8 +31,8 @@ class SurgeryAdamW(torch.optim.AdamW):
         params, lr, betas, eps, weight_decay, maximize, foreach: see `torch.optim.AdamW`.
         amsgrad, capturable, differentiable, fused: not supported; use `OptimizerSurgery` on AdamW.
         surgery_eps: the `eps` of the surgery, added to the norm of a layer's harmful direction.
-        alignment, order, rule, granularity, model, scaler, process_group, check_ranks: see
-            `OptimizerSurgery`.
+        alignment, order, rule, granularity, model, scaler, process_group, check_ranks,
+            track_update: see `OptimizerSurgery`.
 
     Raises:
         ValueError, TypeError, RuntimeError: as `OptimizerSurgery`.
@@ -118,6 +119,8 @@ class SurgeryAdamW(torch.optim.AdamW):
         if parts:
             # A layer that lies in one part and one parameter group is operated on in a single pass.
             sums, due = self.surgery.sums(parts, len({id(groups[p]) for p in operated}) == 1)
+            if self.surgery.updates:
+                self.surgery.updates.begin()
             for part, group in itertools.product(parts, self.param_groups):
                 at = [i for i, p in enumerate(part.params) if groups[p] is group]
                 if at:
@@ -126,6 +129,8 @@ class SurgeryAdamW(torch.optim.AdamW):
         for group in self.param_groups:
             if plain := [p for p in group["params"] if p.grad is not None and p not in done]:
                 self._step_plainly(group, plain)
+        if self.surgery.updates:
+            self.surgery.updates.end()
         return loss
 
     def _step_with_surgery(self, part: Part, at: list[int], group: dict, sums: Tensor, due: str) -> None:

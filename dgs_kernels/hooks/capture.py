@@ -1,12 +1,10 @@
 """Gradients of further losses, captured beside `.grad`: what every surgery on parameters shares.
 
-Capturing, the hook before a step, layers and the places where they lie, and the loops in which captured
-gradients cannot be right.
+Capturing, the hook before a step, layers, and the loops in which captured gradients cannot be right.
 """
 
 from __future__ import annotations
 
-import functools
 import sys
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -20,12 +18,12 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dgs_kernels.arguments import check_choice, check_class
+from dgs_kernels.hooks.places import Gradient, Part, local, place, stamp
 from dgs_kernels.hooks.ranks import compare, is_sharded
+from dgs_kernels.hooks.updates import Updates
 from dgs_kernels.private_torch import is_zero_tensor
-from dgs_kernels.tensors import sums_dtype
 
 GRANULARITIES = ("tensor", "layer", "model")
-Gradient = dict[Tensor, Tensor]  # of parameters
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
@@ -38,6 +36,7 @@ class Capture:
     scaler: torch.amp.GradScaler | None = None
     process_group: dist.ProcessGroup | None = None
     check_ranks: bool = True
+    track_update: bool = False
     # For messages: the public class, and what else to do where the optimiser is wrapped.
     caller: ClassVar[str]
     wrapped: ClassVar[str] = ""
@@ -59,6 +58,7 @@ class Capture:
         self._hook: Callable[[], BeforeStep | None] = lambda: None
         self._captured: dict[str, Gradient] = {}
         self._open: str | None = None
+        self.updates = Updates() if self.track_update else None
         self._layers: dict[Tensor, str] = {}
         self._ranks_checked = not self.check_ranks
         self._loss_scale: float | None = None
@@ -102,6 +102,8 @@ class Capture:
     def clear(self) -> None:
         """Forget what was captured since the last step."""
         self._captured.clear()
+        if self.updates:
+            self.updates.drop()
 
     # Capturing -------------------------------------------------------------------------------------------
 
@@ -233,7 +235,7 @@ class Capture:
             layer = self.layer(p)
             if first.layout != torch.strided:
                 raise TypeError(f"the gradient of {layer} is sparse; surgery needs dense gradients")
-            mine, meshes = _place(first, layer)
+            mine, meshes = place(first, layer)
             at = (mine.device, meshes)
             part = parts.get(at)
             if part is None:
@@ -310,49 +312,6 @@ class _NotKept:
 Capture.optimizer = _NotKept()  # type: ignore[assignment]
 
 
-@dataclass
-class Part:
-    """K gradients of T parameters that live on one device and are split over the same processes.
-
-    `meshes` are the mesh dimensions that the rest of each tensor is spread over, `lists` K lists of T
-    tensors, and `groups` the layers of the parameters, 0..G-1.
-    """
-
-    device: torch.device
-    meshes: tuple
-    lists: list[list[Any]]
-    params: list[Tensor] = field(default_factory=list)
-    groups: list[int] = field(default_factory=list)
-
-    def fill(self, shared: bool) -> None:
-        """Zeros where a loss does not reach a parameter: views of a common tensor, or own ones."""
-        missing = [(tensors, i) for tensors in self.lists for i, t in enumerate(tensors) if t is None]
-        most = max((self.lists[0][i].numel() for _, i in missing), default=0)
-        zeros: dict[torch.dtype, Tensor] = {}
-        for tensors, i in missing:
-            like = self.lists[0][i]
-            if shared:
-                if like.dtype not in zeros:
-                    zeros[like.dtype] = like.new_zeros(most)
-                tensors[i] = zeros[like.dtype][: like.numel()].view(like.shape)
-            else:
-                tensors[i] = torch.zeros_like(like)
-
-    @functools.cached_property
-    def sums_dtype(self) -> torch.dtype:
-        return sums_dtype(*self.lists)
-
-    def of(self, sums: Tensor) -> Tensor:
-        """Sums of all layers, on the device and of the type that kernels ask for here."""
-        return sums.to(self.device, self.sums_dtype)
-
-    def add_up(self, numbers: Tensor) -> Tensor:
-        """Sums over the processes, in place."""
-        for mesh, dim in self.meshes:
-            dist.all_reduce(numbers, group=mesh.get_group(dim))
-        return numbers
-
-
 class BeforeStep:
     """`edit` runs before every step of an optimiser, which carries it as a hook and must not be copied.
 
@@ -383,9 +342,14 @@ class BeforeStep:
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         closure = args[1] if len(args) > 1 else kwargs.get("closure")
         self._left_out = closure is not None
+        updates = self._surgery.updates
         if closure is None:
             self._edit()
+            if updates:
+                updates.begin()
             return None
+        if updates:  # before the optimiser moves anything, as it may before it asks for the closure
+            updates.begin(self._surgery.parameters())
 
         def once() -> Any:
             if not self._left_out:
@@ -407,6 +371,8 @@ class BeforeStep:
                 "this optimizer stepped without its closure, and without the surgery that was to follow it: "
                 "run the backwards yourself, and call step() without a closure"
             )
+        if self._surgery.updates:
+            self._surgery.updates.end()
 
 
 class _NoCopy(set):
@@ -436,29 +402,6 @@ def _called_by_scaler() -> bool:
             return frame.f_locals["self"].is_enabled()
         frame = frame.f_back
     return False
-
-
-def stamp(x: Tensor) -> tuple[int, int]:
-    """What changes when a tensor is written or replaced."""
-    return id(x), local(x)._version
-
-
-def local(x: Any) -> Any:
-    """This process's part of a tensor; None of None."""
-    if not is_sharded(x):
-        return x
-    with torch.no_grad():
-        return x.to_local()
-
-
-def _place(x: Tensor, name: str) -> tuple[Tensor, tuple]:
-    """This process's part of a tensor, and the mesh dimensions that the other parts are spread over."""
-    if not is_sharded(x):
-        return x, ()
-    if any(placement.is_partial() for placement in x.placements):
-        raise RuntimeError(f"the gradient of {name} is a DTensor of partial sums: reduce it before the step")
-    dims = (dim for dim, placement in enumerate(x.placements) if not placement.is_replicate())
-    return local(x), tuple((x.device_mesh, dim) for dim in dims)
 
 
 def check_keywords(caller: str, kind: type, given: dict[str, Any]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,6 +24,10 @@ class SurgeryMetrics:
         removed: [G], share of the energy ||x||^2 that the projection took, x being what it was applied to.
         conflict: [G] bool, whether that cosine is negative.
         alignment: [G], ||alignment * min(beneficial, 0)|| / ||task gradient||.
+        update_cosine: [G, 2], between what the optimiser did to the parameters and the directions h and
+            min(beneficial, 0), 0 of one that was not captured; None without `track_update=True`.
+        promise_held: [G], share of the steps so far in which the layer's update kept what surgery promises of
+            the gradient; None without `track_update=True`. docs/hooks.md says what that is.
     """
 
     layers: list[str]
@@ -30,6 +35,8 @@ class SurgeryMetrics:
     removed: Tensor
     conflict: Tensor
     alignment: Tensor
+    update_cosine: Tensor | None = None
+    promise_held: Tensor | None = None
 
     @property
     def conflict_rate(self) -> Tensor:
@@ -39,6 +46,7 @@ class SurgeryMetrics:
     def scalars(self, prefix: str = "surgery") -> dict[str, float]:
         """Every number under the name of its plot, as TensorBoard takes them; waits for the device once."""
         rows = {name: getattr(self, name) for name in ("cosine", "removed", "conflict", "alignment")}
+        rows |= _of_updates(("harmful", "beneficial"), self.update_cosine, self.promise_held)
         return _plots(prefix, self.layers, self.conflict_rate, rows)
 
 
@@ -51,12 +59,17 @@ class ObjectiveMetrics:
         objectives: K names. With `mode="running"` K is 2: the sum so far and the objective that joins it.
         gramian: [G, K, K], inner products of the gradients.
         weights: [G, K], what they were added with.
+        update_cosine: [G, K], between what the optimiser did to the parameters and each gradient; None
+            without `track_update=True`.
+        promise_held: see `SurgeryMetrics`.
     """
 
     layers: list[str]
     objectives: list[str]
     gramian: Tensor
     weights: Tensor
+    update_cosine: Tensor | None = None
+    promise_held: Tensor | None = None
 
     @property
     def cosine(self) -> Tensor:
@@ -82,6 +95,7 @@ class ObjectiveMetrics:
             for (i, one), (j, other) in itertools.combinations(enumerate(self.objectives), 2)
         }
         rows |= {f"weight/{name}": self.weights[:, k] for k, name in enumerate(self.objectives)}
+        rows |= _of_updates(self.objectives, self.update_cosine, self.promise_held)
         return _plots(prefix, self.layers, self.conflict_rate, rows)
 
 
@@ -95,6 +109,14 @@ def cosine(inner: Tensor, first: Tensor, second: Tensor) -> Tensor:
     """Of two vectors, from their inner product and squared lengths, in -1..1; 0 where one is zero."""
     nothing = (inner == 0) & ((first == 0) | (second == 0))
     return torch.where(nothing, 0.0, (inner / length(first) / length(second)).clamp(-1, 1))
+
+
+def _of_updates(directions: Sequence[str], cosines: Tensor | None, held: Tensor | None) -> dict[str, Tensor]:
+    """Rows of plots of what was tracked, {} if nothing was."""
+    if cosines is None or held is None:
+        return {}
+    each = zip(directions, cosines.unbind(1))
+    return {"promise_held": held} | {f"update_cosine/{name}": row for name, row in each}
 
 
 def _plots(prefix: str, layers: list[str], rate: Tensor, rows: dict[str, Tensor]) -> dict[str, float]:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
@@ -14,18 +15,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dgs_kernels.arguments import WHOLE, check_choice
-from dgs_kernels.hooks.capture import (
-    BeforeStep,
-    Capture,
-    Gradient,
-    Part,
-    check_keywords,
-    local,
-    stamp,
-)
+from dgs_kernels.hooks.capture import BeforeStep, Capture, check_keywords
 from dgs_kernels.hooks.metrics import ObjectiveMetrics
 from dgs_kernels.hooks.per_sample import Recorder
+from dgs_kernels.hooks.places import Gradient, Part, local, stamp
 from dgs_kernels.hooks.ranks import average
+from dgs_kernels.hooks.updates import Promise
 from dgs_kernels.hooks.weightings import NAMES, Weighting, weigh
 from dgs_kernels.ops.combine_ import combine_
 from dgs_kernels.ops.gramian import MAX_OBJECTIVES, gramian
@@ -64,7 +59,8 @@ class ObjectiveSurgery(Capture):
             by PCGrad between the two, which for two objectives is PCGrad and for more approximates it.
         seed: of the random orders of "pcgrad"; the same on all ranks. `generator` draws them: to resume to
             the same weights, save its `get_state()`.
-        model, process_group, check_ranks: see `OptimizerSurgery`.
+        model, process_group, check_ranks, track_update: see `OptimizerSurgery`. Tracking K objectives keeps a
+            copy of the first one's gradient too, and costs K + 8 streams.
         scaler: the GradScaler of the loop, if there is one. Scale every loss with it.
 
     Raises:
@@ -109,6 +105,8 @@ class ObjectiveSurgery(Capture):
         if not isinstance(seed, WHOLE):
             raise TypeError(f"ObjectiveSurgery: seed must be an integer, got {type(seed).__name__}")
         check_keywords(self.caller, Capture, capture)
+        if mode == "running" and capture.get("track_update"):
+            raise ValueError('ObjectiveSurgery: track_update needs every gradient: use mode="exact"')
         self.weighting, self.mode = weighting, mode
         super().__init__(optimizer, granularity=granularity, **capture)
         self._check_layers()
@@ -229,7 +227,7 @@ class ObjectiveSurgery(Capture):
 
     def metrics(self) -> ObjectiveMetrics | None:
         """What the last surgery found; None if there were not two objectives. Waits for nothing."""
-        return self._last
+        return replace(self._last, **self.updates.found()) if self._last and self.updates else self._last
 
     # Operating -------------------------------------------------------------------------------------------
 
@@ -287,10 +285,20 @@ class ObjectiveSurgery(Capture):
             self._check_repeated(products.sum(0), names)
         self.compare_ranks(dict(zip(names, products.diagonal(dim1=1, dim2=2).T)))
         weights = self._weights(layers, products)
+        if self.updates:
+            self._expect(parts, layers)
         for part in parts:
             mine = weights if len(parts) == 1 else weights[list(dict.fromkeys(part.groups))]
             combine_(part.lists[0], part.lists, mine.to(part.device), groups=part.groups)
         return merged, ObjectiveMetrics(layers, names, products, weights)
+
+    def _expect(self, parts: list[Part], layers: list[str]) -> None:
+        """Have the step measured against every gradient, of which the first is about to be overwritten."""
+        kept = [replace(part, lists=[[t.clone() for t in part.lists[0]], *part.lists[1:]]) for part in parts]
+        of = dict(zip(self._all_layers(), self.weighting)) if isinstance(self.weighting, list) else {}
+        promises = [_promise(of.get(layer, self.weighting)) for layer in layers]
+        same = promises if of else promises[:1]
+        self.updates.expect(layers, kept, same, functools.partial(_measure, kept, len(layers)))
 
     def _reached(self, objectives: list[Gradient]) -> list[Tensor]:
         """The parameters that a loss has reached: in `process_group`, on any rank."""
@@ -385,6 +393,23 @@ def _gramian(parts: list[Part], layers: int) -> Tensor:
     for part, products in zip(parts, found):
         total[list(dict.fromkeys(part.groups))] += products.to(total)
     return total
+
+
+def _promise(weighting: object) -> Promise:
+    first = 1 if weighting in ("gem", "ogd") else 0
+    return Promise(first, unchanged=weighting == "ogd")
+
+
+def _measure(parts: list[Part], layers: int, changes: list[list[Tensor]]) -> tuple[Tensor, ...]:
+    """Inner products of the change with itself [G], with the objectives, and of each with itself [G, K]."""
+    found = []
+    for start in range(0, len(parts[0].lists), MAX_OBJECTIVES - 1):
+        some = slice(start, start + MAX_OBJECTIVES - 1)
+        lists = [[change, *part.lists[some]] for change, part in zip(changes, parts)]
+        found.append(_gramian([replace(part, lists=of) for part, of in zip(parts, lists)], layers))
+    inner = torch.cat([products[:, 0, 1:] for products in found], 1)
+    squares = torch.cat([products.diagonal(dim1=1, dim2=2)[:, 1:] for products in found], 1)
+    return found[0][:, 0, 0], inner, squares
 
 
 def _sketch(grads: Gradient) -> Tensor:

@@ -11,9 +11,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from dgs_kernels.hooks.capture import BeforeStep, Capture, Part
+from dgs_kernels.hooks.capture import BeforeStep, Capture
 from dgs_kernels.hooks.metrics import SurgeryMetrics, cosine, length
+from dgs_kernels.hooks.places import Part
 from dgs_kernels.hooks.ranks import average
+from dgs_kernels.hooks.updates import Promise
 from dgs_kernels.ops.project_align_ import SUMS, run
 from dgs_kernels.options import Surgery
 
@@ -78,15 +80,27 @@ class ReferenceSurgery(Capture):
         if surgery.scale is not None:
             surgery = surgery._replace(scale=surgery.scale.detach().clone())
         self._last = self._names, total, surgery
+        if self.updates:
+            promise = Promise(last=1, unchanged=surgery.rule != "conflict")
+            self.updates.expect(self._names, parts, [promise], functools.partial(self._measure, parts, total))
         if at_once:
             return total, "all"
-        for part in parts:
-            sums = torch.zeros_like(total, device=part.device, dtype=part.sums_dtype)
-            task, harmful, beneficial = part.lists
-            run(task, harmful, beneficial, part.groups, sums, *self.options, "sums")
-            total += part.add_up(sums).to(total)
+        self._add_inner_products(total, parts, [part.lists[0] for part in parts])
         self.compare_ranks({"task": total[:, 2], "captured": total[:, 1]})
         return total, "apply"
+
+    def _add_inner_products(self, total: Tensor, parts: list[Part], first: list[list[Tensor]]) -> None:
+        """Add [G, 6] of `first` in place of the task's gradients, over devices and processes."""
+        for part, tensors in zip(parts, first):
+            sums = torch.zeros_like(total, device=part.device, dtype=part.sums_dtype)
+            run(tensors, *part.lists[1:], part.groups, sums, *self.options, "sums")
+            total += part.add_up(sums).to(total)
+
+    def _measure(self, parts: list[Part], like: Tensor, changes: list[list[Tensor]]) -> tuple[Tensor, ...]:
+        total = torch.zeros_like(like)
+        self._add_inner_products(total, parts, changes)
+        along_h, h, square, _, b, along_b = total.unbind(1)
+        return square, torch.stack([along_h, along_b], 1), torch.stack([h, b], 1)
 
     def metrics(self) -> SurgeryMetrics | None:
         """What the last step's surgery did to each layer; None if it had nothing to do. Waits for nothing."""
@@ -109,6 +123,7 @@ class ReferenceSurgery(Capture):
             removed=along.square() * share * (2 - share),
             conflict=gh < 0,
             alignment=torch.where(bb == 0, 0.0, abs(pull) * length(bb) / length(gg)),
+            **(self.updates.found() if self.updates else {}),
         )
 
 
@@ -133,6 +148,8 @@ class OptimizerSurgery(ReferenceSurgery):
         process_group: average captured gradients over these ranks at each step, for backwards that DDP does
             not reduce. None: they come reduced, as through DDP's wrapper.
         check_ranks: compare the gradients' norms between ranks once, at the first step.
+        track_update: measure what each step makes of the edited gradient: `update_cosine` and `promise_held`
+            of the metrics. Costs a copy of the parameters and, with one captured gradient, 7 streams.
 
     Raises:
         ValueError, TypeError, RuntimeError: an option that does not exist or a combination that would be

@@ -7,6 +7,7 @@ import torch
 
 from dgs_kernels import reference
 from tests.dgs_kernels.hooks.table import check, is_refused, works
+from tests.dgs_kernels.hooks.tracked_on_ranks import tracked
 from tests.dgs_kernels.hooks.training_loops import (
     STEPS,
     Hook,
@@ -59,6 +60,14 @@ def test_two_ranks(two_ranks, kind, loop, scenarios):
     for scenario in scenarios:
         assert_same(two_ranks[scenario, kind], plain(kind, layers=layers.get(scenario, range(7))))
     works(loop, kind)
+
+
+@on_parameters
+@pytest.mark.parametrize("scenario", ["tracked_ddp", "tracked_fsdp2"])
+def test_updates_are_measured_over_all_ranks(two_ranks, kind, scenario):
+    model = Net()
+    hook = Hook(kind, model, model=model, granularity="layer", track_update=True)
+    torch.testing.assert_close(two_ranks[scenario, kind], tracked(hook, model))
 
 
 @hooks

@@ -1,0 +1,82 @@
+"""Where gradients lie: the parts of tensors that this process has, by device and mesh."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from dgs_kernels.hooks.ranks import is_sharded
+from dgs_kernels.tensors import sums_dtype
+
+Gradient = dict[Tensor, Tensor]  # of parameters
+
+
+@dataclass
+class Part:
+    """K gradients of T parameters that live on one device and are split over the same processes.
+
+    `meshes` are the mesh dimensions that the rest of each tensor is spread over, `lists` K lists of T
+    tensors, and `groups` the layers of the parameters, 0..G-1.
+    """
+
+    device: torch.device
+    meshes: tuple
+    lists: list[list[Any]]
+    params: list[Tensor] = field(default_factory=list)
+    groups: list[int] = field(default_factory=list)
+
+    def fill(self, shared: bool) -> None:
+        """Zeros where a loss does not reach a parameter: views of a common tensor, or own ones."""
+        missing = [(tensors, i) for tensors in self.lists for i, t in enumerate(tensors) if t is None]
+        most = max((self.lists[0][i].numel() for _, i in missing), default=0)
+        zeros: dict[torch.dtype, Tensor] = {}
+        for tensors, i in missing:
+            like = self.lists[0][i]
+            if shared:
+                if like.dtype not in zeros:
+                    zeros[like.dtype] = like.new_zeros(most)
+                tensors[i] = zeros[like.dtype][: like.numel()].view(like.shape)
+            else:
+                tensors[i] = torch.zeros_like(like)
+
+    @functools.cached_property
+    def sums_dtype(self) -> torch.dtype:
+        return sums_dtype(*self.lists)
+
+    def of(self, sums: Tensor) -> Tensor:
+        """Sums of all layers, on the device and of the type that kernels ask for here."""
+        return sums.to(self.device, self.sums_dtype)
+
+    def add_up(self, numbers: Tensor) -> Tensor:
+        """Sums over the processes, in place."""
+        for mesh, dim in self.meshes:
+            dist.all_reduce(numbers, group=mesh.get_group(dim))
+        return numbers
+
+
+def stamp(x: Tensor) -> tuple[int, int]:
+    """What changes when a tensor is written or replaced."""
+    return id(x), local(x)._version
+
+
+def local(x: Any) -> Any:
+    """This process's part of a tensor; None of None."""
+    if not is_sharded(x):
+        return x
+    with torch.no_grad():
+        return x.to_local()
+
+
+def place(x: Tensor, name: str) -> tuple[Tensor, tuple]:
+    """This process's part of a tensor, and the mesh dimensions that the other parts are spread over."""
+    if not is_sharded(x):
+        return x, ()
+    if any(placement.is_partial() for placement in x.placements):
+        raise RuntimeError(f"the gradient of {name} is a DTensor of partial sums: reduce it before the step")
+    dims = (dim for dim, placement in enumerate(x.placements) if not placement.is_replicate())
+    return local(x), tuple((x.device_mesh, dim) for dim in dims)
