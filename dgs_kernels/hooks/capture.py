@@ -404,6 +404,13 @@ def _called_by_scaler() -> bool:
     return False
 
 
+def check_margin(caller: str, margin: object) -> None:
+    if isinstance(margin, bool) or not isinstance(margin, (int, float)):
+        raise TypeError(f"{caller}: margin must be a number, got {type(margin).__name__}")
+    if not 0 <= margin < float("inf"):
+        raise ValueError(f"{caller}: margin must be 0 or more, and finite, got {margin}")
+
+
 def check_keywords(caller: str, kind: type, given: dict[str, Any]) -> None:
     """Raise where a dataclass has no such field, in the name of the class that was called."""
     for name in given.keys() - {known.name for known in fields(kind)}:

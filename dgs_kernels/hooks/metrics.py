@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+SLACK = 1e-3  # what solvers and rounding may miss a margin by
+
 
 @dataclass(frozen=True)
 class SurgeryMetrics:
@@ -28,6 +30,7 @@ class SurgeryMetrics:
             min(beneficial, 0), 0 of one that was not captured; None without `track_update=True`.
         promise_held: [G], share of the steps so far in which the layer's update kept what surgery promises of
             the gradient; None without `track_update=True`. docs/hooks.md says what that is.
+        margin_met: [G] bool, whether what the projection left has the `margin` with h; true without one.
     """
 
     layers: list[str]
@@ -37,6 +40,7 @@ class SurgeryMetrics:
     alignment: Tensor
     update_cosine: Tensor | None = None
     promise_held: Tensor | None = None
+    margin_met: Tensor | None = None
 
     @property
     def conflict_rate(self) -> Tensor:
@@ -62,6 +66,7 @@ class ObjectiveMetrics:
         update_cosine: [G, K], between what the optimiser did to the parameters and each gradient; None
             without `track_update=True`.
         promise_held: see `SurgeryMetrics`.
+        margin: the one asked for.
     """
 
     layers: list[str]
@@ -70,6 +75,15 @@ class ObjectiveMetrics:
     weights: Tensor
     update_cosine: Tensor | None = None
     promise_held: Tensor | None = None
+    margin: float = 0.0
+
+    @property
+    def margin_met(self) -> Tensor:
+        """[G] bool, whether the constraints hold with that margin, to 0.1% of all lengths."""
+        lengths = self.gramian.diagonal(dim1=1, dim2=2).sqrt()
+        inner = (self.gramian @ self.weights[:, :, None])[:, 1:, 0]
+        wanted = self.margin * lengths[:, :1] - SLACK * lengths.sum(1, keepdim=True)
+        return (inner >= wanted * lengths[:, 1:]).all(1)
 
     @property
     def cosine(self) -> Tensor:

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dgs_kernels.arguments import WHOLE, check_choice
-from dgs_kernels.hooks.capture import BeforeStep, Capture, check_keywords
+from dgs_kernels.hooks.capture import BeforeStep, Capture, check_keywords, check_margin
 from dgs_kernels.hooks.metrics import ObjectiveMetrics
 from dgs_kernels.hooks.per_sample import Recorder
 from dgs_kernels.hooks.places import Gradient, Part, local, stamp
@@ -57,6 +57,8 @@ class ObjectiveSurgery(Capture):
         granularity: what a layer is, see `OptimizerSurgery`.
         mode: "exact" holds K gradients. "running" holds two: each objective joins the sum of those before it
             by PCGrad between the two, which for two objectives is PCGrad and for more approximates it.
+        margin: of "gem", 0 or more: <g_k, d> >= margin |g_k| |g_0| for the gradient d that steps. Where no d
+            within the sum of all lengths meets it, the largest common margin that one does takes its place.
         seed: of the random orders of "pcgrad"; the same on all ranks. `generator` draws them: to resume to
             the same weights, save its `get_state()`.
         model, process_group, check_ranks, track_update: see `OptimizerSurgery`. Tracking K objectives keeps a
@@ -91,6 +93,7 @@ class ObjectiveSurgery(Capture):
         granularity: str = "model",
         *,
         mode: str = "exact",
+        margin: float = 0.0,
         seed: int = 0,
         **capture: Any,
     ) -> None:
@@ -102,12 +105,17 @@ class ObjectiveSurgery(Capture):
                 'ObjectiveSurgery: mode="running" is PCGrad against a running sum: it needs '
                 f'weighting="pcgrad", got {weighting!r}'
             )
+        check_margin(self.caller, margin)
+        if margin and any(
+            one != "gem" for one in (weighting if isinstance(weighting, list) else [weighting])
+        ):
+            raise ValueError(f'ObjectiveSurgery: a margin needs weighting="gem", got {weighting!r}')
         if not isinstance(seed, WHOLE):
             raise TypeError(f"ObjectiveSurgery: seed must be an integer, got {type(seed).__name__}")
         check_keywords(self.caller, Capture, capture)
         if mode == "running" and capture.get("track_update"):
             raise ValueError('ObjectiveSurgery: track_update needs every gradient: use mode="exact"')
-        self.weighting, self.mode = weighting, mode
+        self.weighting, self.mode, self.margin = weighting, mode, margin
         super().__init__(optimizer, granularity=granularity, **capture)
         self._check_layers()
         self.generator = torch.Generator().manual_seed(int(seed))
@@ -290,7 +298,7 @@ class ObjectiveSurgery(Capture):
         for part in parts:
             mine = weights if len(parts) == 1 else weights[list(dict.fromkeys(part.groups))]
             combine_(part.lists[0], part.lists, mine.to(part.device), groups=part.groups)
-        return merged, ObjectiveMetrics(layers, names, products, weights)
+        return merged, ObjectiveMetrics(layers, names, products, weights, margin=self.margin)
 
     def _expect(self, parts: list[Part], layers: list[str]) -> None:
         """Have the step measured against every gradient, of which the first is about to be overwritten."""
@@ -312,10 +320,10 @@ class ObjectiveSurgery(Capture):
 
     def _weights(self, layers: list[str], products: Tensor) -> Tensor:
         if not isinstance(self.weighting, list):
-            return weigh(self.weighting, products, self.generator)
+            return weigh(self.weighting, products, self.generator, self.margin)
         of = dict(zip(self._all_layers(), self.weighting))
         each = zip((of[layer] for layer in layers), products.split(1))
-        return torch.cat([weigh(weighting, its, self.generator) for weighting, its in each])
+        return torch.cat([weigh(weighting, its, self.generator, self.margin) for weighting, its in each])
 
     def _all_layers(self) -> list[str]:
         return list(dict.fromkeys(map(self.layer, self.parameters())))

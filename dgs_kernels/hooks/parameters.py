@@ -11,8 +11,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from dgs_kernels.hooks.capture import BeforeStep, Capture
-from dgs_kernels.hooks.metrics import SurgeryMetrics, cosine, length
+from dgs_kernels.hooks.capture import BeforeStep, Capture, check_margin
+from dgs_kernels.hooks.metrics import SLACK, SurgeryMetrics, cosine, length
 from dgs_kernels.hooks.places import Part
 from dgs_kernels.hooks.ranks import average
 from dgs_kernels.hooks.updates import Promise
@@ -28,12 +28,16 @@ class ReferenceSurgery(Capture):
     eps: float = 1e-6
     order: str = "align_first"
     rule: str = "positive"
+    margin: float = 0.0
     caller: ClassVar[str] = "SurgeryAdamW"
 
     def __post_init__(self) -> None:
         self.options.check(self.caller)
+        check_margin(self.caller, self.margin)
+        if self.margin and self.rule != "conflict":
+            raise ValueError(f'{self.caller}: a margin needs rule="conflict", got {self.rule!r}')
         super().__post_init__()
-        self._last: tuple[list[str], Tensor, Surgery] | None = None
+        self._last: tuple[list[str], Tensor, Surgery, float] | None = None
         self._names: list[str] = []
 
     def harmful(self) -> AbstractContextManager[None]:
@@ -73,13 +77,13 @@ class ReferenceSurgery(Capture):
         That is "apply", or "all" where one pass can do everything (`at_once`: as far as the caller knows) and
         writes them. Metrics are computed from them.
         """
-        at_once &= len(parts) == 1 and not parts[0].meshes and self._ranks_checked
+        at_once &= len(parts) == 1 and not parts[0].meshes and self._ranks_checked and not self.margin
         dtype = functools.reduce(torch.promote_types, (part.sums_dtype for part in parts))
         total = torch.zeros(len(self._names), SUMS, dtype=dtype, device=parts[0].device)
         surgery = self.options
         if surgery.scale is not None:
             surgery = surgery._replace(scale=surgery.scale.detach().clone())
-        self._last = self._names, total, surgery
+        self._last = self._names, total, surgery, self.margin
         if self.updates:
             promise = Promise(last=1, unchanged=surgery.rule != "conflict")
             self.updates.expect(self._names, parts, [promise], functools.partial(self._measure, parts, total))
@@ -87,7 +91,12 @@ class ReferenceSurgery(Capture):
             return total, "all"
         self._add_inner_products(total, parts, [part.lists[0] for part in parts])
         self.compare_ranks({"task": total[:, 2], "captured": total[:, 1]})
-        return total, "apply"
+        if not self.margin:
+            return total, "apply"
+        # The kernels' rule, min(<x, h>, 0), of what <x, h> lacks.
+        asked = total.clone()
+        asked[:, 0] -= self.margin * (_projected(total, surgery)[1].clamp(min=0) * total[:, 1]).sqrt()
+        return asked, "apply"
 
     def _add_inner_products(self, total: Tensor, parts: list[Part], first: list[list[Tensor]]) -> None:
         """Add [G, 6] of `first` in place of the task's gradients, over devices and processes."""
@@ -106,25 +115,32 @@ class ReferenceSurgery(Capture):
         """What the last step's surgery did to each layer; None if it had nothing to do. Waits for nothing."""
         if self._last is None:
             return None
-        layers, sums, surgery = self._last
+        layers, sums, surgery, margin = self._last
         pull = surgery.weight
-        gh, hh, gg, bh, bb, gb = sums.unbind(1)
-        inner, energy = gh, gg
-        if surgery.order == "align_first":
-            inner, energy = gh + pull * bh, gg + 2 * pull * gb + pull * pull * bb
+        gh, hh, gg, _, bb, _ = sums.unbind(1)
+        inner, energy = _projected(sums, surgery)
         along = cosine(inner, energy, hh)
-        if surgery.rule == "conflict":
-            along = along.clamp(max=0)
-        # Of the part along h, what eps lets be taken.
+        gap = (along - margin).clamp(max=0) if surgery.rule == "conflict" else along
+        # Of the gap, what eps lets be closed.
         share = (hh.sqrt() / (hh.sqrt() + surgery.eps)).square()
         return SurgeryMetrics(
             layers,
             cosine=cosine(gh, gg, hh),
-            removed=along.square() * share * (2 - share),
+            removed=share * gap * (2 * along - share * gap),
             conflict=gh < 0,
             alignment=torch.where(bb == 0, 0.0, abs(pull) * length(bb) / length(gg)),
+            margin_met=(along - share * gap >= margin - SLACK) | (hh == 0) | (margin == 0),
             **(self.updates.found() if self.updates else {}),
         )
+
+
+def _projected(sums: Tensor, surgery: Surgery) -> tuple[Tensor, Tensor]:
+    """<x, h> and <x, x> [G], x being what the projection is applied to."""
+    gh, _, gg, bh, bb, gb = sums.unbind(1)
+    if surgery.order == "project_first":
+        return gh, gg
+    pull = surgery.weight
+    return gh + pull * bh, gg + 2 * pull * gb + pull * pull * bb
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
@@ -140,6 +156,8 @@ class OptimizerSurgery(ReferenceSurgery):
         alignment: weight of the negative part of the beneficial gradient, a number or a 0-dim tensor; may be
             reassigned at any time.
         eps, order, rule: see `project_align`; inner products and norms run over a layer.
+        margin: of rule "conflict", 0 or more: the projection leaves <d, h> >= margin |x| |h| of x, the
+            nearest such d. With a margin a layer is always read twice.
         granularity: what a layer is: "tensor"; "layer", the tensors of one module, whose names come from
             `model` or an optimiser made from `model.named_parameters()`; or "model", all of them.
         model: the module that holds the parameters. Needed with FSDP2.

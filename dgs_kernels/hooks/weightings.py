@@ -15,6 +15,7 @@ longest gradient (`mgda`, `upgrad`).
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable
 
@@ -26,16 +27,25 @@ from dgs_kernels import backends
 from dgs_kernels.ops.gramian import KERNEL_OBJECTIVES
 
 Weighting = Callable[[Tensor], Tensor]
+BISECTIONS = 40
 Kernel = Callable[[Tensor, Tensor], Tensor]  # dgs_kernels.triton.nonnegative
 # What the square of a weight costs, gradients being of length one, by the Gramian's dtype. Weights stay below
 # 1 / sqrt(RIDGE), and constraints are missed by at most sqrt(RIDGE) / 2 of the lengths.
 RIDGE = {torch.float32: 1e-6, torch.float64: 1e-12}
 
 
-def weigh(weighting: str | Weighting, gramian: Tensor, generator: torch.Generator) -> Tensor:
-    """Weights [G, K] by a method's name, or by a callable from [K, K] to [K] that is asked layer by layer."""
+def weigh(
+    weighting: str | Weighting, gramian: Tensor, generator: torch.Generator, margin: float = 0.0
+) -> Tensor:
+    """Weights [G, K] by a method's name, or by a callable from [K, K] to [K] that is asked layer by layer.
+
+    `margin` is that of "gem".
+    """
     if isinstance(weighting, str):
-        weights = pcgrad(gramian, generator) if weighting == "pcgrad" else METHODS[weighting](gramian)
+        if weighting == "pcgrad":
+            weights = pcgrad(gramian, generator)
+        else:
+            weights = gem(gramian, margin) if weighting == "gem" else METHODS[weighting](gramian)
         return weights.to(gramian.dtype)
     rows = [weighting(layer) for layer in gramian]
     for row in rows:
@@ -92,12 +102,20 @@ def ogd(gramian: Tensor) -> Tensor:
     return _marked(_of_gradients(basis[:, -1], norms[:, :1], norms), gramian)
 
 
-def gem(gramian: Tensor) -> Tensor:
-    """GEM (Lopez-Paz and Ranzato 2017, arXiv 1706.08840, equation 11, without margin).
+def gem(gramian: Tensor, margin: float = 0.0) -> Tensor:
+    """GEM (Lopez-Paz and Ranzato 2017, arXiv 1706.08840, equation 11).
 
-    The vector nearest to the first gradient that has no negative inner product with any of the others:
-    g_0 + sum_k v_k g_k with v >= 0 that minimises its norm.
+    The vector d nearest to the first gradient with <g_k, d> >= margin |g_k| |g_0| for all others k. At margin
+    0: g_0 + sum_k v_k g_k with v >= 0 that minimises its norm. With a margin (ours, not the paper's, which is
+    a lower bound of v) d is also no longer than S, the sum of all lengths: the nearest such vector; where
+    there is none, the one that meets the largest common margin that one meets.
     """
+    if margin:
+        return (
+            _gem_of_two(gramian, margin)
+            if gramian.shape[1] == 2
+            else _on_the_host(functools.partial(_gem_with_margin, margin), gramian)
+        )
     if gramian.shape[1] == 2:
         g = gramian.double()
         conflict = (g[:, 0, 1] < 0) & (g[:, 1, 1] > 0)
@@ -153,6 +171,21 @@ def _of_gradients(weights: Tensor, length: Tensor, norms: Tensor) -> Tensor:
 def _marked(weights: Tensor, gramian: Tensor) -> Tensor:
     """NaN in every layer whose Gramian is not finite: comparisons may have let it pass."""
     return weights + (gramian * 0).sum((1, 2))[:, None]
+
+
+def _gem_of_two(gramian: Tensor, margin: float) -> Tensor:
+    """d = t g_0 + a u in the plane of g_0 and u, the other one's direction, on the device."""
+    cosines, norms = _cosines(gramian)
+    along, (first, other) = cosines[:, 0, 1], norms.unbind(1)
+    # All in lengths of g_0.
+    longest = 1 + other / first
+    asked = longest.clamp(max=margin)
+    across = (1 - along.square()).clamp(min=0).sqrt()
+    keep = ((longest.square() - asked.square()).clamp(min=0).sqrt() / across).clamp(max=1)
+    away = (asked - keep * along) * first / other
+    binding = (along < asked) & (first > 0) & (other > 0)
+    weights = torch.stack([torch.where(binding, keep, 1.0), torch.where(binding, away, 0.0)], 1)
+    return _marked(weights, gramian)
 
 
 def _solved(on_host: Callable, on_device: Callable, gramian: Tensor) -> Tensor:
@@ -265,6 +298,48 @@ def _per_norm(x: np.ndarray, norms: np.ndarray) -> np.ndarray:
 def _gem(root: np.ndarray, norms: np.ndarray) -> tuple[np.ndarray, float]:
     away = _nnls(root[:, 1:], -root[: len(norms), 0]) * norms[0]
     return np.concatenate([[1.0], _per_norm(away, norms[1:])]), norms.sum()
+
+
+def _gem_with_margin(margin: float, root: np.ndarray, norms: np.ndarray) -> tuple[np.ndarray, float]:
+    """As `_gem`; all in lengths of g_0, and of the others' directions u_k."""
+    count, longest = len(norms), norms.sum()
+    others = np.flatnonzero(norms[1:]) + 1
+    if not norms[0] or not len(others):
+        return np.eye(count)[0], longest
+    limit, ridge = longest / norms[0], root[-1, -1]
+    directions = root[:, others]
+
+    def nearest(share: float) -> np.ndarray:
+        """The weights of the u_k in what is nearest to share * g_0 and keeps the margin."""
+        # The constraints' bounds, as what the ridge's rows aim at: the dual's linear term.
+        aims = np.zeros(count)
+        aims[others] = margin / ridge
+        return _nnls(directions, np.concatenate([-share * root[:count, 0], aims]))
+
+    def made(share: float, away: np.ndarray) -> tuple[np.ndarray, float]:
+        weights = np.zeros(count)
+        weights[0], weights[others] = share, away * norms[0] / norms[others]
+        return weights, longest
+
+    def length(share: float, away: np.ndarray) -> float:
+        return float(np.linalg.norm(share * root[:count, 0] + directions[:count] @ away))
+
+    # The shortest convex combination of the u_k: where it points, all inner products are its length.
+    common = _nnls(np.vstack([np.ones(len(others)), directions]), np.ones(1))
+    common /= common.sum()
+    most = length(0.0, common)
+    if most <= ridge:
+        return _gem(root, norms)
+    if limit * most <= margin:
+        return made(0.0, common * limit / most)
+    share, away = 1.0, nearest(1.0)
+    if length(share, away) > limit:
+        low = 0.0
+        for _ in range(BISECTIONS):
+            middle = (low + share) / 2
+            low, share = (low, middle) if length(middle, nearest(middle)) > limit else (middle, share)
+        share, away = low, nearest(low)
+    return made(share, away)
 
 
 def _mgda(root: np.ndarray, norms: np.ndarray) -> tuple[np.ndarray, float]:

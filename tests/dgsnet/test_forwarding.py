@@ -125,6 +125,7 @@ TABLE: dict[str, list[Row]] = {
         Row("--test", "a=old/train b=new/val", "suites", {"a": 1 + 2, "b": 16 + 19}),
         Row("--out", "o", "out", Path("o")),
         Row("--rule", "gem", "rule", "gem"),
+        Row("--margin", "0.75", "margin", 0.75),
         Row("--lr", "0.25", "optim.lr", 0.25),
         Row("--steps", "3", "optim.max_steps", 3),
         Row("--replay_share", "0.8", "replayed for each new one", pytest.approx(4)),
@@ -279,7 +280,13 @@ def look(command: str, seen: dict[str, Any]) -> None:
         seen["averaged"] = read_extra(out)["averaged"]
     elif command == "update":
         job, update = seen["fit.job"], seen["fit.job"].update
-        seen |= {**job.config.flat(), "out": job.out, "images": len(job.samples), "rule": update.rule}
+        seen |= {
+            **job.config.flat(),
+            "out": job.out,
+            "images": len(job.samples),
+            "rule": update.rule,
+            "margin": update.margin,
+        }
         seen |= {"replayed": len(update.samples), "replayed for each new one": update.ratio}
         seen["suites"] = {name: len(items) for name, items in seen["report.suites"].items()}
         seen["model"] = json.loads((out / "update.json").read_text())["model"]

@@ -43,7 +43,7 @@ def training(folder: Path) -> list[Target]:
         interrupted_after(5),
     ):
         train(config, stopped)
-    record = {"weights": "0" * 16, "rule": "gem", "replay_share": "0.5"}
+    record = {"weights": "0" * 16, "rule": "gem", "replay_share": "0.5", "margin": "0"}
     (stopped / UPDATE_FILE).write_text(json.dumps(record))
     (features,) = (data / "cache").rglob("*.npy")
 

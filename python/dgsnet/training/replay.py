@@ -31,6 +31,7 @@ class Update:
     record: dict[str, str]  # what is stored of it with the model
     pins: Pins | None = None  # images that are looked at at every checkpoint
     pairs: np.ndarray | None = None  # of old twins, places [P, 2] in `samples`; None: they stay alone
+    margin: float = 0.0  # of the rule "gem"
 
     @property
     def replayed(self) -> list[Item]:
@@ -95,4 +96,5 @@ class Update:
         """The rule before every step of an optimiser; None where nothing is replayed."""
         if self.rule == "none":
             return None
-        return ObjectiveSurgery(optimizer, WEIGHTINGS[self.rule], granularity="model", scaler=scaler)
+        weighting = WEIGHTINGS[self.rule]
+        return ObjectiveSurgery(optimizer, weighting, granularity="model", margin=self.margin, scaler=scaler)

@@ -42,6 +42,7 @@ def update(
     out: str | Path,
     *,
     rule: Rule = "conflict",
+    margin: float = 0.0,
     test: list[str] | None = None,
     lr: float | None = None,
     steps: int | None = None,
@@ -66,6 +67,8 @@ def update(
         out: the new run's folder; must be new or empty unless --resume is given.
         rule: what the replayed images do to a step. gem - no old generator's loss may rise; conflict - new
             and old gradients lose what conflicts; replay - the mean of both losses; none - nothing.
+        margin: of gem, 0 or more: how far every step's gradient has to point along each old generator's, as a
+            share of what it would if it were as long as the new images' and pointed there.
         test: labelled images to report gains and losses on, none of them trained on; NAME=PATH names a suite.
             A fifth of --data and --replay is kept out for it if not given; of an empty list, in Python,
             nothing is reported.
@@ -97,6 +100,10 @@ def update(
         raise UserError(f"rule {rule!r} is unknown; choose one of {', '.join(get_args(Rule))}")
     if not 0 < replay_share < 1:
         raise UserError(f"replay_share is {replay_share:g}; it must lie between 0 and 1")
+    if not 0 <= margin < math.inf:
+        raise UserError(f"margin is {margin:g}; it must be 0 or more")
+    if margin and rule != "gem":
+        raise UserError(f"margin is of --rule gem; the rule is {rule}")
     folder = model_folder(model)
     if {Path(model).resolve(), folder.resolve()} & {out.resolve(), *out.resolve().parents}:
         raise UserError(f"--out {out} lies in the model's own folder: give a new folder")
@@ -120,6 +127,7 @@ def update(
             "weights": hashlib.sha256((folder / WEIGHTS_FILE).read_bytes()).hexdigest()[:16],
             "rule": rule,
             "replay_share": f"{replay_share:g}",
+            "margin": f"{margin:g}",
         }
         check_update(config, out, record, resume)
         check_model(config.model, config.preprocess.image_size)
@@ -143,6 +151,7 @@ def update(
             seed=config.seed,
             record=record,
             pins=pins,
+            margin=margin,
             pairs=find_pairs(old) if config.data.pairs else None,
         )
         write_file(out / UPDATE_FILE, (json.dumps(record, indent=2) + "\n").encode())
@@ -221,7 +230,7 @@ def check_update(config: Config, out: Path, record: dict[str, str], resume: bool
     path = out / UPDATE_FILE
     if resume and path.is_file():
         try:
-            before = json.loads(path.read_bytes())
+            before = {"margin": "0"} | json.loads(path.read_bytes())
             other = [name for name in record if name != "model" and before[name] != record[name]]
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise UserError(f"{path} is damaged ({one_line(error)}): start in a new folder") from None

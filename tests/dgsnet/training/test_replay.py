@@ -21,24 +21,24 @@ from dgsnet.training.update import update
 from tests.support.runs import STATE_FILE, changed, interrupted_after
 
 
-def naive_gem(g, others):
-    """The vector nearest to g without a negative product with any of the others: the best active set."""
+def naive_gem(g, others, margin=0.0):
+    """The vector nearest to g whose products with all others are those of the margin: the best active set."""
     best = None
     for count in range(len(others) + 1):
         for active in itertools.combinations(others, count):
             d = g
             if active:
                 a = torch.stack(active)
-                d = g - a.T @ torch.linalg.solve(a @ a.T, a @ g)
-            allowed = all(d @ other > -1e-12 * g.norm() * other.norm() for other in others)
+                d = g - a.T @ torch.linalg.solve(a @ a.T, a @ g - margin * g.norm() * a.norm(dim=1))
+            allowed = all(d @ o > (margin - 1e-12) * g.norm() * o.norm() for o in others)
             if allowed and (best is None or (d - g).norm() < (best - g).norm()):
                 best = d
     return best
 
 
-def naive(rule, g, others):
+def naive(rule, g, others, margin):
     if rule == "gem":
-        return naive_gem(g, others)
+        return naive_gem(g, others, margin)
     if rule == "none":
         return g
     (o,) = others
@@ -48,8 +48,11 @@ def naive(rule, g, others):
     return g - c / (o @ o) * o + o - c / (g @ g) * g
 
 
-@pytest.mark.parametrize("rule, paired", [*((rule, False) for rule in [*WEIGHTINGS, "none"]), ("gem", True)])
-def test_a_step_has_the_rules_gradient(rule, paired, options, tmp_path):
+@pytest.mark.parametrize(
+    "rule, paired, margin",
+    [*((rule, False, 0.0) for rule in [*WEIGHTINGS, "none"]), ("gem", True, 0.0), ("gem", False, 0.4)],
+)
+def test_a_step_has_the_rules_gradient(rule, paired, margin, options, tmp_path):
     """Adam's first moment after one step is a tenth of its gradient; the formulas are redone in float64.
 
     Of a detector that learned from pairs, twins of the same names come together, replayed ones too.
@@ -60,7 +63,7 @@ def test_a_step_has_the_rules_gradient(rule, paired, options, tmp_path):
         settings = options["model"] / "best" / "config.json"
         settings.write_text(changed(Config.load(settings), data_pairs=True).to_json())
     with interrupted_after(1):
-        update(out=out, rule=rule, test=[], **options | {"steps": 2, "replay_share": 0.4})
+        update(out=out, rule=rule, margin=margin, test=[], **options | {"steps": 2, "replay_share": 0.4})
     state = checkpoint.load_state(out / STATE_FILE)
     found = state["optimizer"]
     moments = [entry["exp_avg"] for entry in found["state"].values()]
@@ -103,7 +106,7 @@ def test_a_step_has_the_rules_gradient(rule, paired, options, tmp_path):
     assert min(g @ o for o in others) < 0  # else nothing is tested
     if rule == "none":
         others = []
-    expected = naive(rule, g, others)
+    expected = naive(rule, g, others, margin)
     actual = torch.cat([moment.flatten() for moment in moments]).double() / (1 - config.optim.betas[0])
     assert (actual - expected).norm() < 5e-5 * g.norm()
     if rule != "none":

@@ -217,6 +217,8 @@ def test_a_linear_probe_with_fixed_views_is_updated_too(options, generators, tmp
         ({"out": "{old}/board/0_real/0.png"}, "is a file"),
         ({"rule": "best"}, "rule"),
         ({"replay_share": 1}, "replay_share is 1; it must lie between 0 and 1"),
+        ({"margin": -0.5, "rule": "gem"}, "margin is -0.5; it must be 0 or more"),
+        ({"margin": 0.5, "rule": "conflict"}, "margin is of --rule gem; the rule is conflict"),
         ({"steps": 0}, "steps is 0; it must be 1 or more"),
         ({"lr": -1}, "lr=-1.0 must be at least 0"),
         ({"seed": -1}, "seed=-1 must be at least 0"),
@@ -251,12 +253,16 @@ def test_only_the_same_update_is_resumed(finished, options, tmp_path, capsys):
     for more, expected in (
         ({"rule": "replay"}, "cannot resume"),
         ({"replay_share": 0.4}, "with replay_share=0.4, it was started with 0.5"),
+        ({"margin": 0.5}, "with margin=0.5, it was started with 0"),
         ({"lr": 1e-3}, "with optim.lr=0.001, it was started with 0.002"),
         ({"model": finished}, "with weights="),
         ({"data": options["data"][0] + "/"}, "with data.train="),
     ):
         assert expected in fails([*command(options, run, **more), "--resume"], capsys)
     assert "is not empty" in fails(command(options, run), capsys)
+    # As updates wrote it before there were margins.
+    (run / "update.json").write_text((run / "update.json").read_text().replace(',\n  "margin": "0"', ""))
+    assert "with margin=0.5" in fails([*command(options, run, margin=0.5), "--resume"], capsys)
     plain = shutil.copytree(options["model"], tmp_path / "plain")
     assert "holds a run that is no update" in fails([*command(options, plain), "--resume"], capsys)
     assert "is an update" in fails(["train", "--out", run, "--resume"], capsys)
