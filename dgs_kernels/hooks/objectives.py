@@ -20,7 +20,7 @@ from dgs_kernels.hooks.metrics import ObjectiveMetrics
 from dgs_kernels.hooks.per_sample import Recorder
 from dgs_kernels.hooks.places import Gradient, Part, local, stamp
 from dgs_kernels.hooks.ranks import average
-from dgs_kernels.hooks.updates import Promise
+from dgs_kernels.hooks.updates import Promise, Updates
 from dgs_kernels.hooks.weightings import NAMES, Weighting, weigh
 from dgs_kernels.ops.combine_ import combine_
 from dgs_kernels.ops.gramian import MAX_OBJECTIVES, gramian
@@ -294,19 +294,19 @@ class ObjectiveSurgery(Capture):
         self.compare_ranks(dict(zip(names, products.diagonal(dim1=1, dim2=2).T)))
         weights = self._weights(layers, products)
         if self.updates:
-            self._expect(parts, layers)
+            self._expect(self.updates, parts, layers)
         for part in parts:
             mine = weights if len(parts) == 1 else weights[list(dict.fromkeys(part.groups))]
             combine_(part.lists[0], part.lists, mine.to(part.device), groups=part.groups)
         return merged, ObjectiveMetrics(layers, names, products, weights, margin=self.margin)
 
-    def _expect(self, parts: list[Part], layers: list[str]) -> None:
+    def _expect(self, updates: Updates, parts: list[Part], layers: list[str]) -> None:
         """Have the step measured against every gradient, of which the first is about to be overwritten."""
         kept = [replace(part, lists=[[t.clone() for t in part.lists[0]], *part.lists[1:]]) for part in parts]
         of = dict(zip(self._all_layers(), self.weighting)) if isinstance(self.weighting, list) else {}
         promises = [_promise(of.get(layer, self.weighting)) for layer in layers]
         same = promises if of else promises[:1]
-        self.updates.expect(layers, kept, same, functools.partial(_measure, kept, len(layers)))
+        updates.expect(layers, kept, same, functools.partial(_measure, kept, len(layers)))
 
     def _reached(self, objectives: list[Gradient]) -> list[Tensor]:
         """The parameters that a loss has reached: in `process_group`, on any rank."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from dgs_kernels.hooks.places import Part, local
 TOLERANCE = 0.01
 
 # From each part's change, T tensors negated: <change, change> [G], <change, d_k> and <d_k, d_k> [G, K].
-Measure = Callable[[list[list[Tensor]]], tuple[Tensor, Tensor, Tensor]]
+Measure = Callable[[list[list[Tensor]]], tuple[Tensor, ...]]
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ class Updates:
         self._tally[tuple(layers)] = count + 1, kept + held
         self._last = cosines, layers
 
-    def found(self) -> dict[str, Tensor]:
+    def found(self) -> dict[str, Any]:
         """The fields of the last step's metrics; {} of a step without surgery."""
         if self._last is None:
             return {}
