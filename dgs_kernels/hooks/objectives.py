@@ -214,6 +214,8 @@ class ObjectiveSurgery(Capture):
             raise RuntimeError("per_sample(): run the model inside record() first")
         if self.mode != "exact" or self._captured:
             raise RuntimeError('per_sample() stands alone: no objective() beside it, and mode="exact"')
+        if self.updates:
+            raise RuntimeError("per_sample() makes no sample's gradient that track_update could compare with")
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
             raise RuntimeError("per_sample() knows the samples of one process alone")
         scaled = self.scaler is not None and self.scaler.is_enabled()
@@ -231,7 +233,7 @@ class ObjectiveSurgery(Capture):
         for (p, factor), its, group in zip(factors.items(), found, groups):
             gradient = factor.weighted(weights[group].to(its)).view(p.shape).to(p.dtype)
             p.grad = gradient if p.grad is None else p.grad.add_(gradient)
-        self._last = ObjectiveMetrics(layers, samples, products, weights)
+        self._last = ObjectiveMetrics(layers, samples, products, weights, margin=self.margin)
 
     def metrics(self) -> ObjectiveMetrics | None:
         """What the last surgery found; None if there were not two objectives. Waits for nothing."""

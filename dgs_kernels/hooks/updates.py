@@ -95,5 +95,5 @@ class Updates:
                 for names, (count, held) in self._tally.items()
                 if layer in names
             ]
-            shares.append(sum(held for _, held in seen) / sum(count for count, _ in seen))
+            shares.append(torch.stack([held for _, held in seen]).sum() / sum(count for count, _ in seen))
         return {"update_cosine": cosines, "promise_held": torch.stack(shares)}

@@ -112,6 +112,12 @@ def test_off_by_default_and_of_steps_with_surgery_only():
     surgery_step(model, optimizer, surgery, 0)
     assert surgery.metrics().update_cosine is None and surgery.metrics().promise_held is None
     assert not any("update" in name or "promise" in name for name in surgery.metrics().scalars())
+    plain = torch.optim.SGD(model.parameters())
+    losses_of = ObjectiveSurgery(plain, model=model, track_update=True)
+    with losses_of.record():
+        y = model(torch.ones(2, 5, dtype=torch.float64))
+    with pytest.raises(RuntimeError, match="track_update"):
+        losses_of.per_sample(y[:, 0])
     with pytest.raises(ValueError, match='track_update needs every gradient: use mode="exact"'):
         ObjectiveSurgery(optimizer, mode="running", track_update=True)
 

@@ -94,7 +94,7 @@ def test_a_step_has_the_rules_gradient(rule, paired, margin, options, tmp_path):
         return torch.cat([grad.flatten() for grad in torch.autograd.grad(loss, trained)]), loss.item()
 
     most = config.optim.batch_size
-    drawn = Update({}, np.empty(0), old, rule, 0.4 / 0.6, config.seed, {}, pairs[1]).draw(0, most)
+    drawn = Update({}, np.empty(0), old, rule, 0.4 / 0.6, config.seed, {}, pairs=pairs[1]).draw(0, most)
     assert sum((units >= 0).sum() for units in drawn.values()) == (6 if paired else 5)
     units = sampler.left()
     first = units[np.cumsum((units >= 0).sum(axis=1)) <= most]
