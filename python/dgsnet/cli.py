@@ -61,7 +61,7 @@ COMMANDS = {
 CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 POSITIONAL = ("paths", "checkpoint")
 LISTS = (list[str], list[str] | None)
-GROUPS = list[list[str]]
+GROUPS = (list[list[str]], list[list[str]] | None)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -171,7 +171,7 @@ def _arguments(name: str, command: Command) -> ArgumentParser:
     own = [
         parameter
         for parameter in inspect.signature(function, eval_str=True).parameters.values()
-        if parameter.name in POSITIONAL or parameter.annotation in (*LISTS, GROUPS, bool)
+        if parameter.name in POSITIONAL or parameter.annotation in (*LISTS, *GROUPS, bool)
     ]
     for parameter in own:
         if parameter.annotation is bool:
@@ -179,8 +179,8 @@ def _arguments(name: str, command: Command) -> ArgumentParser:
             parser.add_argument(flag, action="store_true", help=_parameter_help(function, parameter.name))
             continue
         options: dict[str, Any] = {}
-        if parameter.annotation in (*LISTS, GROUPS):  # given twice, nothing of the first is lost
-            options = {"nargs": "+", "action": "append" if parameter.annotation == GROUPS else "extend"}
+        if parameter.annotation in (*LISTS, *GROUPS):  # given twice, nothing of the first is lost
+            options = {"nargs": "+", "action": "append" if parameter.annotation in GROUPS else "extend"}
         if parameter.name not in POSITIONAL:
             options["required"] = parameter.default is inspect.Parameter.empty
         flag = parameter.name if parameter.name in POSITIONAL else f"--{parameter.name}"

@@ -419,7 +419,7 @@ def _hints(cls: Any) -> dict[str, Any]:
 
 
 def _is(value: Any, hint: Any) -> bool:
-    """Whether a value from JSON is of a type; no number is a truth value, and none is beyond 64 bits."""
+    """Whether a value from JSON is of a type; no number is a truth value, no whole one is beyond 64 bits."""
     origin, arguments = get_origin(hint), get_args(hint)
     if origin in (Union, UnionType):
         return any(_is(value, argument) for argument in arguments)
@@ -432,7 +432,7 @@ def _is(value: Any, hint: Any) -> bool:
         return len(value) == len(inner) and all(map(_is, value, inner))
     if hint in (int, float):
         number = isinstance(value, int if hint is int else (int, float)) and not isinstance(value, bool)
-        return number and abs(value) < 2**63 and math.isfinite(value)
+        return number and (isinstance(value, float) or abs(value) < 2**63) and math.isfinite(value)
     return isinstance(value, hint or type(None))
 
 

@@ -14,12 +14,14 @@ import os
 import re
 import shutil
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 from dgsnet.cli import main
 from dgsnet.config import Config
+from dgsnet.detection.decisions import calibrate, save_calibration
 from dgsnet.model.checkpoint import read_extra
 from starlette.testclient import TestClient
 
@@ -160,6 +162,11 @@ TABLE: dict[str, list[Row]] = {
         Row("--data", "old/train", "suites", {"old": 1 + 2}),
         Row("--out", "o", "evaluate.engine", "ray"),
     ],
+    "evaluate, of scores": [
+        Row("--scores", "old.csv", "page names the table", True),
+        Row("--model", "rule", "calibrated_threshold", 4.5),
+        Row("--out", "o", "files", {"metrics.csv", "metrics.json", "metrics.md", "report.html"}),
+    ],
     "predict": [
         *DETECTOR,
         *CREDENTIALS,
@@ -176,6 +183,11 @@ TABLE: dict[str, list[Row]] = {
         Row("--model", "mine", "load.run", "mine"),
         Row("--out", "o/scores.csv", "files", {"scores.csv"}),
         Row("--raw_cells", "", "raw", True),
+    ],
+    "predict, of scores": [
+        Row("PATHS", "old.csv", "rows", 9),
+        Row("--model", "rule", "decisions", {"real", "unsure", "generated"}),
+        Row("--out", "o/scores.csv", "files", {"scores.csv"}),
     ],
     "predict, with Ray": [
         Row("PATHS", "noise", "paths", ["00.png", "01.png", "02.png"]),
@@ -195,9 +207,19 @@ TABLE: dict[str, list[Row]] = {
         Row("--replace", "", "fpr", 0.4),
         Row("--workers", "7", "workers", {7}),
     ],
+    "calibrate, of scores": [
+        Row("--scores", "old.csv", "n_reals", 6),
+        Row("--out", "o", "files", {"calibration.json"}),
+        Row("--fpr", "0.6", "fpr", 0.6),
+        Row("--miss_rate", "0.8", "miss_rate", 0.8),
+    ],
     "monitor": [
         Row("--model", "mine", "images", 2),
         Row("--reviewed", "reviewed.csv", "false_positives", 1),
+    ],
+    "monitor, of scores": [
+        Row("--model", "rule", "images", 6),
+        Row("--scores", "old.csv", "false_positives", 1),
     ],
     "average": [
         Row("PATHS", "mine mine/best", "averaged", ["mine", "mine/best"]),
@@ -291,6 +313,10 @@ def look(command: str, seen: dict[str, Any]) -> None:
         seen["suites"] = {name: len(items) for name, items in seen["report.suites"].items()}
         seen["model"] = json.loads((out / "update.json").read_text())["model"]
         seen["pinned"] = update.pins and len(update.pins.items)
+    elif command == "evaluate" and "evaluate.samples" not in seen:
+        seen["page names the table"] = "old.csv" in (out / "report.html").read_text()
+        seen |= json.loads((out / "metrics.json").read_text())
+        seen["files"] -= {"metrics.png", "scores.csv"}
     elif command == "evaluate":
         suites = seen["evaluate.samples"]
         seen["suites"] = {name: len(samples) for name, samples in suites.items()}
@@ -301,6 +327,7 @@ def look(command: str, seen: dict[str, Any]) -> None:
     elif command == "predict":
         seen["files"] -= {"maps"}
         lines = (out / "scores.csv").read_text().splitlines() if (out / "scores.csv").exists() else []
+        seen["decisions"] = {line.split(",")[2] for line in lines[1:]}
         seen |= {"rows": len(lines[1:]), "raw": any(line.startswith("=none.png,") for line in lines)}
         table = out / "scores.jsonl"
         rows = [json.loads(row) for row in table.read_text().splitlines()] if table.exists() else []
@@ -310,9 +337,9 @@ def look(command: str, seen: dict[str, Any]) -> None:
         seen["declared"] = any(row.get("declared") for row in rows)
         seen["maps"] = len(list(out.glob("maps/**/*.png")))
     elif command == "monitor":
-        seen |= json.loads(next(Path("mine").rglob("monitor.json")).read_text())
+        seen |= json.loads(next(Path().rglob("monitor.json")).read_text())
     elif command == "calibrate":
-        found = json.loads(next(Path("mine").rglob("calibration.json")).read_text())
+        found = json.loads(next(Path("o" if out.is_dir() else "mine").rglob("calibration.json")).read_text())
         seen |= {**found, "sources": {source["name"]: source["n"] for source in found["sources"]}}
     elif command == "serve":
         seen["host"], seen["port"] = seen["create_server.address"]
@@ -347,6 +374,13 @@ def prepare(line: str, rows: list[Row], watched: Watched) -> None:
     before = [row for row in rows if row.option not in ("--resume", "--replace")]
     if line == "update":
         Path("pins.csv").write_text("path,label\nnoise/00.png,0\nnoise/01.png,1\n")
+    if line.endswith("of scores"):
+        # Of three decisions; the second table's rows are those that a threshold is made of.
+        rows_of_scores = (f"{i}.png,{i},{('real', 'generated')[i > 5]}" for i in range(9))
+        Path("old.csv").write_text("\n".join(["path,score,label", *rows_of_scores, ""]))
+        made = calibrate(range(6), range(6, 9), fpr=0.6, miss_rate=0.8, raw=True)
+        Path("rule").mkdir(exist_ok=True)
+        save_calibration("rule", replace(made, low=3.0, threshold=4.5))
     if line == "monitor":
         assert watched.call(["calibrate", "--model", "mine", "--reals", "old/val", "--fpr", "0.4"]) == 0
         rows_of_images = ("a.png,generated,real", "b.png,real,real", "c.png,real,generated")

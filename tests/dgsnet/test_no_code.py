@@ -87,6 +87,9 @@ def place(tmp_path_factory):
         from dgsnet.model.pretrained import build_clip
 
         add_quick_gelu(place, "tiny-quickgelu")
+        (place / "scores.csv").write_text(
+            "path,score,label\n" + "".join(f"{i},{i},{i // 9}\n" for i in range(18))
+        )
         (place / "reviewed.csv").write_text("path,decision,truth\na.png,real,real\n")
         torch.save(build_clip("tiny-quickgelu", "", True).state_dict(), "weights.pt")
         for words in (
@@ -94,6 +97,8 @@ def place(tmp_path_factory):
             "audit --data data/train --out audit",
             "calibrate --model run --reals data/val/0_real --fpr 0.5",
             "monitor --model run --reviewed reviewed.csv",
+            "calibrate --scores scores.csv --out rule --fpr 0.5",
+            "monitor --model rule --scores scores.csv",
             f"{UPDATE} update",
             "evaluate --model run --data data/val --out results",
             f"{SEVERAL} both",
@@ -156,6 +161,10 @@ LINES = {
         "calibrate --model run --reals data/val/0_real --fpr 0.5 --replace",
         "run/best/* weights.pt",
     ),
+    "calibrate, of scores": ("calibrate --scores scores.csv --out new --fpr 0.5", "scores.csv"),
+    "evaluate, of scores": ("evaluate --scores scores.csv --model rule --out new", "rule/*.json scores.csv"),
+    "predict, of scores": ("predict scores.csv --model rule --out new.csv", "rule/*.json scores.csv"),
+    "monitor, of scores": ("monitor --model rule --scores scores.csv", "rule/*.json scores.csv"),
     "monitor": ("monitor --model run --reviewed reviewed.csv", "run/best/*.json reviewed.csv"),
     "average": ("average run run/last --out new", "run/best/* run/last/* weights.pt"),
     "convert": ("convert weights.pt --out new", "weights.pt"),

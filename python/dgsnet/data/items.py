@@ -152,7 +152,7 @@ def _of_file(path: str) -> Iterator[Item]:
             folder = os.path.dirname(path)
             for where, row in lists.read_list(path):
                 if isinstance(name := row.get("path"), str) and name:
-                    yield Item(os.path.join(folder, name), category=_category(row, f"{path}, {where}"))
+                    yield Item(os.path.join(folder, name), category=category_of(row, f"{path}, {where}"))
                 else:
                     yield Item(f"{path}, {where}", error="it names no path")
         elif kind == ".tar":
@@ -318,11 +318,11 @@ def _item(
     if found is None:
         place["error"] = f"{where}: label {label!r} is unknown; use 0 or real, 1, fake or generated"
     twin = None if twin in (None, "") else called(str(twin))
-    place["category"] = _category(row, where)
+    place["category"] = category_of(row, where)
     return Item(called(name), found, str(row.get("generator") or generator), caption or None, twin, **place)
 
 
-def _category(row: Mapping[str, Any], where: str) -> str:
+def category_of(row: Mapping[str, Any], where: str) -> str:
     """What a list's row says of it; UserError where that is no short text."""
     category = row.get("category")
     if category is not None and not (isinstance(category, (str, int)) and len(str(category)) <= MAX_CATEGORY):

@@ -45,7 +45,7 @@ def read_list(path: str, *, labelled: bool = False) -> Rows:
 
 
 def _text_rows(path: str, labelled: bool) -> Rows:
-    with _open_text(path, labelled) as file:
+    with open_text(path, labelled) as file:
         yield from _lines(file)
 
 
@@ -65,7 +65,7 @@ def _lines(lines: Iterator[str] | TextIO) -> Rows:
 
 def _csv_rows(path: str, labelled: bool) -> Rows:
     try:
-        with _open_text(path, labelled) as file:
+        with open_text(path, labelled) as file:
             reader = csv.DictReader(file)
             if not {"path", "label" if labelled else "path"} <= set(reader.fieldnames or ()):
                 columns = (
@@ -89,7 +89,8 @@ def _json_rows(path: str, labelled: bool) -> Rows:
     yield from ((f"entry {i}", row) for i, row in enumerate(rows, 1))
 
 
-def _open_text(path: str, strict: bool) -> TextIO:
+def open_text(path: str, strict: bool) -> TextIO:
+    """A text file in UTF-8 or marked UTF-16; what is not, unless strict, is read as the bytes it is."""
     try:
         check_regular(path)
         with open(path, "rb") as file:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from dgsnet.config import Crops
 from dgsnet.data.items import Item
+from dgsnet.data.scores import read_scores
 from dgsnet.detection.decisions import (
     Calibration,
     Precision,
@@ -20,12 +22,15 @@ from dgsnet.detection.detector import Detector
 from dgsnet.detection.engine import Engine, answers
 from dgsnet.detection.overlap import images_of_class, warn_of_both_labels, warn_of_training_images
 from dgsnet.errors import UserError
+from dgsnet.model.folders import holds_rule
 
 
 def calibrate_command(
-    model: str,
-    reals: list[list[str]],
+    model: str | None = None,
+    reals: list[list[str]] | None = None,
     generated: list[str] | None = None,
+    scores: str | None = None,
+    out: str | None = None,
     fpr: float = 0.01,
     miss_rate: float | None = None,
     views: int = 1,
@@ -40,7 +45,8 @@ def calibrate_command(
 ) -> None:
     """Set a model's threshold for a false-positive rate, from images whose class is known.
 
-    Writes calibration.json into the model's folder; `dgsnet predict` then says generated, real or unsure.
+    Writes calibration.json into the model's folder; `dgsnet predict` then says generated, real or unsure. Or,
+    with --scores and --out, the threshold of another program's scores, into a folder of its own.
 
     Args:
         model: a model folder, or the folder of a training run.
@@ -49,6 +55,10 @@ def calibrate_command(
             then holds for each of them.
         generated: generated images; needed for calibrated probabilities and a bound on misses. Of a labelled
             dataset its generated images are taken.
+        scores: CSV of another program's scores of images whose class is known, in place of --model and
+            --reals: columns path, score (any number, higher for generated images), label (real or generated)
+            and, where known, source (the rate then holds for each) and category.
+        out: with --scores, folder for the threshold, which evaluate, predict and monitor take as --model.
         fpr: how many of all real images may be called generated.
         miss_rate: how many of all generated images may be called real; as fpr if not given.
         views: mosaics averaged per image, then and whenever the model is used.
@@ -66,11 +76,12 @@ def calibrate_command(
         pretrained: weights file of the model's backbone, in place of what the folder names; TorchScript, such
             as OpenAI's own file, has to be named here.
     """
-    if not replace and (before := load_calibration(model)):
-        raise UserError(
-            f"{model} is calibrated already (threshold {before.threshold:.6f} from {before.n_reals} real "
-            "images): give --replace to calibrate it anew"
-        )
+    if scores is not None:
+        others = (model, reals, generated, batch, precision, crops, device, workers, pretrained)
+        return _of_table(scores, out, others, fpr, miss_rate, replace)
+    if not model or not reals or out:
+        raise UserError("give --model and --reals, or --scores and --out; see dgsnet calibrate --help")
+    _check_new(model, replace)
     sources = {" ".join(paths): images_of_class(paths, 0) for paths in reals}
     if len(sources) < len(reals):
         raise UserError("--reals names a source twice")
@@ -97,10 +108,44 @@ def calibrate_command(
     print(f"written to {save_calibration(model, result)}")
 
 
+def _check_new(folder: str, replace: bool) -> None:
+    if not replace and (before := load_calibration(folder)):
+        raise UserError(
+            f"{folder} is calibrated already (threshold {before.threshold:.6f} from {before.n_reals} real "
+            "images): give --replace to calibrate it anew"
+        )
+
+
+def _of_table(
+    scores: str, out: str | None, others: Sequence[Any], fpr: float, miss_rate: float | None, replace: bool
+) -> None:
+    """`calibrate_command` of another program's scores."""
+    if not out or any(other is not None for other in others):
+        raise UserError("--scores goes with --out, --fpr, --miss_rate and --replace, and with nothing else")
+    folder = Path(out)
+    if holds_rule(folder):
+        _check_new(out, replace)
+    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"--out {out} is in use: give a new folder, or one that calibrate --scores has made")
+    found, unknown = [], 0
+    for row in read_scores(scores):
+        if row.label is None:
+            unknown += 1
+        else:
+            found.append(Known(row.score, None if row.label else row.source, row.category))
+    sources = dict.fromkeys(known.source for known in found if known.source is not None) or {"": None}
+    result = _calibration(found, sources, fpr=fpr, miss_rate=miss_rate, raw=True)
+    if unknown:
+        print(f"{scores}: {unknown} of {unknown + len(found)} rows have no label and are left out")
+    print(summary(result))
+    folder.mkdir(parents=True, exist_ok=True)
+    print(f"written to {save_calibration(out, result)}")
+
+
 class Known(NamedTuple):
     """An image whose class is known."""
 
-    score: float  # logit
+    score: float  # logit, or another program's score
     source: str | None  # of a real image; None: it is generated
     category: str
 

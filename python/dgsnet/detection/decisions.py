@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -18,8 +19,8 @@ from dgsnet.detection.categories import CONFIDENCE, CategoryRate, category_rates
 from dgsnet.errors import UserError
 from dgsnet.files import one_line, write_file
 from dgsnet.model.description import Description
+from dgsnet.model.folders import CALIBRATION_FILE, beside
 
-CALIBRATION_FILE = "calibration.json"
 # Without a calibration: the published rule, and no abstaining.
 THRESHOLD = Description.threshold
 # Scores are written, calibrated and compared at this many decimals, so that a written row agrees with itself.
@@ -32,8 +33,10 @@ CROPS = get_args(Crops)
 SETTINGS: dict[str, Any] = {"views": 1, "batch": 1, "precision": "fp32", "crops": 1}
 
 # Fields of Calibration that files of earlier versions do not have, and what they were.
-LATER: dict[str, Any] = {"categories": []}
+LATER: dict[str, Any] = {"categories": [], "raw": False}
 
+# The largest number that a score can be; the negative one is above no score.
+MOST_SCORE = sys.float_info.max
 # Views of an image, and images of a batch.
 MOST = 2**12
 
@@ -73,7 +76,8 @@ class Source:
 class Calibration:
     """How a model's scores become decisions; `calibration.json` of a model folder.
 
-    All probabilities are calibrated ones, sigmoid(logit / temperature), rounded to DECIMALS.
+    All probabilities are calibrated ones, sigmoid(logit / temperature), rounded to DECIMALS; of a `raw`
+    calibration they are another program's scores, as they are.
 
     Attributes:
         threshold: above it an image is called generated.
@@ -96,6 +100,7 @@ class Calibration:
         crops: of an image, one of CROPS, then and now.
         sources: of the real images, where there are several.
         categories: how its images of each category fare at `threshold`, where their lists name any.
+        raw: whether it is of another program's scores: any finite numbers, of which no probability is made.
     """
 
     threshold: float
@@ -118,10 +123,12 @@ class Calibration:
     crops: Crops = 1
     sources: tuple[Source, ...] = ()
     categories: tuple[CategoryRate, ...] = ()
+    raw: bool = False
 
     def __post_init__(self) -> None:
         check_types(self)
-        if not (self.low <= self.threshold and 0 <= self.threshold <= 1):
+        most = MOST_SCORE if self.raw else 1
+        if not (-most <= self.low <= self.threshold <= most and (self.raw or self.threshold >= 0)):
             raise ValueError(f"threshold={self.threshold} must be in 0..1 and low={self.low} not above it")
         if not (0 < self.temperature < math.inf):
             raise ValueError(f"temperature={self.temperature} must be positive and finite")
@@ -130,7 +137,7 @@ class Calibration:
 
     def scores(self, logits: Any) -> np.ndarray:
         """What is compared with the threshold, float64 [N], of logits [N]."""
-        return _scores(np.asarray(logits, dtype=np.float64), self.temperature)
+        return _scores(np.asarray(logits, dtype=np.float64), self.temperature, self.raw)
 
     def values(self) -> dict[str, Any]:
         """All fields as JSON has them; of LATER those that say something."""
@@ -171,6 +178,7 @@ def calibrate(
     batch: int = 1,
     precision: str = "fp32",
     crops: Crops = 1,
+    raw: bool = False,
 ) -> Calibration:
     """Find threshold, temperature and band from scores of images whose class is known.
 
@@ -189,6 +197,7 @@ def calibrate(
         miss_rate: how many of all generated images may be called real; None is `fpr`.
         confidence: with which both hold.
         views, batch, precision, crops: what the logits were made with; recorded.
+        raw: they are no logits but scores of any kind, higher for generated images, and stay as they are.
 
     Raises:
         UserError: too few images for the rates, or generated images that score no higher than real ones.
@@ -206,14 +215,16 @@ def calibrate(
     for name, rate in {"fpr": fpr, "miss_rate": miss_rate, "confidence": confidence}.items():
         if not 0 < rate < 1:
             raise UserError(f"{name} is {rate}; it must lie between 0 and 1")
-    temperature = fit_temperature(reals, generated) if len(generated) else 1.0
-    real_scores, generated_scores = (np.sort(_scores(x, temperature)) for x in (reals, generated))
+    if raw and len(generated):
+        _check_order(reals, generated)
+    temperature = fit_temperature(reals, generated) if len(generated) and not raw else 1.0
+    real_scores, generated_scores = (np.sort(_scores(x, temperature, raw)) for x in (reals, generated))
 
     above = {
         name: _allowed(len(logits), fpr, confidence, f"real images{name and f' of {name}'}", "fpr")
         for name, logits in by_source.items()
     }
-    scores = {name: np.sort(_scores(logits, temperature)) for name, logits in by_source.items()}
+    scores = {name: np.sort(_scores(logits, temperature, raw)) for name, logits in by_source.items()}
     own = {name: float(scores[name][::-1][allowed]) for name, allowed in above.items()}
     threshold = max(own.values())
     sources = tuple(
@@ -232,9 +243,11 @@ def calibrate(
     )
     if len(generated):
         below = _allowed(len(generated), miss_rate, confidence, "generated images", "miss_rate")
-        low = round(generated_scores[below] - 10**-DECIMALS, DECIMALS)
+        last = float(generated_scores[below])
+        low = math.nextafter(last, -math.inf) if raw else round(last - 10**-DECIMALS, DECIMALS)
     else:
-        low = min(_lower_limit(of_source, fpr, confidence) for of_source in scores.values())
+        none = -MOST_SCORE if raw else -(10**-DECIMALS)
+        low = min(_lower_limit(of_source, fpr, confidence, none) for of_source in scores.values())
     low = min(low, threshold)
 
     def share(condition: np.ndarray) -> float | None:
@@ -260,6 +273,7 @@ def calibrate(
         precision=precision,
         crops=crops,
         sources=sources if len(sources) > 1 else (),
+        raw=raw,
     )
 
 
@@ -304,10 +318,24 @@ def fit_temperature(reals: np.ndarray, generated: np.ndarray) -> float:
     return float(math.exp(minimize_scalar(loss, bounds=(-7, 7), method="bounded").x))
 
 
-def _scores(logits: np.ndarray, temperature: float) -> np.ndarray:
-    """The probabilities that decisions compare."""
+def _check_order(reals: np.ndarray, generated: np.ndarray) -> None:
+    """UserError where scores of generated images are no higher than those of real ones, by their ranks."""
+    from scipy.stats import rankdata
+
+    ranks = rankdata(np.concatenate([reals, generated]))
+    if not ranks[len(reals) :].mean() > ranks[: len(reals)].mean():
+        raise UserError(
+            "the generated images score no higher than the real ones: a higher score has to mean generated; "
+            "turn the signs of the scores around, or correct the labels"
+        )
+
+
+def _scores(logits: np.ndarray, temperature: float, raw: bool = False) -> np.ndarray:
+    """What decisions compare: probabilities, or raw scores as they are."""
     from scipy.special import expit
 
+    if raw:
+        return logits
     return np.round(expit(logits / temperature), DECIMALS)
 
 
@@ -333,12 +361,15 @@ def _upper_bound(wrong: int, n: int, confidence: float) -> float:
     return float(beta.ppf(confidence, wrong + 1, n - wrong))
 
 
-def _lower_limit(scores: np.ndarray, rate: float, confidence: float) -> float:
-    """The largest of the ascending scores at or above which lie, with this confidence, more than `rate`."""
+def _lower_limit(scores: np.ndarray, rate: float, confidence: float, none: float) -> float:
+    """The largest of the ascending scores at or above which lie, with this confidence, more than `rate`.
+
+    `none` where there is none of which that can be said.
+    """
     from scipy.stats import binom
 
     above = int(binom.ppf(confidence, len(scores), rate))
-    return scores[::-1][above] if above < len(scores) else -(10**-DECIMALS)
+    return float(scores[::-1][above]) if above < len(scores) else none
 
 
 def decide(
@@ -347,7 +378,8 @@ def decide(
     """Names "generated", "real" or "unsure" for each probability; "" for NaN.
 
     Args:
-        probabilities: [N] floats, or one; rounded to DECIMALS before they are compared. [N, C]: of an image
+        probabilities: [N] floats, or one; rounded to DECIMALS before they are compared, but as they are where
+            the calibration is `raw`. [N, C]: of an image
             and its copies; where they do not all have the same name, it is "unsure".
         calibration: the rule; None is "generated" above `threshold`, else "real".
 
@@ -357,7 +389,9 @@ def decide(
     ['generated', 'unsure']
     """
     low, high = (calibration.low, calibration.threshold) if calibration else (threshold, threshold)
-    rounded = np.round(np.atleast_1d(np.asarray(probabilities, dtype=np.float64)), DECIMALS)
+    rounded = np.atleast_1d(np.asarray(probabilities, dtype=np.float64))
+    if not (calibration and calibration.raw):
+        rounded = np.round(rounded, DECIMALS)
     names = np.select(
         [np.isnan(rounded), rounded > high, rounded <= low], ["", "generated", "real"], "unsure"
     )
@@ -367,13 +401,11 @@ def decide(
 
 
 def save_calibration(folder: str | Path, calibration: Calibration) -> Path:
-    """Store a calibration in a model folder, or in a run folder's best model; returns the file.
+    """Store a calibration in a model's folder, or a run's best one, a raw one in its own; returns the file.
 
     A model that is trained or saved again has none: the folder is replaced as a whole.
     """
-    from dgsnet.model.folders import model_folder
-
-    path = model_folder(folder) / CALIBRATION_FILE
+    path = Path(folder) / CALIBRATION_FILE if calibration.raw else beside(folder, CALIBRATION_FILE)
     write_file(path, calibration.to_json().encode())
     return path
 
@@ -384,9 +416,7 @@ def load_calibration(folder: str | Path) -> Calibration | None:
     Raises:
         UserError: no model there, or a damaged calibration.
     """
-    from dgsnet.model.folders import model_folder
-
-    path = model_folder(folder) / CALIBRATION_FILE
+    path = beside(folder, CALIBRATION_FILE)
     try:
         return Calibration.from_json(path.read_text())
     except FileNotFoundError:
@@ -402,14 +432,19 @@ def summary(calibration: Calibration) -> str:
     """A calibration in words, a line per rule."""
     c = calibration
     sure = f"with {c.confidence:.0%} confidence"
+
+    def shown(score: float) -> str:
+        return repr(score) if c.raw else f"{score:.{DECIMALS}f}"
+
+    below = "nothing: real" if c.low == -MOST_SCORE else f"at or below {shown(c.low)}: real"
     lines = [
-        f"above {c.threshold:.6f}: generated. Of all real images at most {c.fpr_upper:.2%} {sure} "
+        f"above {shown(c.threshold)}: generated. Of all real images at most {c.fpr_upper:.2%} {sure} "
         f"({c.fpr_observed:.2%} of the {c.n_reals} here)"
     ]
     for source in sorted(c.sources, key=lambda source: -source.threshold):
         lines.append(
             f"  {source.name}: at most {source.fpr_upper:.2%} ({source.fpr_observed:.2%} of {source.n}); "
-            f"alone its threshold would be {source.threshold:.6f}"
+            f"alone its threshold would be {shown(source.threshold)}"
         )
     for r in c.categories:
         called = "called generated" if r.label == 0 else "found"
@@ -419,17 +454,19 @@ def summary(calibration: Calibration) -> str:
         )
     if c.n_generated:
         lines += [
-            f"at or below {c.low:.6f}: real. Of all generated images at most {c.miss_upper:.2%} {sure} "
-            f"({c.n_generated} here)",
+            f"{below}. Of all generated images at most {c.miss_upper:.2%} {sure} ({c.n_generated} here)",
             f"between: unsure. {c.unsure_reals:.1%} of the real images here, {c.unsure_generated:.1%} of the "
             "generated",
-            f"{c.tpr_observed:.1%} of the generated images here are found; temperature {c.temperature:.3f}",
+            f"{c.tpr_observed:.1%} of the generated images here are found"
+            + ("" if c.raw else f"; temperature {c.temperature:.3f}"),
         ]
     else:
+        unknown = "nothing is known of misses"
+        unknown = unknown if c.raw else f"probabilities are not calibrated, and {unknown}"
         lines += [
-            f"at or below {c.low:.6f}: real; between: unsure, {c.unsure_reals:.1%} of the real images here",
-            "no generated images given: probabilities are not calibrated, and nothing is known of misses",
+            f"{below}; between: unsure, {c.unsure_reals:.1%} of the real images here",
+            f"no generated images given: {unknown}",
         ]
-    if c.threshold == 1:
+    if c.threshold == 1 and not c.raw:
         lines.append("no score can lie above 1: nothing will be called generated")
     return "\n".join(lines)

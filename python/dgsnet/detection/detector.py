@@ -154,6 +154,10 @@ class Detector:
         except (RuntimeError, AssertionError) as error:
             raise UserError(f"device {device} cannot be used here ({error}); try cpu") from None
         calibration = load_calibration(run) if calibrated else None
+        if calibration and calibration.raw:
+            raise UserError(
+                f"{run} is calibrated for another program's scores: run dgsnet calibrate --replace"
+            )
         model = load_model(Path(run), device=device, pretrained=pretrained)
         how: dict[str, Any] = {"views": views, "batch": batch, "precision": precision, "crops": crops}
         detector = cls(*model, calibration, **how, description=read_description(folder))

@@ -12,10 +12,12 @@ import csv
 import hashlib
 import io
 import json
+import math
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +25,11 @@ import numpy as np
 
 from dgsnet.config import check_types
 from dgsnet.data.cells import row_writer, unguarded
-from dgsnet.detection.decisions import CALIBRATION_FILE, load_calibration
+from dgsnet.data.items import LABELS
+from dgsnet.detection.decisions import Calibration, decide, load_calibration
 from dgsnet.errors import UserError
 from dgsnet.files import one_line, open_own, write_file
+from dgsnet.model.folders import CALIBRATION_FILE, beside, holds_rule
 
 MONITOR_FILE = "monitor.json"
 # Probability of an alarm, ever and in any source, while every promise holds.
@@ -134,37 +138,45 @@ def levels(sources: int, named: bool) -> np.ndarray:
     return LEVEL / (order * (order + 1)) if named else np.full(sources, LEVEL)
 
 
-def monitor(model: str | Path, reviewed: str | Path) -> Monitor:
+def monitor(
+    model: str | Path, reviewed: str | Path | None = None, *, scores: str | Path | None = None
+) -> Monitor:
     """Read reviewed images, store what they say in the model's folder, and return it.
 
     Args:
-        model: a model folder, or the folder of a training run; calibrated.
-        reviewed: CSV as `monitor_command` takes it.
+        model: a model folder, or the folder of a training run, or of `calibrate --scores`; calibrated.
+        reviewed, scores: CSV as `monitor_command` takes it, one of the two.
 
     Raises:
         UserError: there is no calibration, the table is damaged, or lines that were read before have changed.
     """
-    from dgsnet.model.folders import model_folder
-
     calibration = load_calibration(model)
     if calibration is None:
         raise UserError(f"{model} promises nothing: set its threshold with dgsnet calibrate --model {model}")
-    before, path = load_monitor(model), Path(reviewed)
+    if (reviewed is None) == (scores is None):
+        raise UserError("give --reviewed or --scores: the images whose truth somebody has found out")
+    if scores is not None and not calibration.raw:
+        raise UserError(f"{model} decides on probabilities of its network, not on --scores: give --reviewed")
+    if scores is None:
+        kind, path, judged = REVIEWED, Path(reviewed or ""), _reviewed
+    else:
+        kind, path, judged = SCORES, Path(scores), partial(_scored, calibration)
+    before, name = load_monitor(model), f"{kind.option} {path}"
     try:
         data = path.read_bytes()
     except OSError as error:
-        raise UserError(f"--reviewed {path}: {error.strerror}") from None
+        raise UserError(f"{name}: {error.strerror}") from None
     data = data[: data.rfind(b"\n") + 1]  # a line that is being written is for the next time
-    begin, now = 0, _hash((model_folder(model) / CALIBRATION_FILE).read_bytes())
+    begin, now = 0, _hash(beside(model, CALIBRATION_FILE).read_bytes())
     if before:
         if _hash(data[: before.end]) != before.read:
             raise UserError(
-                f"--reviewed {path} does not begin with the lines that were read before: append to those, or "
-                f"remove {model_folder(model) / MONITOR_FILE} to begin anew"
+                f"{name} does not begin with the lines that were read before: append to those, or "
+                f"remove {beside(model, MONITOR_FILE)} to begin anew"
             )
         # Decisions of another calibration say nothing of this one.
         begin = before.begin if before.calibration == now else before.end
-    named, rows = _rows(path, data, begin)
+    named, rows = _rows(name, data, begin, kind, judged)
     found: dict[str, list[bool]] = {}
     for source, wrong in rows:
         found.setdefault(source, []).append(wrong)
@@ -184,7 +196,7 @@ def monitor(model: str | Path, reviewed: str | Path) -> Monitor:
         read=_hash(data),
         sources=sources,
     )
-    write_file(model_folder(model) / MONITOR_FILE, result.to_json().encode())
+    write_file(beside(model, MONITOR_FILE), result.to_json().encode())
     return result
 
 
@@ -198,15 +210,58 @@ def _hash(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def _rows(path: Path, data: bytes, begin: int) -> tuple[bool, Iterator[tuple[str, bool]]]:
+def _reviewed(row: Mapping[str, str]) -> tuple[int, bool] | None:
+    """The truth of a row of reviewed.csv, and if it was called generated; ValueError where it has none."""
+    truth, decision = TRUTH.get(row["truth"]), row["decision"]
+    if truth is None or decision not in DECISIONS:
+        raise ValueError
+    return truth, decision == "generated"
+
+
+def _scored(calibration: Calibration, row: Mapping[str, str]) -> tuple[int, bool] | None:
+    """The same of a row of a table of scores; None where no truth is known yet."""
+    label, score = row["label"].strip().lower(), float(unguarded(row["score"]))
+    if not math.isfinite(score):
+        raise ValueError
+    if not label:
+        return None
+    if label not in LABELS:
+        raise ValueError
+    return LABELS[label], decide(score, calibration) == ["generated"]
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """A table of images whose truth somebody has found out."""
+
+    option: str  # that names it
+    columns: tuple[str, ...]  # that it must have
+    lacks: str  # what is wrong with a bad row
+
+
+REVIEWED = _Kind(
+    "--reviewed",
+    COLUMNS[:3],
+    "no decision (real, unsure, generated) or no truth (real, generated)",
+)
+SCORES = _Kind(
+    "--scores",
+    ("path", "score", "label"),
+    "no finite score or no label (real, generated, or empty if unknown)",
+)
+
+
+def _rows(
+    name: str, data: bytes, begin: int, kind: _Kind, judged: Callable[[Mapping[str, str]], Any]
+) -> tuple[bool, Iterator[tuple[str, bool]]]:
     """Whether sources are named; of each real image behind `begin` its source, and if it was "generated"."""
     try:
         head, text = data[: data.find(b"\n") + 1].decode("utf-8-sig"), data[begin:].decode("utf-8-sig")
     except UnicodeDecodeError:
-        raise UserError(f"--reviewed {path} is not UTF-8") from None
+        raise UserError(f"{name} is not UTF-8") from None
     columns = next(csv.reader([head]), [])
-    if lacking := [name for name in COLUMNS[:3] if name not in columns]:
-        raise UserError(f"--reviewed {path} has no column {', '.join(lacking)}: its first line names them")
+    if lacking := [column for column in kind.columns if column not in columns]:
+        raise UserError(f"{name} has no column {', '.join(lacking)}: its first line names them")
     first = data.count(b"\n", 0, begin) + 1
 
     def rows() -> Iterator[tuple[str, bool]]:
@@ -216,17 +271,15 @@ def _rows(path: Path, data: bytes, begin: int) -> tuple[bool, Iterator[tuple[str
                 number = first + lines.line_num - 1
                 if not cells or (number == 1 and cells == columns):
                     continue
-                row = dict(zip(columns, cells))
-                truth, decision = TRUTH.get(row.get("truth", "")), row.get("decision")
-                if len(cells) != len(columns) or truth is None or decision not in DECISIONS:
-                    raise UserError(
-                        f"--reviewed {path}: line {number} has no decision (real, unsure, generated) or no "
-                        "truth (real, generated): correct it"
-                    )
-                if truth == 0:
-                    yield unguarded(row.get("source", "")), decision == "generated"
+                try:
+                    row = dict(zip(columns, cells, strict=True))
+                    found = judged(row)
+                except ValueError:
+                    raise UserError(f"{name}: line {number} has {kind.lacks}: correct it") from None
+                if found and found[0] == 0:
+                    yield unguarded(row.get("source", "")), found[1]
         except csv.Error as error:
-            raise UserError(f"--reviewed {path} is no CSV ({error}): correct it") from None
+            raise UserError(f"{name} is no CSV ({error}): correct it") from None
 
     return "source" in columns, rows()
 
@@ -237,9 +290,7 @@ def load_monitor(model: str | Path) -> Monitor | None:
     Raises:
         UserError: no model there, or it is damaged.
     """
-    from dgsnet.model.folders import model_folder
-
-    path = model_folder(model) / MONITOR_FILE
+    path = beside(model, MONITOR_FILE)
     try:
         values = json.loads(path.read_bytes())
         return Monitor(**values | {"sources": tuple(Watched(**source) for source in values["sources"])})
@@ -253,12 +304,10 @@ def load_monitor(model: str | Path) -> Monitor | None:
 
 def alarmed(model: str | Path) -> bool:
     """Whether the calibration that a model has now was found not to hold."""
-    from dgsnet.model.folders import model_folder
-
     found = load_monitor(model)
     if not found or not found.alarm:
         return False
-    path = model_folder(model) / CALIBRATION_FILE
+    path = beside(model, CALIBRATION_FILE)
     return path.is_file() and found.calibration == _hash(path.read_bytes())
 
 
@@ -283,18 +332,20 @@ def append(reviewed: str | Path, name: str, decision: str, truth: str = "real") 
         write(values.get(column, "") for column in columns)
 
 
-def monitor_command(model: str, reviewed: str) -> None:
+def monitor_command(model: str, reviewed: str | None = None, scores: str | None = None) -> None:
     """Tell whether the promise of a model's calibration still holds, on reviewed images as they come.
 
     Writes monitor.json into the model's folder. After an alarm it ends with exit code 3, and predict and the
     page say "unsure" in place of "generated" until the model is calibrated anew.
 
     Args:
-        model: a model folder, or the folder of a training run; calibrated.
+        model: a model folder, or the folder of a training run, or of calibrate --scores; calibrated.
         reviewed: CSV of images whose truth somebody has found out, with columns path, decision, truth (real
             or generated) and, where known, source; lines are appended to it.
+        scores: the same of another program's scores, with columns path, score, label (real or generated;
+            empty: not known) and, where known, source; the threshold of --model decides.
     """
-    found = monitor(model, reviewed)
+    found = monitor(model, reviewed, scores=scores)
     for source in found.sources:
         name = f"{source.name}: " if source.name else ""
         print(
@@ -305,8 +356,9 @@ def monitor_command(model: str, reviewed: str) -> None:
     if not found.images:
         print("no reviewed real images of this calibration yet")
     if found.alarm:
+        given = f"--scores TABLE --out {model}" if holds_rule(model) else f"--model {model}"
         print(
             "the promise does not hold: predict and the page say unsure in place of generated, until dgsnet "
-            f"calibrate --model {model} --replace with images like these"
+            f"calibrate {given} --replace with images like these"
         )
         sys.exit(ALARM)

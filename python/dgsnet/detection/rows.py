@@ -33,6 +33,11 @@ class Row(NamedTuple):
     declared: str = ""
     declared_by: str = ""
 
+    @property
+    def score(self) -> float | None:
+        """The same number, of a table of scores that are no probabilities."""
+        return self.probability
+
     @classmethod
     def of(cls, detector: Detector, item: Item, answer: float | Sequence[float], error: str) -> Row:
         """The row of one of the detector's answers: a probability, or those of the image and its copies."""

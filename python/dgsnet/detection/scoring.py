@@ -20,19 +20,22 @@ from dgsnet.data.cells import row_writer
 from dgsnet.data.declared import of_item
 from dgsnet.data.items import Item, find_items
 from dgsnet.data.parquet import import_pyarrow
+from dgsnet.data.scores import read_scores
 from dgsnet.data.tables import Table, partial
-from dgsnet.detection.decisions import DECIMALS, SETTINGS, Precision
+from dgsnet.detection.decisions import DECIMALS, SETTINGS, Precision, decide, load_calibration
 from dgsnet.detection.detector import Detector
 from dgsnet.detection.engine import Engine, answers
 from dgsnet.detection.heatmaps import save
-from dgsnet.detection.monitor import ALARMED
+from dgsnet.detection.monitor import ALARMED, alarmed
 from dgsnet.detection.provenance import ProvenanceReader
 from dgsnet.detection.rows import Row, Todo, columns, kept
 from dgsnet.errors import UserError
 from dgsnet.files import replacing
+from dgsnet.model.folders import holds_rule
 
 # Rows of a Parquet table that are in memory at a time and become one row group.
 ROW_GROUP = 2**16
+SCORE_COLUMNS = ("path", "score", "decision", "error")
 # Settings that unfinished tables of former versions do not have, and what they were.
 MISSING = SETTINGS | {"declared": False, "alarm": False}
 
@@ -104,6 +107,9 @@ def predict_command(
 ) -> None:
     """Score images into a table with columns path, probability, decision, error.
 
+    With a folder of calibrate --scores for a model, PATHS are tables of another program's scores, and the
+    columns are path, score, decision, error.
+
     Args:
         paths: image files, folders (searched recursively), quoted glob and brace patterns, lists (.txt or
             .csv; - for standard input), tar shards and Parquet files.
@@ -147,6 +153,16 @@ def predict_command(
         raise UserError(f"{out}: the table's name must end in one of {', '.join(WRITERS)}")
     if write is _write_parquet:
         import_pyarrow()
+    elif raw_cells and write is _write_csv:
+        write = functools.partial(_write_csv, raw=True)
+    if holds_rule(model):
+        others = (device, views, batch, precision, crops, workers, resume, heatmaps, consistency, provenance)
+        if any((*others, declared, pretrained, engine != "local")):
+            raise UserError(f"{model} holds a threshold and no network: it takes --out and --raw_cells alone")
+        counts = Counter[str]()
+        target.parent.mkdir(parents=True, exist_ok=True)
+        write(target, _decided(paths, model, counts), SCORE_COLUMNS)
+        return _tell(target, counts, model, alarmed(model))
     _check_found(paths)
     how: dict[str, Any] = {"views": views, "batch": batch, "precision": precision, "crops": crops}
     with ProvenanceReader(trust) if provenance else contextlib.nullcontext() as reader:
@@ -161,13 +177,31 @@ def predict_command(
             rate = _fill(table, rows, detector.waiting)
             counts = Counter(row["decision"] for row in table.rows())
             finished = (Row(**row) for row in table.rows())
-            if raw_cells and write is _write_csv:
-                write = functools.partial(_write_csv, raw=True)
             write(
                 target, finished, columns(consistency=consistency, provenance=provenance, declared=declared)
             )
             table.remove()
-    if detector.alarmed:
+    _tell(target, counts, model, detector.alarmed, rate)
+
+
+def _decided(paths: Sequence[str], model: str, counts: Counter[str]) -> Iterator[Row]:
+    """Decisions on the rows of tables of scores, and how many there are of each."""
+    calibration, alarm = load_calibration(model), alarmed(model)
+    if not calibration or not calibration.raw:
+        raise UserError(
+            f"{model} has no threshold of another program's scores: see dgsnet calibrate --scores"
+        )
+    for path in paths:
+        for row in read_scores(path):
+            (name,) = decide(row.score, calibration)
+            name = "unsure" if alarm and name == "generated" else name
+            counts[name] += 1
+            yield Row(row.path, row.score, name, "")
+
+
+def _tell(target: Path, counts: Counter[str], model: str, alarm: bool, rate: str = "") -> None:
+    """What came of it, by decision; UserError where nothing could be read."""
+    if alarm:
         print(ALARMED.format(model), file=sys.stderr)
     read = ", ".join(
         f"{counts[d]} {d}" for d in ("generated", "real", "unsure") if counts[d] or d != "unsure"
@@ -231,8 +265,9 @@ def _write_csv(target: Path, rows: Iterator[Row], columns: Sequence[str], *, raw
         write(columns)
         for row in rows:
             values = (getattr(row, column) for column in columns)
-            # No number is below 0, and so none is a formula.
-            write(f"{value:.{DECIMALS}f}" if isinstance(value, float) else value for value in values)
+            # No probability is below 0, and no number is a formula.
+            short = columns != SCORE_COLUMNS  # scores of another program have all their digits
+            write(f"{x:.{DECIMALS}f}" if short and isinstance(x, float) else x for x in values)
 
 
 def _write_jsonl(target: Path, rows: Iterator[Row], columns: Sequence[str]) -> None:
@@ -244,7 +279,7 @@ def _write_jsonl(target: Path, rows: Iterator[Row], columns: Sequence[str]) -> N
 def _write_parquet(target: Path, rows: Iterator[Row], columns: Sequence[str]) -> None:
     pa = import_pyarrow()
     words = pa.dictionary(pa.int8(), pa.string())
-    kinds = {"probability": pa.float64(), "spread": pa.float64(), "decision": words}
+    kinds = {"probability": pa.float64(), "score": pa.float64(), "spread": pa.float64(), "decision": words}
     kinds |= {"provenance": words, "declared": words}
     schema = pa.schema([(column, kinds.get(column, pa.string())) for column in columns])
     with replacing(target, "wb") as file, pa.parquet.ParquetWriter(file, schema) as writer:

@@ -154,7 +154,7 @@ class Comparison:
 
     def disagreements(self) -> list[tuple[Score, dict[str, float]]]:
         """Images that not all decide alike, with each one's probability; those furthest apart come first."""
-        found = []
+        found, apart = [], self._apart()
         for place in self.places:
             scores = {name: e.plain[place].probability for name, e in self.evaluations.items()}
             calls = {
@@ -162,8 +162,17 @@ class Comparison:
                 for p, e in zip(scores.values(), self.evaluations.values())
             }
             if len(calls) > 1:
-                found.append((self.first.plain[place], scores))
-        return sorted(found, key=lambda pair: (min(pair[1].values()) - max(pair[1].values()), pair[0].path))
+                found.append((-apart[place], self.first.plain[place], scores))
+        return [(score, each) for _, score, each in sorted(found, key=lambda one: (one[0], one[1].path))]
+
+    def _apart(self) -> np.ndarray:
+        """How far apart the detectors are on each image: in probability, or in rank where some have none."""
+        from scipy.stats import rankdata
+
+        rows = [np.array([s.probability for s in e.plain]) for e in self.evaluations.values()]
+        if any(evaluation.raw for evaluation in self.evaluations.values()):
+            rows = [rankdata(row, nan_policy="omit") / len(row) for row in rows]
+        return np.ptp(rows, axis=0)
 
     def tables(self) -> list[tuple[str, str, Table]]:
         """Title, caption and rows under a head."""
@@ -327,6 +336,7 @@ def write(out: str | Path, comparison: Comparison) -> list[tuple[str, str, Table
     text = page.render(
         Path(__file__).with_name("comparison.html"),
         names=list(comparison.evaluations),
+        raw={name for name, evaluation in comparison.evaluations.items() if evaluation.raw},
         images=len(comparison.places),
         tables=tables,
         disagreements=len(disagreements),

@@ -32,6 +32,7 @@ from dgsnet.evaluation.metrics import THRESHOLD
 from dgsnet.evaluation.report import published_methods, write_page, write_tables
 from dgsnet.evaluation.results import Evaluation, Score, text_table
 from dgsnet.evaluation.robustness import Distorted, parse, parse_codec
+from dgsnet.evaluation.score_tables import ScoreTable, evaluate_table, samples_of, split_models
 
 if TYPE_CHECKING:
     from dgsnet.audit.shortcuts import FileModel
@@ -40,6 +41,8 @@ if TYPE_CHECKING:
 
 # Logits as they are made: what a killed evaluation goes on from. Calibration and threshold are applied later.
 JOURNAL = "scores.jsonl"
+# What is measured, by the option that names it.
+KINDS = {"--model": "models", "--scores": "tables"}
 COLUMNS = ("distortion", "index", "path", "logit", "error")
 
 
@@ -207,9 +210,10 @@ def _kept(table: Table, listed: Sequence[tuple[str, Item]]) -> dict[str, dict[in
 
 
 def evaluate_command(
-    data: list[str],
-    model: list[str],
-    out: str,
+    data: list[str] | None = None,
+    model: list[str] | None = None,
+    out: str | None = None,
+    scores: list[str] | None = None,
     split: str | None = None,
     threshold: float = THRESHOLD,
     robustness: list[str] | None = None,
@@ -230,13 +234,18 @@ def evaluate_command(
 
     Prints a table, and writes report.html, metrics.md, .json, .csv and .png, and scores.csv (every image).
     Several models have a folder each for these, and report.html, comparison.md and .json set them side by
-    side. A killed evaluation goes on when it is called again.
+    side. A killed evaluation goes on when it is called again. Tables of other programs' scores are measured
+    like models, and beside them.
 
     Args:
         data: test suites: dataset folders, or JSON/CSV lists of path and label; NAME=PATH names a suite.
         model: a model folder, or the folder of a training run; NAME=FOLDER names it. Of several, the first is
-            what the others are compared with.
+            what the others are compared with. A folder of calibrate --scores is the threshold of the table
+            of its name, or of the only one.
         out: folder for the results; scores that are already in it are not made again.
+        scores: CSV of another program's scores, columns path and score (any number, higher for generated
+            images), matched with the images by path; NAME=TABLE names it. Without --data and other models,
+            its rows with a label are the images, with generator, source and category where it has them.
         split: train, val or test, for folders that hold several.
         threshold: an image is called generated where its probability is above it.
         robustness: measure on distorted images too: default, or any of jpeg:90,50 webp:80 blur:1 resize:0.5
@@ -261,8 +270,16 @@ def evaluate_command(
         raw_cells: write texts into the .csv files as they are; if not given, one that a spreadsheet would
             compute, such as a generator's name that begins with =, begins with an apostrophe.
     """
-    models = find_models(model)
-    suites = find_suites(data, split)
+    if not out:
+        raise UserError("--out: name the folder for the results")
+    models = find_models(model or [], scores or [])
+    tables = [entry for entry in models.values() if isinstance(entry, ScoreTable)]
+    if tables and (reencode or (len(tables) == len(models) and (robustness or frozen))):
+        raise UserError("--scores are of images as they are: leave --reencode, --robustness and --frozen out")
+    if data or len(tables) < len(models):
+        suites = find_suites(data or [], split)
+    else:
+        suites = {"": samples_of(tables[0].path)}
     listed = [sample for samples in suites.values() for sample in samples]
     options: dict[str, Any] = {
         "threshold": threshold,
@@ -275,30 +292,45 @@ def evaluate_command(
     }
     how: dict[str, Any] = {"views": views, "batch": batch, "precision": precision, "crops": crops}
     how["pretrained"] = pretrained
-    detectors = {name: Detector.load(folder, device, **how) for name, folder in models.items()}
+    detectors = {
+        name: Detector.load(folder, device, **how)
+        for name, folder in models.items()
+        if isinstance(folder, str)
+    }
+    measured = {
+        name: evaluate_table(table, suites, threshold)
+        for name, table in models.items()
+        if isinstance(table, ScoreTable)
+    }
     found = {}
-    for name, folder in models.items():
-        place, detector = Path(out) / name, detectors.pop(name)
-        result = evaluate(detector, suites, journal=place / JOURNAL, **options)
-        warn_of_training_images(folder, listed, result.hashes)
+    for name, entry in models.items():
+        place, averaged = Path(out) / name, dict[str, Any]()
+        if isinstance(entry, ScoreTable):
+            folder, result = entry.path, measured.pop(name)
+        else:
+            folder, detector = entry, detectors.pop(name)
+            result = evaluate(detector, suites, journal=place / JOURNAL, **options)
+            warn_of_training_images(folder, listed, result.hashes)
+            averaged = {"views": detector.views, "crops": detector.crops}
         write_tables(place, result, raw_cells=raw_cells)
-        averaged: dict[str, Any] = {"views": detector.views, "crops": detector.crops}
         write_page(place / "report.html", result, model=folder, **averaged)
         if name:
             print(f"\n{name}:")
         _print(result)
         found[name] = result
     result = next(iter(found.values()))
-    warn_of_both_labels(listed, hashes=result.hashes)
+    if result.hashes is not None:
+        warn_of_both_labels(listed, hashes=result.hashes)
     if len(found) > 1:
         for title, _, rows in write(out, Comparison(found))[:2]:
             print(f"\n{title.lower()}:\n{text_table(rows)}")
-    for score in result.damaged:
+    for score in [] if result.raw else result.damaged:
         print(f"left out: {score.error}")
     unread, total = sum(bool(s.error) for s in result.plain), len(listed)
     if unread == total:
         raise UserError(f"none of the {total} images could be read")
-    print(f"{unread} of {total} images could not be read; results in {out}")
+    why = "have no score" if result.raw else "could not be read"
+    print(f"{unread} of {total} images {why}; results in {out}")
 
 
 def _print(result: Evaluation) -> None:
@@ -317,25 +349,36 @@ def _print(result: Evaluation) -> None:
         print(f"\n{suite}:\n{text_table(published_methods(comparison))}")
 
 
-def find_models(folders: str | Sequence[str]) -> dict[str, str]:
-    """Model folders by name: NAME=FOLDER, or what the folder is called; a single one has the name "".
+def find_models(folders: str | Sequence[str], scores: Sequence[str] = ()) -> dict[str, str | ScoreTable]:
+    """Model folders and tables of scores by name: NAME=PATH, or what it is called; a single one has "".
 
     Raises:
-        UserError: two of one name, or a name that is no name of a folder.
+        UserError: none, two of one name, a name that is no name of a folder, or a threshold without a table.
     """
     if isinstance(folders, (str, os.PathLike)):
         folders = [os.fspath(folders)]
-    models: dict[str, str] = {}
-    for given in folders:
-        name, equals, folder = given.partition("=")
+    found = split_models(_named(folders, "--model"), _named(scores, "--scores"))
+    if not found:
+        raise UserError("give what is to be measured: --model, --scores or both")
+    return found if len(found) > 1 else dict.fromkeys([""], *found.values())
+
+
+def _named(paths: Sequence[str], option: str) -> list[tuple[str, str]]:
+    """Names and paths of what an option names."""
+    found: dict[str, str] = {}
+    for given in paths:
+        name, equals, path = given.partition("=")
         if not equals or os.path.exists(given):
-            name, folder = Path(given).absolute().name, given
-        if name in models:
-            raise UserError(f"--model: two models are called {name!r}; tell them apart as NAME={folder}")
+            absolute = Path(given).absolute()
+            name, path = absolute.stem if absolute.suffix == ".csv" else absolute.name, given
+        if name in found:
+            raise UserError(
+                f"{option}: two {KINDS[option]} are called {name!r}; tell them apart as NAME={path}"
+            )
         if not name or name in (".", "..") or "/" in name or os.sep in name:
-            raise UserError(f"--model: {name!r} cannot be the name of a folder of results")
-        models[name] = folder
-    return models if len(models) > 1 else dict.fromkeys([""], *models.values())
+            raise UserError(f"{option}: {name!r} cannot be the name of a folder of results")
+        found[name] = path
+    return [*found.items()]
 
 
 def find_suites(sources: Sequence[str], split: str | None = None) -> dict[str, list[Item]]:

@@ -50,9 +50,14 @@ def write_tables(out: str | Path, evaluation: Evaluation, *, raw_cells: bool = F
     frozen = evaluation.frozen.scores if evaluation.frozen else []
     beside = {id(s): f for s, f in zip(evaluation.plain, frozen)}
     named = any(s.category for s in evaluation.scores)
+    score = {"probability": "score"} if evaluation.raw else {}
     rows = (
-        {key: value for key, value in vars(s).items() if named or key != "category"}
-        | {"probability": _probability(s)}
+        {score.get(key, key): value for key, value in vars(s).items() if named or key != "category"}
+        | (
+            {"score": "" if s.error else s.probability}
+            if evaluation.raw
+            else {"probability": _probability(s)}
+        )
         | {"files": f"{said[id(s)]:.{DECIMALS}f}" if id(s) in said else ""}
         | ({"frozen": _probability(beside.get(id(s)))} if beside else {})
         for s in evaluation.scores
@@ -83,6 +88,7 @@ def document(evaluation: Evaluation) -> dict[str, Any]:
 
     return {
         "threshold": evaluation.threshold,
+        **({"raw": True} if evaluation.raw else {}),
         **({"reencoded": evaluation.reencoded} if evaluation.reencoded else {}),
         "calibrated_threshold": evaluation.calibrated_threshold,
         "confidence": CONFIDENCE,
@@ -333,7 +339,7 @@ def _probability(score: Score | None) -> str:
 def _pooled_figures(evaluation: Evaluation) -> Markup | None:
     """Distribution of scores and reliability, over all images."""
     scores = _read(evaluation)
-    if not scores:
+    if not scores or evaluation.raw:
         return None
     labels = np.array([s.label for s in scores])
     probabilities = np.array([s.probability for s in scores])

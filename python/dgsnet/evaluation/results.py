@@ -75,11 +75,13 @@ class Evaluation:
     # `file_hash` of the images as they are, in the order of their scores; None of what cannot be read.
     hashes: Sequence[int | None] | None = field(default=None, repr=False, compare=False)
     reencoded: str = ""  # codec:quality of what every image was written as first
+    raw: bool = False  # scores are another program's, any finite numbers, and no probabilities
 
     @property
     def measures(self) -> dict[str, str]:
         """Key to column title of what was measured."""
-        return MEASURES | (CALIBRATED_MEASURES if self.calibrated_threshold is not None else {})
+        found = MEASURES | (CALIBRATED_MEASURES if self.calibrated_threshold is not None else {})
+        return {key: title for key, title in found.items() if not (self.raw and key == "ece")}
 
     @cached_property
     def suites(self) -> list[str]:
@@ -248,13 +250,18 @@ class Evaluation:
 
     def _result(self, generator: str, scores: list[Score]) -> Result:
         first, read = scores[0], [s for s in scores if not s.error]
-        arguments = (
-            np.array([s.label for s in read], dtype=np.int8),
-            np.array([s.probability for s in read], dtype=np.float64),
-            self.threshold,
-            self.calibrated_threshold,
-        )
+        found = np.array([s.probability for s in read], dtype=np.float64)
+        threshold, calibrated = self.threshold, self.calibrated_threshold
+        if self.raw:  # their order alone is measured, whatever their range
+            own = threshold if calibrated is None else calibrated
+            levels = np.unique([*found, threshold, own])
+            found, *levelled = (np.searchsorted(levels, x) / len(levels) for x in (found, threshold, own))
+            threshold, own = map(float, levelled)
+            calibrated = None if calibrated is None else own
+        arguments = np.array([s.label for s in read], dtype=np.int8), found, threshold, calibrated
         values = metrics(*arguments) | {"n_damaged": len(scores) - len(read)}
+        if self.raw:
+            values["ece"] = math.nan
         draw = partial(resampled, *arguments, seed=_seed(first.suite, generator))
         return Result(first.suite, generator, first.distortion, values, draw)
 

@@ -12,6 +12,7 @@ from dgsnet.model.catalogue import check_no_code
 from dgsnet.model.description import DETECTOR_FILE, Description
 
 WEIGHTS_FILE = "adapters.safetensors"
+CALIBRATION_FILE = "calibration.json"
 # As `pretrained` of a model they mean the file of this name in its folder: a whole CLIP, or an image tower.
 BACKBONE_FILES = ("clip.safetensors", "backbone.safetensors")
 
@@ -30,9 +31,29 @@ def model_folder(path: str | Path) -> Path:
         raise UserError(
             f"{path} has no finished model yet ({WEIGHTS_FILE} is missing): finish its training with --resume"
         )
+    if (path / CALIBRATION_FILE).is_file():
+        raise UserError(
+            f"{path} holds no network, but the threshold of another program's scores: it goes with --scores"
+        )
     raise UserError(
         f"{path} is no model: it holds no {WEIGHTS_FILE}; give the folder that `dgsnet train` wrote"
     )
+
+
+def holds_rule(path: str | Path) -> bool:
+    """Whether a folder has a calibration of another program's scores, as `calibrate --scores` writes it."""
+    path = Path(path)
+    return (path / CALIBRATION_FILE).is_file() and not (path / WEIGHTS_FILE).is_file()
+
+
+def beside(model: str | Path, name: str) -> Path:
+    """Where a file that goes with a model lies, or will lie; UserError: there is no model.
+
+    Args:
+        model: as of `model_folder`, or a folder that `holds_rule`.
+        name: as CALIBRATION_FILE.
+    """
+    return Path(model) / name if holds_rule(model) else model_folder(model) / name
 
 
 def read_model_config(folder: Path, pretrained: str | None = None) -> Config:
