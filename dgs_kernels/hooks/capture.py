@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from dgs_kernels.arguments import check_choice, check_class
 from dgs_kernels.hooks.places import Gradient, Part, local, place, stamp
-from dgs_kernels.hooks.ranks import compare, is_sharded
+from dgs_kernels.hooks.ranks import compare, is_sharded, meet
 from dgs_kernels.hooks.updates import Updates
 from dgs_kernels.private_torch import is_zero_tensor
 
@@ -60,7 +60,7 @@ class Capture:
         self._open: str | None = None
         self.updates = Updates() if self.track_update else None
         self._layers: dict[Tensor, str] = {}
-        self._ranks_checked = not self.check_ranks
+        self._ranks_met = self._ranks_checked = not self.check_ranks
         self._loss_scale: float | None = None
         self._unscaled: Any = _Unscaled()
         for param in self.parameters():
@@ -280,6 +280,12 @@ class Capture:
                 "a GradScaler steps this optimizer: pass it as scaler=, and scale the reference losses too, "
                 "scaler.scale(loss).backward()"
             )
+
+    def meet_ranks(self) -> None:
+        """Once, before the first collective of `process_group`: tell of ranks that do not come to it."""
+        if self.process_group is not None and not self._ranks_met:
+            self._ranks_met = True
+            meet(self.process_group)
 
     def compare_ranks(self, norms: dict[str, Tensor]) -> None:
         """Once, at the first step: ranks that train together must hold the same gradients.

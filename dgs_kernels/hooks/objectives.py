@@ -19,7 +19,7 @@ from dgs_kernels.hooks.capture import BeforeStep, Capture, check_keywords, check
 from dgs_kernels.hooks.metrics import ObjectiveMetrics
 from dgs_kernels.hooks.per_sample import Recorder
 from dgs_kernels.hooks.places import Gradient, Part, local, stamp
-from dgs_kernels.hooks.ranks import average
+from dgs_kernels.hooks.ranks import all_reduce, average
 from dgs_kernels.hooks.updates import Promise, Updates
 from dgs_kernels.hooks.weightings import NAMES, Weighting, weigh
 from dgs_kernels.ops.combine_ import combine_
@@ -316,7 +316,8 @@ class ObjectiveSurgery(Capture):
         reached = [any(p in grads for grads in objectives) for p in params]
         if self.process_group is not None:
             anywhere = torch.tensor(reached, dtype=torch.uint8, device=params[0].device)
-            dist.all_reduce(anywhere, dist.ReduceOp.MAX, self.process_group)
+            self.meet_ranks()
+            all_reduce(anywhere, self.process_group, dist.ReduceOp.MAX)
             reached = anywhere.tolist()
         return [p for p, is_reached in zip(params, reached) if is_reached]
 

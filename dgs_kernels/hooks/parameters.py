@@ -63,6 +63,8 @@ class ReferenceSurgery(Capture):
         # Through `process_group` another rank's loss may have reached what none of this one's has.
         everyone = bool(captured) and self.process_group is not None
         task = {p: g for p, g in self.task().items() if everyone or p in harmful or p in beneficial}
+        if everyone:
+            self.meet_ranks()
         parts, self._names = self.parts([task, harmful, beneficial] if beneficial else [task, harmful])
         for part in parts:
             if self.process_group is not None:

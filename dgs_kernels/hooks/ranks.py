@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import collections
 import datetime
 import gc
 import itertools
 import json
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 import numpy as np
@@ -23,7 +24,8 @@ if TYPE_CHECKING:
 
 # Ranks that reduce their gradients come to a step together.
 PATIENCE = datetime.timedelta(seconds=5)
-_turns = itertools.count()
+# How often this process has met the ranks of a group, by them.
+_turns: dict[tuple[int, ...], Iterator[int]] = collections.defaultdict(itertools.count)
 
 
 def is_sharded(x: Tensor) -> TypeGuard[DTensor]:
@@ -34,11 +36,47 @@ def is_sharded(x: Tensor) -> TypeGuard[DTensor]:
 def average(tensors: list[Tensor], group: dist.ProcessGroup) -> None:
     if tensors:
         flat = torch.cat([t.reshape(-1) for t in tensors])
-        dist.all_reduce(flat, group=group)
+        all_reduce(flat, group)
         flat /= dist.get_world_size(group)
         torch._foreach_copy_(
             tensors, [f.view_as(t) for f, t in zip(flat.split([t.numel() for t in tensors]), tensors)]
         )
+
+
+def all_reduce(x: Tensor, group: dist.ProcessGroup, operation: Any = None) -> None:
+    """torch.distributed's; RuntimeError says what to do where a rank does not come in the group's timeout."""
+    try:
+        dist.all_reduce(x, operation or dist.ReduceOp.SUM, group)
+    except RuntimeError as error:
+        raise RuntimeError(
+            f"ranks {dist.get_process_group_ranks(group)} of process_group= did not come to this step "
+            f"together ({str(error).splitlines()[0]}): give the ranks that all train, each at every step"
+        ) from error
+
+
+def meet(group: dist.ProcessGroup) -> None:
+    """Warn of ranks of a group that do not come to this step within PATIENCE; collectives wait for them."""
+    ranks = dist.get_process_group_ranks(group)
+    if dist.get_rank(group) < 0 or len(ranks) == 1:
+        return
+    store, places = private_torch.store(), _places(ranks)
+    store.set(places[dist.get_rank()], "here")
+    try:
+        store.wait(list(places.values()), PATIENCE)
+    except RuntimeError:
+        late = [rank for rank, place in places.items() if not store.check([place])]
+        warnings.warn(
+            f"ranks {late} of process_group= have not come to this step within "
+            f"{PATIENCE.total_seconds():g} seconds and are waited for, as long as the group's timeout says: "
+            "give the ranks that all train",
+            stacklevel=2,
+        )
+
+
+def _places(ranks: Sequence[int]) -> dict[int, str]:
+    """Where each of these ranks leaves what it has at this meeting of theirs."""
+    turn = next(_turns[tuple(ranks)])
+    return {rank: f"dgs_kernels/{'-'.join(map(str, ranks))}/{turn}/{rank}" for rank in ranks}
 
 
 def compare(norms: dict[str, Tensor], params: Sequence[Tensor], group: dist.ProcessGroup | None) -> None:
@@ -80,12 +118,11 @@ def _left(mine: Any) -> list[Any]:
     Those may do something else meanwhile: a collective of all ranks would hang, or meet another one. So each
     rank leaves its own in the store through which the ranks have found each other.
     """
-    store, turn = private_torch.store(), next(_turns)
-    places = [f"dgs_kernels/{turn}/{rank}" for rank in range(dist.get_world_size())]
+    store, places = private_torch.store(), _places(range(dist.get_world_size()))
     store.set(places[dist.get_rank()], json.dumps(mine))
     try:
-        store.wait(places, PATIENCE)
-        return [json.loads(store.get(place)) for place in places]
+        store.wait(list(places.values()), PATIENCE)
+        return [json.loads(store.get(place)) for place in places.values()]
     except (RuntimeError, ValueError):  # ValueError: one has taken its own back
         store.set(places[dist.get_rank()], "")
         warnings.warn(
