@@ -264,3 +264,15 @@ def bfree_logit(state, head, pixels, window=36):
         features = timm_features(state, tokens, heads=width // 64, registers=4, embedded=True)
         logits[top, left] = features @ head["head.weight"].T + head["head.bias"]
     return torch.stack([logits[corner] for corner in corners]).mean()
+
+
+def convert_community(folder, name=None):
+    """Convert a file of Community Forensics for 224 pixels into folder/model, by the command."""
+    from dgsnet.cli import main
+    from safetensors.torch import save_file
+
+    state = timm_state(384, 197, patch=16) | Random(5).linear("head", 1, 384)
+    save_file({f"vit.{key}": tensor for key, tensor in state.items()}, folder / "theirs.safetensors")
+    named = ["--name", name] if name else []
+    main(["convert", str(folder / "theirs.safetensors"), "--out", str(folder / "model"), *named])
+    return str(folder / "model")

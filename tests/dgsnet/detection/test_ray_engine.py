@@ -16,6 +16,7 @@ from dgsnet.detection.scoring import predict_command, score, settings
 from dgsnet.errors import UserError
 from dgsnet.evaluation.evaluate import evaluate_command
 
+from tests.support import published
 from tests.support.pictures import vast_webp
 from tests.support.tables import interrupted, read_csv
 
@@ -48,6 +49,7 @@ def test_ray_writes_the_same(run, files, monkeypatch, capfd):
         assert stopped == [True] and ray.is_initialized()
         evaluated(run, files)
         calibrated(run, files)
+        published_by_others(files, monkeypatch)
         assert stopped == [True]
     finally:
         monkeypatch.undo()
@@ -105,6 +107,16 @@ def calibrated(run, files):
         with open(path, "rb") as file:
             written.append(file.read())
     assert written[0] == written[1] and b'"batch": 4' in written[0]
+
+
+def published_by_others(files, monkeypatch):
+    """In full depth, known to Ray's processes by its name."""
+    monkeypatch.setattr(published, "DEPTH", 12)
+    model = published.convert_community(Path())
+    for engine in ("local", "ray"):
+        predict_command([f"{files}/0[0-2].png"], model, f"{engine}-published.csv", engine=engine, workers=1)
+    found = read_csv("ray-published.csv")
+    assert found == read_csv("local-published.csv") and len({row["probability"] for row in found}) == 3
 
 
 def test_what_ray_cannot_do_is_one_line(run, images, tmp_path):
