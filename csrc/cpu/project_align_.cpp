@@ -167,8 +167,12 @@ class Layers {
     }
     if (list_.part == Part::sums) return;
     const double k = coefficient(group);
-    for_blocks(group,
-               [&](const ListTensor& t, int64_t at, int64_t size) { apply_({t, at, size, alignment_, k}, context_); });
+    // Backwards: what was read last is nearest.
+    for (int64_t i = groups_.begin[group + 1]; i-- > groups_.begin[group];) {
+      const ListTensor& t = list_.tensors[groups_.tensors[i]];
+      for (int64_t at = (t.numel - 1) / list_block * list_block; t.numel && at >= 0; at -= list_block)
+        apply_({t, at, std::min(list_block, t.numel - at), alignment_, k}, context_);
+    }
   }
 
   void large_layer_of(int64_t group, ParallelFor parallel_for) const {

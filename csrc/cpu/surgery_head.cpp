@@ -1,11 +1,13 @@
 // surgery_head on the CPU. Forward: the features are read from memory once, four samples at a time; their inner
-// products make their residuals, and while the rows are still in the cache they are added to the head gradients.
+// products make their residuals, and while the rows are still in the cache they are added to the head gradients, and
+// those that are next are on their way.
 // Backward: a row of the result is a sum of three vectors that stay in the cache, so memory is only written, and
 // read only where a distillation loss has left what it needs.
 #include "../surgery_head.h"
 
 #include <algorithm>
 #include <cmath>
+#include <initializer_list>
 #include <type_traits>
 #include <vector>
 
@@ -55,11 +57,24 @@ DGS_INLINE void add_loop(const T* x, F factor, F* sums, int64_t size) {
   for (int64_t i = 0; i < size; ++i) sums[i] += factor * F(load(x[i]));
 }
 
+// Rows that memory sends while a loop works on others, at its pace: `bytes` of each for a strip of elements.
+constexpr int64_t strip = 64;
+struct Ahead {
+  const char* rows[2 * at_once];
+  int count;
+  int64_t bytes;
+};
+
 template <typename T, typename F>
-DGS_INLINE void add_loop(const Rows<T> x, F a, F b, F c, F d, F* sums, int64_t size) {
+DGS_INLINE void add_loop(const Rows<T> x, F a, F b, F c, F d, F* sums, int64_t size, const Ahead& ahead) {
+  int64_t line = 0;
+  for (int64_t begin = 0; begin < size; begin += strip) {
+    for (const int64_t end = line + ahead.bytes; line < end; line += 64)
+      for (int n = 0; n < ahead.count; ++n) __builtin_prefetch(ahead.rows[n] + line);
 #pragma omp simd
-  for (int64_t i = 0; i < size; ++i)
-    sums[i] += a * F(load(x.a[i])) + b * F(load(x.b[i])) + c * F(load(x.c[i])) + d * F(load(x.d[i]));
+    for (int64_t i = begin; i < (begin + strip < size ? begin + strip : size); ++i)
+      sums[i] += a * F(load(x.a[i])) + b * F(load(x.b[i])) + c * F(load(x.c[i])) + d * F(load(x.d[i]));
+  }
 }
 
 // Leaves x - y in `out`; the sum of the squares.
@@ -96,14 +111,15 @@ DGS_INLINE void mix_loop(const Mix<T, F> m, T* out, int64_t size) {
   }
 }
 
-#define DGS_KERNELS(T, F)                                                                                 \
-  DGS_MULTIVERSION Four dot(const Rows<T>& x, const F* w, int64_t size) { return dot_loop(x, w, size); }  \
-  DGS_MULTIVERSION void add(const Rows<T>& x, int count, const F* factors, F* sums, int64_t size) {       \
-    if (count == at_once) return add_loop(x, factors[0], factors[1], factors[2], factors[3], sums, size); \
-    for (int n = 0; n < count; ++n) add_loop(n == 0 ? x.a : n == 1 ? x.b : x.c, factors[n], sums, size);  \
-  }                                                                                                       \
-  DGS_MULTIVERSION double subtract(const T* x, const T* y, T* out, int64_t size) {                        \
-    return subtract_loop(x, y, out, size);                                                                \
+#define DGS_KERNELS(T, F)                                                                                        \
+  DGS_MULTIVERSION Four dot(const Rows<T>& x, const F* w, int64_t size) { return dot_loop(x, w, size); }         \
+  DGS_MULTIVERSION void add(const Rows<T>& x, int count, const F* factors, F* sums, int64_t size,                \
+                            const Ahead& ahead) {                                                                \
+    if (count == at_once) return add_loop(x, factors[0], factors[1], factors[2], factors[3], sums, size, ahead); \
+    for (int n = 0; n < count; ++n) add_loop(n == 0 ? x.a : n == 1 ? x.b : x.c, factors[n], sums, size);         \
+  }                                                                                                              \
+  DGS_MULTIVERSION double subtract(const T* x, const T* y, T* out, int64_t size) {                               \
+    return subtract_loop(x, y, out, size);                                                                       \
   }
 DGS_KERNELS(float, float)
 DGS_KERNELS(double, double)
@@ -161,8 +177,9 @@ class Forward {
       runs[i].grads.assign(2 * a_.dim, F(0));
       const int64_t end = std::min(a_.batch, (i + 1) * samples);
       const int64_t begin = i * samples, step = (end - begin + at_once - 1) / at_once;
+      const auto group = [&](int64_t first) { return Group{first, step, int((end - first + step - 1) / step)}; };
       for (int64_t first = begin; first < begin + step; ++first)
-        add_samples({first, step, int((end - first + step - 1) / step)}, runs[i]);
+        add_samples(group(first), first + 1 < begin + step ? group(first + 1) : Group{}, runs[i]);
     });
     const double mean = 1.0 / std::max<int64_t>(a_.batch, 1);
     Run total;
@@ -235,10 +252,25 @@ class Forward {
     return result;
   }
 
-  void add_rows(const void* matrix, int64_t stride, const Group& group, const Branch& of, F* grads) const {
+  struct Matrix {
+    const void* rows;
+    int64_t stride;
+    Group group;  // of none: nothing
+  };
+  // What is read after these rows comes meanwhile: memory would wait otherwise, while they are added.
+  void add_rows(const void* matrix, int64_t stride, const Group& group, const Branch& of, F* grads,
+                std::initializer_list<Matrix> next) const {
     for_blocks(a_.dim, [&](int64_t begin, int64_t size) {
       const Block x(matrix, stride, group, begin, size);
-      add(x.rows, group.count, of.residuals, grads + begin, size);
+      Ahead ahead{{}, 0, strip * int64_t(sizeof(T))};
+      for (const Matrix& that : next) {
+        if (!that.rows || !that.group.count) continue;
+        for (int n = 0; n < at_once; ++n)
+          ahead.rows[ahead.count++] =
+              static_cast<const char*>(that.rows) +
+              (that.group.sample(std::min(n, that.group.count - 1)) * that.stride + begin) * sizeof(T);
+      }
+      add(x.rows, group.count, of.residuals, grads + begin, size, ahead);
     });
   }
 
@@ -264,13 +296,14 @@ class Forward {
     return shifts;
   }
 
-  void add_samples(const Group& group, Run& run) const {
+  void add_samples(const Group& group, const Group& following, Run& run) const {
     Four image[3] = {}, text[1] = {}, teacher[1] = {};
     Branch of_text;
     if (a_.text_features) {
       dots(a_.text_features, a_.text_stride, group, {vector(a_.text_weight)}, text);
       of_text = branch(1, group, text[0], {}, a_.text_bias, run);
-      add_rows(a_.text_features, a_.text_stride, group, of_text, run.grads.data() + a_.dim);
+      add_rows(a_.text_features, a_.text_stride, group, of_text, run.grads.data() + a_.dim,
+               {{a_.features, a_.features_stride, group}});
     } else {
       for (int n = 0; n < group.count; ++n)
         static_cast<F*>(a_.logits)[a_.batch + group.sample(n)] =
@@ -279,7 +312,8 @@ class Forward {
 
     dots(a_.features, a_.features_stride, group, {vector(a_.image_weight), rises_.data(), falls_.data()}, image);
     add_rows(a_.features, a_.features_stride, group,
-             branch(0, group, image[0], shifts(group, of_text), a_.image_bias, run), run.grads.data());
+             branch(0, group, image[0], shifts(group, of_text), a_.image_bias, run), run.grads.data(),
+             {{a_.teacher_features, a_.teacher_stride, group}, {a_.text_features, a_.text_stride, following}});
 
     dots(a_.teacher_features, a_.teacher_stride, group, {vector(a_.teacher_weight)}, teacher);
     const Branch of = branch(2, group, teacher[0], {}, a_.teacher_bias, run);
