@@ -5,9 +5,12 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
+from collections import Counter
 
 import pytest
 import torch
+
+NEEDS_GPU = "needs a CUDA device"
 
 if not torch.cuda.is_available():
     # Triton reads this when it is first imported: its kernels then run on CPU tensors.
@@ -24,7 +27,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return
     for item in items:
         if item.get_closest_marker("gpu"):
-            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+            item.add_marker(pytest.mark.skip(reason=NEEDS_GPU))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    skipped = terminalreporter.getreports("skipped")
+    files = Counter(report.nodeid.split("::")[0] for report in skipped if NEEDS_GPU in str(report.longrepr))
+    if files:
+        terminalreporter.section(f"not run: {files.total()} tests that need a CUDA device")
+        for file, count in sorted(files.items()):
+            terminalreporter.line(f"{count:5} {file}")
 
 
 @pytest.hookimpl(wrapper=True)
@@ -87,7 +99,7 @@ def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
     name, device, operation = request.param
     if device == "cuda" and not torch.cuda.is_available():
-        pytest.skip("needs a CUDA device")
+        pytest.skip(NEEDS_GPU)
     if reason := backends.obstacle(name, operation, device):
         pytest.skip(f"{name} on {device}: {reason}")
     monkeypatch.setenv(backends.VARIABLE, name)

@@ -154,12 +154,30 @@ def reference(w, a, b, c):
     assert found["result"] == result, found.get("diagnostics")
 
 
+def why(found):
+    """In words, without the places of files that are gone by then."""
+    told = (re.sub(r"\S*/\S*", "", told["message"]) for told in found.get("diagnostics") or ())
+    words = (" ".join(re.findall(r"\w+", message)) for message in told)
+    return "; ".join(dict.fromkeys(filter(None, words))) or f"the verifier says {found['result']} and no more"
+
+
+@pytest.mark.parametrize(
+    ("result", "message", "words"),
+    [
+        ("unsupported", "/tmp/a1/kernel.ptx:24: predicate is not known", "predicate is not known"),
+        ("unsupported", "/tmp/a1/kernel.ptx", "the verifier says unsupported and no more"),
+        ("undecided", None, "the verifier says undecided and no more"),
+    ],
+)
+def test_what_is_not_proved_is_said_in_words(result, message, words):
+    assert why({"result": result, "diagnostics": [{"message": message}] if message else None}) == words
+
+
 def prove(job):
     key, problem = job
     found = proofs.verify(problem)
     if found["result"] != "race_free":
-        reasons = dict.fromkeys(told["message"] for told in found.get("diagnostics") or ())
-        return row_of(key, problem, "", f"not proved: {'; '.join(reasons) or found['result']}")
+        return row_of(key, problem, "", f"not proved: {why(found)}")
     barriers = problem.barriers()
     text = "" if barriers else "none"
     if key in REMOVALS:
