@@ -28,8 +28,10 @@ from dgsnet.data.tables import Table
 from dgsnet.detection.decisions import calibrate, decide, load_calibration, save_calibration
 from dgsnet.detection.detector import Detector
 from dgsnet.detection.monitor import MONITOR_FILE, alarmed, monitor
+from dgsnet.detection.scoring import predict_command
 from dgsnet.detection.serve import create_app
 from dgsnet.errors import UserError
+from dgsnet.evaluation.score_tables import ScoreTable, evaluate_table, samples_of
 from dgsnet.model.checkpoint import read_extra, trained_on
 from PIL import Image
 
@@ -50,6 +52,9 @@ from tests.support.pictures import encode, grid, picture
 from tests.support.tiny import CROP, save_noise, save_tiny
 
 WEIGHTS = "adapters.safetensors"
+SCORES = b"path,score,label,source,category,generator\n" + b"".join(
+    f"{i}.png,{i - 9.5},{'real' if i < 12 else 1},press,night,\n".encode() for i in range(20)
+)
 
 
 @contextlib.contextmanager
@@ -118,7 +123,7 @@ def containers(folder: Path) -> list[Target]:
             tar.addfile(member, io.BytesIO(content))
     columns = {"image": [file] * 3, "label": [0, 1, 1], "prompt": ["a", None, "c"]}
     pq.write_table(pa.table(columns), table, compression="zstd")
-    row = {"path": "a.png", "label": 1, "caption": "a cat", "twin": "a.png"}
+    row = {"path": "a.png", "label": 1, "caption": "a cat", "twin": "a.png", "category": "night"}
     listed = ",".join(row) + "\n" + ",".join(map(str, row.values())) + "\n"
 
     def read(name: str) -> Callable[[bytes], None]:
@@ -190,6 +195,17 @@ def metadata(model: Path) -> list[Target]:
             assert {*decide([0.0, 0.5, 1.0], found)} <= {"real", "unsure", "generated"}
             json.dumps(found.low, allow_nan=False)
 
+    def read_score_table(folder: Path) -> None:
+        """Whatever takes one, with a threshold of other scores."""
+        table, rule = str(folder / "scores.csv"), folder / "rule"
+        rule.mkdir(exist_ok=True)
+        save_calibration(rule, calibrate(range(99), fpr=0.05, raw=True))
+        (rule / MONITOR_FILE).unlink(missing_ok=True)
+        with contextlib.redirect_stdout(io.StringIO()):
+            predict_command([table], str(rule), str(folder / "decided.csv"))
+            evaluate_table(ScoreTable(table, str(rule)), {"": samples_of(table)}).mean()
+            monitor(rule, scores=table)
+
     def read_reviewed(folder: Path) -> None:
         (folder / MONITOR_FILE).unlink(missing_ok=True)
         monitor(folder, folder / "reviewed.csv")
@@ -216,6 +232,7 @@ def metadata(model: Path) -> list[Target]:
         of(WEIGHTS, changed_header, lambda folder: (read_extra(folder), load(folder))),
         of("monitor.json", changed_any, lambda _: alarmed(folder)),
         of("reviewed.csv", changed_bytes, read_reviewed),
+        of("scores.csv", changed_bytes, read_score_table, SCORES),
         of("audit.json", changed_any, lambda folder: load_audit(folder / "audit.json"), audited),
         of(
             CAPTIONS_FILE,
