@@ -150,7 +150,7 @@ def results(arguments: argparse.Namespace) -> list[dict]:
             root = Path(folder) / f"train-{seed}"
             if not root.exists():
                 builtin.write_dataset(root, seed=seed, splits=("train",), compressed=(0.5, 0.5))
-            config = configurations(builtin.demo_config(root), seed)[method]
+            config = configurations(builtin.demo_config(root, steps=150), seed)[method]
             detector = Detector.load(train(config, Path(folder) / f"{method}-{seed}"), "cpu")
             chosen = thresholds(val, detector)
             for (test, images), (rule, pair) in itertools.product(tests.items(), chosen.items()):

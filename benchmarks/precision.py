@@ -48,7 +48,7 @@ def trained(folder: Path, seed: int) -> Iterator[dict]:
     data = builtin.write_dataset(folder, seed=seed, compressed=(0.5, 0.5))
     test, reals = find_samples(data / "test"), [i for i in find_samples(data / "val") if i.label == 0]
     for method in (LORA, DGSNET):
-        config = configurations(builtin.demo_config(data), seed)[method]
+        config = configurations(builtin.demo_config(data, steps=150), seed)[method]
         detector = Detector.load(train(config, folder / method), "cpu")
         exact, labels = logits(detector, "fp32", test), [item.label for item in test]
         threshold = calibrate(logits(detector, "fp32", reals), fpr=0.05).threshold

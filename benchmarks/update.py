@@ -103,7 +103,7 @@ def start(folder: Path, seed: int) -> Path:
         builtin.write_dataset(data, seed=seed, splits=("train",), compressed=(COMPRESSED, COMPRESSED))
         for family in ARRIVALS:
             write_images(data, family, seed)
-        train(replace(builtin.demo_config(data), seed=seed), run)
+        train(replace(builtin.demo_config(data, steps=150), seed=seed), run)
     return run
 
 

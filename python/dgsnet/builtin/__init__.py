@@ -152,7 +152,7 @@ def render(
         yield data, describe(content, quality.words)
 
 
-def demo_config(root: str | Path) -> Config:
+def demo_config(root: str | Path, steps: int = 75) -> Config:
     """The settings that `dgsnet demo` trains DGS-Net with, on the training images below `root`.
 
     Without validation, which is for choosing settings and takes as long as training.
@@ -162,7 +162,7 @@ def demo_config(root: str | Path) -> Config:
         model=ModelConfig(name="dgsnet-tiny", pretrained="builtin", lora_rank=6, lora_dropout=0.0),
         preprocess=PreprocessConfig(mode="crop", image_size=32, normalization="clip", crops=5),
         data=DataConfig(train=[str(root / "train")], workers=0, views=2),
-        optim=OptimConfig(lr=4e-3, batch_size=24, head_epochs=4, epochs=100, max_steps=150),
+        optim=OptimConfig(lr=4e-3, batch_size=24, head_epochs=4, epochs=100, max_steps=steps),
         surgery=SurgeryConfig(mode="feature", alignment=0.2, reference_batch_size=8),
         checkpoint_every=1000,
     )

@@ -99,11 +99,11 @@ def with_expert(config: Config, expert: str, distillation: float) -> Config:
 
 def with_twins(config: Config, distillation: float) -> Config:
     """The configuration on twins in place of unrelated images, with a pull to the frozen features, without
-    captions."""
+    captions; without the teacher's head, which only the alignment needs."""
     sets = [str(twins_of(Path(images).parent) / "train") for images in config.data.train]
     surgery = replace(config.surgery, mode="feature", alignment=0.0, distillation=distillation)
     data = replace(config.data, train=sets, pairs=True, captions="none")
-    return replace(config, data=data, surgery=surgery)
+    return replace(config, data=data, surgery=surgery, optim=replace(config.optim, head_epochs=0))
 
 
 def compare(

@@ -78,7 +78,14 @@ def test_methods_differ_in_nothing_but_the_method():
         demo.DGSNET: {"seed"},
         demo.EXPERT: expert | {"seed"},
         demo.LAYERWISE: {"surgery.mode", "seed"},
-        demo.TWINS: {"data.train", "data.pairs", "data.captions", "surgery.alignment", "seed"}
+        demo.TWINS: {
+            "data.train",
+            "data.pairs",
+            "data.captions",
+            "optim.head_epochs",
+            "surgery.alignment",
+            "seed",
+        }
         | {"surgery.distillation"},
     }
     assert made[demo.TWINS].data.train == ["data/jpeg-1-twins/train"]

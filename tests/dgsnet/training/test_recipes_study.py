@@ -25,7 +25,7 @@ def small(monkeypatch):
     monkeypatch.setattr(recipes, "RECIPES", [BASE, Recipe(TWINS, True, True)])
     config = builtin.demo_config
 
-    def short(root):
+    def short(root, steps=1):
         made = config(root)
         return replace(made, optim=replace(made.optim, head_epochs=1, max_steps=1))
 
@@ -95,7 +95,7 @@ def test_a_study_of_two_recipes(small, tmp_path, capsys):
     assert len(exam["clean"].crops) == 8 * 2 * 2 * 5 and len(exam["whole pictures"].crops) == 10 * 64
     out = tmp_path / "out.json"
     rows = [{"benchmark": recipes.NAME, "device": "cpu", **row} for row in rows]
-    write(Namespace(out=out, device="cpu"), rows)
+    write(Namespace(out=out), {}, rows)
     assert list(recipes.results(Namespace(out=out, photographs=None))) == rows
     assert "| twins + degradations + pull | " in capsys.readouterr().out
     plots.plot_recipes(rows, "title", tmp_path / "recipes.png")

@@ -23,7 +23,7 @@ def small(monkeypatch):
     monkeypatch.setattr(study, "START", study.START | {"steps": 1})
     config = builtin.demo_config
 
-    def short(root):
+    def short(root, steps=1):
         made = config(root)
         return replace(made, optim=replace(made.optim, head_epochs=1, epochs=1))
 
