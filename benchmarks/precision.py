@@ -1,18 +1,24 @@
 """precision: what bf16 and fp16 change of scores, of detectors of the built-in data and of full-size weights.
 
 Of detectors trained on the built-in data, on its test images: AUC, the largest change of a probability, and
-decisions at 0.5 and at a calibrated threshold that flip. Of random weights of full size, on crops of
-photographs: the largest change and decisions at the median that flip; what they say means nothing.
+decisions at 0.5 and at a calibrated threshold that flip; what AUC and decisions change by in the mean over
+seeds, each against fp32 of the same detector, with the mean's standard error. Of random weights of full size
+(--models), on crops of photographs: the largest change and decisions at the median that flip; what they say
+means nothing.
+
+    python -m benchmarks precision --threads 1 --models ViT-B-32 ViT-B-16-SigLIP2
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import torch
 from dgsnet import builtin
 from dgsnet.data.items import find_samples
 from dgsnet.demo.compare import DGSNET, LORA, configurations
@@ -56,10 +62,26 @@ def trained(folder: Path, seed: int) -> Iterator[dict]:
         for precision in OTHERS:
             other = logits(detector, precision, test)
             yield {
-                **{"model": f"{method}, seed {seed}", "precision": precision},
+                **{"model": method, "seed": seed, "precision": precision},
                 **{"auc": roc_auc_score(labels, other), "auc_fp32": roc_auc_score(labels, exact)},
                 **compared(exact, other, thresholds),
             }
+
+
+def means(rows: list[dict]) -> Iterator[dict]:
+    """Over the seeds of each method: mean and standard error of what a precision changes."""
+    for method, precision in itertools.product((LORA, DGSNET), OTHERS):
+        of = [row for row in rows if (row["model"], row["precision"]) == (method, precision)]
+        changes = {"auc": [row["auc"] - row["auc_fp32"] for row in of]}
+        changes |= {f"flipped {at}": [row["flipped"][at] for row in of] for at in of[0]["flipped"]}
+        yield {
+            **{"model": method, "precision": precision, "seeds": [row["seed"] for row in of]},
+            "largest_change": max(row["largest_change"] for row in of),
+            "mean_change": {name: float(np.mean(values)) for name, values in changes.items()},
+            "standard_error": {
+                name: float(np.std(values, ddof=1) / len(values) ** 0.5) for name, values in changes.items()
+            },
+        }
 
 
 def full_size(folder: Path, name: str) -> Iterator[dict]:
@@ -75,11 +97,20 @@ def full_size(folder: Path, name: str) -> Iterator[dict]:
 
 def results(arguments: argparse.Namespace) -> Iterator[dict]:
     """A row for each detector and precision."""
+    torch.set_num_threads(arguments.threads[0])
+
+    def rows(folder: Path) -> Iterator[dict]:
+        found = []
+        for seed in SEEDS:
+            for row in trained(folder / f"seed-{seed}", seed):
+                found.append(row)
+                yield row
+        yield from means(found)
+        for name in arguments.models or MODELS:
+            (folder / name).mkdir()
+            yield from full_size(folder / name, name)
+
     with tempfile.TemporaryDirectory() as folder:
-        rows = [trained(Path(folder) / f"seed-{seed}", seed) for seed in SEEDS]
-        for name in MODELS:
-            (Path(folder) / name).mkdir()
-            rows.append(full_size(Path(folder) / name, name))
-        for row in (row for several in rows for row in several):
+        for row in rows(Path(folder)):
             print(", ".join(f"{key} {value}" for key, value in row.items()), flush=True)
             yield {"benchmark": "precision", "device": "cpu", **row}
