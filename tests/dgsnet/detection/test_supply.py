@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -100,18 +102,42 @@ def test_both_rates_are_told_where_the_model_waits(tmp_path, workers):
     assert quick.waiting() == ""
 
 
-def test_the_last_line_of_predict_tells_it(run, images, table, tmp_path, capsys, monkeypatch):
-    read = Item.read
+@pytest.fixture
+def slow(monkeypatch):
+    """Files take 20 ms to read."""
+    read_bytes = Item.read_bytes
 
     def slowly(item):
         time.sleep(0.02)
-        return read(item)
+        return read_bytes(item)
 
-    monkeypatch.setattr(Item, "read", slowly)
+    monkeypatch.setattr(Item, "read_bytes", slowly)
+
+
+def test_the_last_line_of_predict_tells_it(run, images, slow, tmp_path, capsys):
     main(["predict", *sorted(map(str, images.glob("1?.png"))), "--model", run, "--out", f"{tmp_path}/s.csv"])
     assert len(read_csv(tmp_path / "s.csv")) == 10
     said = capsys.readouterr().out
     assert re.search(r"; \S+ images per second \(the model waits for images: \S+/s come, \S+/s could", said)
+
+
+@pytest.mark.parametrize("command", ["evaluate", "calibrate"])
+def test_the_progress_line_tells_it(run, images, slow, tmp_path, monkeypatch, capsys, command):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)  # progress is shown on a terminal alone
+    files = sorted(map(str, images.glob("[12]?.png")))
+    rows = [f"{file},{i % 2}" for i, file in enumerate(files)]
+    (tmp_path / "list.csv").write_text("\n".join(["path,label", *rows]))
+    words = {
+        "evaluate": ["--data", f"{tmp_path}/list.csv", "--out", f"{tmp_path}/out"],
+        "calibrate": ["--reals", *files, "--fpr", "0.2"],
+    }
+    model = shutil.copytree(run, tmp_path / "model")
+    main([command, *words[command], "--model", str(model), "--workers", "0", "--batch", "2"])
+    lines = re.findall(
+        r"20/20 .*waits for images: (\S+)/s come, (\S+)/s could be scored", capsys.readouterr().err
+    )
+    come, could = map(float, lines[-1])
+    assert 1 < come <= 50 and come < could
 
 
 class Answers:
