@@ -25,6 +25,7 @@ import numpy as np
 
 from dgsnet.config import check_types
 from dgsnet.data.cells import row_writer, unguarded
+from dgsnet.data.images import ImageError, check_regular
 from dgsnet.data.items import LABELS
 from dgsnet.detection.decisions import Calibration, decide, load_calibration
 from dgsnet.errors import UserError
@@ -163,9 +164,10 @@ def monitor(
         kind, path, judged = SCORES, Path(scores), partial(_scored, calibration)
     before, name = load_monitor(model), f"{kind.option} {path}"
     try:
+        check_regular(path)
         data = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"{name}: {error.strerror}") from None
+    except (OSError, ImageError) as error:
+        raise UserError(f"{name}: {getattr(error, 'strerror', None) or error}") from None
     data = data[: data.rfind(b"\n") + 1]  # a line that is being written is for the next time
     begin, now = 0, _hash(beside(model, CALIBRATION_FILE).read_bytes())
     if before:

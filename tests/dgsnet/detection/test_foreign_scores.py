@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import os
 import shutil
 
 import numpy as np
@@ -185,6 +186,13 @@ def test_a_bad_line_for_monitor_is_named(cells, why, rule, tmp_path, capsys):
         main(["monitor", "--model", str(rule), "--scores", table])
     assert stop.value.code == 2 and f"--scores {table}: {why}" in capsys.readouterr().err
     assert not (rule / "monitor.json").exists()
+
+
+def test_a_pipe_is_not_waited_for(rule, tmp_path, capsys):
+    os.mkfifo(tmp_path / "pipe.csv")
+    with pytest.raises(SystemExit):
+        main(["monitor", "--model", str(rule), "--scores", str(tmp_path / "pipe.csv")])
+    assert "not a regular file" in capsys.readouterr().err
 
 
 def test_monitor_takes_the_table_that_fits_the_model(rule, tmp_path, capsys):
