@@ -21,7 +21,17 @@ SOURCES = sorted(Path(dgsnet.__file__).parent.rglob("*.py"))
 FOREIGN = {
     *("batch", "build", "choices", "cpu", "data_binary", "dist", "dtype", "find_links", "gpus", "ignore"),
     *("include", "parts", "photographs", "repo_type"),
-    *("install", "local_dir", "logdir", "multi_gpu", "no_build_isolation", "nproc_per_node", "num_processes"),
+    *(
+        "install",
+        "local_dir",
+        "logdir",
+        "multi_gpu",
+        "mutations",
+        "only",
+        "no_build_isolation",
+        "nproc_per_node",
+        "num_processes",
+    ),
     *("prefix", "print_config", "results", "rows", "steps", "strict", "target", "test_dir", "threads"),
 }
 # Without a value.

@@ -100,8 +100,8 @@ def test_what_differs_is_unsure(detector, probabilities):
 )
 def test_the_band_of_a_calibration_counts(row, name):
     numbers = {field: 0.5 for field in Calibration.__dataclass_fields__}
-    counts = {"n_reals": 300, "n_generated": 200}
-    calibration = Calibration(**numbers | SETTINGS | counts | {"threshold": 0.8, "low": 0.3, "sources": ()})
+    rest = {"n_reals": 300, "n_generated": 200, "sources": (), "categories": (), "raw": False}
+    calibration = Calibration(**numbers | SETTINGS | rest | {"threshold": 0.8, "low": 0.3})
     assert decide([row], calibration) == [name]
     assert decide([[p] for p in row], calibration) == decide(row, calibration)
 
