@@ -84,13 +84,13 @@ class SurgeryAdamW(torch.optim.AdamW):
             _refuse_unsupported(group, 'in the state first, group["{name}"] = False')
         super().load_state_dict(state_dict)
 
-    def harmful(self) -> AbstractContextManager[None]:
+    def harmful(self, steps: int = 1) -> AbstractContextManager[None]:
         """See `OptimizerSurgery.harmful`."""
-        return self.surgery.harmful()
+        return self.surgery.harmful(steps)
 
-    def beneficial(self) -> AbstractContextManager[None]:
+    def beneficial(self, steps: int = 1) -> AbstractContextManager[None]:
         """See `OptimizerSurgery.beneficial`."""
-        return self.surgery.beneficial()
+        return self.surgery.beneficial(steps)
 
     def metrics(self) -> SurgeryMetrics | None:
         """See `OptimizerSurgery.metrics`."""

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dgs_kernels.arguments import check_choice, check_class
+from dgs_kernels.hooks.lasting import Lasting
 from dgs_kernels.hooks.places import Gradient, Part, local, place, stamp
 from dgs_kernels.hooks.ranks import compare, is_sharded, meet
 from dgs_kernels.hooks.updates import Updates
@@ -58,6 +59,8 @@ class Capture:
         self._hook: Callable[[], BeforeStep | None] = lambda: None
         self._captured: dict[str, Gradient] = {}
         self._open: str | None = None
+        self.fresh: dict[str, Gradient] = {}
+        self.lasting = Lasting()
         self.updates = Updates() if self.track_update else None
         self._layers: dict[Tensor, str] = {}
         self._ranks_met = self._ranks_checked = not self.check_ranks
@@ -90,8 +93,8 @@ class Capture:
 
     @property
     def captured(self) -> bool:
-        """Whether anything was, since the last step."""
-        return bool(self._captured)
+        """Whether the coming step has captured gradients, new or kept."""
+        return bool(self._captured or self.lasting.serving)
 
     def remove(self) -> None:
         """Undo it: the optimiser steps with plain gradients again."""
@@ -100,15 +103,21 @@ class Capture:
         self.clear()
 
     def clear(self) -> None:
-        """Forget what was captured since the last step."""
+        """Forget what was captured."""
+        self.forget()
+        self.lasting = Lasting()
+
+    def forget(self) -> None:
+        """Forget what was captured for the coming step."""
         self._captured.clear()
+        self.lasting.forget()
         if self.updates:
             self.updates.drop()
 
     # Capturing -------------------------------------------------------------------------------------------
 
     @contextmanager
-    def capture(self, name: str, context: str) -> Iterator[None]:
+    def capture(self, name: str, context: str, steps: int = 1) -> Iterator[None]:
         """What `backward()` inside computes is added to what was captured under `name`; `.grad` stays."""
         if self._open:
             raise RuntimeError(f"{context} inside {self._open}: capture one after the other")
@@ -151,22 +160,28 @@ class Capture:
                 "a loss that depends on them"
             )
         self._captured[name] = captured
+        self.lasting.ask(name, steps)
 
     def release(self, unscale: bool = True) -> dict[str, Gradient]:
-        """What was captured for this step, and forget it; {} if nothing was, or it overflowed."""
+        """What was captured for this step or is kept for it; {} if nothing is, or it overflowed.
+
+        What is new is `fresh`. A surgery says to `lasting` when it has used it.
+        """
         if self._open:
             raise RuntimeError(f"optimizer.step() inside {self._open}: leave the context first")
         if self._captured:
             self._check_scaling()
         self.forget_skipped_step()
-        captured = dict(self._captured)
-        self.clear()
+        captured, asked = dict(self._captured), dict(self.lasting.asked)
+        self.forget()
+        self.fresh = {}
         tensors = [g for grads in captured.values() for g in grads.values()]
         if unscale and captured and not self._unscale(tensors):
             for p in self.parameters():
                 p.grad = None  # so that the optimizer leaves everything as it is: a skipped step
             return {}
-        return captured
+        self.fresh, self.lasting.asked = captured, asked
+        return self.lasting.joined(captured)
 
     def forget_skipped_step(self) -> None:
         """GradScaler skips a step without a word to hooks: what was captured for it must not join the next.
@@ -177,7 +192,7 @@ class Capture:
             return
         scale = self.scaler.get_scale()
         if scale != self._loss_scale:
-            self.clear()
+            self.forget()
         self._loss_scale = scale
 
     def _unscale(self, captured: list[Tensor]) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -30,6 +30,8 @@ class SurgeryMetrics:
             min(beneficial, 0), 0 of one that was not captured; None without `track_update=True`.
         promise_held: [G], share of the steps so far in which the layer's update kept what surgery promises of
             the gradient; None without `track_update=True`. docs/hooks.md says what that is.
+        refresh_cosine: of each kind that was captured anew after it had served several steps: [G], between
+            the new gradient and the one that it replaced, at the last time.
         margin_met: [G] bool, whether what the projection left has the `margin` with h; true without one.
     """
 
@@ -41,6 +43,7 @@ class SurgeryMetrics:
     update_cosine: Tensor | None = None
     promise_held: Tensor | None = None
     margin_met: Tensor | None = None
+    refresh_cosine: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def conflict_rate(self) -> Tensor:
@@ -67,6 +70,7 @@ class ObjectiveMetrics:
             without `track_update=True`.
         promise_held: see `SurgeryMetrics`.
         margin: the one asked for.
+        refresh_cosine: see `SurgeryMetrics`, by objective.
     """
 
     layers: list[str]
@@ -76,6 +80,7 @@ class ObjectiveMetrics:
     update_cosine: Tensor | None = None
     promise_held: Tensor | None = None
     margin: float = 0.0
+    refresh_cosine: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def margin_met(self) -> Tensor:

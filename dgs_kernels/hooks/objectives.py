@@ -16,14 +16,15 @@ from torch import Tensor
 
 from dgs_kernels.arguments import WHOLE, check_choice
 from dgs_kernels.hooks.capture import BeforeStep, Capture, check_keywords, check_margin
+from dgs_kernels.hooks.lasting import check_steps
 from dgs_kernels.hooks.metrics import ObjectiveMetrics
 from dgs_kernels.hooks.per_sample import Recorder
-from dgs_kernels.hooks.places import Gradient, Part, local, stamp
+from dgs_kernels.hooks.places import Gradient, Part, inner_products, local, stamp
 from dgs_kernels.hooks.ranks import all_reduce, average
 from dgs_kernels.hooks.updates import Promise, Updates
 from dgs_kernels.hooks.weightings import NAMES, Weighting, weigh
 from dgs_kernels.ops.combine_ import combine_
-from dgs_kernels.ops.gramian import MAX_OBJECTIVES, gramian
+from dgs_kernels.ops.gramian import MAX_OBJECTIVES
 from dgs_kernels.tensors import sums_dtype
 
 MODES = ("exact", "running")
@@ -126,17 +127,22 @@ class ObjectiveSurgery(Capture):
         self._recorder: Recorder | None = None
         self._hook = weakref.ref(BeforeStep(self, self._edit))
 
-    def clear(self) -> None:
-        """Forget what was captured since the last step."""
-        super().clear()
+    def forget(self) -> None:
+        super().forget()
         self._running = _Running()
 
     @contextmanager
-    def objective(self, name: str | None = None) -> Iterator[None]:
+    def objective(self, name: str | None = None, steps: int = 1) -> Iterator[None]:
         """A context: what `backward()` inside computes is the gradient of one objective; `.grad` stays.
 
-        Without a name it is one more objective. Contexts of one name add up, over micro-batches.
+        Without a name it is one more objective. Contexts of one name add up, over micro-batches. With `steps`
+        above 1 the gradient serves so many steps, in the place that its name first had.
         """
+        check_steps("objective()", steps)
+        if steps > 1 and (name is None or self.mode == "running"):
+            raise ValueError(
+                'objective(steps=): a gradient that serves several steps needs a name, and mode="exact"'
+            )
         if any(p.grad is not None and stamp(p.grad) == made for p, made in self._combined.items()):
             raise RuntimeError(
                 "objective() after combine(): .grad waits for a step; with micro-batches name the objectives "
@@ -144,7 +150,8 @@ class ObjectiveSurgery(Capture):
             )
         self.forget_skipped_step()
         running = self.mode == "running"
-        seen = list(self._running.sketches if running else self._captured)
+        kept = [kept for kept in self.lasting.serving if kept not in self._captured]
+        seen = [*kept, *(self._running.sketches if running else self._captured)]
         name = f"objective {len(seen)}" if name is None else name
         if name in (TASK, RUNNING_SUM):
             raise ValueError(f"objective(): {name!r} is what was captured in no context: take another name")
@@ -158,7 +165,7 @@ class ObjectiveSurgery(Capture):
                 f"more than {MAX_OBJECTIVES} objectives in one step: name them, objective(name), so that "
                 'micro-batches of one add up, or use mode="running"'
             )
-        with self.capture(name, "objective()"):
+        with self.capture(name, "objective()", steps):
             yield
         if running:
             self._fold(name)
@@ -171,6 +178,11 @@ class ObjectiveSurgery(Capture):
                 raise RuntimeError(
                     "combine() with a GradScaler cannot tell whether .grad is unscaled: run every backward "
                     "inside objective()"
+                )
+            if self.lasting.any:
+                raise RuntimeError(
+                    "combine() with a GradScaler, whose scale changes, cannot use kept gradients: call "
+                    "objective() without steps="
                 )
             scale = self.scaler.get_scale()
         self._operate(self._running, self.release(unscale=False), scale)
@@ -243,18 +255,18 @@ class ObjectiveSurgery(Capture):
 
     def _edit(self) -> None:
         self._combined = {}
-        if self._captured or self._open:
+        if self.captured or self._open:
             self._operate(self._running, self.release())
 
     @torch.no_grad()
     def _operate(self, running: _Running, captured: dict, scale: float = 1.0) -> None:
         """Make one gradient in `.grad` of what was captured and of what stands there."""
-        if not captured:
-            return
         task = self.task()
+        if not self.fresh and not (captured and task):
+            return
         if self.mode == "running":
             self._check_sketches(running.sketches, task)
-        fresh = [name for name in captured if name != RUNNING_SUM]
+        fresh = [name for name in self.fresh if name != RUNNING_SUM]
         merged, found = self._merge({TASK: task, **captured} if task else captured, fresh, scale)
         for p, grad in merged.items():
             p.grad = grad
@@ -283,14 +295,22 @@ class ObjectiveSurgery(Capture):
         """
         names, (first, *others) = list(objectives), objectives.values()
         reached = self._reached([first, *others])
+        lasts = self.lasting.lasts(names[0])
         merged = {p: first[p] if p in first else torch.zeros_like(p) for p in reached}
         parts, layers = self.parts([merged, *others])
         if self.process_group is not None:
             for part, name in itertools.product(parts, fresh):
                 average(part.lists[names.index(name)], self.process_group)
+        places = {name: place for place, name in enumerate(names)}
+        self.lasting.keep(self.fresh, parts, len(layers), places, self.process_group is not None)
+        self.fresh = {}
+        if lasts:  # what is combined is written where the first one's tensors are
+            merged = {p: grad.clone() for p, grad in merged.items()}
+            for part in parts:
+                part.lists[0] = [local(merged[p]) for p in part.params]
         if not others:
             return merged, None
-        products = _gramian(parts, len(layers)) / scale**2
+        products = inner_products(parts, len(layers)) / scale**2
         if self.mode == "exact":
             self._check_repeated(products.sum(0), names)
         self.compare_ranks(dict(zip(names, products.diagonal(dim1=1, dim2=2).T)))
@@ -300,11 +320,13 @@ class ObjectiveSurgery(Capture):
         for part in parts:
             mine = weights if len(parts) == 1 else weights[list(dict.fromkeys(part.groups))]
             combine_(part.lists[0], part.lists, mine.to(part.device), groups=part.groups)
-        return merged, ObjectiveMetrics(layers, names, products, weights, margin=self.margin)
+        return merged, ObjectiveMetrics(
+            layers, names, products, weights, margin=self.margin, refresh_cosine=dict(self.lasting.cosines)
+        )
 
     def _expect(self, updates: Updates, parts: list[Part], layers: list[str]) -> None:
         """Have the step measured against every gradient, of which the first is about to be overwritten."""
-        kept = [replace(part, lists=[[t.clone() for t in part.lists[0]], *part.lists[1:]]) for part in parts]
+        kept = [part.with_lists([[t.clone() for t in part.lists[0]], *part.lists[1:]]) for part in parts]
         of = dict(zip(self._all_layers(), self.weighting)) if isinstance(self.weighting, list) else {}
         promises = [_promise(of.get(layer, self.weighting)) for layer in layers]
         same = promises if of else promises[:1]
@@ -395,17 +417,6 @@ def _check_weighting(weighting: object) -> None:
         )
 
 
-def _gramian(parts: list[Part], layers: int) -> Tensor:
-    """[G, K, K], added up over devices and processes."""
-    found = [part.add_up(gramian(part.lists, groups=part.groups)) for part in parts]
-    if len(parts) == 1:
-        return found[0]
-    total = found[0].new_zeros(layers, *found[0].shape[1:], dtype=torch.float64)
-    for part, products in zip(parts, found):
-        total[list(dict.fromkeys(part.groups))] += products.to(total)
-    return total
-
-
 def _promise(weighting: object) -> Promise:
     first = 1 if weighting in ("gem", "ogd") else 0
     return Promise(first, unchanged=weighting == "ogd")
@@ -416,8 +427,8 @@ def _measure(parts: list[Part], layers: int, changes: list[list[Tensor]]) -> tup
     found = []
     for start in range(0, len(parts[0].lists), MAX_OBJECTIVES - 1):
         some = slice(start, start + MAX_OBJECTIVES - 1)
-        lists = [[change, *part.lists[some]] for change, part in zip(changes, parts)]
-        found.append(_gramian([replace(part, lists=of) for part, of in zip(parts, lists)], layers))
+        each = [part.with_lists([change, *part.lists[some]]) for change, part in zip(changes, parts)]
+        found.append(inner_products(each, layers))
     inner = torch.cat([products[:, 0, 1:] for products in found], 1)
     squares = torch.cat([products.diagonal(dim1=1, dim2=2)[:, 1:] for products in found], 1)
     return found[0][:, 0, 0], inner, squares

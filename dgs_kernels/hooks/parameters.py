@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from dgs_kernels.hooks.capture import BeforeStep, Capture, check_margin
+from dgs_kernels.hooks.lasting import check_steps
 from dgs_kernels.hooks.metrics import SLACK, SurgeryMetrics, cosine, length
 from dgs_kernels.hooks.places import Part
 from dgs_kernels.hooks.ranks import average
@@ -40,13 +41,18 @@ class ReferenceSurgery(Capture):
         self._last: tuple[list[str], Tensor, Surgery, float] | None = None
         self._names: list[str] = []
 
-    def harmful(self) -> AbstractContextManager[None]:
-        """A context: what `backward()` inside computes becomes the direction to remove; `.grad` stays."""
-        return self.capture("harmful", "harmful()")
+    def harmful(self, steps: int = 1) -> AbstractContextManager[None]:
+        """A context: what `backward()` inside computes becomes the direction to remove; `.grad` stays.
 
-    def beneficial(self) -> AbstractContextManager[None]:
-        """A context: what `backward()` inside computes becomes the direction to align with."""
-        return self.capture("beneficial", "beneficial()")
+        It serves `steps` steps, 1 or more, or until there is a new one.
+        """
+        check_steps("harmful()", steps)
+        return self.capture("harmful", "harmful()", steps)
+
+    def beneficial(self, steps: int = 1) -> AbstractContextManager[None]:
+        """A context: what `backward()` inside computes becomes the direction to align with; as `harmful`."""
+        check_steps("beneficial()", steps)
+        return self.capture("beneficial", "beneficial()", steps)
 
     @property
     def options(self) -> Surgery:
@@ -65,11 +71,15 @@ class ReferenceSurgery(Capture):
         task = {p: g for p, g in self.task().items() if everyone or p in harmful or p in beneficial}
         if everyone:
             self.meet_ranks()
-        parts, self._names = self.parts([task, harmful, beneficial] if beneficial else [task, harmful])
+        places = {"harmful": 1, "beneficial": 2} if beneficial else {"harmful": 1}
+        parts, self._names = self.parts([task, harmful, beneficial][: 1 + len(places)])
         for part in parts:
-            if self.process_group is not None:
-                for tensors in part.lists[1:]:
+            for kind, tensors in zip(places, part.lists[1:]):
+                if self.process_group is not None and kind in self.fresh:
                     average(tensors, self.process_group)
+        self.lasting.keep(self.fresh, parts, len(self._names), places, self.process_group is not None)
+        self.fresh = {}
+        for part in parts:
             part.lists += [[]] * (3 - len(part.lists))
         return parts
 
@@ -132,6 +142,7 @@ class ReferenceSurgery(Capture):
             conflict=gh < 0,
             alignment=torch.where(bb == 0, 0.0, abs(pull) * length(bb) / length(gg)),
             margin_met=(along - share * gap >= margin - SLACK) | (hh == 0) | (margin == 0),
+            refresh_cosine=dict(self.lasting.cosines),
             **(self.updates.found() if self.updates else {}),
         )
 

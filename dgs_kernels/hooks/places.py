@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from dgs_kernels.hooks.ranks import is_sharded
+from dgs_kernels.ops.gramian import gramian
 from dgs_kernels.tensors import sums_dtype
 
 Gradient = dict[Tensor, Tensor]  # of parameters
@@ -48,6 +49,10 @@ class Part:
     def sums_dtype(self) -> torch.dtype:
         return sums_dtype(*self.lists)
 
+    def with_lists(self, lists: list[list[Any]]) -> Part:
+        """Other tensors of the same parameters."""
+        return Part(self.device, self.meshes, lists, self.params, self.groups)
+
     def of(self, sums: Tensor) -> Tensor:
         """Sums of all layers, on the device and of the type that kernels ask for here."""
         return sums.to(self.device, self.sums_dtype)
@@ -57,6 +62,17 @@ class Part:
         for mesh, dim in self.meshes:
             dist.all_reduce(numbers, group=mesh.get_group(dim))
         return numbers
+
+
+def inner_products(parts: list[Part], layers: int) -> Tensor:
+    """[G, K, K], added up over devices and processes."""
+    found = [part.add_up(gramian(part.lists, groups=part.groups)) for part in parts]
+    if len(parts) == 1:
+        return found[0]
+    total = found[0].new_zeros(layers, *found[0].shape[1:], dtype=torch.float64)
+    for part, products in zip(parts, found):
+        total[list(dict.fromkeys(part.groups))] += products.to(total)
+    return total
 
 
 def stamp(x: Tensor) -> tuple[int, int]:

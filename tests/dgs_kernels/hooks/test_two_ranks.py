@@ -7,7 +7,7 @@ import torch
 
 from dgs_kernels import reference
 from tests.dgs_kernels.hooks.table import check, is_refused, works
-from tests.dgs_kernels.hooks.tracked_on_ranks import tracked
+from tests.dgs_kernels.hooks.tracked_on_ranks import kept, tracked
 from tests.dgs_kernels.hooks.training_loops import (
     STEPS,
     Hook,
@@ -68,6 +68,14 @@ def test_updates_are_measured_over_all_ranks(two_ranks, kind, scenario):
     model = Net()
     hook = Hook(kind, model, model=model, granularity="layer", track_update=True)
     torch.testing.assert_close(two_ranks[scenario, kind], tracked(hook, model))
+
+
+@on_parameters
+@pytest.mark.parametrize("scenario", ["kept_fsdp2", "kept_process_group"])
+def test_kept_gradients_on_two_ranks(two_ranks, kind, scenario):
+    model = Net()
+    hook = Hook(kind, model, model=model, granularity="layer")
+    torch.testing.assert_close(two_ranks[scenario, kind], kept(hook, model))
 
 
 @hooks
