@@ -45,6 +45,11 @@ class Capture:
     def __post_init__(self) -> None:
         inner = getattr(self.optimizer, "optimizer", None)
         kind = type(self.optimizer).__name__
+        if any("deepspeed" in type(x).__module__ for x in (self.optimizer, inner)):
+            raise TypeError(
+                f"{self.caller}: DeepSpeed reduces gradients into partitions of its own, which no "
+                "captured one can join: use FSDP2, or DDP with torch's ZeroRedundancyOptimizer"
+            )
         if isinstance(inner, torch.optim.Optimizer):
             raise TypeError(
                 f"{self.caller}: {kind} only wraps an optimizer and runs no hooks: pass its .optimizer"
