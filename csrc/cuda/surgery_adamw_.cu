@@ -22,8 +22,8 @@ __global__ __launch_bounds__(kListThreads, kListBlocks<T>) void adamw_chunks(con
   T* param = chunk.at(static_cast<T*>(tensor.param));
   T* exp_avg = chunk.at(static_cast<T*>(tensor.exp_avg));
   T* exp_avg_sq = chunk.at(static_cast<T*>(tensor.exp_avg_sq));
-  if (p.list.cluster)  // they arrive while the sums are taken
-    for (const T* array : {param, exp_avg, exp_avg_sq}) prefetch(array, chunk.count);
+  // They arrive while the gradient is read, and in a cluster while its sums are taken.
+  for (const T* array : {param, exp_avg, exp_avg_sq}) prefetch(array, chunk.count);
   Share<T, Aligned> share;
   A k = read_and_project(p.list, chunk, share);
   A decay = A(p.decay), fresh1 = A(p.fresh1), beta2 = A(p.beta2), fresh2 = A(p.fresh2);
