@@ -31,8 +31,8 @@ class SurgeryAdamW(torch.optim.AdamW):
         params, lr, betas, eps, weight_decay, maximize, foreach: see `torch.optim.AdamW`.
         amsgrad, capturable, differentiable, fused: not supported; use `OptimizerSurgery` on AdamW.
         surgery_eps: the `eps` of the surgery, added to the norm of a layer's harmful direction.
-        alignment, order, rule, margin, granularity, model, scaler, process_group, check_ranks,
-            track_update: see `OptimizerSurgery`.
+        alignment, order, rule, margin, granularity: see `OptimizerSurgery`.
+        model, scaler, process_group, check_ranks, track_update: see `OptimizerSurgery`.
 
     Raises:
         ValueError, TypeError, RuntimeError: as `OptimizerSurgery`.
