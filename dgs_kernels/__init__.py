@@ -6,6 +6,7 @@ from dgs_kernels.hooks.adamw import SurgeryAdamW
 from dgs_kernels.hooks.features import gradient_surgery
 from dgs_kernels.hooks.objectives import ObjectiveSurgery
 from dgs_kernels.hooks.parameters import OptimizerSurgery
+from dgs_kernels.hooks.subspace import ReferenceSubspace
 from dgs_kernels.module import SurgeryHead
 from dgs_kernels.ops.combine_ import combine_
 from dgs_kernels.ops.gramian import MAX_OBJECTIVES, gramian
@@ -19,6 +20,7 @@ __all__ = [
     "BackendError",
     "ObjectiveSurgery",
     "OptimizerSurgery",
+    "ReferenceSubspace",
     "SurgeryAdamW",
     "SurgeryHead",
     "SurgeryHeadOutput",

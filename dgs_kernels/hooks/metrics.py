@@ -118,6 +118,33 @@ class ObjectiveMetrics:
         return _plots(prefix, self.layers, self.conflict_rate, rows)
 
 
+@dataclass(frozen=True)
+class SubspaceMetrics:
+    """What a step's `ReferenceSubspace` did to each of G layers; tensors on their device, without a sync.
+
+    Attributes:
+        layers: G names.
+        removed: [G], share of the gradient's energy that was taken away.
+        conflict: [G] bool, whether its inner product with the sum of the references is negative.
+        rank: [G] integers, the directions of the basis.
+    """
+
+    layers: list[str]
+    removed: Tensor
+    conflict: Tensor
+    rank: Tensor
+
+    @property
+    def conflict_rate(self) -> Tensor:
+        """Share of the layers that conflict, 0-dim."""
+        return self.conflict.float().mean()
+
+    def scalars(self, prefix: str = "subspace") -> dict[str, float]:
+        """Every number under the name of its plot, as TensorBoard takes them; waits for the device once."""
+        rows = {name: getattr(self, name) for name in ("removed", "conflict", "rank")}
+        return _plots(prefix, self.layers, self.conflict_rate, rows)
+
+
 def length(square: Tensor) -> Tensor:
     """The length of a vector from its square; NaN where that is not in the normal range of its type."""
     known = (square >= torch.finfo(square.dtype).tiny) & (square < torch.inf)
