@@ -109,7 +109,7 @@ class ReferenceSubspace(Capture):
         super().__init__(optimizer, granularity=granularity, **capture)
         self._basis: dict[Tensor, Tensor] = {}  # [rank, numbers of a parameter on this process]
         self._known: dict[str, _Layer] = {}
-        self._small: dict[tuple, tuple[Tensor, Tensor]] = {}
+        self._small: dict[tuple, tuple[Tensor, Tensor, Tensor]] = {}
         self._scaled: list[list[Any]] = [[], []]
         self._last: SubspaceMetrics | None = None
         self._hook = weakref.ref(BeforeStep(self, self._edit))

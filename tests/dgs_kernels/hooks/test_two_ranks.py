@@ -7,7 +7,7 @@ import torch
 
 from dgs_kernels import reference
 from tests.dgs_kernels.hooks.table import check, is_refused, works
-from tests.dgs_kernels.hooks.tracked_on_ranks import kept, tracked
+from tests.dgs_kernels.hooks.tracked_on_ranks import kept, subspace, tracked
 from tests.dgs_kernels.hooks.training_loops import (
     STEPS,
     Hook,
@@ -76,6 +76,16 @@ def test_kept_gradients_on_two_ranks(two_ranks, kind, scenario):
     model = Net()
     hook = Hook(kind, model, model=model, granularity="layer")
     torch.testing.assert_close(two_ranks[scenario, kind], kept(hook, model))
+
+
+@pytest.mark.parametrize("scenario", ["fsdp2", "ddp", "process_group"])
+def test_subspaces_on_two_ranks(two_ranks, scenario):
+    model = Net()
+    torch.testing.assert_close(two_ranks[f"subspace_{scenario}", "subspace"], subspace(model, model))
+
+
+def test_references_that_differ_between_ranks_are_refused(two_ranks):
+    assert "the captured gradients differ between ranks" in two_ranks["subspace_unreduced", "subspace"]
 
 
 @hooks

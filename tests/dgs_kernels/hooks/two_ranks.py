@@ -39,6 +39,7 @@ def on_two_ranks(rank: int, folder: str) -> None:
     found = {}
     runs = [*itertools.product(SCENARIOS.items(), HOOKS), *((s, "objectives") for s in CAPTURED.items())]
     runs += itertools.product(tracked_on_ranks.SCENARIOS.items(), HOOKS[1:])
+    runs += itertools.product(tracked_on_ranks.SUBSPACES.items(), ["subspace"])
     for (loop, scenario), kind in runs:
         try:
             found[loop, kind] = [full(w) for w in scenario(kind, rank)]
