@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from dgsnet.cli import COMMANDS, main
+from onnx import helper
 from PIL import Image
 
 from tests.support.tiny import add_quick_gelu
@@ -26,6 +27,18 @@ TRAIN = (
 TWINS = "twins --data data/train --workers 0 --out"
 SEVERAL = "evaluate --model a=run b=run/last --data data/val --workers 0 --out"
 UPDATE = "update --model run --data data/train --replay data/val --steps 1 --out"
+
+
+def network():
+    """The ONNX of one whose logit is the mean of the pixels."""
+    graph = helper.make_graph(
+        [helper.make_node("ReduceMean", ["pixels"], ["logits"], axes=[1, 2, 3], keepdims=0)],
+        "mean",
+        [helper.make_tensor_value_info("pixels", 1, ["batch", 3, 32, 32])],
+        [helper.make_tensor_value_info("logits", 1, ["batch"])],
+    )
+    opsets = [helper.make_opsetid("", 17)]
+    return helper.make_model(graph, opset_imports=opsets, ir_version=8).SerializeToString()
 
 
 class Mark:
@@ -91,12 +104,17 @@ def place(tmp_path_factory):
             "path,score,label\n" + "".join(f"{i},{i},{i // 9}\n" for i in range(18))
         )
         (place / "reviewed.csv").write_text("path,decision,truth\na.png,real,real\n")
+        (place / "net.onnx").write_bytes(network())
+        said = {"model": {}, "preprocess": {"mode": "crop", "image_size": 32}}
+        (place / "net.onnx.detector.json").write_text(json.dumps(said))
         torch.save(build_clip("tiny-quickgelu", "", True).state_dict(), "weights.pt")
         for words in (
             f"{TRAIN} --out run",
             "audit --data data/train --out audit",
             "calibrate --model run --reals data/val/0_real --fpr 0.5",
             "monitor --model run --reviewed reviewed.csv",
+            "calibrate --model net.onnx --reals data/val/0_real --fpr 0.5 --workers 0",
+            "monitor --model net.onnx --reviewed reviewed.csv",
             "calibrate --scores scores.csv --out rule --fpr 0.5",
             "monitor --model rule --scores scores.csv",
             f"{UPDATE} update",
@@ -157,6 +175,7 @@ LINES = {
         "predict data/val --model run --out scores.csv --workers 0 --resume",
         "scores.csv.partial",
     ),
+    "predict, of ONNX": ("predict data/val --model net.onnx --out new.csv --workers 0", "net.onnx*"),
     "calibrate": (
         "calibrate --model run --reals data/val/0_real --fpr 0.5 --replace",
         "run/best/* weights.pt",

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from dgsnet.model.dgsnet import DGSNet
+from dgsnet.model.onnx_network import OnnxNetwork
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SIZES = (1, 2, 4, 8, 16, 32, 64)
@@ -28,6 +29,16 @@ PATIENCE = 4.0
 def ready(model: nn.Module, precision: str) -> nn.Module:
     """A `DGSNet` as a copy with its adapters merged, at a precision; another module as it is."""
     return model.merged(DTYPES[precision]) if isinstance(model, DGSNet) else model
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where a module's weights are; the CPU where it has none of torch's."""
+    return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+
+
+def fp32_only(model: nn.Module) -> bool:
+    """Whether a model computes in no other precision."""
+    return isinstance(model, OnnxNetwork)
 
 
 class Batches:
@@ -44,10 +55,11 @@ class Batches:
 
     def __init__(self, model: Any, size: int) -> None:
         self.model, self.size = model, size
-        self.device = next(model.parameters()).device
+        self.device = device_of(model)
         self._turn = threading.Lock()  # a captured graph reads and writes in one place
         self._run: Callable[[Tensor], Tensor] = model.logits
-        if size > 1 and isinstance(model, DGSNet) and not self._independent():
+        # ONNX Runtime says nothing of the bits in a batch, and some files hold one image at a time.
+        if size > 1 and (isinstance(model, OnnxNetwork) or not self._independent()):
             self.size = 1
         if self.device.type == "cuda":
             self._run = _captured(model.logits, self._random())
@@ -72,8 +84,10 @@ class Batches:
     def _independent(self) -> bool:
         """Whether an image has the same bits in every place of a batch and among others.
 
-        One block is like the others, and stands for them.
+        One block is like the others, and stands for them. Of a module that is no DGSNet it is taken as given.
         """
+        if not isinstance(self.model, DGSNet):
+            return True
         pixels = self._random()
         alike = self.model.logits(pixels[:1].expand_as(pixels).contiguous(), depth=1)
         others = self.model.logits(pixels, depth=1)

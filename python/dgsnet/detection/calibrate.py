@@ -49,7 +49,7 @@ def calibrate_command(
     with --scores and --out, the threshold of another program's scores, into a folder of its own.
 
     Args:
-        model: a model folder, or the folder of a training run.
+        model: a model folder, or the folder of a training run, or an .onnx that dgsnet export wrote.
         reals: real images like those to be decided on: files, folders (searched recursively), glob patterns.
             Of a labelled dataset its real images are taken. Given again for each further source: the rate
             then holds for each of them.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import hashlib
 import itertools
 import math
 import os
@@ -62,7 +61,8 @@ class Detector:
         description: where there is no calibration, it has the temperature and the threshold.
 
     Attributes:
-        model: the network, in evaluation mode. What scores is a copy, made when it is first asked for.
+        model: the network, in evaluation mode; of an .onnx an `OnnxNetwork`. What scores is a copy, made when
+            it is first asked for.
         config, calibration, views, batch, precision, crops, description: as given or found.
         folder: of the model, whose calibration decides; None where `load` has not made it.
         alarmed: whether `dgsnet monitor` found that the calibration does not hold; see `obey`.
@@ -89,10 +89,13 @@ class Detector:
         description: Description | None = None,
     ):
         from dgsnet.data.preprocess import Preprocessor
+        from dgsnet.detection.batches import fp32_only
 
         self.views: int = _setting(calibration, "views", views)
         self.batch: int = _setting(calibration, "batch", batch)
         self.precision: str = _setting(calibration, "precision", precision)
+        if self.precision != "fp32" and fp32_only(model):
+            raise UserError(f"an .onnx is computed in fp32: {self.precision} needs the model folder")
         if crops is None and not calibration:
             crops = config.preprocess.crops
         self.crops: Crops = _setting(calibration, "crops", crops)
@@ -127,8 +130,10 @@ class Detector:
         """Load a model folder with its calibration, or the best model of a training run's folder.
 
         Args:
-            run: folder written by `dgsnet train`, `dgsnet convert` or `dgsnet demo`.
-            device: torch device, such as "cpu" or "cuda:1"; None takes the GPU where there is one.
+            run: folder written by `dgsnet train`, `dgsnet convert` or `dgsnet demo`, or an .onnx with its
+                description beside it, as `dgsnet export` writes them.
+            device: torch device, such as "cpu" or "cuda:1"; None takes the GPU where there is one. An .onnx
+                is scored on the CPU.
             views, batch, precision, crops: as of the class.
             calibrated: False leaves the folder's calibration aside.
             pretrained: weights file of the backbone, in place of the one that the folder names; TorchScript,
@@ -139,28 +144,22 @@ class Detector:
                 views, crops, batches or another precision, or there is no such device.
         """
         from dgsnet.detection.decisions import load_calibration
-        from dgsnet.model.folders import model_folder, read_description
+        from dgsnet.model.folders import is_onnx, model_folder
 
-        folder = model_folder(run)  # refuses what is no model, before the imports that take seconds
+        if not is_onnx(run):
+            model_folder(run)  # refuses what is no model, before the imports that take seconds
 
-        import torch
+        from dgsnet.model.network import device_for, load_network
 
-        from dgsnet.model.checkpoint import load_model
-
-        if device is None:
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        try:
-            torch.empty(0, device=device)
-        except (RuntimeError, AssertionError) as error:
-            raise UserError(f"device {device} cannot be used here ({error}); try cpu") from None
+        device = device_for(run, device)
         calibration = load_calibration(run) if calibrated else None
         if calibration and calibration.raw:
             raise UserError(
                 f"{run} is calibrated for another program's scores: run dgsnet calibrate --replace"
             )
-        model = load_model(Path(run), device=device, pretrained=pretrained)
+        model, config, description = load_network(Path(run), device, pretrained)
         how: dict[str, Any] = {"views": views, "batch": batch, "precision": precision, "crops": crops}
-        detector = cls(*model, calibration, **how, description=read_description(folder))
+        detector = cls(model, config, calibration, **how, description=description)
         if calibrated:
             detector.folder = Path(run)
             detector.obey()
@@ -174,9 +173,10 @@ class Detector:
 
         `dgsnet.detection.batches` says how they are chosen.
         """
-        from dgsnet.detection.batches import best_size, fast_precision, ready
+        from dgsnet.detection.batches import best_size, device_of, fast_precision, fp32_only, ready
 
-        precision = precision or fast_precision(next(self.model.parameters()).device)
+        fast = "fp32" if fp32_only(self.model) else fast_precision(device_of(self.model))
+        precision = precision or fast
         batch = batch or best_size(ready(self.model, precision))[0]
         how: dict[str, Any] = {"batch": batch, "precision": precision}
         kept: dict[str, Any] = {"crops": self.crops, "description": self.description}
@@ -186,15 +186,10 @@ class Detector:
 
     def settings(self) -> dict[str, Any]:
         """What logits depend on besides the image, as JSON values: a hash of the model, preprocessing, ..."""
-        from dgsnet.model.checkpoint import fingerprint, trained_state
+        from dgsnet.model.network import identity
 
-        model = hashlib.sha256(fingerprint(self.model).encode())
-        if self.config.model.feature != "own" or self.config.model.l2:
-            model.update(f"{self.config.model.feature} {self.config.model.l2}".encode())
-        for name, tensor in sorted(trained_state(self.model).items()):
-            model.update(name.encode() + tensor.float().numpy().tobytes())
         return {
-            "model": model.hexdigest()[:16],
+            "model": identity(self.model, self.config),
             "preprocessing": self.config.preprocess.of_one(),
             "views": self.views,
             "batch": self.batches.size,

@@ -71,6 +71,8 @@ def answers(
     if engine == "local":
         yield from _surviving(job, items, workers)
         return
+    from dgsnet.detection.batches import device_of
+
     again = {name: scorer.again for name, scorer in job.scorers.items()}
     if None in again.values():
         raise UserError("engine ray needs a detector that Detector.load made")
@@ -81,7 +83,7 @@ def answers(
         items,
         workers,
         fills=detector.fills,
-        on_gpu=next(detector.model.parameters()).is_cuda,
+        on_gpu=device_of(detector.model).type == "cuda",
     ):
         yield Answer(item, *answer)
 

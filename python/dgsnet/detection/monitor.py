@@ -341,7 +341,7 @@ def monitor_command(model: str, reviewed: str | None = None, scores: str | None 
     page say "unsure" in place of "generated" until the model is calibrated anew.
 
     Args:
-        model: a model folder, or the folder of a training run, or of calibrate --scores; calibrated.
+        model: a model folder, an .onnx, or the folder of a training run or of calibrate --scores; calibrated.
         reviewed: CSV of images whose truth somebody has found out, with columns path, decision, truth (real
             or generated) and, where known, source; lines are appended to it.
         scores: the same of another program's scores, with columns path, score, label (real or generated;

@@ -113,7 +113,7 @@ def predict_command(
     Args:
         paths: image files, folders (searched recursively), quoted glob and brace patterns, lists (.txt or
             .csv; - for standard input), tar shards and Parquet files.
-        model: a model folder, or the folder of a training run.
+        model: a model folder, or the folder of a training run, or an .onnx that dgsnet export wrote.
         out: the .csv, .jsonl or .parquet to write; it appears under this name when complete.
         device: torch device; the GPU where there is one if not given.
         views: mosaics averaged per image; if not given, what the model was calibrated with, else 1.

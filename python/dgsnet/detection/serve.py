@@ -277,7 +277,7 @@ def serve_command(
     """Show a page that scores the images dropped on it, with the JSON API behind it.
 
     Args:
-        model: a model folder, or the folder of a training run.
+        model: a model folder, or the folder of a training run, or an .onnx that dgsnet export wrote.
         host: address to listen on. Anything but this machine's own opens the page to the network, without
             a password.
         port: to listen on; 0 takes a free one.

@@ -26,7 +26,10 @@ def frozen_detector(detector: Detector) -> Detector:
     import torch
 
     from dgsnet.detection.detector import Detector
+    from dgsnet.model.onnx_network import OnnxNetwork
 
+    if isinstance(detector.model, OnnxNetwork):
+        raise UserError("--frozen needs the model folder: an .onnx holds no backbone without adapters")
     config = detector.config
     for name, lacking in (
         ("model.lora_rank=0", not config.model.lora_rank),

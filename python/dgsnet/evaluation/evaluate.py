@@ -239,9 +239,9 @@ def evaluate_command(
 
     Args:
         data: test suites: dataset folders, or JSON/CSV lists of path and label; NAME=PATH names a suite.
-        model: a model folder, or the folder of a training run; NAME=FOLDER names it. Of several, the first is
-            what the others are compared with. A folder of calibrate --scores is the threshold of the table
-            of its name, or of the only one.
+        model: a model folder, or the folder of a training run, or an .onnx that dgsnet export wrote;
+            NAME=PATH names it. Of several, the first is what the others are compared with. A folder of
+            calibrate --scores is the threshold of the table of its name, or of the only one.
         out: folder for the results; scores that are already in it are not made again.
         scores: CSV of another program's scores, columns path and score (any number, higher for generated
             images), matched with the images by path; NAME=TABLE names it. Without --data and other models,

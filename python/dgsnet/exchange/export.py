@@ -11,14 +11,18 @@ import os
 import tempfile
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from dgsnet.data.captioning import quiet_transformers
+from dgsnet.detection.monitor import MONITOR_FILE
 from dgsnet.errors import UserError
 from dgsnet.exchange.huggingface import form_of, frozen_encoder
 from dgsnet.exchange.model_card import model_card
 from dgsnet.files import check_new
+from dgsnet.model.description import DETECTOR_FILE, Description
+from dgsnet.model.folders import CALIBRATION_FILE, model_folder
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -45,6 +49,8 @@ def export_command(model: str, format: Format, out: str, pretrained: str | None 
     """
     card = export(model, out, format, pretrained=pretrained)
     print(f"{out}: {format}, verified against the original; model card {card}")
+    if format == "onnx":
+        print(f"dgsnet predict, evaluate, calibrate, monitor and serve take it as --model {out}")
 
 
 def export(model: str | Path, out: str | Path, format: Format, *, pretrained: str | None = None) -> Path:
@@ -72,6 +78,7 @@ def export(model: str | Path, out: str | Path, format: Format, *, pretrained: st
         raise UserError(
             f"{out} is a folder: give --out the name of a file, such as {out / f'model.{format}'}"
         )
+    model_folder(model)  # refuses an .onnx, which Detector.load takes
     detector = Detector.load(model, "cpu", pretrained=pretrained)
 
     from dgsnet.detection.batches import Batches, ready
@@ -93,9 +100,30 @@ def export(model: str | Path, out: str | Path, format: Format, *, pretrained: st
                 out.rmdir()
             os.rename(new, out)
             return out / card.name
+        if format == "onnx":
+            _describe(detector, new)
+            for name in (CALIBRATION_FILE, MONITOR_FILE):  # of another network that was called so
+                Path(f"{out}.{name}").unlink(missing_ok=True)
         for path in sorted(new.parent.iterdir()):  # large ONNX models have a second file
             os.replace(path, out.parent / path.name)
     return out.parent / card.name
+
+
+def _describe(detector: Detector, path: Path) -> None:
+    """Write beside an .onnx what `Detector.load` takes with it.
+
+    A calibration whose scores were made in another precision than ONNX Runtime's does not hold there: its
+    temperature and threshold alone are kept.
+    """
+    # Adapters are merged, and the weights are in the graph.
+    merged: dict[str, Any] = {"model": replace(detector.config.model, pretrained="", lora_rank=0)}
+    merged["preprocess"] = replace(detector.config.preprocess, crops=detector.crops)
+    said, rule = replace(detector.description or Description(), **merged), detector.calibration
+    if rule and rule.precision == "fp32":
+        Path(f"{path}.{CALIBRATION_FILE}").write_text(replace(rule, batch=1).to_json())
+    elif rule:
+        said = replace(said, temperature=rule.temperature, threshold=min(max(rule.threshold, 1e-6), 1 - 1e-6))
+    Path(f"{path}.{DETECTOR_FILE}").write_text(said.to_json())
 
 
 def contract(detector: Detector) -> dict[str, Any]:

@@ -35,6 +35,7 @@ from dgsnet.model.description import DETECTOR_FILE, Description
 from dgsnet.model.dgsnet import DGSNet
 from dgsnet.model.folders import (
     WEIGHTS_FILE,
+    beside,
     model_folder,
     read_model_config,
     with_pretrained,
@@ -247,7 +248,7 @@ def read_extra(folder: str | Path) -> dict[str, Any]:
 
 def trained_on(folder: str | Path) -> np.ndarray:
     """Hashes of the files that a model was trained on, int64 [N], ascending; none where it does not say."""
-    path = model_folder(folder) / TRAINED_ON_FILE
+    path = beside(folder, TRAINED_ON_FILE)
     try:
         with open(path, "rb") as file:
             version = np.lib.format.read_magic(file)

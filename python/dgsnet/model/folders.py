@@ -17,9 +17,19 @@ CALIBRATION_FILE = "calibration.json"
 BACKBONE_FILES = ("clip.safetensors", "backbone.safetensors")
 
 
+def is_onnx(path: str | Path) -> bool:
+    """Whether a model is a network in an ONNX file."""
+    return Path(path).suffix.lower() == ".onnx" and Path(path).is_file()
+
+
 def model_folder(path: str | Path) -> Path:
     """The model folder that `path` means: itself, or a run folder's best model; UserError: there is none."""
     path = Path(path)
+    if is_onnx(path):
+        raise UserError(
+            f"{path} is a network alone, which predict, evaluate, calibrate, monitor and serve take: give "
+            "the model folder that it was exported from"
+        )
     for folder in (path / "best", path):
         # The latter after a kill between replace_folder's renames.
         for candidate in (folder, aside(folder)):
@@ -50,9 +60,12 @@ def beside(model: str | Path, name: str) -> Path:
     """Where a file that goes with a model lies, or will lie; UserError: there is no model.
 
     Args:
-        model: as of `model_folder`, or a folder that `holds_rule`.
+        model: as of `model_folder`, a folder that `holds_rule`, or an .onnx: beside x.onnx they are called
+            x.onnx.calibration.json.
         name: as CALIBRATION_FILE.
     """
+    if is_onnx(model):
+        return Path(f"{model}.{name}")
     return Path(model) / name if holds_rule(model) else model_folder(model) / name
 
 

@@ -95,7 +95,13 @@ def test_onnx_runtime_gives_the_same_probabilities(run, pixels, tmp_path, capsys
     onnx.checker.check_model(str(out))
     # Nothing of this machine's disk is in the file.
     assert str(Path(open_clip.__file__).parent).encode() not in out.read_bytes()
-    assert sorted(p.name for p in out.parent.iterdir()) == ["model.onnx", "model.onnx.md"]
+    assert sorted(p.name for p in out.parent.iterdir()) == [
+        "model.onnx",
+        "model.onnx.calibration.json",
+        "model.onnx.detector.json",
+        "model.onnx.md",
+    ]
+    assert "somebody" not in (out.parent / "model.onnx.detector.json").read_text()
 
 
 @pytest.mark.parametrize("format", ["torchscript", "safetensors", "hf"])
