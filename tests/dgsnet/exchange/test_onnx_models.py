@@ -207,7 +207,7 @@ STRANGE = {
     ),
     "another size": (network(sides=("batch", 3, 48, 48)), "3, 32, 32]"),
     "another batch": (network(sides=(2, 3, 32, 32)), "'batch' or 1"),
-    "double": (network(kind=TensorProto.DOUBLE), "tensor(double)"),
+    "double": (network(kind=TensorProto.DOUBLE), "its input is tensor(double)"),
     "many": (
         network([helper.make_node("ReduceMean", ["pixels"], ["logits"], axes=[2, 3], keepdims=0)]),
         "one float32 logit is needed",
