@@ -20,7 +20,11 @@ from dgs_kernels.ops.combine_ import combine_
 from dgs_kernels.ops.gramian import KERNEL_OBJECTIVES
 
 SUBSPACE_RULES = ("full", "conflict")
-COLUMNS = 2**16  # of a basis that are rotated at a time, in float64
+# Directions that a pass takes beside the gradient: of K lists gramian computes all K^2 / 2 inner products.
+AT_ONCE = KERNEL_OBJECTIVES // 2 - 1
+# Columns of a basis that turn at a time, in float64: on a CPU they shall stay in its cache.
+COLUMNS = {"cpu": 2**12}
+MORE_COLUMNS = 2**18
 
 
 @dataclass
@@ -241,7 +245,7 @@ class ReferenceSubspace(Capture):
                     f"reference(): the gradient of {name} has NaN or infinity, or is too long for a square: "
                     "nothing was added to the basis"
                 )
-        _combine(parts, torch.cat([torch.ones_like(inner[:, :1]), -inner], 1))
+        _subtract(parts, inner)
         products = inner_products(parts, len(layers)).double().cpu()
         turns = []
         for i, name in enumerate(layers):
@@ -287,7 +291,7 @@ class ReferenceSubspace(Capture):
         self.compare_ranks({"task": square, "captured": energy})
         conflict = (inner * total).sum(1) < 0
         part_taken = inner if self.rule == "full" else torch.where(conflict[:, None], inner, 0.0)
-        _combine(parts, torch.cat([torch.ones_like(inner[:, :1]), -part_taken], 1))
+        _subtract(parts, part_taken)
         removed = torch.where(square == 0, 0.0, part_taken.square().sum(1) / square)
         self._last = SubspaceMetrics(layers, removed.clamp(max=1), conflict, ranks)
 
@@ -359,25 +363,32 @@ def _turn(basis: Tensor, left: Tensor, turn: _Turn) -> None:
     """
     weights = turn.weights.to(basis.device)
     n = weights.shape[1] - 1
-    for columns, mine in zip(basis.split(COLUMNS, 1), left.split(COLUMNS)):
+    count = COLUMNS.get(basis.device.type, MORE_COLUMNS)
+    for columns, mine in zip(basis.split(count, 1), left.split(count)):
         new = torch.addr(weights[:, :n] @ columns[:n].double(), weights[:, n], mine.double())
         columns[turn.first : turn.first + len(weights)] = new
 
 
 def _with_the_first(parts: list[Part], layers: int) -> tuple[Tensor, Tensor]:
     """Inner products of the first list with itself [G] and with each of the others [G, K - 1]."""
-    found, some = [], KERNEL_OBJECTIVES - 1
-    for start in range(1, len(parts[0].lists), some):
-        each = [part.with_lists([part.lists[0], *part.lists[start : start + some]]) for part in parts]
+    found = []
+    for start in range(1, len(parts[0].lists), AT_ONCE):
+        each = [part.with_lists([part.lists[0], *part.lists[start : start + AT_ONCE]]) for part in parts]
         found.append(inner_products(each, layers)[:, 0])
     return found[0][:, 0], torch.cat([row[:, 1:] for row in found], 1)
 
 
-def _combine(parts: list[Part], weights: Tensor) -> None:
-    """Write the weighted sum of all lists over the first."""
+def _subtract(parts: list[Part], weights: Tensor) -> None:
+    """Take from the first list the others times [G, K - 1], in place."""
     for part in parts:
-        mine = weights if len(parts) == 1 else weights[list(dict.fromkeys(part.groups))]
-        combine_(part.lists[0], part.lists, part.of(mine), groups=part.groups)
+        mine = part.of(weights if len(parts) == 1 else weights[list(dict.fromkeys(part.groups))])
+        first, others = part.lists[0], part.lists[1:]
+        # A sum of more lists than a kernel takes is made beside them; half precision needs it.
+        exact = all(t.dtype == part.sums_dtype for t in first)
+        some = KERNEL_OBJECTIVES - 1 if exact else len(others)
+        for start in range(0, len(others), some):
+            its = torch.nn.functional.pad(-mine[:, start : start + some], (1, 0), value=1.0)
+            combine_(first, [first, *others[start : start + some]], its, groups=part.groups)
 
 
 def _basis_dtype(p: Tensor) -> torch.dtype:

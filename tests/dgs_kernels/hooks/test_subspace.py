@@ -92,9 +92,9 @@ def grads_now(model):
 def test_the_basis_stays_orthonormal():
     """300 references of very different lengths, near each other: it turns at each."""
     torch.manual_seed(0)
-    w, _, subspace = on_vector(6, 4000)
-    common = torch.randn(4000)
-    see(subspace, w, (10 ** (i % 7 - 3) * (common + 0.01 * torch.randn(4000)) for i in range(300)))
+    w, _, subspace = on_vector(6, 9000)
+    common = torch.randn(9000)
+    see(subspace, w, (10 ** (i % 7 - 3) * (common + 0.01 * torch.randn(9000)) for i in range(300)))
     basis = subspace.state_dict()["basis"][0].double()
     assert (basis @ basis.T - torch.eye(6)).abs().max() < 5e-7
 
@@ -113,6 +113,18 @@ def test_a_full_basis_keeps_the_dominant_directions():
     assert cosines.min() > 0.9999
     assert edited(w, optimizer, top[1].float()).norm() < 0.02
     assert subspace.metrics().rank.tolist() == [3]
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 5e-3)])
+def test_more_directions_than_a_kernel_takes(dtype, tolerance):
+    torch.manual_seed(0)
+    rows, grad = torch.randn(40, 300).to(dtype), torch.randn(300).to(dtype)
+    w, optimizer, subspace = on_vector(40, 300, dtype)
+    see(subspace, w, rows)
+    got = edited(w, optimizer, grad).double()
+    want = without_span(grad.double(), rows.double())
+    assert (got - want).norm() < tolerance * grad.double().norm()
+    assert subspace.metrics().rank.tolist() == [40]
 
 
 def test_what_lies_in_the_span_adds_no_direction():
