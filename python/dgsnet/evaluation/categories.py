@@ -6,7 +6,7 @@ from dataclasses import asdict
 from typing import Any
 
 from dgsnet.detection.categories import CONFIDENCE, CategoryRate, category_rates
-from dgsnet.evaluation.false_positives import is_above, threshold_of
+from dgsnet.evaluation.false_positives import broken_promise, is_above, threshold_of
 from dgsnet.evaluation.results import Evaluation, between, percent
 
 CLASSES = ("real", "generated")
@@ -43,11 +43,5 @@ def caption(evaluation: Evaluation) -> str:
 def sentences(evaluation: Evaluation) -> list[str]:
     """A warning where real images of a category are called generated more often than was promised."""
     real = [r for r in rates(evaluation) if not r.label]
-    above = [r for r in real if is_above(evaluation, r.called, r.n, len(real))]
-    if not above:
-        return []
-    named = ", ".join(f"{r.name} ({percent(r.rate)}%, {between((r.low, r.high))})" for r in above)
-    return [
-        f"The calibrated rate of {percent(evaluation.promised_fpr or 0)}% false positives does not hold for "
-        f"real images of the category: {named}. Calibrate with a --reals of these."
-    ]
+    above = {r.name: r for r in real if is_above(evaluation, r.called, r.n, len(real))}
+    return broken_promise(evaluation, above, "real images of the category", "these")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -91,11 +92,16 @@ def caption(evaluation: Evaluation) -> str:
 
 def sentences(evaluation: Evaluation) -> list[str]:
     """A warning where a source has more false positives than were promised."""
-    above = [r for r in source_rates(evaluation) if r.exceeds]
+    above = {r.source: r for r in source_rates(evaluation) if r.exceeds}
+    return broken_promise(evaluation, above, "real images of", "that source")
+
+
+def broken_promise(evaluation: Evaluation, above: Mapping[str, Any], whose: str, remedy: str) -> list[str]:
+    """The warning of rates above the promised one, by name; none of none."""
     if not above:
         return []
-    named = ", ".join(f"{r.source} ({percent(r.rate)}%, {between((r.low, r.high))})" for r in above)
+    named = ", ".join(f"{name} ({percent(r.rate)}%, {between((r.low, r.high))})" for name, r in above.items())
     return [
         f"The calibrated rate of {percent(evaluation.promised_fpr or 0)}% false positives does not hold for "
-        f"real images of: {named}. Calibrate with a --reals of that source."
+        f"{whose}: {named}. Calibrate with a --reals of {remedy}."
     ]
