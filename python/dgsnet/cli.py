@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Annotated, Any, NoReturn, get_origin, get_type_hints
 
 from jsonargparse import ArgumentError, ArgumentParser, Namespace
 
@@ -154,8 +154,8 @@ def _call(argv: list[str]) -> None:
 def _arguments(name: str, command: Command) -> ArgumentParser:
     """The parser of one command, from its function's signature."""
     function = command.load()
-    # jsonargparse would import what a module imports for type checkers alone, torch among it.
-    function.__annotations__ = inspect.get_annotations(function, eval_str=True)
+    _describe(function)
+    described = _described(function)
     parser = ArgumentParser(
         exit_on_error=False, description=(inspect.getdoc(function) or "").partition("\n")[0]
     )
@@ -165,8 +165,8 @@ def _arguments(name: str, command: Command) -> ArgumentParser:
         names = sorted(path.stem for path in RECIPES.glob("*.yaml"))
         known = "settings to start from, which all others change; docs/training.md has them"
         parser.add_argument("--recipe", choices=names, default="published", help=known)
-        parser.add_argument("--out", required=True, help=_parameter_help(function, "out"))
-        parser.add_argument("--resume", action="store_true", help=_parameter_help(function, "resume"))
+        parser.add_argument("--out", required=True, help=described.get("out"))
+        parser.add_argument("--resume", action="store_true", help=described.get("resume"))
         return parser
     own = [
         parameter
@@ -176,7 +176,7 @@ def _arguments(name: str, command: Command) -> ArgumentParser:
     for parameter in own:
         if parameter.annotation is bool:
             flag = f"--{parameter.name}"
-            parser.add_argument(flag, action="store_true", help=_parameter_help(function, parameter.name))
+            parser.add_argument(flag, action="store_true", help=described.get(parameter.name))
             continue
         options: dict[str, Any] = {}
         if parameter.annotation in (*LISTS, *GROUPS):  # given twice, nothing of the first is lost
@@ -184,9 +184,20 @@ def _arguments(name: str, command: Command) -> ArgumentParser:
         if parameter.name not in POSITIONAL:
             options["required"] = parameter.default is inspect.Parameter.empty
         flag = parameter.name if parameter.name in POSITIONAL else f"--{parameter.name}"
-        parser.add_argument(flag, help=_parameter_help(function, parameter.name), **options)
+        parser.add_argument(flag, help=described.get(parameter.name), **options)
     parser.add_function_arguments(function, skip={parameter.name for parameter in own})
     return parser
+
+
+def _describe(function: Callable[..., Any]) -> None:
+    """Put the words that arguments' types bring into a command's docstring, and leave the types alone."""
+    doc, known = inspect.getdoc(function) or "", _described(function)
+    for name, kind in inspect.get_annotations(function, eval_str=True).items():
+        if get_origin(kind) is Annotated and name not in known:
+            doc = doc.replace("Args:\n", f"Args:\n    {name}: {kind.__metadata__[0]}\n", 1)
+    function.__doc__ = doc
+    # jsonargparse would import what a module imports for type checkers alone, torch among it.
+    function.__annotations__ = get_type_hints(function)
 
 
 def _option(word: str) -> str:
@@ -198,11 +209,11 @@ def _option(word: str) -> str:
     return f"--{'surgery.mode' if name == 'surgery' else name}{equals}{value}"
 
 
-def _parameter_help(function: Callable[..., Any], name: str) -> str:
+def _described(function: Callable[..., Any]) -> dict[str, str]:
+    """What a function's docstring says of its parameters."""
     from docstring_parser import parse
 
-    described = parse(function.__doc__ or "").params
-    return next((p.description or "" for p in described if p.arg_name == name), "")
+    return {found.arg_name: found.description or "" for found in parse(function.__doc__ or "").params}
 
 
 def _train(parser: ArgumentParser, train_parser: ArgumentParser, argv: list[str]) -> None:

@@ -1,6 +1,7 @@
 """Every command explains itself, and every mistake ends in one line, soon."""
 
 import json
+import re
 import subprocess
 import sys
 from importlib.metadata import version
@@ -21,6 +22,16 @@ def ends(capsys, *argv):
 def test_help_lists_every_command(capsys):
     code, said = ends(capsys, "--help")
     assert code == 0 and all(name in said.out for name in COMMANDS)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_says_what_every_option_is(command, capsys):
+    code, said = ends(capsys, command, "--help")
+    assert code == 0
+    bare = re.findall(
+        r"--(\w[\w.]*\w)(?: [A-Z_.]+| \{[^}]*\})? \((?:type|required|default)", " ".join(said.out.split())
+    )
+    assert not bare
 
 
 @pytest.mark.parametrize(

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 from dgsnet.config import Crops
 from dgsnet.data.items import Item
 from dgsnet.data.scores import read_scores
+from dgsnet.detection import arguments
 from dgsnet.detection.decisions import (
     Calibration,
     Precision,
@@ -26,7 +27,7 @@ from dgsnet.model.folders import holds_rule
 
 
 def calibrate_command(
-    model: str | None = None,
+    model: Annotated[str | None, arguments.A_MODEL] = None,
     reals: list[list[str]] | None = None,
     generated: list[str] | None = None,
     scores: str | None = None,
@@ -38,10 +39,10 @@ def calibrate_command(
     precision: Precision | None = None,
     crops: Crops | None = None,
     replace: bool = False,
-    device: str | None = None,
-    workers: int | None = None,
-    engine: Engine = "local",
-    pretrained: str | None = None,
+    device: arguments.Device = None,
+    workers: arguments.Workers = None,
+    engine: arguments.Engine = "local",
+    pretrained: arguments.Pretrained = None,
 ) -> None:
     """Set a model's threshold for a false-positive rate, from images whose class is known.
 
@@ -49,7 +50,6 @@ def calibrate_command(
     with --scores and --out, the threshold of another program's scores, into a folder of its own.
 
     Args:
-        model: a model folder, or the folder of a training run, or an .onnx that dgsnet export wrote.
         reals: real images like those to be decided on: files, folders (searched recursively), glob patterns.
             Of a labelled dataset its real images are taken. Given again for each further source: the rate
             then holds for each of them.
@@ -70,11 +70,6 @@ def calibrate_command(
             and the four corners, tiles as many as cover the image, 64 at most; if not given, what the model's
             configuration says.
         replace: put the new calibration in the place of one that the model has.
-        device: torch device; the GPU where there is one if not given.
-        workers: processes that read and prepare images, or with ray that score them; chosen if not given.
-        engine: local scores on this machine's device, ray on all of a Ray cluster's.
-        pretrained: weights file of the model's backbone, in place of what the folder names; TorchScript, such
-            as OpenAI's own file, has to be named here.
     """
     if scores is not None:
         others = (model, reals, generated, batch, precision, crops, device, workers, pretrained)

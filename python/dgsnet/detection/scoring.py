@@ -15,14 +15,14 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from dgsnet.config import Crops
 from dgsnet.data.cells import row_writer
 from dgsnet.data.declared import of_item
 from dgsnet.data.items import Item, find_items
 from dgsnet.data.parquet import import_pyarrow
 from dgsnet.data.scores import read_scores
 from dgsnet.data.tables import Table, partial
-from dgsnet.detection.decisions import DECIMALS, SETTINGS, Precision, decide, load_calibration
+from dgsnet.detection import arguments
+from dgsnet.detection.decisions import DECIMALS, SETTINGS, decide, load_calibration
 from dgsnet.detection.detector import Detector
 from dgsnet.detection.engine import Engine, answers
 from dgsnet.detection.heatmaps import save
@@ -87,22 +87,22 @@ def score(
 
 def predict_command(
     paths: list[str],
-    model: str,
+    model: arguments.Model,
     out: str = "scores.csv",
-    device: str | None = None,
-    views: int | None = None,
-    batch: int | None = None,
-    precision: Precision | None = None,
-    crops: Crops | None = None,
-    workers: int | None = None,
+    device: arguments.Device = None,
+    views: arguments.Views = None,
+    batch: arguments.Batch = None,
+    precision: arguments.Precision = None,
+    crops: arguments.Crops = None,
+    workers: arguments.Workers = None,
     resume: bool = False,
-    engine: Engine = "local",
+    engine: arguments.Engine = "local",
     heatmaps: str | None = None,
     consistency: bool = False,
     provenance: bool = False,
-    trust: str | None = None,
+    trust: arguments.Trust = None,
     declared: bool = False,
-    pretrained: str | None = None,
+    pretrained: arguments.Pretrained = None,
     raw_cells: bool = False,
 ) -> None:
     """Score images into a table with columns path, probability, decision, error.
@@ -113,29 +113,15 @@ def predict_command(
     Args:
         paths: image files, folders (searched recursively), quoted glob and brace patterns, lists (.txt or
             .csv; - for standard input), tar shards and Parquet files.
-        model: a model folder, or the folder of a training run, or an .onnx that dgsnet export wrote.
         out: the .csv, .jsonl or .parquet to write; it appears under this name when complete.
-        device: torch device; the GPU where there is one if not given.
-        views: mosaics averaged per image; if not given, what the model was calibrated with, else 1.
-        batch: images that go through the network at a time; if not given, what the model was calibrated with,
-            else 1. A lone image costs as much as a whole batch.
-        precision: of the network's weights; if not given, what the model was calibrated with, else fp32.
-        crops: what a score is the mean over: 1 is the centre crop, 5 it and the four corners, tiles as many
-            as cover the image, 64 at most; if not given, what the model was calibrated with, else what its
-            configuration says.
-        workers: processes that read and prepare images, or with ray that score them; chosen if not given.
         resume: go on where a call with the same words was stopped or killed.
-        engine: local scores on this machine's device, ray on all of a Ray cluster's.
         heatmaps: folder for a picture and a .json per image of what made its score; 50 times the work, but
             for that of writing them none with several crops.
         consistency: score re-encoded and resized copies too, in a further column how far apart they are, and
             decide "unsure" where they are decided otherwise; 5 times the work and more.
         provenance: in further columns, the file's Content Credentials: verified, unverified, invalid, absent.
-        trust: PEM file of the certificates that signers are trusted by; none are if not given.
         declared: in further columns, what the file's metadata declare, unsigned: generated, partly, captured,
             none.
-        pretrained: weights file of the model's backbone, in place of what the folder names; TorchScript, such
-            as OpenAI's own file, has to be named here.
         raw_cells: write texts into the .csv as they are; if not given, one that a spreadsheet would compute,
             such as a file's name that begins with =, begins with an apostrophe.
     """

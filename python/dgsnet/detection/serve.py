@@ -16,12 +16,11 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-from dgsnet.config import Crops
 from dgsnet.data.declared import read_declared
 from dgsnet.data.distortions import COPIES
 from dgsnet.data.images import ImageError, read_image
 from dgsnet.data.items import Item
-from dgsnet.detection.decisions import Precision
+from dgsnet.detection import arguments
 from dgsnet.detection.detector import Detector, Prepared
 from dgsnet.detection.heatmaps import draw, heatmap
 from dgsnet.detection.monitor import append
@@ -257,49 +256,37 @@ def server(app: FastAPI) -> uvicorn.Server:
 
 
 def serve_command(
-    model: str,
+    model: arguments.Model,
     host: str = "127.0.0.1",
     port: int = 8000,
-    device: str | None = None,
-    views: int | None = None,
-    batch: int | None = None,
-    precision: Precision | None = None,
-    crops: Crops | None = None,
+    device: arguments.Device = None,
+    views: arguments.Views = None,
+    batch: arguments.Batch = None,
+    precision: arguments.Precision = None,
+    crops: arguments.Crops = None,
     max_megabytes: int = 32,
     per_minute: int = 120,
     consistency: bool = False,
     provenance: bool = False,
-    trust: str | None = None,
+    trust: arguments.Trust = None,
     declared: bool = False,
     reviewed: str | None = None,
-    pretrained: str | None = None,
+    pretrained: arguments.Pretrained = None,
 ) -> None:
     """Show a page that scores the images dropped on it, with the JSON API behind it.
 
     Args:
-        model: a model folder, or the folder of a training run, or an .onnx that dgsnet export wrote.
         host: address to listen on. Anything but this machine's own opens the page to the network, without
             a password.
         port: to listen on; 0 takes a free one.
-        device: torch device; the GPU where there is one if not given.
-        views: mosaics averaged per image; if not given, what the model was calibrated with, else 1.
-        batch: images that go through the network at a time; if not given, what the model was calibrated with,
-            else 1. A lone image costs as much as a whole batch.
-        precision: of the network's weights; if not given, what the model was calibrated with, else fp32.
-        crops: what a score is the mean over: 1 is the centre crop, 5 it and the four corners, tiles as many
-            as cover the image, 64 at most; if not given, what the model was calibrated with, else what its
-            configuration says.
         max_megabytes: largest image file.
         per_minute: requests that one client may make.
         consistency: score re-encoded and resized copies too, and decide "unsure" where they are decided
             otherwise; 5 times the work and more.
         provenance: show the file's Content Credentials: verified, unverified, invalid, absent.
-        trust: PEM file of the certificates that signers are trusted by; none are if not given.
         declared: show what the file's metadata declare, unsigned: generated, partly, captured, none.
         reviewed: .csv that images are appended to of which a visitor says "this was real", for dgsnet
             monitor; there is no such button if not given.
-        pretrained: weights file of the model's backbone, in place of what the folder names; TorchScript, such
-            as OpenAI's own file, has to be named here.
     """
     if trust and not provenance:
         raise UserError("--trust goes with --provenance")

@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dgsnet.audit.audit import load_model
-from dgsnet.config import Crops
 from dgsnet.data.distortions import encoded
 from dgsnet.data.images import ImageError, file_hash, read_image
 from dgsnet.data.nuisances import NUISANCES, file_nuisances
 from dgsnet.data.tables import Table, damaged
-from dgsnet.detection.decisions import DECIMALS, SETTINGS, Precision
+from dgsnet.detection import arguments
+from dgsnet.detection.decisions import DECIMALS, SETTINGS
 from dgsnet.detection.detector import Detector, Prepared
 from dgsnet.detection.engine import Engine, Job, answers
 from dgsnet.detection.overlap import warn_of_both_labels, warn_of_training_images
@@ -220,14 +220,14 @@ def evaluate_command(
     audit: str | None = None,
     frozen: bool = False,
     reencode: str = "",
-    views: int | None = None,
-    batch: int | None = None,
-    precision: Precision | None = None,
-    crops: Crops | None = None,
-    device: str | None = None,
-    workers: int | None = None,
-    engine: Engine = "local",
-    pretrained: str | None = None,
+    views: arguments.Views = None,
+    batch: arguments.Batch = None,
+    precision: arguments.Precision = None,
+    crops: arguments.Crops = None,
+    device: arguments.Device = None,
+    workers: arguments.Workers = None,
+    engine: arguments.Engine = "local",
+    pretrained: arguments.Pretrained = None,
     raw_cells: bool = False,
 ) -> None:
     """Measure a model on labelled images, per generator and on average; or several, side by side.
@@ -255,18 +255,6 @@ def evaluate_command(
         frozen: measure the frozen backbone with the linear head of training's stage 1 beside the model.
         reencode: write every image as jpeg:QUALITY (jpeg444, webp, avif) first, both classes alike, so that
             formats tell nothing; what is left of the files is measured beside the model.
-        views: views averaged per image; what the calibration was made with, else 1, if not given.
-        batch: images that go through the network at a time; if not given, what the model was calibrated with,
-            else 1. A lone image costs as much as a whole batch.
-        precision: of the network's weights; if not given, what the model was calibrated with, else fp32.
-        crops: what a score is the mean over: 1 is the centre crop, 5 it and the four corners, tiles as many
-            as cover the image, 64 at most; if not given, what the model was calibrated with, else what its
-            configuration says.
-        device: torch device; the GPU where there is one if not given.
-        workers: processes that read and prepare images, or with ray that score them; chosen if not given.
-        engine: local scores on this machine's device, ray on all of a Ray cluster's.
-        pretrained: weights file of the model's backbone, in place of what the folder names; TorchScript, such
-            as OpenAI's own file, has to be named here.
         raw_cells: write texts into the .csv files as they are; if not given, one that a spreadsheet would
             compute, such as a generator's name that begins with =, begins with an apostrophe.
     """

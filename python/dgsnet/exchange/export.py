@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from dgsnet.data.captioning import quiet_transformers
+from dgsnet.detection import arguments
 from dgsnet.detection.monitor import MONITOR_FILE
 from dgsnet.errors import UserError
 from dgsnet.exchange.huggingface import form_of, frozen_encoder
@@ -37,15 +38,13 @@ CONTRACT_FILE = "dgsnet.json"
 TOLERANCE = 1e-4
 
 
-def export_command(model: str, format: Format, out: str, pretrained: str | None = None) -> None:
+def export_command(model: str, format: Format, out: str, pretrained: arguments.Pretrained = None) -> None:
     """Write a detector as one file that runs without dgsnet, or as a transformers model with a peft adapter.
 
     Args:
         model: a model folder, or the folder of a training run.
         format: onnx, torchscript and safetensors have the adapters merged; hf keeps them apart.
         out: the file to write, or for hf a new folder; the model card lies beside it, or in it.
-        pretrained: weights file of the model's backbone, in place of what the folder names; TorchScript, such
-            as OpenAI's own file, has to be named here.
     """
     card = export(model, out, format, pretrained=pretrained)
     print(f"{out}: {format}, verified against the original; model card {card}")

@@ -16,6 +16,7 @@ import numpy as np
 from dgsnet.config import CONFIG_FILE, Config
 from dgsnet.data.items import Item, find_samples
 from dgsnet.data.pairs import attach_twins, find_pairs
+from dgsnet.detection import arguments
 from dgsnet.detection.decisions import SETTINGS
 from dgsnet.detection.overlap import warn_of_training_images
 from dgsnet.errors import UserError
@@ -51,7 +52,7 @@ def update(
     pinned: str | None = None,
     allow_lost: bool = False,
     resume: bool = False,
-    pretrained: str | None = None,
+    pretrained: arguments.Pretrained = None,
 ) -> Path:
     """Teach a trained detector new generators, without losing the old ones; report what changed.
 
@@ -83,8 +84,6 @@ def update(
         allow_lost: end with exit code 0 even so.
         resume: go on where an update was stopped or killed, with the same options. Starts it if there is none
             in --out.
-        pretrained: weights file of the model's backbone, in place of what the folder names; TorchScript, such
-            as OpenAI's own file, has to be named here.
 
     Returns:
         `out`, which every command takes as --model.
