@@ -15,7 +15,8 @@ import torch
 
 from benchmarks import harness
 
-APART = ("harness", "plots", "processor_time", "scoring_table", "smoke", "train_step")  # no operations
+# They are no operations.
+APART = ("harness", "plots", "processor_time", "scoring_table", "smoke", "train_step")
 OPERATIONS = sorted(file.stem for file in Path(__file__).parent.glob("[a-z]*.py") if file.stem not in APART)
 
 
@@ -50,15 +51,18 @@ def parse() -> argparse.Namespace:
 
 
 def main() -> None:
-    if sys.argv[1:2] == ["train_step"]:  # a whole step, with arguments of its own
+    # A whole step, with arguments of its own.
+    if sys.argv[1:2] == ["train_step"]:
         return importlib.import_module("benchmarks.train_step").main(sys.argv[2:])
     a = parse()
     results: list[dict] = json.loads(a.out.read_text())["results"] if a.skip else []
     machine, done = harness.machine(a.device), 0
     for operation in a.operations or OPERATIONS:
         module = importlib.import_module(f"benchmarks.{operation}")
-        if hasattr(module, "results"):  # no operation on rows: it has cases of its own
-            for result in module.results(a):  # all at once, or as they are made
+        # It is no operation on rows, and has cases of its own.
+        if hasattr(module, "results"):
+            # They come all at once, or as they are made.
+            for result in module.results(a):
                 results.append(result)
                 write(a, machine, results)
             continue
@@ -66,7 +70,8 @@ def main() -> None:
             done += 1
             if done <= a.skip:
                 continue
-            gc.collect()  # optimizers and their gigabytes are cycles
+            # Optimizers and their gigabytes are cycles.
+            gc.collect()
             torch.set_num_threads(threads)
             size = {"rows": rows, "dim": dim, "dtype": dtype, "device": a.device, "threads": threads}
             print(f"\n{operation} " + " ".join(f"{k}={v}" for k, v in size.items()), flush=True)

@@ -31,8 +31,10 @@ from dgsnet.training.train import train
 from scipy.special import logit
 
 SEEDS, METHODS = range(4), (LORA, DGSNET)
-FPR = 0.05  # which the 120 real images of a calibration allow
-CALIBRATION, CROPS = 0, (1, 2, 3)  # seeds of the validation images: for the threshold, and for the tests
+# The 120 real images of a calibration allow this rate.
+FPR = 0.05
+# Seeds of the validation images: for the threshold, and for the tests.
+CALIBRATION, CROPS = 0, (1, 2, 3)
 # Split, seeds and what was done to the images before.
 TESTS = {
     "known decoders": ("val", CROPS, None),
@@ -40,7 +42,8 @@ TESTS = {
     "unknown decoders": ("test", (CALIBRATION,), None),
 }
 BATCH = 256
-TIMED, ROUNDS = 100, 3  # images, and how often they are scored
+# Images, and how often they are scored.
+TIMED, ROUNDS = 100, 3
 RULES = ("consistency", "nearest", "nearest by the mean", "mean, nearest by the mean")
 
 
@@ -95,7 +98,8 @@ def compared(logits: np.ndarray, labels: np.ndarray, threshold: float, mean_thre
     everything = np.ones(len(labels), bool)
     return {
         "unsure": refused / len(labels),
-        "unsure_wrong": float((called[0] != labels)[~agree].mean()),  # decisions that were spared
+        # Decisions that were spared.
+        "unsure_wrong": float((called[0] != labels)[~agree].mean()),
         "all": rates(called[0], everything),
         "all by the mean": rates(mean > 0, everything),
         "consistency": rates(called[0], agree),
@@ -121,7 +125,8 @@ def preparing(side: tuple[int, int]) -> dict[str, float]:
     from dgsnet.detection.detector import Prepared
 
     image = np.random.default_rng(0).integers(0, 256, (*side, 3), dtype=np.uint8)
-    image = Distortion((("blur", 2), ("jpeg", 90)))(image)  # no noise, which no camera has so much of
+    # There is no noise in it, as no camera has so much.
+    image = Distortion((("blur", 2), ("jpeg", 90)))(image)
     taken: dict[str, list[float]] = {"plain": [], "consistency": []}
     for _, (name, times) in itertools.product(range(ROUNDS + 1), taken.items()):
         prepare = Prepared(Preprocessor(PreprocessConfig()), 1, COPIES if name == "consistency" else ())

@@ -40,14 +40,16 @@ KEPT, LOW = 49, 24
 BATCH = 32
 LOOP, OURS = "selection, NumPy loop", "selection, ours"
 TURBO = "libjpeg-turbo alone"
-DEGRADED = 512  # the side at which degradations are timed
+# The side at which degradations are timed.
+DEGRADED = 512
 # Of each degradation a value as presets have it.
 VALUES = {
     **{"jpeg": 75, "jpeg444": 75, "webp": 75, "avif": 60, "blur": 1.5, "sharpen": 2, "resize": 0.6},
     **{"bilinear": 0.6, "lanczos": 0.6, "nearest": 0.6, "shorter": 250, "longer": 250, "crop": 0.7},
     **{"cutout": 0.2, "noise": 5, "brightness": 1.2, "contrast": 1.2, "saturation": 0.6, "hue": 0.1},
 }
-CORE_SECONDS = 1.0  # of each stage, for its processor time
+# So long each stage runs for its processor time.
+CORE_SECONDS = 1.0
 
 
 def photographs(side: int) -> list[np.ndarray]:
@@ -152,7 +154,8 @@ def loader_rate(folder: Path, side: int, selection: str, images: int) -> float:
     samples = [Item(files[i % len(files)], 0, "") for i in range(images)]
     dataset = ImageDataset(samples, Preprocessor(PreprocessConfig()), train=True, selection=selection)
     batches = iter(make_loader(dataset, batch_size=BATCH, workers=1))
-    next(batches)  # while the worker starts
+    # The worker starts meanwhile.
+    next(batches)
     started = time.perf_counter()
     count = sum(len(batch["labels"]) for batch in batches)
     return count / (time.perf_counter() - started)

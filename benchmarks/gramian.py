@@ -83,7 +83,8 @@ def case(rows: int, dim: int, dtype: torch.dtype, device: str) -> harness.Case:
         "torch._foreach_*": foreach,
         **torchjd(),
     }
-    if len(sizes) <= 24:  # compiling hundreds of tensors takes minutes
+    # Compiling hundreds of tensors takes minutes.
+    if len(sizes) <= 24:
         variants[harness.COMPILED] = torch.compile(formula, dynamic=False)
     return harness.Case(
         operation="gramian",

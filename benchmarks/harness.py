@@ -34,12 +34,15 @@ from torch import Tensor
 import dgs_kernels
 from dgs_kernels import backends
 
-OURS = "dgs_kernels"  # what names of our variants begin with
+# What names of our variants begin with.
+OURS = "dgs_kernels"
 CLONE, COPY, EAGER, COMPILED = "clone", "copy_ (nothing allocated)", "eager", "torch.compile"
 MIN_ROUNDS = 9
-BEYOND = 3  # times the last cache before memory
+# So many times the last cache before memory are read.
+BEYOND = 3
 HOST_CALLS = 9
-LONGEST_HEAD_START = 0.05  # seconds; calls of the host that take longer are timed with it
+# In seconds. Calls of the host that take longer are timed with it.
+LONGEST_HEAD_START = 0.05
 
 
 @dataclass(frozen=True)
@@ -237,7 +240,8 @@ def timed(
     wall, cpu = time.perf_counter(), time.process_time()
     result = fn(*tensors)
     times = time.perf_counter() - wall, time.process_time() - cpu
-    del result  # its memory goes back outside of the time
+    # Its memory goes back outside of the time.
+    del result
     return times
 
 
@@ -265,14 +269,16 @@ def verify(case: Case, tensors: tuple[Tensor, ...]) -> tuple[dict[str, float], d
     errors: dict[str, float] = {}
     faults: dict[str, str] = {}
     rounding = 0.0
-    for name, fn in sorted(case.variants.items(), key=lambda item: item[0] != EAGER):  # eager's error first
+    # Eager comes first, for its error.
+    for name, fn in sorted(case.variants.items(), key=lambda item: item[0] != EAGER):
         try:
             with watched(name, tensors[0].device.type):
                 out = result_of(case, fn, [t.clone() for t in tensors] if case.edited else tensors)
                 errors[name] = (out.double() - exact).abs().max().item()
         except Lost:
             raise
-        except Exception as error:  # of another library too, or of memory
+        except Exception as error:
+            # It may be another library's, or of memory.
             faults[name] = f"failed: {first_line(error)}"
             continue
         rounding = rounding or torch.finfo(out.dtype).eps * largest

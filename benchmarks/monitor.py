@@ -21,9 +21,12 @@ from scipy.stats import binom
 STREAMS, IMAGES = 10_000, 10_000
 PROMISED = 0.01
 RATES = (PROMISED, 0.02, 0.03, 0.1)
-DAILY = 100  # images
-SOURCES = 4  # that share the images of a stream, each with its own test
-TOGETHER = 500  # streams in memory
+# Images a day.
+DAILY = 100
+# They share the images of a stream, each with its own test.
+SOURCES = 4
+# Streams in memory.
+TOGETHER = 500
 
 
 def boundary(images: int, promised: float, level: float) -> np.ndarray:

@@ -24,15 +24,18 @@ from torch.nn import functional as F
 
 from dgs_kernels import ObjectiveSurgery
 
-with contextlib.suppress(ImportError):  # the peer, where it is installed
+# The peer, where it is installed.
+with contextlib.suppress(ImportError):
     from torchjd import aggregation
     from torchjd.autojac import backward, jac_to_grad
 
 BATCH, WIDTH, STEPS = 128, 1024, 20
 METHODS = ("UPGrad", "MGDA", "PCGrad", "AlignedMTL")
 OURS = {"UPGrad": "upgrad", "MGDA": "mgda", "PCGrad": "pcgrad"}
-NUMBERS = (2, 4, 8, 16)  # of objectives
-MEMORY_WIDTH = 3072  # of matrices that malloc gives back to the system
+# Numbers of objectives.
+NUMBERS = (2, 4, 8, 16)
+# The width of matrices whose memory malloc gives back to the system.
+MEMORY_WIDTH = 3072
 
 
 DIGITS = load_digits(return_X_y=True)
@@ -108,7 +111,8 @@ def loops(method: str, device: str, dtype: torch.dtype) -> dict[str, Loop]:
 def batch(step: int, device: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     pixels, labels = DIGITS
     rows = torch.randint(len(labels), (BATCH,), generator=torch.Generator().manual_seed(step))
-    torch.manual_seed(step)  # for the random orders of TorchJD's PCGrad
+    # TorchJD's PCGrad draws random orders.
+    torch.manual_seed(step)
     return torch.tensor(pixels[rows], device=device).to(dtype) / 16, torch.tensor(labels[rows], device=device)
 
 
@@ -156,7 +160,8 @@ def peak(device: str, run: Callable[[], None]) -> int:
         before = torch.cuda.memory_allocated()
         run()
         return torch.cuda.max_memory_allocated() - before
-    Path("/proc/self/clear_refs").write_text("5")  # the peak becomes what is resident now
+    # The peak becomes what is resident now.
+    Path("/proc/self/clear_refs").write_text("5")
     before = resident("VmRSS")
     run()
     return resident("VmHWM") - before
@@ -193,7 +198,8 @@ def memory(count: int, arguments: argparse.Namespace) -> dict:
     gradients = {}
     runs = {"exact": lambda: ours("exact"), "running": lambda: ours("running"), "TorchJD, one by one": theirs}
     for name, run in runs.items():
-        for _ in range(2):  # the first has the libraries' own buffers in it
+        # The first has the libraries' own buffers in it.
+        for _ in range(2):
             model.zero_grad()
             gradients[name] = peak(arguments.device, run) / size
     return {"benchmark": "multi_task_memory", "objectives": count, "gradients": gradients}

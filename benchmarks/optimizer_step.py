@@ -70,7 +70,8 @@ def step_with(make: Callable, names: list[str]) -> Callable[..., None]:
         parameters, optimizer, surgery = held[make]
         for context, gradients in ((surgery.harmful(), harmful), (surgery.beneficial(), beneficial)):
             with context:
-                for p, gradient in zip(parameters, gradients):  # what backward() does
+                # backward() does this.
+                for p, gradient in zip(parameters, gradients):
                     p.grad = gradient
         optimizer.step()
 

@@ -28,7 +28,8 @@ from torch.nn import functional as F
 from benchmarks.multi_task import peak
 from dgs_kernels import ObjectiveSurgery
 
-with contextlib.suppress(ImportError):  # the peer, where it is installed
+# The peer, where it is installed.
+with contextlib.suppress(ImportError):
     from torchjd.aggregation import UPGradWeighting
     from torchjd.autogram import Engine
 

@@ -28,7 +28,8 @@ from benchmarks.harness import CLONE, COPY
 # Okabe and Ito's colours, distinct also to colour-blind eyes; ours come first.
 COLOURS = (
     *("#0072B2", "#56B4E9", "#009E73", "#999999", "#E69F00", "#D55E00", "#CC79A7", "#F0E442"),
-    *("#882255", "#44AA99", "#332288", "#AA9944"),  # and Tol's, where there are more variants
+    # Tol's follow, where there are more variants.
+    *("#882255", "#44AA99", "#332288", "#AA9944"),
 )
 
 
@@ -245,7 +246,8 @@ def main() -> None:
         if not results:
             continue
         kind = results[0]["device"]
-        if kind != "cpu":  # a file for each card
+        # A file for each card.
+        if kind != "cpu":
             kind = "_".join(re.findall(r"\w+", device.split(",")[0])).lower()
         families = by_size(results)
         if families:

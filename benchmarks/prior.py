@@ -40,8 +40,10 @@ from dgs_kernels import gradient_surgery
 # Seeds of a learning rate and dropout; the demo's own has more, as runs differ much there.
 SEEDS, DEMO_SEEDS = range(2), range(6)
 RATES, DROPOUTS = (4e-3, 1e-4), (0.0, 0.8)
-BATCH, STEPS = 16, (0, 20, 60)  # at which a run is measured
-HEAD_STEPS, HEAD_RATE = 100, 4e-3  # of the teacher's head, on frozen features
+# The batch, and the steps at which a run is measured.
+BATCH, STEPS = 16, (0, 20, 60)
+# How the teacher's head is trained, on frozen features.
+HEAD_STEPS, HEAD_RATE = 100, 4e-3
 DISTILLATION = 0.3
 METHODS = ("LoRA", "project, positive", "project, full", "expert", "expert, distillation")
 

@@ -13,7 +13,8 @@ from dgs_kernels import reference
 
 def case(rows: int, dim: int, dtype: torch.dtype, device: str) -> harness.Case:
     surgery = functools.partial(reference.project_align, alignment=0.2)
-    torch._dynamo.reset()  # compiled code is made for one size and one number of threads
+    # Compiled code is made for one size and one number of threads.
+    torch._dynamo.reset()
     return harness.Case(
         operation="project_align",
         inputs=lambda: tuple(torch.randn(rows, dim, device=device).to(dtype) for _ in range(3)),

@@ -86,7 +86,8 @@ def case(rows: int, dim: int, dtype: torch.dtype, device: str) -> harness.Case:
         harness.EAGER: loop,
         "torch._foreach_*": foreach,
     }
-    if len(sizes) <= 24:  # compiling hundreds of tensors takes minutes
+    # Compiling hundreds of tensors takes minutes.
+    if len(sizes) <= 24:
         variants[harness.COMPILED] = torch.compile(formula, dynamic=False)
     return harness.Case(
         operation="project_align_",

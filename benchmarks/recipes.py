@@ -53,17 +53,24 @@ VARIANTS: dict[str, tuple[tuple[str, float], ...]] = {
     "resized 0.5": (("resize", 0.5),),
     "resized 2": (("resize", 2),),
 }
-COUNT = 25  # images of each decoder, and as many real ones for each
-PICTURES, PICTURE_SIZE = 60, 256  # real whole pictures, and as many generated ones by all unseen decoders
-TEST_SEED = 10**6  # no run's
+# Images of each decoder, and as many real ones for each.
+COUNT = 25
+# Real whole pictures, and as many generated ones by all unseen decoders.
+PICTURES, PICTURE_SIZE = 60, 256
+# No run has this seed.
+TEST_SEED = 10**6
 BATCH = 256
 KNOWN, UNSEEN = builtin.FAMILIES["train"], builtin.FAMILIES["test"]
 
 
 class Recipe(NamedTuple):
-    """What differs between runs."""
+    """What differs between runs.
 
-    data: str  # of DATA
+    Attributes:
+        data: of DATA.
+    """
+
+    data: str
     degraded: bool
     pull: bool
 
@@ -91,11 +98,17 @@ def _read(file: str) -> np.ndarray:
 
 @dataclass
 class Images:
-    """Crops of images that are decided on by their mean logit."""
+    """Crops of images that are decided on by their mean logit.
 
-    crops: Tensor  # uint8 [M, 3, S, S]
-    image: np.ndarray  # [M], whose crop it is
-    decoder: np.ndarray  # [N], "" of real images
+    Attributes:
+        crops: uint8 [M, 3, S, S].
+        image: [M], whose crop it is.
+        decoder: [N], "" of real images.
+    """
+
+    crops: Tensor
+    image: np.ndarray
+    decoder: np.ndarray
 
     def auc(self, logits: Callable[[Tensor], Tensor]) -> dict[str, float]:
         """Of each decoder against all real images."""

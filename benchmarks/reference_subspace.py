@@ -24,7 +24,8 @@ from dgs_kernels import OptimizerSurgery, ReferenceSubspace
 
 WIDTH, BATCH = 1024, 128
 RANKS = (1, 4, 16, 32)
-REFERENCES = 4  # beyond a full basis
+# References beyond a full basis.
+REFERENCES = 4
 
 
 class Training:

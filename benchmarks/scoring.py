@@ -55,9 +55,12 @@ from benchmarks.processor_time import ProcessorTime
 MODELS = ("ViT-B-32", "ViT-B-16-SigLIP2", "ViT-L-14")
 PARTS = ("page", "memory", "ray", "crops", "rates")
 SIDE, PLAIN_BATCH = 512, 64
-ALONE = 4  # images a round of what takes them one by one
-COMPARED = 24  # images whose scores in fp32 are made too
-ROUND = 7.0  # seconds that a round of the model alone should take
+# Images a round, of what takes them one by one.
+ALONE = 4
+# Images whose scores in fp32 are made too.
+COMPARED = 24
+# Seconds that a round of the model alone should take.
+ROUND = 7.0
 MOST_FILES = 256
 OURS, BEFORE, PLAIN = "ours", "one at a time, fp32", "plain PyTorch, batch 64, bf16"
 CEILING, INPUT = "model alone", "images alone"

@@ -62,7 +62,8 @@ def main(wanted: list[str]) -> None:
     def fails(pair: tuple[str, str]) -> int:
         return subprocess.run([sys.executable, "-m", "benchmarks.smoke", *pair]).returncode
 
-    with ThreadPoolExecutor() as pool:  # all write here, so that what is cut leaves what it has found
+    # All write here, so that what is cut leaves what it has found.
+    with ThreadPoolExecutor() as pool:
         wrong = [" on ".join(pair) for pair, failed in zip(served, pool.map(fails, served)) if failed]
     if wrong or not served:
         sys.exit(f"wrong or failed: {', '.join(wrong)}" if wrong else "no backend serves any operation here")

@@ -9,7 +9,8 @@ from benchmarks import harness
 from dgs_kernels import reference
 from dgs_kernels.ops.surgery_head_backward import run
 
-SCALES = 1.0, 0.2  # the gradients that arrive at the image's and at the alignment's loss
+# The gradients that arrive at the image's and at the alignment's loss.
+SCALES = 1.0, 0.2
 
 
 def case(rows: int, dim: int, dtype: torch.dtype, device: str) -> harness.Case:

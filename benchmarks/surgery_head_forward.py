@@ -28,7 +28,8 @@ def forward(surgery_head: Callable[..., tuple[Tensor, ...]]) -> Callable[..., Te
 
 def case(rows: int, dim: int, dtype: torch.dtype, device: str) -> harness.Case:
     def closed_form(*tensors: Tensor) -> tuple[Tensor, ...]:
-        return reference.surgery_head(*tensors)[0]  # the losses, of which the first is the image's
+        # The first of the losses is the image's.
+        return reference.surgery_head(*tensors)[0]
 
     torch._dynamo.reset()
     return harness.Case(

@@ -106,7 +106,8 @@ class FlopCounter(TorchDispatchMode):
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
         out = op(*args, **(kwargs or {}))
-        if op is torch.ops.aten.addmm_.default:  # not in torch's registry
+        # It is not in torch's registry.
+        if op is torch.ops.aten.addmm_.default:
             self.flop += mm_flop(args[1].shape, args[2].shape)
         elif count := flop_registry.get(op.overloadpacket):
             self.flop += count(*args, **(kwargs or {}), out_val=out)
@@ -160,7 +161,8 @@ class Official:
 
     def __init__(self, settings: Settings, bf16: bool = False, dropout: float = DROPOUT) -> None:
         self.settings, device = settings, settings.device
-        pretrained._model_config(settings.model)  # registers the built-in one
+        # This registers the built-in model.
+        pretrained._model_config(settings.model)
         self.tokenizer = open_clip.get_tokenizer(settings.model)
         self.clip = open_clip.create_model(settings.model).requires_grad_(False)
         self.frozen = copy.deepcopy(self.clip).to(device).train()
@@ -406,8 +408,10 @@ CHOICES = {
 
 # -- running them ----------------------------------------------------------------------------------------
 
-POOL = 8  # batches of different images and captions
-COUNTED = 8  # images of the step whose work is counted; attention by its formula takes memory
+# Batches of different images and captions.
+POOL = 8
+# Images of the step whose work is counted; attention by its formula takes memory.
+COUNTED = 8
 
 
 def sentences(batch: int, number: int) -> list[str]:
@@ -462,10 +466,12 @@ def child(connection, settings: Settings, variant: Variant) -> None:
 def answer(made: Official | Ours, settings: Settings, order: str, number: int) -> Any:
     batch = batch_of(settings, number)
     if order == "step":
-        if settings.workers:  # images come from other processes: not this one's time
+        # Images come from other processes: not this one's time.
+        if settings.workers:
             pixels = made.load(batch[0])
             made.load = lambda paths: pixels
-        if settings.device == "cuda":  # whose memory the others had meanwhile
+        # The others had its memory meanwhile.
+        if settings.device == "cuda":
             made.step(*batch)
         start, cpu = now(settings.device), time.process_time()
         made.step(*batch)
@@ -528,7 +534,8 @@ def measure(settings: Settings, variants: dict[str, Variant], seconds: float) ->
     ceiling = pipe.recv()
     processes, connections, failed = {}, {}, {}
     cuda = settings.device == "cuda"
-    for name, variant in variants.items() if cuda else ():  # many cores: all are built at once
+    # With many cores, all are built at once.
+    for name, variant in variants.items() if cuda else ():
         processes[name], connections[name] = start(variant)
     for name, variant in variants.items():
         if not cuda:
@@ -561,7 +568,8 @@ def measure(settings: Settings, variants: dict[str, Variant], seconds: float) ->
             "median_s": median,
             "min_s": min(wall),
             "max_s": max(wall),
-            "cpu_median_s": statistics.median(cpu),  # of all threads; other processes lengthen it less
+            # It is the time of all threads; other processes lengthen it less.
+            "cpu_median_s": statistics.median(cpu),
             "rounds": len(wall),
             "peak_bytes": memory[name],
             "gflop_per_image": flop / 1e9,

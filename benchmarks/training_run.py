@@ -34,7 +34,8 @@ from dgsnet.training.trainer import Trainer
 from PIL import Image
 
 IN_STEPS, ONCE, PLAIN = "tower in every step", "features computed once", "plain LoRA, stage 2 alone"
-SIDE = 256  # of an image file, in pixels
+# The side of an image file, in pixels.
+SIDE = 256
 
 
 def write_images(root: Path, images: int) -> None:

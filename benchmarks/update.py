@@ -42,8 +42,10 @@ RULES, MEASURES, GROUPS = get_args(Rule), ("auc", "accuracy"), ("old", "new", "a
 SEEDS = range(8)
 # Those of the test's five decoders that training on nothing else teaches most, on validation photographs.
 BASE, ARRIVALS = builtin.FAMILIES["train"], ("bilinear", "codebook", "resizeconv")
-COMPRESSED = 0.5  # share of JPEG files, in both classes
-TEST_IMAGES, TEST_SEED = 60, 10**6  # of each class and decoder; no training's seed
+# Share of JPEG files, in both classes.
+COMPRESSED = 0.5
+# Images of each class and decoder, and a seed that no training has.
+TEST_IMAGES, TEST_SEED = 60, 10**6
 
 CHOICE_RULE, CHOICE_SEEDS, CHOICE_ARRIVALS = "replay", (100, 101, 102), ARRIVALS[:1]
 START = {"lr": 2e-3, "steps": 20, "replay_share": 0.5}

@@ -36,7 +36,8 @@ struct Device {
   bool operator==(const Device&) const = default;
 };
 
-enum class Element : uint8_t { f32, f64, bf16, f16, u8, other };  // the first four as DType has them
+// The first four as DType has them.
+enum class Element : uint8_t { f32, f64, bf16, f16, u8, other };
 constexpr const char* element_names[] = {"float32", "float64", "bfloat16", "float16", "uint8"};
 
 // As users write the options; the places are those in their enumerations.
@@ -66,15 +67,18 @@ class Call;
 // What an array is, as long as it lives.
 struct View {
   PyObject* object = nullptr;
-  const char* name = nullptr;  // and its place in a list of that name
+  // What the argument is called, and its place in a list of that name.
+  const char* name = nullptr;
   int64_t place = -1;
   void* data = nullptr;
-  bool absent = false;  // None
+  // Whether it is None.
+  bool absent = false;
   bool read_only = false;
   Element element = Element::other;
   Device device;
   int ndim = 0;
-  const int64_t *shape = nullptr, *strides = nullptr;  // strides in elements
+  // Strides are in elements.
+  const int64_t *shape = nullptr, *strides = nullptr;
 
   // Each module has its own: fills in the rest, or refuses the call where no kernel could read the object.
   void of(PyObject* object, Call& call);
@@ -121,8 +125,10 @@ class Call {
   PyObject* const* next_;
 
  public:
-  std::string reason;                            // empty: it is
-  std::vector<std::unique_ptr<int64_t[]>> kept;  // of arrays whose strides are not there in elements
+  // Empty: it is served.
+  std::string reason;
+  // Strides of arrays that have none in elements.
+  std::vector<std::unique_ptr<int64_t[]>> kept;
   PyObject* error = nullptr;
 
   explicit Call(PyObject* const* arguments) : next_(arguments) {}
@@ -167,7 +173,8 @@ class Call {
   double number(const char* name) {
     PyObject* const given = *next_++;
     if (PyFloat_Check(given) || PyLong_Check(given)) return PyFloat_AsDouble(given);
-    refuse(std::string(name) + " must be a number");  // of a tensor it would have to be waited for
+    // A tensor's number would have to be waited for.
+    refuse(std::string(name) + " must be a number");
     return 0;
   }
   double finite(const char* name) {
@@ -397,7 +404,8 @@ bool surgery_head(Call& call) {
   const View image_weight = call.needed("image_weight"), image_bias = call.needed("image_bias");
   const View teacher_weight = call.needed("teacher_weight"), teacher_bias = call.needed("teacher_bias");
   const View text_weight = call.optional("text_weight"), text_bias = call.optional("text_bias");
-  call.positive("eps"), call.choice<Order>("order", orders);  // which the backward is in need of
+  // Only the backward needs them.
+  call.positive("eps"), call.choice<Order>("order", orders);
   SurgeryHead a{};
   a.reference_batch_size = double(call.count_or_none("reference_batch_size"));
   a.expert = call.choice<TextRole>("text", text_roles) != TextRole::project;
@@ -452,7 +460,8 @@ bool surgery_head_backward(Call& call) {
   const View residuals = call.needed("residuals"), image_weight = call.needed("image_weight");
   const View teacher_weight = call.needed("teacher_weight"), text_weight = call.optional("text_weight");
   const View image_scale = call.needed("image_scale"), alignment_scale = call.needed("alignment_scale");
-  call.skip();  // the type of the result, which is there
+  // The type of the result, which the result itself has.
+  call.skip();
   SurgeryHeadBackward a{};
   a.eps = call.positive("eps"), a.order = call.choice<Order>("order", orders);
   a.reference_batch_size = double(call.count_or_none("reference_batch_size"));

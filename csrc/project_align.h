@@ -10,16 +10,20 @@ namespace dgs {
 struct ProjectAlign {
   const void* grad;
   const void* harmful;
-  const void* beneficial;  // null: nothing to align with
-  const void* scale;       // null, or one number of the computing type (f64 for f64, else f32)
+  // Null: nothing to align with.
+  const void* beneficial;
+  // Null, or one number of the computing type (f64 for f64, else f32).
+  const void* scale;
   void* out;
   int64_t rows, dim;
   int64_t grad_stride, harmful_stride, beneficial_stride, out_stride;
-  double alignment;  // times *scale
+  // It is multiplied by *scale.
+  double alignment;
   double eps;
   Order order;
   Rule rule;
-  DType dtype;  // of grad, harmful, beneficial and out
+  // The type of grad, harmful, beneficial and out.
+  DType dtype;
 };
 
 namespace cpu {

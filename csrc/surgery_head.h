@@ -9,31 +9,49 @@ namespace dgs {
 // All but the three feature matrices are contiguous and of the computing type (f64 for f64, else f32).
 struct SurgeryHead {
   DType dtype;
-  int32_t expert;  // whether the text's logits are added to the image's in the image loss
-  const void *features, *teacher_features, *text_features;  // [batch, dim]; text_features may be null
-  int64_t features_stride, teacher_stride, text_stride;     // in elements, from row to row
-  const void *labels, *offsets;                             // [batch]; offsets may be null
-  const void *image_weight, *teacher_weight, *text_weight;  // [dim]
-  const void *image_bias, *teacher_bias, *text_bias;        // [1]
+  // Whether the text's logits are added to the image's in the image loss.
+  int32_t expert;
+  // [batch, dim]; text_features may be null.
+  const void *features, *teacher_features, *text_features;
+  // In elements, from one row to the next.
+  int64_t features_stride, teacher_stride, text_stride;
+  // [batch]; offsets may be null.
+  const void *labels, *offsets;
+  // [dim].
+  const void *image_weight, *teacher_weight, *text_weight;
+  // [1].
+  const void *image_bias, *teacher_bias, *text_bias;
   int64_t batch, dim;
-  double reference_batch_size;                     // 0: the batch's own
-  double distillation;                             // the weight in the distillation loss
-  void *losses, *logits, *residuals, *head_grads;  // [4], [3, batch], [3, batch], [2, dim + 1]
-  void* differences;                               // [batch, dim] of dtype; null without distillation
-  void* workspace;                                 // CUDA: surgery_head_workspace(batch, dim) numbers
+  // 0: the batch's own.
+  double reference_batch_size;
+  // The weight of the distillation loss.
+  double distillation;
+  // [4], [3, batch], [3, batch], [2, dim + 1].
+  void *losses, *logits, *residuals, *head_grads;
+  // [batch, dim] of dtype; null without distillation.
+  void* differences;
+  // CUDA: surgery_head_workspace(batch, dim) numbers.
+  void* workspace;
 };
 
 struct SurgeryHeadBackward {
-  DType dtype;  // of grad_features
+  // The type of grad_features.
+  DType dtype;
   Order order;
-  const void* residuals;                                    // [3, batch]
-  const void *image_weight, *teacher_weight, *text_weight;  // [dim]; text_weight may be null
-  const void *image_scale, *alignment_scale;                // one number each
-  const void *differences, *distillation_scale;             // [batch, dim] of dtype, one number; both may be null
+  // [3, batch].
+  const void* residuals;
+  // [dim]; text_weight may be null.
+  const void *image_weight, *teacher_weight, *text_weight;
+  // One number each.
+  const void *image_scale, *alignment_scale;
+  // [batch, dim] of dtype, one number; both may be null.
+  const void *differences, *distillation_scale;
   int64_t batch, dim;
   double reference_batch_size, eps, distillation;
-  void* grad_features;  // [batch, dim], contiguous; on the CPU, differences may be the same memory
-  int32_t wide;         // CPU: whether everything else is f64; CUDA: as dtype has it
+  // [batch, dim], contiguous; on the CPU, differences may be the same memory.
+  void* grad_features;
+  // On the CPU: whether everything else is f64; CUDA goes by dtype.
+  int32_t wide;
 };
 
 namespace cpu {

@@ -33,7 +33,8 @@ template <typename F>
 DGS_INLINE F projection(F inner, F norm, F eps, Rule rule) {
   if (rule == Rule::conflict) inner = negative_part(inner);
   const F scale = norm + eps;
-  return inner / scale / scale;  // divided twice: scale * scale would underflow where eps alone is left
+  // It is divided twice, as scale * scale would underflow where eps alone is left.
+  return inner / scale / scale;
 }
 
 }  // namespace dgs

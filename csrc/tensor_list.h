@@ -8,7 +8,8 @@
 
 namespace dgs {
 
-constexpr int group_sums = 6;  // <g, h>, <h, h>, <g, g>, <b, h>, <b, b>, <g, b> with b = min(beneficial, 0)
+// <g, h>, <h, h>, <g, g>, <b, h>, <b, b>, <g, b> with b = min(beneficial, 0).
+constexpr int group_sums = 6;
 
 // Make a group's sums and apply them, or one of the two: sharded training adds up its sums in between.
 enum class Part { all, sums, apply };
@@ -17,7 +18,8 @@ enum class Part { all, sums, apply };
 struct ListTensor {
   int64_t numel, group;
   void* grad;
-  const void *harmful, *beneficial;  // beneficial null: nothing to align with
+  // Null as beneficial: nothing to align with.
+  const void *harmful, *beneficial;
   void *param = nullptr, *exp_avg = nullptr, *exp_avg_sq = nullptr;
 };
 
@@ -26,11 +28,15 @@ struct TensorList {
   Order order;
   Rule rule;
   Part part;
-  const ListTensor* tensors;  // in the host's memory
+  // They lie in the host's memory.
+  const ListTensor* tensors;
   int64_t num_tensors, num_groups;
-  void* sums;         // [num_groups, group_sums] of the computing type (f64 for f64, else f32)
-  const void* scale;  // null, or one number of the computing type
-  double alignment;   // times *scale
+  // [num_groups, group_sums] of the computing type (f64 for f64, else f32).
+  void* sums;
+  // Null, or one number of the computing type.
+  const void* scale;
+  // It is multiplied by *scale.
+  double alignment;
   double eps;
 };
 
@@ -44,7 +50,8 @@ struct Rates {
 struct AdamW {
   double lr, beta1, beta2, weight_decay, eps;
   bool maximize;
-  const Rates* rates = nullptr;  // of every tensor, or of all alike; in the host's memory
+  // Those of every tensor, or of all alike; in the host's memory.
+  const Rates* rates = nullptr;
   bool all_alike = false;
 
   Rates at_step(double step) const {

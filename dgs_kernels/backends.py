@@ -31,7 +31,8 @@ OPERATIONS = (
     "surgery_adamw_",
 )
 
-KERNEL_PATCH_SIZE = 32  # the one that DGS-Net uses
+# The side of a patch in pixels that DGS-Net uses.
+KERNEL_PATCH_SIZE = 32
 # What the kernels of an operation take; eager PyTorch serves the rest.
 LIMITS = {
     "spectral_entropy": f"patches of {KERNEL_PATCH_SIZE} x {KERNEL_PATCH_SIZE} pixels, not of float64 images"
@@ -124,7 +125,8 @@ def _native_obstacle() -> str | None:
         return "the native library was not built; reinstall with a C++ compiler on the PATH"
     try:
         importlib.import_module("dgs_kernels._native")
-    except (ImportError, AttributeError) as error:  # AttributeError: a torch without DLPack's exchange API
+    except (ImportError, AttributeError) as error:
+        # AttributeError: a torch without DLPack's exchange API.
         return f"{libraries[0].name} could not be loaded: {str(error).splitlines()[0]}"
     return None
 

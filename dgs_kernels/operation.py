@@ -33,7 +33,8 @@ from dgs_kernels.tensors import NO_MEMORY, in_a_row, refuse_freed, refuse_zero_t
 
 _library = torch.library.Library("dgs", "FRAGMENT")
 
-Named = Any  # the arguments of an operator, under the names of its schema
+# The arguments of an operator, under the names of its schema.
+Named = Any
 # Of such arguments, and of lists of such tensors or of integers, torch's dispatcher would make nothing else.
 _TENSORS = frozenset((Tensor, torch.nn.Parameter))
 _PLAIN = _TENSORS | {type(None), float, int, bool, str, torch.dtype}
@@ -85,7 +86,8 @@ class Operation:
         self._has_one_result = len(self.operator._schema.returns) == 1
         self._differentiable = [names.index(name) for name in differentiable]
         _library.impl(self.name, self.kernel, "CompositeExplicitAutograd")
-        if written is not None:  # the kernel sees to negated views
+        # The kernel itself sees to negated views.
+        if written is not None:
             _library.impl(self.name, torch.library.fallthrough_kernel, "Negative")
         if self._has_lists:
             _library.impl(self.name, self._refuse_mapping, "FuncTorchBatched")
@@ -238,7 +240,8 @@ class Operation:
         assert results is not None, f"{self.name}: what was laid out has no results"
         given = (in_a_row(x) if _are_tensors(x) else x for x in ready) if self._has_lists else ready
         reason = serve(*given, *results)
-        if reason is not None:  # what laying out does not mend, as sums of a subclass
+        # Laying out does not mend everything: sums may be of a subclass.
+        if reason is not None:
             raise ValueError(f"{self.name}: {reason}")
         if self._written is not None:
             increment_version(self._written(a))

@@ -32,7 +32,8 @@ def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
 def _full_precision(x: Tensor) -> contextlib.AbstractContextManager:
     """Keeps matrix products out of autocast's half precision."""
     device = x.device.type
-    if torch.is_autocast_enabled(device):  # entering the context costs as much as ten small operations
+    # Entering the context costs as much as ten small operations.
+    if torch.is_autocast_enabled(device):
         return torch.autocast(device, enabled=False)
     return contextlib.nullcontext()
 
@@ -68,7 +69,8 @@ def project_align(
             x = x + pull
     inner = (x * unit).sum(-1, keepdim=True)
     if rule == "conflict":
-        inner = inner.clamp(max=0)  # unlike a comparison, a clamp lets NaN through
+        # Unlike a comparison, a clamp lets NaN through.
+        inner = inner.clamp(max=0)
     out = x - inner * unit
     if beneficial is not None and order == "project_first":
         out = out + pull

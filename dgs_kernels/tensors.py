@@ -15,7 +15,8 @@ from dgs_kernels import private_torch
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _GAPLESS = torch.ops.aten.is_non_overlapping_and_dense
-NO_MEMORY = "has no memory of its own"  # how a native function's reason ends then
+# A native function's reason ends so where a tensor's storage is not there.
+NO_MEMORY = "has no memory of its own"
 _KIND = operator.attrgetter("device", "dtype", "layout")
 
 
@@ -207,7 +208,8 @@ def refuse_overlaps(caller: str, written: Sequence[Tensor], lists: Sequence[Sequ
             if not t.numel() or not _GAPLESS(t):
                 continue
             begin, end = _span(t)
-            place = bisect.bisect_left(spans, (end, 0, 0))  # spans before it begin before t ends
+            # Spans before it begin before t ends.
+            place = bisect.bisect_left(spans, (end, 0, 0))
             if place and spans[place - 1][1] > begin and spans[place - 1] != (begin, end, i):
                 raise ValueError(
                     f"{caller}: grads[{spans[place - 1][2]}] and objectives[{k}][{i}] share memory; only "

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import re
+import tokenize
 from collections.abc import Set
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -157,6 +159,29 @@ def test_one_file_writes_csv():
 def test_planted_writer_of_csv(tmp_path, text):
     (tmp_path / "file.py").write_text(text)
     assert csv_writers(tmp_path / "file.py")
+
+
+def comments_behind_code(path: Path) -> list[str]:
+    """Lines that end in a comment for people; one for a tool has to stand there."""
+    with path.open("rb") as file:
+        found = [token for token in tokenize.tokenize(file.readline) if token.type == tokenize.COMMENT]
+    return [
+        token.line.strip()
+        for token in found
+        if token.line[: token.start[1]].strip() and not re.match("# (type: ignore|noqa)", token.string)
+    ]
+
+
+@pytest.mark.parametrize("folder", [*PACKAGES.values(), ROOT / "benchmarks"], ids=lambda path: path.name)
+def test_comments_stand_above_the_line_that_they_explain(folder):
+    assert {path: lines for path in folder.rglob("*.py") if (lines := comments_behind_code(path))} == {}
+
+
+def test_planted_comment_behind_code(tmp_path):
+    (tmp_path / "file.py").write_text(
+        "# above\nx = 1  # noqa: E741\ny = '# no'\nz = (\n    2,  # of all\n)\n"
+    )
+    assert comments_behind_code(tmp_path / "file.py") == ["2,  # of all"]
 
 
 def test_few_files_at_the_top():

@@ -13,7 +13,8 @@ DGS_INLINE float to_float(f16 x) {
   const uint32_t magnitude = uint32_t(x.bits & 0x7fffu) << 13;
   // Times 2^112 moves the exponent's bias, and makes half's subnormals normal.
   uint32_t bits = bit_cast<uint32_t>(bit_cast<float>(magnitude) * 0x1p112f);
-  bits |= magnitude >= 0x0f800000u ? 0x7f800000u : 0u;  // infinity and NaN
+  // This makes infinity and NaN.
+  bits |= magnitude >= 0x0f800000u ? 0x7f800000u : 0u;
   return bit_cast<float>(bits | uint32_t(x.bits & 0x8000u) << 16);
 }
 
@@ -23,7 +24,8 @@ DGS_INLINE f16 to_f16(float x) {
   // Below 2^-14 the last place of a half is fixed: adding 0.5 lines it up with float's, and rounds.
   const uint32_t subnormal = bit_cast<uint32_t>(bit_cast<float>(magnitude) + 0.5f) - 0x3f000000u;
   uint32_t half = magnitude < 0x38800000u ? subnormal : normal;
-  half = magnitude >= 0x477ff000u ? 0x7c00u : half;  // 65520 and beyond round to infinity
+  // 65520 and beyond round to infinity.
+  half = magnitude >= 0x477ff000u ? 0x7c00u : half;
   half = magnitude > 0x7f800000u ? 0x7e00u : half;
   return {uint16_t(half | (bits >> 16 & 0x8000u))};
 }

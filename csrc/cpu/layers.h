@@ -26,7 +26,8 @@ void in_turns(ParallelFor parallel_for, int64_t count, int64_t grain, Body body)
 
 // The tensors of each group (layer), in the order of their list.
 struct ByGroup {
-  std::vector<int64_t> begin, elements, tensors;  // group g has tensors[begin[g]] to tensors[begin[g + 1]]
+  // Group g has tensors[begin[g]] to tensors[begin[g + 1]].
+  std::vector<int64_t> begin, elements, tensors;
 
   template <typename Tensor>
   ByGroup(const Tensor* list, int64_t count, int64_t num_groups)

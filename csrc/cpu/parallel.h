@@ -8,7 +8,8 @@
 
 namespace dgs::cpu {
 
-constexpr int64_t work_per_thread = 16384;  // elements; less than that is done before a second thread wakes up
+// In elements. Less than that is done before a second thread wakes up.
+constexpr int64_t work_per_thread = 16384;
 
 template <typename Body>
 void parallel(ParallelFor parallel_for, int64_t count, int64_t grain, Body body) {

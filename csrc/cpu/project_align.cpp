@@ -18,7 +18,8 @@ namespace {
 constexpr int64_t block = 4096;
 
 struct Sums {
-  double inner = 0, square = 0;  // <x, h>, ||h||^2
+  // These are <x, h> and ||h||^2.
+  double inner = 0, square = 0;
 
   void operator+=(const Sums& other) {
     inner += other.inner;
@@ -31,7 +32,8 @@ enum class Align { none, first, last };
 // One block of one row.
 template <typename T>
 struct Block {
-  using F = decltype(load(T()));  // the computing type
+  // The computing type.
+  using F = decltype(load(T()));
   const T *grad, *harmful, *beneficial;
   F alignment;
   int64_t size;
@@ -107,7 +109,8 @@ DGS_KERNELS(bf16)
 // The rows of one call, stored as T.
 template <typename T>
 class Rows {
-  using Seen = typename Widened<T, block>::Seen;  // what the loops read and write
+  // What the loops read and write.
+  using Seen = typename Widened<T, block>::Seen;
   using F = typename Block<Seen>::F;
 
   const ProjectAlign& a_;
@@ -164,7 +167,8 @@ class Rows {
   }
 
   void whole_row(int64_t row) const {
-    if (a_.dim <= block) {  // as it was read for the sums, it is there for the result
+    // What was read for the sums is there for the result.
+    if (a_.dim <= block) {
       const Streams s(a_, row, 0);
       const double k = share_of(sum(block_of(s), align_, a_.rule));
       prefetch(row + 1);

@@ -12,7 +12,8 @@
 namespace dgs::cpu {
 namespace {
 
-constexpr int64_t small_layer = 131072;  // elements; three float streams of it are 1.5 MiB
+// In elements. Three float streams of it are 1.5 MiB.
+constexpr int64_t small_layer = 131072;
 
 // Vector lanes inside a block, double over blocks in their order: no thread count changes the result.
 struct Sums {

@@ -44,7 +44,8 @@ DGS_INLINE void store(float* to, float x) { *to = x; }
 DGS_INLINE void store(double* to, double x) { *to = x; }
 DGS_INLINE void store(bf16* to, float x) {
   const uint32_t bits = bit_cast<uint32_t>(x);
-  const uint32_t rounded = (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;  // to nearest, ties to even
+  // It rounds to nearest, ties to even.
+  const uint32_t rounded = (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
   to->bits = uint16_t(x != x ? 0x7fc0u : rounded);
 }
 

@@ -28,7 +28,8 @@ union Row {
 };
 
 struct Tables {
-  Row cosine[half + 1], sine[half + 1];  // of 2 pi k n / 32 at [k].at[n]; k and n go to 16
+  // Those of 2 pi k n / 32 are at [k].at[n]; k and n go to 16.
+  Row cosine[half + 1], sine[half + 1];
 
   Tables() {
     for (int k = 0; k <= half; ++k)
@@ -44,7 +45,8 @@ const Tables tables;
 // 8 come with the wrong sign, which no energy shows.
 template <int first, int last>
 DGS_INLINE void transform(const Row* table, const Row* in, Row* out) {
-  constexpr int tile = 3;  // frequencies at a time: each row is loaded once for them
+  // So many frequencies at a time: each row is loaded once for them.
+  constexpr int tile = 3;
   for (int k = 0; k <= half / 2; k += tile) {
     Lanes even[tile][2] = {}, odd[tile][2] = {};
     for (int n = first; n <= last; n += 2)

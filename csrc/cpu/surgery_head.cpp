@@ -18,8 +18,10 @@
 namespace dgs::cpu {
 namespace {
 
-constexpr int64_t block = 1024;  // elements that are summed in vector lanes, and in double beyond
-constexpr int at_once = 4;       // samples: a weight, or a head gradient, is loaded once for all of them
+// Elements that are summed in vector lanes, and in double beyond.
+constexpr int64_t block = 1024;
+// So many samples at a time: a weight, or a head gradient, is loaded once for all of them.
+constexpr int at_once = 4;
 
 struct Four {
   double of[at_once];
@@ -95,8 +97,10 @@ DGS_INLINE double subtract_loop(const T* x, const T* y, T* out, int64_t size) {
 // and u given.
 template <typename T, typename F>
 struct Mix {
-  const F *w, *v, *u;  // u may be null
-  const T* d;          // may be null
+  // u may be null.
+  const F *w, *v, *u;
+  // d may be null.
+  const T* d;
   F image, pull, push, distill, v_sign, u_sign;
 };
 
@@ -151,13 +155,15 @@ class Forward {
   using F = decltype(load(Seen()));
   const SurgeryHead& a_;
   const double reference_;
-  std::vector<F> rises_, falls_;  // min(v, 0) and min(-v, 0) of the teacher's weight v
+  // They are min(v, 0) and min(-v, 0) of the teacher's weight v.
+  std::vector<F> rises_, falls_;
 
   // What a run of samples adds to the results. Samples are cut into runs by their number alone: sums inside a
   // run and over the runs are in the same order on any number of threads.
   struct Run {
     double losses[4] = {}, biases[2] = {};
-    std::vector<F> grads;  // [2, dim]
+    // [2, dim].
+    std::vector<F> grads;
   };
 
  public:
@@ -255,7 +261,8 @@ class Forward {
   struct Matrix {
     const void* rows;
     int64_t stride;
-    Group group;  // of none: nothing
+    // Without samples, nothing is added.
+    Group group;
   };
   // What is read after these rows comes meanwhile: memory would wait otherwise, while they are added.
   void add_rows(const void* matrix, int64_t stride, const Group& group, const Branch& of, F* grads,
@@ -345,7 +352,8 @@ void backward(const SurgeryHeadBackward& a, ParallelFor parallel_for) {
   const double image_scale = *vector(a.image_scale) / double(a.batch);
   const double pull_scale = *vector(a.alignment_scale) / (reference * a.batch);
   const double distill = a.differences ? a.distillation / (double(a.dim) * a.batch) * *vector(a.distillation_scale) : 0;
-  Products products[2];  // [u is negative]
+  // The index says whether u is negative.
+  Products products[2];
   for (int64_t i = 0; u && i < a.dim; ++i)
     for (int negative = 0; negative < 2; ++negative) {
       const double h = positive_part(negative ? -double(u[i]) : double(u[i]));

@@ -3,7 +3,8 @@
 // shuffles (fibers.cpp); the blocks of a cluster run together, clusters one after the other.
 #pragma once
 
-#include <math.h>  // with the overloads for float in the global namespace, as CUDA has them
+// It has the overloads for float in the global namespace, as CUDA has them.
+#include <math.h>
 
 #include <cstddef>
 #include <cstdint>
@@ -13,7 +14,8 @@
 #define __global__
 #define __host__
 #define __device__
-#define __forceinline__ inline  // if it likes: with sanitizers, a copy in every kernel takes long to compile
+// The compiler decides: with sanitizers, a copy in every kernel takes long to compile.
+#define __forceinline__ inline
 #define __launch_bounds__(...)
 #define __grid_constant__
 
@@ -65,26 +67,34 @@ struct Launch {
   const void* params;
   uint64_t params_bytes;
 };
-extern bool (*on_launch)(const Launch*);  // if not null, is told of each and says whether to run it
+// If not null, it sees each launch and says whether to run it.
+extern bool (*on_launch)(const Launch*);
 
 // Without a body it only counts the launch.
 cudaError_t run(const cudaLaunchConfig_t&, const void* kernel, const std::function<void()>& thread_body);
 void allow_large_clusters(const void* kernel);
-int most_clusters(const cudaLaunchConfig_t&);  // at once
-unsigned char* shared_memory();                // the running block's, exactly as large as asked for
-unsigned char* shared_memory(unsigned rank);   // of another block of the cluster
+// How many clusters run at once.
+int most_clusters(const cudaLaunchConfig_t&);
+// The running block's, exactly as large as asked for.
+unsigned char* shared_memory();
+// That of another block of the cluster.
+unsigned char* shared_memory(unsigned rank);
 unsigned cluster_rank();
 unsigned cluster_size();
 void block_barrier();
 void arrive_at_cluster_barrier();
 void wait_at_cluster_barrier();
-uint64_t exchange(uint64_t value, unsigned source_lane);  // what source_lane passed, after a warp barrier
+// What source_lane passed, after a warp barrier.
+uint64_t exchange(uint64_t value, unsigned source_lane);
 unsigned ballot(bool predicate);
-void copy(void* to, const void* from, size_t bytes);  // lands at once or when it is waited for, as the order has it
+// It lands at once or when it is waited for, as the order has it.
+void copy(void* to, const void* from, size_t bytes);
 void commit_copies();
 void wait_for_copies(size_t prior);
-extern int largest_cluster;  // 1: there are none; more than 8 for kernels that allow it
-extern int compiled_for;     // the virtual architecture of the code that was loaded, as 90
+// 1: there are none; more than 8 for kernels that allow it.
+extern int largest_cluster;
+// The virtual architecture of the code that was loaded, as 90.
+extern int compiled_for;
 extern bool capturing;
 
 template <typename T>

@@ -8,7 +8,8 @@ using namespace dgs::cuda;
 
 namespace {
 
-int allocations[2] = {};  // that are held, of each lifetime
+// How many of each lifetime are held.
+int allocations[2] = {};
 
 // Exactly as much as is asked for, so that the sanitizer sees what lies beyond.
 std::shared_ptr<void> allocate(int64_t bytes, Lifetime lifetime) {
@@ -33,7 +34,9 @@ const char* c_surgery_adamw_(const TensorList* list, const AdamW* options, void*
 }
 const char* c_gramian(const Objectives* args, void* stream) { return gramian(*args, allocate, stream); }
 const char* c_combine_(const Objectives* args, void* stream) { return combine_(*args, allocate, stream); }
-int c_allocations() { return allocations[1]; }  // that outlive calls
-int c_left_behind() { return allocations[0]; }  // that should not have
+// Those that outlive calls.
+int c_allocations() { return allocations[1]; }
+// Those that should not have outlived a call.
+int c_left_behind() { return allocations[0]; }
 const char* c_spectral_entropy(const SpectralEntropy* args) { return spectral_entropy(*args, nullptr); }
 }

@@ -36,11 +36,13 @@ struct Barrier {
 };
 struct Warp {
   Barrier barrier;
-  uint64_t slots[2][kWarp];  // two, so that one barrier per exchange is enough
+  // Two, so that one barrier per exchange is enough.
+  uint64_t slots[2][kWarp];
 };
 struct Block {
   uint3 index;
-  unsigned rank, running;  // threads that have not ended
+  // Threads that have not ended.
+  unsigned rank, running;
   Barrier barrier;
   std::vector<Warp> warps;
   std::unique_ptr<unsigned char, decltype(&std::free)> shared{nullptr, &std::free};
@@ -50,7 +52,8 @@ struct Copy {
   const void* from;
   size_t bytes, group;
 };
-struct Fiber {  // lives on from launch to launch, since making one takes system calls
+// A fiber lives on from launch to launch, since making one takes system calls.
+struct Fiber {
   std::unique_ptr<char[]> stack = std::make_unique<char[]>(kStackBytes);
   ucontext_t start;
   bool started = false;
@@ -59,26 +62,33 @@ struct Fiber {  // lives on from launch to launch, since making one takes system
   Block* block;
   unsigned thread;
   bool done;
-  const unsigned* waits_for;  // waits while this generation is the one it arrived in
+  // It waits while this generation is the one it arrived in.
+  const unsigned* waits_for;
   unsigned generation;
-  unsigned cluster_generation;  // that it arrived in last
-  std::vector<Copy> copies;     // on their way
-  size_t committed;             // groups of copies
+  // The one that it arrived in last.
+  unsigned cluster_generation;
+  // Copies on their way.
+  std::vector<Copy> copies;
+  // How many groups of copies it has committed.
+  size_t committed;
 };
 
 enum Order { kForward, kShuffled };
 int order = kForward;
 int launches = 0;
-int until_failure = 0;  // launches; 0: none fails
+// In launches. 0: none fails.
+int until_failure = 0;
 Fiber* self = nullptr;
 void* scheduler[5];
 const void* scheduler_stack;
 size_t scheduler_stack_size;
 const std::function<void()>* body;
-std::vector<Block> blocks;  // of the running cluster
+// Blocks of the running cluster.
+std::vector<Block> blocks;
 Barrier cluster;
 std::vector<std::unique_ptr<Fiber>> fibers;
-std::set<const void*> large_clusters;  // kernels that allow them
+// Kernels that allow them.
+std::set<const void*> large_clusters;
 
 // swapcontext would do, but it asks the kernel for the signal mask every time. And the sanitizer takes a jump for the
 // end of the frames it leaves: it would ask the kernel for the signal stack, and clear its marks off theirs.

@@ -92,9 +92,8 @@ inline void set(void* data, int64_t i, DType t, double x) {
 
 struct Random {
   std::mt19937 engine{1};
-  double operator()() {  // multiples of 1/64 in [-2, 2): exact in every type
-    return (int(engine() % 256) - 128) / 64.0;
-  }
+  // Multiples of 1/64 in [-2, 2) are exact in every type.
+  double operator()() { return (int(engine() % 256) - 128) / 64.0; }
 };
 
 inline int failures = 0;

@@ -5,7 +5,8 @@
 
 namespace {
 
-constexpr int64_t count = 0x7c00;  // halves from 0 up to, not including, infinity
+// Halves from 0 up to, not including, infinity.
+constexpr int64_t count = 0x7c00;
 
 uint16_t narrowed(float x) {
   // Eight, so that vectors are filled, and one more.
@@ -40,7 +41,8 @@ int main() {
     const float middle = float((low + high) / 2);
     rounds(low, bits);
     rounds(std::nextafter(middle, 0.0f), bits);
-    rounds(middle, bits + bits % 2);  // to even
+    // Ties go to even.
+    rounds(middle, bits + bits % 2);
     rounds(std::nextafter(middle, INFINITY), bits + 1);
   }
   rounds(INFINITY, 0x7c00);

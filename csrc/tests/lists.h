@@ -12,7 +12,8 @@ namespace check {
 struct Lists {
   dgs::DType dtype;
   std::vector<int64_t> sizes, groups;
-  std::vector<std::vector<char>> memory;  // [streams * tensors]
+  // [streams * tensors].
+  std::vector<std::vector<char>> memory;
 
   Lists(dgs::DType dtype_, std::vector<int64_t> sizes_, std::vector<int64_t> groups_, int streams, Random& random)
       : dtype(dtype_), sizes(std::move(sizes_)), groups(std::move(groups_)) {
@@ -71,8 +72,10 @@ inline dgs::TensorList list_of(dgs::DType dtype, const std::vector<dgs::ListTens
 }
 
 struct Surgery {
-  std::vector<long double> sums;                // [groups, 6]
-  std::vector<std::vector<long double>> grads;  // the edited gradients
+  // [groups, 6].
+  std::vector<long double> sums;
+  // The edited gradients.
+  std::vector<std::vector<long double>> grads;
 };
 
 inline Surgery plain_surgery(const Lists& l, int64_t groups, bool aligned, dgs::Order order, dgs::Rule rule) {

@@ -15,7 +15,8 @@ const char* const names[] = {"f32", "f64", "bf16", "f16"};
 
 struct Case {
   DType dtype;
-  int64_t rows, dim, padding;  // padding: elements between rows
+  // The padding is in elements, between rows.
+  int64_t rows, dim, padding;
   bool aligned, one_direction, scaled;
   Order order;
   Rule rule;
@@ -30,7 +31,8 @@ void compare(const Case& c, check::Random& random) {
     m.resize(size * width);
     for (int64_t i = 0; i < size; ++i) check::set(m.data(), i, c.dtype, random());
   }
-  std::vector<char> out(c.rows * c.dim * width + 1, char(0xff));  // all ones is NaN
+  // All ones is NaN.
+  std::vector<char> out(c.rows * c.dim * width + 1, char(0xff));
   const int64_t direction_stride = c.one_direction ? 0 : stride;
   const float scale32 = 0.5f;
   const double scale64 = 0.5;
@@ -130,8 +132,10 @@ int main() {
     for (int stream : {0, 1, 2})
       for (Rule rule : {Rule::positive, Rule::full, Rule::conflict})
         for (Order order : {Order::align_first, Order::project_first}) {
-          if (stream == 1 && rule == Rule::positive && poison == -INFINITY) continue;  // its positive part is 0
-          if (stream == 2 && poison == INFINITY) continue;                             // its negative part is 0
+          // Its positive part is 0.
+          if (stream == 1 && rule == Rule::positive && poison == -INFINITY) continue;
+          // Its negative part is 0.
+          if (stream == 2 && poison == INFINITY) continue;
           visible(poison, stream, rule, order);
         }
   return check::result();

@@ -16,7 +16,8 @@ const std::vector<int64_t> sizes{41, 1, 0, 140000, 1023, 6}, layer_of{0, 1, 1, 2
 void compare(DType dtype, Order order, Rule rule, bool aligned, bool maximize, bool all_alike) {
   check::Random random;
   check::Lists l(dtype, sizes, layer_of, 6, random);
-  for (size_t t = 0; t < sizes.size(); ++t)  // second moments are not negative
+  // Second moments are not negative.
+  for (size_t t = 0; t < sizes.size(); ++t)
     for (int64_t i = 0; i < sizes[t]; ++i) check::set(l.at(5, t), i, dtype, std::fabs(double(l.value(5, t, i))));
   const check::Lists before = l;
   const auto want = check::plain_surgery(l, groups, aligned, order, rule);

@@ -107,7 +107,8 @@ void compare(DType dtype, int64_t batch, int64_t dim, bool text, Order order, in
   close(residuals.data(), wide, 3 * batch, residual.data(), error * 4, "residuals", dim);
   close(grads.data(), wide, 2 * (dim + 1), grad.data(), error, "head_grads", dim);
 
-  std::vector<char> out(batch * dim * check::size_of(dtype), char(0xff));  // all ones is NaN
+  // All ones is NaN.
+  std::vector<char> out(batch * dim * check::size_of(dtype), char(0xff));
   dgs::cpu::surgery_head_backward({.dtype = dtype,
                                    .order = order,
                                    .residuals = residuals.data(),

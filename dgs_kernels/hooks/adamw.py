@@ -144,7 +144,8 @@ class SurgeryAdamW(torch.optim.AdamW):
             *(written[0], grads, *written[1:], steps, *directions, layers, sums),
             *(*self.surgery.options, due, *hyper, group["maximize"]),
         )
-        increment_version(params)  # of distributed ones, too, whose local parts were written
+        # Also of distributed parameters, whose local parts were written.
+        increment_version(params)
 
     def _step_plainly(self, group: dict, params: list[Tensor]) -> None:
         """What AdamW does: parameters without surgery."""
@@ -162,7 +163,8 @@ class SurgeryAdamW(torch.optim.AdamW):
                 state["step"] = torch.tensor(0.0, device="cpu")
                 state["exp_avg"] = torch.zeros_like(p, memory_format=torch.preserve_format)
                 state["exp_avg_sq"] = torch.zeros_like(p, memory_format=torch.preserve_format)
-            elif not state["step"].is_cpu:  # as fused AdamW leaves it
+            elif not state["step"].is_cpu:
+                # Fused AdamW leaves it on the device.
                 state["step"] = state["step"].cpu()
         return tuple([state[name] for state in states] for name in ("exp_avg", "exp_avg_sq", "step"))
 

@@ -142,7 +142,8 @@ class Capture:
             yield
             arrived = {p: p.grad for p in params if p.grad is not None}
         except BaseException:
-            self._captured.pop(name, None)  # half a gradient is none
+            # Half a gradient must not stay.
+            self._captured.pop(name, None)
             raise
         finally:
             for p, grad in zip(params, task):
@@ -183,7 +184,8 @@ class Capture:
         tensors = [g for grads in captured.values() for g in grads.values()]
         if unscale and captured and not self._unscale(tensors):
             for p in self.parameters():
-                p.grad = None  # so that the optimizer leaves everything as it is: a skipped step
+                # The optimizer then leaves everything as it is: a skipped step.
+                p.grad = None
             return {}
         self.fresh, self.lasting.asked = captured, asked
         return self.lasting.joined(captured)
@@ -346,7 +348,8 @@ class BeforeStep:
 
     def __init__(self, surgery: Capture, edit: Callable[[], None]) -> None:
         self._surgery, self._edit = surgery, edit
-        self._left_out = False  # whether a closure was given and not evaluated
+        # Whether a closure was given and not evaluated.
+        self._left_out = False
         optimizer = surgery.optimizer
         self._handles = (
             optimizer.register_step_pre_hook(self._before),
@@ -374,7 +377,8 @@ class BeforeStep:
             if updates:
                 updates.begin()
             return None
-        if updates:  # before the optimiser moves anything, as it may before it asks for the closure
+        # This comes before the optimiser moves anything, as it may before it calls the closure.
+        if updates:
             updates.begin(self._surgery.parameters())
 
         def once() -> Any:

@@ -18,9 +18,8 @@ class Lasting:
     """Which gradients go on serving, for how many steps, and how far they were from what replaced them."""
 
     cosines: dict[str, Tensor] = field(default_factory=dict)
-    asked: dict[str, int] = field(
-        default_factory=dict
-    )  # for how many steps, of what was captured for the next
+    # For how many steps a direction serves, of those captured for the next.
+    asked: dict[str, int] = field(default_factory=dict)
     _kept: dict[str, tuple[Gradient, int]] = field(default_factory=dict)
     _order: dict[str, int] = field(default_factory=dict)
 
@@ -73,7 +72,8 @@ class Lasting:
             if name in self._kept and name in places:
                 self.cosines[name] = _cosines(parts, layers, places[name], self._kept.pop(name)[0])
             if (steps := self.asked.get(name, 1)) > 1:
-                if averaged and name in places:  # also where this rank had none
+                # This holds also where this rank had none.
+                if averaged and name in places:
                     gradient = gradient | {
                         p: t for part in parts for p, t in zip(part.params, part.lists[places[name]])
                     }

@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-SLACK = 1e-3  # what solvers and rounding may miss a margin by
+# Solvers and rounding may miss a margin by this much.
+SLACK = 1e-3
 
 
 @dataclass(frozen=True)

@@ -29,8 +29,10 @@ from dgs_kernels.tensors import sums_dtype
 
 MODES = ("exact", "running")
 TASK, RUNNING_SUM = ".grad", "sum so far"
-BUCKETS = 32  # of a gradient's sketch
-REPEATED = 1e-4  # of the gradients' energy: a difference of 1% in norm, as bfloat16 rounds
+# How many numbers a gradient's sketch has.
+BUCKETS = 32
+# Share of the gradients' energy: a difference of 1% in norm, as bfloat16 rounds.
+REPEATED = 1e-4
 
 
 @dataclass
@@ -304,7 +306,8 @@ class ObjectiveSurgery(Capture):
         places = {name: place for place, name in enumerate(names)}
         self.lasting.keep(self.fresh, parts, len(layers), places, self.process_group is not None)
         self.fresh = {}
-        if lasts:  # what is combined is written where the first one's tensors are
+        # The combined gradient is written where the first one's tensors are.
+        if lasts:
             merged = {p: grad.clone() for p, grad in merged.items()}
             for part in parts:
                 part.lists[0] = [local(merged[p]) for p in part.params]
@@ -438,7 +441,8 @@ def _sketch(grads: Gradient) -> Tensor:
     """Sums of a gradient's numbers in a few buckets: linear, and equal only of equal gradients."""
     flat = [local(grad).reshape(-1) for grad in grads.values()]
     total = torch.zeros(BUCKETS, dtype=torch.float64, device=flat[0].device)
-    for numbers in flat:  # in their own type, as a sum in another would copy them
+    # They are added in their own type, as a sum in another would copy them.
+    for numbers in flat:
         whole = len(numbers) // BUCKETS * BUCKETS
         total += numbers[:whole].view(-1, BUCKETS).sum(0).to(total)
         total[: len(numbers) - whole] += numbers[whole:].to(total)
@@ -450,7 +454,8 @@ def _end_to_end(folds: list[ObjectiveMetrics]) -> ObjectiveMetrics | None:
     if not folds:
         return None
     last = folds[-1]
-    if last.objectives[0] == TASK:  # it came last, but is the first so that its tensors stay in .grad
+    # The task came last, but stands first, so that its tensors stay in .grad.
+    if last.objectives[0] == TASK:
         flipped = last.gramian.flip(1, 2), last.weights.flip(1)
         folds = [*folds[:-1], ObjectiveMetrics(last.layers, [RUNNING_SUM, TASK], *flipped)]
     return ObjectiveMetrics(

@@ -131,7 +131,8 @@ def _linear(layer: nn.Linear, given: Tensor, asked: Tensor) -> Iterator[tuple[st
 
 
 def _convolution(layer: nn.Conv1d | nn.Conv2d, given: Tensor, asked: Tensor) -> Iterator[tuple[str, Factor]]:
-    if given.dim() == 3:  # as an image of one row
+    # A sequence is an image of one row.
+    if given.dim() == 3:
         given, asked = given[:, :, None], asked[:, :, None]
     kernel, stride, dilation = (
         (1,) * (2 - len(x)) + tuple(x) for x in (layer.kernel_size, layer.stride, layer.dilation)
@@ -142,7 +143,8 @@ def _convolution(layer: nn.Conv1d | nn.Conv2d, given: Tensor, asked: Tensor) -> 
     else:
         around = [(0, 0)] * (2 - len(layer.padding)) + [(width, width) for width in layer.padding]
     given = F.pad(given, [*around[1], *around[0]])
-    windows = F.unfold(given, kernel, dilation, stride=stride)  # [B, C * k * k, T]
+    # Windows are [B, C * k * k, T].
+    windows = F.unfold(given, kernel, dilation, stride=stride)
     given = windows.unflatten(1, (layer.groups, -1)).mT
     asked = asked.flatten(2).unflatten(1, (layer.groups, -1)).mT
     yield "weight", Product(given, asked)
@@ -226,7 +228,8 @@ class Recorder:
         ]
         self._trained = trained
         self._calls: list[_Call] = []
-        self._checked: tuple | None = None  # the layers of a batch that was, in the order of their calls
+        # The layers of a former batch, in the order of their calls.
+        self._checked: tuple | None = None
 
     def clear(self) -> None:
         self._calls = []
@@ -329,7 +332,8 @@ class Recorder:
 
     def _check_independent(self, calls: list[_Call], alone: tuple[Tensor | None, ...]) -> None:
         for call, gradient in zip(calls, alone):
-            if gradient is not None and (gradient[1:].abs() > 0).any():  # NaN is another matter
+            # A NaN passes: it is another fault.
+            if gradient is not None and (gradient[1:].abs() > 0).any():
                 raise RuntimeError(
                     "per_sample(): the loss of the first sample depends on others at "
                     f"{self._layer_name(call.layer)}: the first dimension must be the samples everywhere, "

@@ -14,7 +14,8 @@ from dgs_kernels.hooks.ranks import is_sharded
 from dgs_kernels.ops.gramian import gramian
 from dgs_kernels.tensors import sums_dtype
 
-Gradient = dict[Tensor, Tensor]  # of parameters
+# A gradient, by parameter.
+Gradient = dict[Tensor, Tensor]
 
 
 @dataclass

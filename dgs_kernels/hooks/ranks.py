@@ -123,7 +123,8 @@ def _left(mine: Any) -> list[Any]:
     try:
         store.wait(list(places.values()), PATIENCE)
         return [json.loads(store.get(place)) for place in places.values()]
-    except (RuntimeError, ValueError):  # ValueError: one has taken its own back
+    except (RuntimeError, ValueError):
+        # ValueError comes where a rank has taken its key back.
         store.set(places[dist.get_rank()], "")
         warnings.warn(
             "not all ranks came to this step, so their gradients were not compared: pass process_group=, the "

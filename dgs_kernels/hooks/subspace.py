@@ -111,7 +111,8 @@ class ReferenceSubspace(Capture):
             raise ValueError("ReferenceSubspace: track_update is not supported: use OptimizerSurgery")
         self.rank, self.rule = int(rank), rule
         super().__init__(optimizer, granularity=granularity, **capture)
-        self._basis: dict[Tensor, Tensor] = {}  # [rank, numbers of a parameter on this process]
+        # Each is [rank, numbers of a parameter on this process].
+        self._basis: dict[Tensor, Tensor] = {}
         self._known: dict[str, _Layer] = {}
         self._small: dict[tuple, tuple[Tensor, Tensor, Tensor]] = {}
         self._scaled: list[list[Any]] = [[], []]
@@ -280,7 +281,8 @@ class ReferenceSubspace(Capture):
     def _edit(self) -> None:
         self._last = None
         self._scaled = [self._scaled[-1], []]
-        self.release()  # which refuses a step inside reference()
+        # This refuses a step inside reference().
+        self.release()
         task = {p: grad for p, grad in self.task().items() if p in self._basis}
         if not task:
             return
@@ -327,7 +329,8 @@ def _grow(
     """
     n = len(its)
     gram, overlap = products[1 : n + 1, 1 : n + 1], products[0, 1 : n + 1]
-    again = torch.linalg.solve(gram, overlap)  # Gram-Schmidt once more, with a basis that rounding has bent
+    # Gram-Schmidt runs once more, as rounding has bent the basis.
+    again = torch.linalg.solve(gram, overlap)
     along = first[:n] + again
     height = (products[0, 0] - again @ overlap).clamp(min=0).sqrt()
     if height <= rounding:

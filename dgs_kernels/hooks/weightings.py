@@ -28,7 +28,8 @@ from dgs_kernels.ops.gramian import KERNEL_OBJECTIVES
 
 Weighting = Callable[[Tensor], Tensor]
 BISECTIONS = 40
-Kernel = Callable[[Tensor, Tensor], Tensor]  # dgs_kernels.triton.nonnegative
+# One of `dgs_kernels.triton.nonnegative`.
+Kernel = Callable[[Tensor, Tensor], Tensor]
 # What the square of a weight costs, gradients being of length one, by the Gramian's dtype. Weights stay below
 # 1 / sqrt(RIDGE), and constraints are missed by at most sqrt(RIDGE) / 2 of the lengths.
 RIDGE = {torch.float32: 1e-6, torch.float64: 1e-12}
@@ -71,10 +72,12 @@ def pcgrad(gramian: Tensor, generator: torch.Generator) -> Tensor:
     """
     g, count = gramian.double(), gramian.shape[1]
     last = torch.rand(count, count, generator=generator, device=generator.device)
-    last.fill_diagonal_(2.0)  # each one's own place
+    # Each number stands in its own place.
+    last.fill_diagonal_(2.0)
     orders = last.argsort(1)[:, :-1].to(g.device, non_blocking=True)
     energy, each = g.diagonal(dim1=1, dim2=2), torch.arange(count, device=g.device)
-    weights = torch.eye(count, dtype=g.dtype, device=g.device).repeat(len(g), 1, 1)  # row i: v_i
+    # Row i is v_i.
+    weights = torch.eye(count, dtype=g.dtype, device=g.device).repeat(len(g), 1, 1)
     for others in orders.unbind(1):
         inner = (weights * g[:, others]).sum(2)
         conflict = (inner < 0) & (energy[:, others] > 0)
@@ -131,7 +134,8 @@ def mgda(gramian: Tensor) -> Tensor:
     """
     if gramian.shape[1] == 2:
         g = gramian.double()
-        apart = g[:, 0, 0] + g[:, 1, 1] - 2 * g[:, 0, 1]  # ||g_0 - g_1||^2
+        # This is ||g_0 - g_1||^2.
+        apart = g[:, 0, 0] + g[:, 1, 1] - 2 * g[:, 0, 1]
         share = torch.where(apart > 0, (g[:, 1, 1] - g[:, 0, 1]) / apart, 0.5).clamp(0, 1)
         return _marked(torch.stack([share, 1 - share], 1), gramian)
     return _solved(_mgda, _mgda_on_device, gramian)
@@ -261,7 +265,8 @@ def _on_the_host(solve: Callable, gramian: Tensor) -> Tensor:
     Below the root's K rows there are K more, the ridge: what is solved with them by least squares pays for
     its weights.
     """
-    host = gramian.cpu()  # the one wait for the device
+    # Nothing else waits for the device.
+    host = gramian.cpu()
     cosines, norms = (x.numpy() for x in _cosines(host))
     count = gramian.shape[1]
     rounding = count * torch.finfo(gramian.dtype).eps

@@ -95,7 +95,8 @@ def _in_parts(a: Named) -> None:
     _kinds(a)
     count = len(a.groups)
     lists = [a.objectives[i : i + count] for i in range(0, len(a.objectives), count)]
-    if not torch.compiler.is_compiling():  # which the calls' own checks are enough for
+    # When torch.compile traces, the calls' own checks are enough.
+    if not torch.compiler.is_compiling():
         _check(a)
         refuse_overlaps("combine_", a.grads, lists)
     dtype = sums_dtype(a.grads, a.objectives)

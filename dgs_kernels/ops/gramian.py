@@ -33,8 +33,10 @@ from dgs_kernels.tensors import (
     sums_dtype,
 )
 
-KERNEL_OBJECTIVES = 16  # that one call of a kernel takes
-MAX_OBJECTIVES = 64  # of one step of ObjectiveSurgery
+# Most lists that one call of a kernel takes.
+KERNEL_OBJECTIVES = 16
+# Most objectives of one step of ObjectiveSurgery.
+MAX_OBJECTIVES = 64
 
 
 def gramian(objectives: Sequence[Sequence[Tensor]], *, groups: Sequence[int] | None = None) -> Tensor:
@@ -78,7 +80,8 @@ def gramian(objectives: Sequence[Sequence[Tensor]], *, groups: Sequence[int] | N
 def _in_parts(flat: list[Tensor], layers: list[int], num_objectives: int) -> Tensor:
     """The Gramian of more lists than a kernel takes, from those of every two of their parts."""
     refuse_what_is_no_tensor("gramian", flat, len(layers))
-    if not torch.compiler.is_compiling():  # which the parts' own checks are enough for
+    # When torch.compile traces, the parts' own checks are enough.
+    if not torch.compiler.is_compiling():
         in_lists("gramian", flat, layers, num_objectives)
     dtype, count = common_dtype(flat), len(layers)
     lists = [[t.to(dtype) for t in flat[i : i + count]] for i in range(0, len(flat), count)]

@@ -45,7 +45,8 @@ def spectral_entropy(images: Tensor, patch_size: int = 32) -> Tensor:
         >>> spectral_entropy(torch.full((1, 3, 64, 96), 255, dtype=torch.uint8)).shape
         torch.Size([1, 6])
     """
-    refuse_forward_mode("spectral_entropy", images)  # before detach() drops the tangent
+    # This comes before detach() drops the tangent.
+    refuse_forward_mode("spectral_entropy", images)
     return _operation(images.detach() if isinstance(images, Tensor) else images, patch_size)
 
 

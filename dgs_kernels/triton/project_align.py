@@ -27,10 +27,13 @@ NARROWEST_BLOCK = 64
 CHUNK = 4096
 MOST_PARTS = tl.constexpr(512)
 
-PROJECT_FIRST = tl.constexpr(1)  # place in reference.ORDERS
-POSITIVE = tl.constexpr(0)  # places in reference.RULES
+# Its place in reference.ORDERS.
+PROJECT_FIRST = tl.constexpr(1)
+# Their places in reference.RULES.
+POSITIVE = tl.constexpr(0)
 CONFLICT = tl.constexpr(2)
-SUMS = tl.constexpr(2)  # of a row: <x, h>, <h, h>
+# A row has the sums <x, h> and <h, h>.
+SUMS = tl.constexpr(2)
 # Triton would ask of each of these whether it divides by 16, and compile a kernel for every combination of
 # answers: ALIGNED is one answer for all.
 MATRICES = (

@@ -40,7 +40,8 @@ POINTERS = {
 def _chunk(table_ptr, tensors, CHUNK: tl.constexpr):
     """Tensor, layer, first and last number of this program's chunk, and the size of its tensor."""
     chunk = tl.program_id(0)
-    tensor = 0  # as many tensors end before the chunk
+    # This becomes the number of tensors that end before the chunk.
+    tensor = 0
     for first in range(0, tensors, SEARCHED):
         i = first + tl.arange(0, SEARCHED)
         tensor += tl.sum((tl.load(table_ptr + i, i < tensors, chunk + 1) <= chunk).to(tl.int32), 0)
@@ -222,7 +223,8 @@ def lists_of(
     for numel, layer in zip(numels, layers):
         ends.append((ends[-1] if ends else 0) + triton.cdiv(numel, CHUNK))
         begins[layer + 1] = ends[-1]
-    for layer in range(num_groups):  # of those without tensors
+    # Layers without tensors have sums of zero.
+    for layer in range(num_groups):
         begins[layer + 1] = max(begins[layer], begins[layer + 1])
     addresses = [tensors[i].data_ptr() for tensors in lists for i in order]
     rest = [row[i] for row in extra for i in order]

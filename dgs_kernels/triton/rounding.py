@@ -8,7 +8,8 @@ import triton.language as tl
 
 @triton.jit
 def divide(x, y):
-    if x.dtype == tl.float64:  # has no other
+    # float64 has no other rounding.
+    if x.dtype == tl.float64:
         return x / y
     else:
         return tl.math.div_rn(x, y)

@@ -46,10 +46,13 @@ ENVIRONMENT = {
     "MALLOC_MMAP_THRESHOLD_": str(2**22),
     "MALLOC_TRIM_THRESHOLD_": str(2**25),
 }
-MAX_KEPT = 2**27  # bytes
-PIPE = 2**20  # bytes that it holds, where the system allows
+# Most bytes that are kept.
+MAX_KEPT = 2**27
+# Bytes that a pipe holds, where the system allows.
+PIPE = 2**20
 PAGE = os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 0
-OUT_OF_MEMORY = 77  # exit status
+# Exit status of a process without memory.
+OUT_OF_MEMORY = 77
 # Bytes of the words, which are JSON, of data behind them, and of data in the memory that both have.
 _HEAD = struct.Struct("<QQQ")
 # Of a pipe that is closed, and of what is no answer at all.
@@ -117,7 +120,8 @@ class Apart:
                 if used and not late and not process.stopped:
                     continue
                 raise Gone(self._reason(process, status, late)) from None
-            except BaseException:  # an interrupt, after which its answer would be taken for another's
+            except BaseException:
+                # After an interrupt, its answer would be taken for another's.
                 process.end()
                 raise
             self._idle.append(process)
@@ -318,7 +322,8 @@ def answer(descriptor: int | None) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     questions = sys.stdin.buffer
     with contextlib.suppress(EOFError, OSError), open(os.dup(1), "wb", buffering=0) as answers:
-        os.dup2(2, 1)  # whatever else is printed goes nowhere
+        # Whatever else is printed goes to stderr.
+        os.dup2(2, 1)
         shared = _map(descriptor)
         (prepare, arguments, seconds, memory, kept), _ = _receive(questions, _read_whole, shared)
         try:

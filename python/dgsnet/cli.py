@@ -71,7 +71,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         >>> main(["train", "--data.train", "photos", "--out", "runs/mine"])  # doctest: +SKIP
     """
     argv = [_option(word) for word in (sys.argv[1:] if argv is None else argv)]
-    warnings.formatwarning = lambda message, *_, **__: f"dgsnet: warning: {one_line(message)}\n"  # no code
+    # A warning shows no line of code.
+    warnings.formatwarning = lambda message, *_, **__: f"dgsnet: warning: {one_line(message)}\n"
     with (
         contextlib.redirect_stdout(_Printable(sys.stdout)),
         contextlib.redirect_stderr(_Printable(sys.stderr)),
@@ -86,7 +87,8 @@ def _run(argv: list[str]) -> None:
         _fail(str(error), error.code)
     except ArgumentError as error:
         _fail(_plain(str(error), argv))
-    except OSError as error:  # a full disk, a folder without permission
+    except OSError as error:
+        # The disk is full, or a folder may not be written.
         _fail(str(error) or type(error).__name__)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -147,7 +149,8 @@ def _call(argv: list[str]) -> None:
     if name == "train":
         return _train(parser, subcommands.choices["train"], argv)
     arguments = vars(parser.parse_args(argv)[name])
-    assert command  # else the parser has refused the words
+    # For others, the parser has refused the words.
+    assert command
     command.load()(**{key: value for key, value in arguments.items() if not key.startswith("__")})
 
 
@@ -179,7 +182,8 @@ def _arguments(name: str, command: Command) -> ArgumentParser:
             parser.add_argument(flag, action="store_true", help=described.get(parameter.name))
             continue
         options: dict[str, Any] = {}
-        if parameter.annotation in (*LISTS, *GROUPS):  # given twice, nothing of the first is lost
+        # Given twice, an option keeps its first words.
+        if parameter.annotation in (*LISTS, *GROUPS):
             options = {"nargs": "+", "action": "append" if parameter.annotation in GROUPS else "extend"}
         if parameter.name not in POSITIONAL:
             options["required"] = parameter.default is inspect.Parameter.empty
@@ -228,7 +232,8 @@ def _train(parser: ArgumentParser, train_parser: ArgumentParser, argv: list[str]
         train_parser.set_defaults(recipe(ahead.recipe) | own_settings(ahead.model.name))
     arguments = parser.parse_args(argv).train
     pretrained = arguments.model.pretrained
-    if ahead.resume and saved.is_file() and pretrained != ahead.model.pretrained:  # not this command line's
+    # The saved run named these weights, not this command line.
+    if ahead.resume and saved.is_file() and pretrained != ahead.model.pretrained:
         check_no_code(saved, pretrained, "--model.pretrained")
     train_command(_to_config(arguments), Path(arguments.out), arguments.resume)
 

@@ -28,7 +28,8 @@ NATIVE: dict[str, Any] = {
 }
 # A YAML file for each recipe of `dgsnet train --recipe`, which says what it is.
 RECIPES = Path(__file__).parent / "recipes"
-MAX_NAME = 200  # letters of a model's name
+# Most letters of a model's name.
+MAX_NAME = 200
 # Channel mean and standard deviation of pixels in 0..1, by the name that PreprocessConfig has for them.
 NORMALIZATIONS = {
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),

@@ -45,7 +45,8 @@ def locked(folder: Path) -> Iterator[None]:
     file = open_locked(path)
     if file is None:
         holder = "another process"
-        with contextlib.suppress(OSError):  # it is gone meanwhile
+        # It is gone meanwhile.
+        with contextlib.suppress(OSError):
             holder = path.read_text() or holder
         raise UserError(f"{folder} is in use by {holder}: wait for its end, or give another folder")
     try:
@@ -58,7 +59,8 @@ def locked(folder: Path) -> Iterator[None]:
         for parent in made:
             try:
                 parent.rmdir()
-            except OSError:  # something is in it
+            except OSError:
+                # It is not empty.
                 break
 
 
@@ -74,7 +76,8 @@ def open_locked(path: Path) -> IO[bytes] | None:
             return None
         if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
             return file
-        file.close()  # whoever held it has removed it meanwhile
+        # Whoever held it has removed it meanwhile.
+        file.close()
 
 
 def open_own(path: Path, mode: str, **options: Any) -> IO[Any]:
@@ -96,7 +99,8 @@ def open_own(path: Path, mode: str, **options: Any) -> IO[Any]:
         if error.errno == errno.ELOOP:
             raise UserError(link) from None
         raise
-    if os.fstat(file.fileno()).st_nlink > 1:  # a hard one
+    # It has a hard link.
+    if os.fstat(file.fileno()).st_nlink > 1:
         file.close()
         raise UserError(link)
     return file
@@ -106,7 +110,8 @@ def _lock(file: IO[Any]) -> bool:
     """Lock an open file until this process ends or closes it; False where another process has done so."""
     try:
         import fcntl
-    except ImportError:  # Windows
+    except ImportError:
+        # Windows has no such module.
         return True
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -114,7 +119,8 @@ def _lock(file: IO[Any]) -> bool:
         return False
     except OSError as error:
         if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
-            raise  # what is left are file systems without locks
+            # What is left are file systems without locks.
+            raise
     # Processes that read images must not keep the lock when this one is killed.
     os.register_at_fork(after_in_child=file.close)
     return True
@@ -169,7 +175,8 @@ def replacing(path: Path, mode: str, *, owner: str = "", **options: Any) -> Iter
     """
     new = path.with_name(f".{path.name}{owner and f'.{owner}'}.new")
     try:
-        _clear(new)  # what a kill has left, or a link that a stranger has
+        # What a kill has left, or a link that a stranger has.
+        _clear(new)
         with open(new, mode.replace("w", "x"), **options) as file:
             yield file
             sync(file)

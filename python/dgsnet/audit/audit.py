@@ -39,13 +39,20 @@ REMEDIES = {
 
 @dataclasses.dataclass(frozen=True)
 class Audit:
-    """What `dgsnet audit` measured of a data set."""
+    """What `dgsnet audit` measured of a data set.
+
+    Attributes:
+        nuisances: float32 [n, len(NUISANCES)] of the images that could be read.
+        labels: [n] of these.
+        total: images of the data set, of which some may not have been looked at.
+        damaged: of each file that could not be read a line that says why.
+    """
 
     shortcuts: Shortcuts
-    nuisances: np.ndarray  # float32 [n, len(NUISANCES)] of the images that could be read
-    labels: np.ndarray  # [n] of these
-    total: int  # images of the data set, of which some may not have been looked at
-    damaged: list[str]  # of each file that could not be read a line that says why
+    nuisances: np.ndarray
+    labels: np.ndarray
+    total: int
+    damaged: list[str]
 
 
 def audit(

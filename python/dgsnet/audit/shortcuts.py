@@ -51,11 +51,17 @@ class Leak(NamedTuple):
 
 @dataclass(frozen=True)
 class Prediction:
-    """What models say of images that they were not fitted on."""
+    """What models say of images that they were not fitted on.
 
-    logits: np.ndarray  # [N] of being generated, both classes counted alike; NaN: no model could be fitted
-    auc: float  # mean over the folds of the AUC within each
-    trained: bool  # the order of the images was learned: not of a single column, of which only the sign is
+    Attributes:
+        logits: [N] of being generated, both classes counted alike; NaN: no model could be fitted.
+        auc: mean over the folds of the AUC within each.
+        trained: the order of the images was learned: not of a single column, of which only the sign is.
+    """
+
+    logits: np.ndarray
+    auc: float
+    trained: bool
 
     def leak(self, n_real: int, n_generated: int, **options: Any) -> Leak:
         """Its AUC with its `interval`."""
@@ -64,14 +70,21 @@ class Prediction:
 
 @dataclass(frozen=True)
 class Shortcuts:
-    """What an audit found."""
+    """What an audit found.
 
-    files: Leak  # all nuisances together
-    captions: Leak | None  # None where there are none
-    nuisances: dict[str, Leak]  # each alone; exactly 0.5 where it is the same in all images
+    Attributes:
+        files: all nuisances together.
+        captions: None where there are none.
+        nuisances: each alone; exactly 0.5 where it is the same in all images.
+        words: that speak most for "real" and for "generated", where captions tell.
+    """
+
+    files: Leak
+    captions: Leak | None
+    nuisances: dict[str, Leak]
     # "files" and "captions" of a generator's images alone, of those with FEWEST of each class.
     generators: dict[str, dict[str, Leak | None]]
-    words: dict[str, list[str]]  # that speak most for "real" and for "generated", where captions tell
+    words: dict[str, list[str]]
 
     @property
     def verdict(self) -> str:
@@ -192,10 +205,15 @@ def _columns(nuisances: np.ndarray, medians: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class FileModel:
-    """What the files of a data set say of the label, to be asked of other images."""
+    """What the files of a data set say of the label, to be asked of other images.
 
-    medians: list[float]  # of the MEASURED nuisances
-    weights: list[float]  # of the nuisances and of the MEASURED ones' distances from the medians
+    Attributes:
+        medians: of the MEASURED nuisances.
+        weights: of the nuisances and of the MEASURED ones' distances from the medians.
+    """
+
+    medians: list[float]
+    weights: list[float]
     bias: float
 
     @classmethod
@@ -247,7 +265,8 @@ def predict(
 
 
 def _logits(columns: Any, labels: np.ndarray, others: Any) -> np.ndarray:
-    if columns.shape[1] == 1:  # only which way it points is learned
+    # Only which way it points is learned.
+    if columns.shape[1] == 1:
         return np.sign(columns[labels == 1].mean() - columns[labels == 0].mean()) * others[:, 0]
     return _fit(columns, labels).decision_function(others)
 
@@ -328,14 +347,16 @@ def _words_of(captions: np.ndarray) -> tuple[TfidfVectorizer, Any] | None:
     vectorizer = TfidfVectorizer(min_df=2, sublinear_tf=True)
     try:
         return vectorizer, vectorizer.fit_transform(captions)
-    except ValueError:  # an empty vocabulary
+    except ValueError:
+        # The vocabulary is empty.
         return None
 
 
 def _words(captions: np.ndarray, labels: np.ndarray) -> dict[str, list[str]]:
     """The words that speak most for either class."""
     found = _words_of(captions)
-    assert found  # else they would tell nothing
+    # Captions without words would tell nothing.
+    assert found
     vectorizer, weights = found
     speaks = _fit(weights, labels).coef_[0]
     names = vectorizer.get_feature_names_out()

@@ -29,11 +29,13 @@ COUNTS = {"train": 120, "val": 40, "test": 60}
 # Sides of images in pixels: training cuts random inputs of 32 out of them, and those that are decided on are
 # as large as the smallest photograph allows.
 SIZES = {"train": 48, "val": 80, "test": 80}
-MARGIN = 8  # pixels decoded around it and cut off again, so that no decoder's border shows
+# Pixels decoded around it and cut off again, so that no decoder's border shows.
+MARGIN = 8
 # Standard deviation of the Gaussian that softens every crop, real or not, before anything else: less detail
 # for a decoder to lose, and so less that its loss gives away.
 SOFTENING = (0.4, 1.2)
-CONTRAST = 8.0  # least standard deviation of grey values
+# Least standard deviation of grey values.
+CONTRAST = 8.0
 # How often each level of blur, noise and JPEG comes, in both classes.
 SHARES = ((0.8, 0.2, 0.0), (0.5, 0.4, 0.1), (0.8, 0.2, 0.0))
 CLASSES = ("0_real", "1_fake")
@@ -142,7 +144,8 @@ def render(
     if decoder:
         images = DECODERS[decoder](images)
     for pixels, content in zip(images.permute(0, 2, 3, 1).numpy() * 255, contents):
-        top, left = MARGIN + rng.integers(2, size=2)  # either pixel of the decoder's grid may come first
+        # Either pixel of the decoder's grid may come first.
+        top, left = MARGIN + rng.integers(2, size=2)
         quality = Quality.draw(rng, shares)
         crop = pixels[top : top + size, left : left + size]
         if compressed is None:

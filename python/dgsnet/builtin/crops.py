@@ -16,22 +16,33 @@ from scipy.ndimage import gaussian_filter
 
 from dgsnet.builtin.photographs import Photograph
 
-# Levels of each degradation: its word and the range that its strength is drawn from.
-BLUR = (("sharp", 0.0, 0.4), ("soft", 0.6, 1.1), ("blurry", 1.3, 2.2))  # standard deviation, pixels
-NOISE = (("clean", 0.0, 1.0), ("grainy", 3.0, 6.0), ("noisy", 8.0, 14.0))  # standard deviation, of 255
-JPEG = (("uncompressed", 100, 100), ("compressed", 70, 92), ("heavily compressed", 30, 55))  # quality
+# Levels of each degradation: its word and the range that its strength is drawn from. Here the standard
+# deviation of a Gaussian in pixels,
+BLUR = (("sharp", 0.0, 0.4), ("soft", 0.6, 1.1), ("blurry", 1.3, 2.2))
+# the standard deviation of white noise, of 255,
+NOISE = (("clean", 0.0, 1.0), ("grainy", 3.0, 6.0), ("noisy", 8.0, 14.0))
+# and the quality.
+JPEG = (("uncompressed", 100, 100), ("compressed", 70, 92), ("heavily compressed", 30, 55))
 
 
 @dataclass(frozen=True)
 class Quality:
-    """How a crop is degraded, and in which words."""
+    """How a crop is degraded, and in which words.
 
-    blur: float  # standard deviation of a Gaussian, in pixels
-    noise: float  # standard deviation of white noise, of 255
-    jpeg: int  # quality; 100 is no JPEG
-    gain: float  # of brightness, as is the offset
+    Attributes:
+        blur: standard deviation of a Gaussian, in pixels.
+        noise: standard deviation of white noise, of 255.
+        jpeg: quality; 100 is no JPEG.
+        gain, offset: of brightness.
+        words: for blur, noise and JPEG.
+    """
+
+    blur: float
+    noise: float
+    jpeg: int
+    gain: float
     offset: float
-    words: tuple[str, ...]  # for blur, noise and JPEG
+    words: tuple[str, ...]
 
     @classmethod
     def draw(cls, rng: np.random.Generator, shares: tuple[tuple[float, ...], ...] | None = None) -> Quality:
@@ -77,7 +88,8 @@ def degrade(crop: np.ndarray, quality: Quality, rng: np.random.Generator) -> np.
 def damage(crop: np.ndarray, quality: Quality, rng: np.random.Generator) -> np.ndarray:
     """All of `degrade` but JPEG."""
     pixels = crop.astype(np.float32)
-    if quality.blur > 0.15:  # below, a Gaussian on the pixel grid is the identity
+    # Below that, a Gaussian on the pixel grid is the identity.
+    if quality.blur > 0.15:
         pixels = gaussian_filter(pixels, (quality.blur, quality.blur, 0), mode="nearest", truncate=3.0)
     pixels = pixels * quality.gain + quality.offset
     pixels += rng.standard_normal(pixels.shape, dtype=np.float32) * quality.noise

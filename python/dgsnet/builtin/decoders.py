@@ -42,7 +42,8 @@ def _transposed(image: Tensor) -> Tensor:
     It overlaps unevenly: even and odd pixels get different sums of weights, the well-known checkerboard.
     """
     kernel = _separable([0.58, 1.0, 0.58])
-    kernel = 4 * kernel / kernel.sum()  # keeps the mean brightness
+    # This keeps the mean brightness.
+    kernel = 4 * kernel / kernel.sum()
     latent = _pad(F.avg_pool2d(image, 2))
     up = _on_channels(lambda channel: F.conv_transpose2d(channel, kernel, stride=2), latent)
     h, w = image.shape[-2:]

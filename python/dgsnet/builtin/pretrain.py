@@ -30,8 +30,10 @@ from dgsnet.builtin.photographs import PHOTOGRAPHS, Photograph
 from dgsnet.files import replacing, write_file
 
 MODEL_CONFIG = Path(__file__).with_name("dgsnet-tiny.json")
-CROP, INPUT = 48, 32  # JPEG's grid is anywhere in the input, as in the images of the dataset
-WARMUP, DECAY = 200, 0.25  # steps; last fraction of the steps, in which the learning rate falls to zero
+# JPEG's grid is anywhere in the input, as in the images of the dataset.
+CROP, INPUT = 48, 32
+# Steps of warm-up, and the last fraction of the steps, in which the learning rate falls to zero.
+WARMUP, DECAY = 200, 0.25
 MEAN = torch.tensor(open_clip.OPENAI_DATASET_MEAN).view(3, 1, 1)
 STD = torch.tensor(open_clip.OPENAI_DATASET_STD).view(3, 1, 1)
 

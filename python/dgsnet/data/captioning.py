@@ -166,7 +166,8 @@ def _fill(
         workers = 0 if len(batches) < 4 else min(4, default_workers())
     elif workers < 0:
         raise UserError(f"workers is {workers}; it must be 0 or more")
-    prepared: Any = _Batches(captioner.prepare)  # torch takes any map-style object
+    # torch takes any map-style object.
+    prepared: Any = _Batches(captioner.prepare)
     loader: Any = DataLoader(
         prepared, sampler=batches, batch_size=None, num_workers=workers, worker_init_fn=start_worker
     )

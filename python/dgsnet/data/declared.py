@@ -18,8 +18,10 @@ from dgsnet.data.metadata import MAX_TEXT, Text, texts
 from dgsnet.files import one_line
 
 GENERATED, PARTLY, CAPTURED, NONE = "generated", "partly", "captured", "none"
-MOST_WORDS = 80  # of a name that a file chose, in letters
-MOST_FOUND = 8  # statements that are told of one image
+# Most letters that are shown of a name that a file chose.
+MOST_WORDS = 80
+# Most statements that are shown of one image.
+MOST_FOUND = 8
 
 # Terms of http://cv.iptc.org/newscodes/digitalsourcetype/; the others say neither that a machine made the
 # image nor that a camera did.
@@ -71,10 +73,12 @@ class Declared(NamedTuple):
 
 
 class _Found(NamedTuple):
-    value: str  # of GENERATED and the others
+    # One of GENERATED and the others.
+    value: str
     what: str
     text: Text
-    extent: bool = False  # whether it says how much was generated, and not only by what
+    # Whether it says how much was generated, and not only by what.
+    extent: bool = False
 
 
 def read_declared(source: str | os.PathLike | bytes, *, name: str | None = None) -> Declared:

@@ -26,7 +26,8 @@ MAX_DIRECTORY_BYTES = 2**26
 MAX_SUB_DIRECTORIES = 16
 # Encoders cut a PNG into chunks of 8 KiB or more; one costs Pillow as much as thousands of pixels.
 MAX_PNG_CHUNKS = 10_000
-MIN_PNG_CHUNK = 512  # bytes, of which a PNG of more chunks has as many on average
+# In bytes. A PNG with more chunks has at least so many in each on average.
+MIN_PNG_CHUNK = 512
 # Pillow fills up a run-length encoded BMP in Python, a pixel at a time.
 MAX_RUN_PIXELS = 2**24
 # Before the first frame of an animation stand three.
@@ -58,10 +59,12 @@ def check_headers(data: bytes) -> None:
     elif data.startswith(b"BM"):
         _check_bmp(data)
     elif data[4:8] == b"ftyp":
-        with contextlib.suppress(struct.error, IndexError):  # cut off: their decoders say so
+        # Where it is cut off, the decoder says so.
+        with contextlib.suppress(struct.error, IndexError):
             _check_grid(data)
-    elif (start := data.find(b"\xff\x4f\xff\x51", 0, MAX_BOXES)) >= 0:  # where JPEG 2000 proper begins
-        with contextlib.suppress(struct.error, IndexError):  # cut off: OpenJPEG says so
+    elif (start := data.find(b"\xff\x4f\xff\x51", 0, MAX_BOXES)) >= 0:
+        # Here JPEG 2000 proper begins; where it is cut off, OpenJPEG says so.
+        with contextlib.suppress(struct.error, IndexError):
             _check_jpeg2000(data, start + 2)
 
 
@@ -89,7 +92,8 @@ _SENSORS = (32803, 34892)
 TIFF_BYTES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8}
 # A marker, and neither a stuffed 0xff, a restart nor a filling byte.
 _MARKER = re.compile(rb"\xff[\x01-\xcf\xd8-\xfe]")
-_ENDS, _NO_ENDS = frozenset({0xD8, 0xD9}), frozenset[int]()  # libjpeg gives up at a second start of image
+# libjpeg gives up at a second start of image.
+_ENDS, _NO_ENDS = frozenset({0xD8, 0xD9}), frozenset[int]()
 _LIBJPEGS_BARE = frozenset({0x01})
 _PILLOWS_BARE = frozenset(
     marker & 0xFF for marker, (_, _, handler) in JpegImagePlugin.MARKER.items() if handler is None
@@ -101,7 +105,8 @@ def _check_jpeg(data: bytes) -> None:
 
     Pillow reads the segments before the first scan, and libjpeg all again: they differ in what has no length.
     """
-    exif, pictures = bytearray(), b""  # put together by Pillow, and the last directory of several pictures
+    # What Pillow puts together, and the last directory of several pictures.
+    exif, pictures = bytearray(), b""
     for number, (kind, segment) in enumerate(_segments(data, _PILLOWS_BARE, _NO_ENDS)):
         if kind == 0xDA:
             break
@@ -117,7 +122,8 @@ def _check_jpeg(data: bytes) -> None:
     check_exif(pictures)
     scans = pixels = 0
     for kind, segment in _segments(data, _LIBJPEGS_BARE, _ENDS):
-        if 0xC0 <= kind <= 0xCF and kind not in (0xC4, 0xC8, 0xCC):  # start of frame
+        # It is the start of a frame.
+        if 0xC0 <= kind <= 0xCF and kind not in (0xC4, 0xC8, 0xCC):
             height, width = (int.from_bytes(segment[at : at + 2], "big") for at in (1, 3))
             pixels = max(pixels, height * width)
         scans += kind == 0xDA
@@ -145,7 +151,8 @@ def _check_jpeg2000(data: bytes, place: int) -> None:
     while place + 4 <= len(data):
         kind, length = struct.unpack_from(">HH", data, place)
         content = data[place + 4 : place + 2 + length]
-        coding = b""  # a style, the levels, four bytes, and where the style says so the precincts' sizes
+        # It has a style, the levels, four bytes, and where the style says so the precincts' sizes.
+        coding = b""
         if kind == 0xFF51:
             right, bottom, left, top, *_, components = struct.unpack_from(">8LH", content, 2)
             width, height = right - left, bottom - top
@@ -156,7 +163,8 @@ def _check_jpeg2000(data: bytes, place: int) -> None:
         elif kind == 0xFF90:
             (size,) = struct.unpack_from(">L", content, 2)
             end = place + size if size else len(data)
-        elif kind == 0xFF93:  # the data of a tile, as long as its header has said
+        elif kind == 0xFF93:
+            # Here is the data of a tile, as long as its header has said.
             place = max(end, place + 2)
             continue
         elif kind == 0xFFD9:
@@ -175,8 +183,10 @@ def _check_tiff(data: bytes) -> None:
     """Refuse TIFFs whose directory, or a tile of them that no image needs, would fill the memory."""
     order = "<" if data.startswith(b"II") else ">"
     found = dict.fromkeys((_REDUCED, _OLD_KIND, _PHOTOMETRIC, _TILE_WIDTH, _TILE_HEIGHT, _DNG), 0)
-    raw = data[8:10] == b"CR"  # Canon's, which begin with a preview
-    inner: dict[int, int] = {}  # where the directories are that Pillow reads too
+    # Raw files of Canon begin with a preview.
+    raw = data[8:10] == b"CR"
+    # Directories that Pillow reads too, and where they are.
+    inner: dict[int, int] = {}
     try:
         for tag, kind, number, value in _counted(entries(data, "a TIFF directory")):
             if tag in found:
@@ -202,7 +212,8 @@ def _counted(entries: Iterator[_Entry]) -> Iterator[_Entry]:
     """The entries of a directory; refused where Pillow would make too many objects of them."""
     values = 0
     for entry in entries:
-        values += 1 if entry[1] in (1, 2, 7) else entry[2]  # bytes, text and opaque data stay as they are
+        # Bytes, text and opaque data stay as they are.
+        values += 1 if entry[1] in (1, 2, 7) else entry[2]
         if values > MAX_TIFF_VALUES:
             raise ImageError(f"a TIFF directory of more than {MAX_TIFF_VALUES:,} values")
         yield entry
@@ -270,7 +281,8 @@ def entries(data: bytes, name: str, place: int | None = None) -> Iterator[_Entry
 
 def _check_pnm(data: bytes) -> None:
     """Refuse PNM files whose text would keep Pillow busy for minutes: endless headers, texts and comments."""
-    numbers = 2 if data[1:2] in b"14" else 3  # width, height and, but for bitmaps, white
+    # They are width, height and, but for bitmaps, white.
+    numbers = 2 if data[1:2] in b"14" else 3
     header = rb"P\w+(?:(?:\s|#[^\r\n]*[\r\n])+[0-9.+-]+){%d}" % numbers
     if not re.match(header, data[:MAX_PNM_HEADER]):
         raise ImageError(f"cannot be decoded: no PNM header in its first {MAX_PNM_HEADER:,} bytes")
@@ -301,9 +313,12 @@ def _check_bmp(data: bytes) -> None:
 
 def _check_grid(data: bytes) -> None:
     """Refuse HEIF and AVIF whose tiles are more than an image: a tile is decoded as often as it is named."""
-    sizes: list[int] = []  # pixels that each property states
-    properties: dict[int, list[int]] = {}  # of an item, their numbers from 1
-    made_of: dict[int, list[int]] = {}  # of an item, the items that it is put together of
+    # How many pixels each property states.
+    sizes: list[int] = []
+    # From item to its properties' numbers, which count from 1.
+    properties: dict[int, list[int]] = {}
+    # From item to the items that it is put together of.
+    made_of: dict[int, list[int]] = {}
     for kind, version, place, end in _boxes(data, 0, len(data)):
         if kind == b"ipco":
             for inner, _, start, _ in _boxes(data, place, end):
@@ -330,7 +345,8 @@ def _check_grid(data: bytes) -> None:
     def of(item: int) -> int:
         """Pixels that are decoded for an item."""
         if item not in pixels:
-            pixels[item] = 0  # one that is made of itself, which decoders refuse
+            # Decoders refuse an item that is made of itself.
+            pixels[item] = 0
             stated = sum(sizes[one - 1] for one in properties.get(item, ()) if 0 < one <= len(sizes))
             pixels[item] = sum(map(of, made_of[item])) if item in made_of else stated
         return pixels[item]
@@ -348,11 +364,13 @@ def _boxes(data: bytes, place: int, end: int) -> Iterator[tuple[bytes, int, int,
         if size == 1:
             (size,) = struct.unpack_from(">Q", data, start)
             start += 8
-        size = size or end - place  # the last may leave it to the end of the file
+        # The last box may reach to the end of the file.
+        size = size or end - place
         if size < start - place:
             return
         version, stop = data[start] if start < end else 0, min(place + size, end)
-        start += 4 * (kind in (b"meta", b"iref", b"ipma"))  # a version and flags
+        # These boxes begin with a version and flags.
+        start += 4 * (kind in (b"meta", b"iref", b"ipma"))
         if kind in (b"meta", b"iprp"):
             yield from _boxes(data, start, stop)
         else:

@@ -25,7 +25,8 @@ from dgsnet.files import one_line
 
 # What one image may cost, beside MAX_PIXELS. Sizes are known before anything is decoded.
 MAX_SIDE = 2**17
-LARGE = 2**25  # pixels, of which no decoder needs more memory than there is
+# In pixels. Of so many, no decoder needs more memory than there is.
+LARGE = 2**25
 MAX_BYTES = 2**29
 
 _JPEG = (".jfif", ".jp2", ".jpe", ".jpeg", ".jpg")
@@ -132,7 +133,8 @@ def answering(read: Callable[[bytes], _Content]) -> Callable[[bytes, str], _Cont
             with one_line_errors(name):
                 value, size, parts = read(data)
         except ImageError as error:
-            if isinstance(error.__context__, MemoryError):  # for its process to tell
+            # Its process says so.
+            if isinstance(error.__context__, MemoryError):
                 raise error.__context__ from None
             return {"error": str(error)}, 0, ()
         return {"value": value}, size, parts
@@ -151,7 +153,8 @@ def decode(data: bytes) -> _Content:
 def prepare() -> None:
     """What such a process does first: it decodes in one thread, since as many work as there are images."""
     pillow_heif.options.DECODE_THREADS = 1
-    with contextlib.suppress(ImportError):  # of a Pillow without it
+    # A Pillow may lack it.
+    with contextlib.suppress(ImportError):
         from PIL import AvifImagePlugin
 
         AvifImagePlugin.DEFAULT_MAX_THREADS = 1
@@ -206,7 +209,8 @@ def read_file(
             data = file.read(wanted)
     except FileNotFoundError:
         raise ImageError("a link to nothing" if os.path.islink(path) else "no such file") from None
-    except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
+    except (OSError, ValueError) as error:
+        # ValueError comes of a zero byte in the name.
         raise ImageError(f"cannot be opened: {_one_line(error)}") from None
     if len(data) < wanted:
         raise ImageError("cut off by the end of its file")
@@ -260,8 +264,10 @@ def _what_it_is(data: bytes) -> str:
         reader, begins = Image.OPEN[name]
         if begins and begins(data[:16]) is True:
             try:
-                reader(io.BytesIO(data), "")  # as Image.open calls it
-            except Exception as error:  # as various as the damage
+                # Image.open calls it so.
+                reader(io.BytesIO(data), "")
+            except Exception as error:
+                # Errors are as various as the damage.
                 return f"a {name} that is damaged, or of a kind that cannot be read: {_one_line(error)}"
     return f"not an image of a kind that can be read ({', '.join(FORMATS)})"
 
@@ -288,13 +294,15 @@ def _decode(image: Image.Image, frame: _Box | None = None) -> tuple[tuple[int, i
         raise ImageError(f"a side longer than {MAX_SIDE:,} pixels; cut it up first")
     if not width * height:
         raise ImageError("has no pixels")
-    tiles = getattr(image, "tile", ())  # of a file not yet decoded
+    # A file not yet decoded has tiles.
+    tiles = getattr(image, "tile", ())
     frame = tiles[0].extents if tiles and image.format == "GIF" else frame
     clear = _transparent_colour(image)
     with _without_xmp(image):
         try:
             image.load()
-        except OSError as error:  # which is what some decoders call it if they get no memory
+        except OSError as error:
+            # Some decoders raise this if they get no memory.
             if width * height < LARGE:
                 raise
             reason = f"{_one_line(error)}, or so large an image takes more memory than there is for one"
@@ -380,8 +388,10 @@ def _without_xmp(image: Image.Image) -> Iterator[None]:
 def _orientation(image: Image.Image) -> int:
     """What its EXIF data say of a decoded image; 1, which is upright, where they cannot be read."""
     try:
-        exif = image.info.get("exif")  # pillow-heif says None where there is none
-        if exif is None and (text := image.info.get("Raw profile type exif")):  # ImageMagick's, in PNGs
+        # pillow-heif says None where there is none.
+        exif = image.info.get("exif")
+        # ImageMagick writes it so into PNGs.
+        if exif is None and (text := image.info.get("Raw profile type exif")):
             exif = bytes.fromhex("".join(text.split("\n")[3:]))
         if not exif or len(exif) > MAX_EXIF_BYTES:
             return 1
@@ -389,13 +399,15 @@ def _orientation(image: Image.Image) -> int:
         tags = Image.Exif()
         tags.load(exif)
         return tags[0x0112] if tags.get(0x0112) in _TURNS else 1
-    except Exception:  # as various as the damage
+    except Exception:
+        # Errors are as various as the damage.
         return 1
 
 
 def _opaque(image: Image.Image) -> Image.Image:
     if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
-        if image.mode == "La":  # Pillow makes RGBA of it in two steps alone
+        # Pillow makes RGBA of it only in two steps.
+        if image.mode == "La":
             image = image.convert("LA")
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -406,7 +418,8 @@ def _full_scale(image: Image.Image, boxes: list[_Box]) -> int:
     """White of wide samples, which their files do not state: the smallest usual one that holds them all."""
     bands = (np.asarray(image.crop(box)) for box in boxes)
     low, high = np.array([(band.min(), band.max()) for band in bands]).T
-    if not (low.min() >= 0 and high.max() <= 65535):  # nor a NaN, which both of them would be
+    # A NaN fails this too.
+    if not (low.min() >= 0 and high.max() <= 65535):
         raise ImageError("its samples are not all finite and between 0 and 65535")
     if image.mode.startswith("I"):
         return 65535

@@ -20,29 +20,45 @@ CLASS_FOLDERS = {"0_real": 0, "1_fake": 1, "nature": 0, "ai": 1}
 SPLIT_FOLDERS = ("train", "val", "test")
 # What members of a tar besides the image tell.
 TEXTS = {"cls": "label", "txt": "caption"}
-MAX_CATEGORY = 200  # letters
+# Most letters of a category's name.
+MAX_CATEGORY = 200
 LABELS = {**CLASS_FOLDERS, "0": 0, "1": 1, "real": 0, "fake": 1, "generated": 1}
 
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """One image and where it lies. Small and picklable: reading is left to whoever needs it."""
+    """One image and where it lies. Small and picklable: reading is left to whoever needs it.
 
-    path: str  # what its row is called: the file, `shard.tar/key.jpg` or `table.parquet/17`
-    label: int | None = None  # 0 real, 1 generated; None: not known, or not asked for
-    generator: str = ""  # the group that a labelled image is reported under
-    caption: str | None = None  # None while none is attached
-    twin: str | None = None  # path of the image that it was made from, or that was made from it, if known
-    container: str = ""  # the tar or Parquet file that holds it; "": it is a file of its own
+    Attributes:
+        path: what its row is called: the file, `shard.tar/key.jpg` or `table.parquet/17`.
+        label: 0 real, 1 generated; None: not known, or not asked for.
+        generator: the group that a labelled image is reported under.
+        caption: None while none is attached.
+        twin: path of the image that it was made from, or that was made from it, if known.
+        container: the tar or Parquet file that holds it; "": it is a file of its own.
+        group: in Parquet the number of the row group.
+        folder: a folder that the file, with all links followed, must lie in; "": anywhere.
+        data: the encoded image itself, where it is at hand.
+        error: why there is nothing to read.
+        missing: nothing is there under the name that was given: no image, rather than a bad one.
+        category: what kind of picture it is, as its list says: night, screenshot, ...
+    """
+
+    path: str
+    label: int | None = None
+    generator: str = ""
+    caption: str | None = None
+    twin: str | None = None
+    container: str = ""
     # Which of the container's bytes; in Parquet the row in its group, and the group's bytes.
     offset: int = 0
     size: int | None = None
-    group: int | None = None  # in Parquet the number of the row group
-    folder: str = ""  # a folder that the file, with all links followed, must lie in; "": anywhere
-    data: bytes | None = None  # the encoded image itself, where it is at hand
-    error: str = ""  # why there is nothing to read
-    missing: bool = False  # nothing is there under the name that was given: no image, rather than a bad one
-    category: str = ""  # what kind of picture it is, as its list says: night, screenshot, ...
+    group: int | None = None
+    folder: str = ""
+    data: bytes | None = None
+    error: str = ""
+    missing: bool = False
+    category: str = ""
 
     def __str__(self) -> str:
         return self.path

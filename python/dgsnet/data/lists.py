@@ -125,7 +125,8 @@ def parse_json(text: str | bytes, where: str) -> Any:
     """A JSON text's value; UserError names `where` it stands."""
     try:
         return json.loads(text)
-    except (ValueError, RecursionError) as error:  # ValueError: no text, no JSON, numbers of 4,300 digits
+    except (ValueError, RecursionError) as error:
+        # ValueError comes of no text, no JSON, and numbers of 4,300 digits.
         raise UserError(f"{where}: not readable as JSON: {error}") from None
 
 

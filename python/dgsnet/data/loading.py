@@ -21,7 +21,8 @@ from dgsnet.data.parquet import KEPT_BYTES as KEPT_GROUPS
 from dgsnet.data.preprocess import Preprocessor
 from dgsnet.processes import start_worker, usable_cores
 
-SHARDS_MIXED = 16  # shards read at a time
+# Shards read at a time.
+SHARDS_MIXED = 16
 # Decoded images that each process keeps: a small training set is decoded once, of a large one it is nothing.
 KEPT_BYTES = 2**26
 # Tell draws from others of the same numbers: of an image's degradations, and of what an epoch leaves out.

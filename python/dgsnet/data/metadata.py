@@ -66,13 +66,15 @@ def texts(data: bytes, image: Image.Image) -> Iterator[Text]:
 
 
 def _texts(data: bytes, image: Image.Image) -> Iterator[Text]:
-    if image.format == "PNG":  # Pillow would decode the pixels to reach what follows them
+    # Pillow would decode the pixels to reach what follows them.
+    if image.format == "PNG":
         yield from _png(data)
     elif image.format == "TIFF":
         yield from _exif(data)
     elif image.format == "GIF":
         yield from _gif(data)
-    else:  # JPEG, WebP, HEIF and AVIF, of which Pillow's readers have it once they know the size
+    else:
+        # Pillow's readers of JPEG, WebP, HEIF and AVIF have it once they know the size.
         for name, read in (("exif", _exif), ("xmp", _xmp)):
             if isinstance(found := image.info.get(name), bytes):
                 yield from read(found)
@@ -108,7 +110,8 @@ def _png_chunk(kind: bytes, content: bytes) -> Iterator[Text]:
         return
     if key == _PNG_XMP:
         yield from _xmp(words)
-    elif key.startswith(_PROFILE):  # as ImageMagick writes them: name, size and hexadecimal digits
+    elif key.startswith(_PROFILE):
+        # ImageMagick writes name, size and hexadecimal digits.
         with contextlib.suppress(ValueError):
             _, _, digits = words.split(None, 2)
             profile = bytes.fromhex(digits.decode("ascii"))
@@ -132,7 +135,8 @@ def _gif(data: bytes) -> Iterator[Text]:
     place, left = 13 + _palette(data[10:11]), MAX_GIF_PARTS
     while left > 0 and place < len(data):
         kind, begin = data[place], place + 2
-        if kind == 0x2C:  # a frame
+        # It is a frame.
+        if kind == 0x2C:
             begin = place + 11 + _palette(data[place + 9 : place + 10])
         elif kind != 0x21:
             return
@@ -156,7 +160,8 @@ def _exif(data: bytes) -> Iterator[Text]:
     while data.startswith(b"Exif\0\0"):
         data = data[6:]
     inner = None
-    with contextlib.suppress(struct.error, OverflowError, ImageError):  # damaged, or made to fill the memory
+    # The file may be damaged, or made to fill the memory.
+    with contextlib.suppress(struct.error, OverflowError, ImageError):
         for tag, kind, number, value in entries(data, "EXIF"):
             if tag == _INNER:
                 inner = int.from_bytes(value, "little" if data.startswith(b"II") else "big")
@@ -224,7 +229,8 @@ def _xmp(data: bytes) -> list[Text]:
         names.pop()
         if words and not name.startswith(_RDF):
             found.append(Text("XMP", name, words))
-        elif words and parts:  # the items of a list are what its property says
+        elif words and parts:
+            # A list's items are what its property says.
             parts[-1].append(f" {words}")
 
     def refuse(*_: object) -> None:

@@ -14,7 +14,8 @@ from PIL import JpegImagePlugin
 from dgsnet.data.images import ImageError, answering, opened, read_apart
 
 _FORMATS = ("JPEG", "PNG", "WEBP", "TIFF", "GIF", "BMP", "AVIF", "HEIF", "JPEG2000", "PPM")
-_CHROMA = {0: "4:4:4", 1: "4:2:2", 2: "4:2:0", -1: "other"}  # by Pillow's numbers
+# Chroma subsampling, by Pillow's numbers.
+_CHROMA = {0: "4:4:4", 1: "4:2:2", 2: "4:2:0", -1: "other"}
 _MODES = {
     "grey": ("1", "L", "LA", "La", "I", "F"),
     "palette": ("P", "PA"),

@@ -24,8 +24,10 @@ from dgsnet.errors import UserError
 # Images in Parquet are held, and sent between processes, as they are: large ones must not add up.
 MAX_IMAGE = 2**26
 MAX_GROUP = 2**30
-MAX_ROWS = 2**20  # of a row group; rows of nothing take no bytes
-MOST_COMPRESSED = 8  # times, of a larger row group that is read a row at a time
+# Most rows of a row group, as rows of nothing take no bytes.
+MAX_ROWS = 2**20
+# A larger row group, read a row at a time, may be compressed so many times.
+MOST_COMPRESSED = 8
 # Encoded images of row groups that each process keeps.
 KEPT_BYTES = 2**28
 # Of a text, of the texts of a row group, and rows of texts in memory at a time: few bytes in a file can stand
@@ -122,7 +124,8 @@ def read_row(source: str, group: int, row: int) -> bytes:
     return _content(values[row], source)
 
 
-_Value = tuple[int, str, bytes | None]  # bytes of an image, where it lies if it is not here, and itself
+# An image's size in bytes, where it lies if it is not here, and its bytes.
+_Value = tuple[int, str, bytes | None]
 
 
 class _Kept:
@@ -225,7 +228,8 @@ _Answer = tuple[Any, int, list[bytes]]
 # By what is read, the file and its state, the row group and the next row: readers that have come so far.
 _running: dict[tuple, Iterator[Any]] = {}
 MAX_RUNNING = 4
-CALL_BYTES = 2**23  # of images in one answer, and rows of texts
+# Most bytes of images, or of rows of texts, in one answer.
+CALL_BYTES = 2**23
 CALL_ROWS = 1024
 
 
@@ -322,7 +326,8 @@ def _opened(path: str, named: dict[str, str]) -> Iterator[tuple[Any, dict[str, s
     try:
         with pa.parquet.ParquetFile(path, pre_buffer=False, buffer_size=2**20) as file:
             yield file, _find_columns(file.schema_arrow, named, pa)
-    except MemoryError:  # for this process's caller
+    except MemoryError:
+        # This process's caller sees to it.
         raise
     except (ImageError, pa.ArrowException, OSError, ValueError) as error:
         reason = " ".join(str(getattr(error, "strerror", None) or error).split())

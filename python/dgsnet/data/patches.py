@@ -173,7 +173,8 @@ def mosaics(patches: Tensor, counts: Tensor, num_patches: int = 49, *, seeds: Te
     image = torch.arange(len(counts), device=device).repeat_interleave(counts, output_size=len(patches))
     entropy = spectral_entropy(patches.permute(0, 3, 1, 2), patches.shape[1])[:, 0]
     order = _ranks(entropy).argsort(stable=True)
-    order = order[image[order].argsort(stable=True)]  # by image, then by entropy, then by place
+    # The order is by image, then by entropy, then by place.
+    order = order[image[order].argsort(stable=True)]
     ends = counts.cumsum(0)[:, None]
     low, kept = _lowest(num_patches), torch.arange(num_patches, device=device)
     place = torch.where(kept < low, ends - counts[:, None], ends - num_patches) + kept

@@ -133,7 +133,8 @@ class Preprocessor:
             boxes = self._in_image(boxes, pixels.shape[1:])
         if rng and self.config.flip and rng.random() < 0.5:
             cells = torch.stack([size - cells[:, 2], cells[:, 1], size - cells[:, 0], cells[:, 3]], dim=1)
-        seen = (boxes[:, 2:] > boxes[:, :2]).all(dim=1)  # and not of what was put around the image
+        # What was put around the image does not count.
+        seen = (boxes[:, 2:] > boxes[:, :2]).all(dim=1)
         return cells[seen], boxes[seen]
 
     def crop_boxes(self, image: np.ndarray, *, rng: np.random.Generator | None = None) -> Tensor:

@@ -17,13 +17,20 @@ COLUMNS = ("path", "score")
 
 
 class Scored(NamedTuple):
-    """A row."""
+    """A row.
+
+    Attributes:
+        path: as the table has it.
+        score: finite; higher is generated.
+        label: 0 real, 1 generated; None: not known.
+        generator, source, category: "" where the table does not say.
+    """
 
     line: int
-    path: str  # as the table has it
-    score: float  # finite; higher is generated
-    label: int | None  # 0 real, 1 generated; None: not known
-    generator: str  # "" where the table does not say, as below
+    path: str
+    score: float
+    label: int | None
+    generator: str
     source: str
     category: str
 

@@ -92,7 +92,8 @@ class Table:
     def _write(self, line: bytes) -> None:
         start, rest = self._file.seek(0, os.SEEK_END), line
         try:
-            while rest:  # a disk that becomes full takes a part first
+            # A disk that becomes full takes only a part at first.
+            while rest:
                 rest = rest[self._file.write(rest) :]
         except OSError as error:
             self._file.truncate(start)

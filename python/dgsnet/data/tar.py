@@ -40,11 +40,16 @@ class Member(NamedTuple):
 
 @dataclass
 class Record:
-    """What an archive holds under one key."""
+    """What an archive holds under one key.
 
-    key: str  # the members' common name, folders included
+    Attributes:
+        key: the members' common name, folders included.
+        texts: of .cls, .txt and .json, by extension.
+    """
+
+    key: str
     images: list[Member] = field(default_factory=list)
-    texts: dict[str, str] = field(default_factory=dict)  # of .cls, .txt and .json, by extension
+    texts: dict[str, str] = field(default_factory=dict)
 
 
 def images(path: str) -> Iterator[Member]:
@@ -86,7 +91,8 @@ def _text(tar: tarfile.TarFile, member: tarfile.TarInfo) -> str:
     if member.size > MAX_TEXT:
         raise ImageError(f"{member.name}: a text of more than {MAX_TEXT:,} bytes")
     file = tar.extractfile(member)
-    assert file  # of a member that is a file
+    # The member is a file.
+    assert file
     try:
         return file.read().decode("utf-8-sig").strip()
     except UnicodeDecodeError as error:

@@ -39,7 +39,8 @@ PROBE, LORA, DGSNET, EXPERT, TWINS = METHODS = (
     "DGS-Net with expert",
     "twins",
 )
-LAYERWISE = "DGS-Net by layer"  # not in the demo itself; see docs/builtin.md
+# It is not in the demo itself; see docs/builtin.md.
+LAYERWISE = "DGS-Net by layer"
 # What the expert sees, by name: settings of section data.
 EXPERTS = {
     "files": {"nuisances": "files", "captions": "none"},
@@ -48,7 +49,8 @@ EXPERTS = {
 }
 # Chosen on validation photographs by `python -m benchmarks demo_settings`; see docs/builtin.md.
 CHOSEN_EXPERT, DISTILLATION = "captions", 0.1
-PULL = 0.3  # of twins to the frozen features
+# Weight of the pull of twins to the frozen features.
+PULL = 0.3
 # Of a Run, in percent: field and column title.
 MEASURES = {
     "auc": "AUC",
@@ -60,16 +62,24 @@ MEASURES = {
 
 @dataclass
 class Run:
-    """One trained and measured model; measures are those of measure.Measures."""
+    """One trained and measured model; measures are those of measure.Measures.
 
-    task: str  # of TASKS
-    method: str  # of `configurations`
-    seed: int  # decides everything random in it, its training images too
+    Attributes:
+        task: of TASKS.
+        method: of `configurations`.
+        seed: decides everything random in it, its training images too.
+        evaluation: on the test images.
+        auc: mean over test decoders.
+    """
+
+    task: str
+    method: str
+    seed: int
     folder: Path
     # Columns of metrics.csv in the main stage, with "step" counted from its start; NaN where empty.
     curves: dict[str, np.ndarray]
-    evaluation: Evaluation  # on the test images
-    auc: float  # mean over test decoders
+    evaluation: Evaluation
+    auc: float
     auc_conflicting: float
     zero_shot: float
     cka: float
@@ -199,7 +209,8 @@ def _train_one(
 
     torch.set_num_threads(1)
     started = time.monotonic()
-    config = replace(config, data=replace(config.data, cache=str(folder / "cache")))  # shared by the methods
+    # The methods share it.
+    config = replace(config, data=replace(config.data, cache=str(folder / "cache")))
     name = f"{task}-{method.lower().replace(' ', '-')}-{seed}"
     print(f"== {name}", flush=True)
     run = train(config, folder / name)
@@ -252,11 +263,17 @@ def values(runs: list[Run], task: str, method: str, key: str) -> np.ndarray:
 
 @dataclass
 class Gain:
-    """Paired difference of a method to plain LoRA: same task, seed and images."""
+    """Paired difference of a method to plain LoRA: same task, seed and images.
 
-    mean: float  # over seeds, as a fraction
-    error: float  # standard error of the mean; NaN of a single seed
-    won: int  # seeds in which the method has more
+    Attributes:
+        mean: over seeds, as a fraction.
+        error: standard error of the mean; NaN of a single seed.
+        won: seeds in which the method has more.
+    """
+
+    mean: float
+    error: float
+    won: int
     seeds: int
 
     def __str__(self) -> str:

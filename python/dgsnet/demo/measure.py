@@ -25,25 +25,40 @@ CROPS, CROPS_SEED = 480, 10**6
 
 @dataclass
 class Exam:
-    """What detectors are measured with, decoded and encoded once."""
+    """What detectors are measured with, decoded and encoded once.
+
+    Attributes:
+        pixels: inputs [K, 3, S, S] that are crops of theirs, one image after the other.
+        counts: crops of each sample.
+        frozen: features [K, D] of the inputs in the frozen tower.
+        crops: inputs [M, 3, S, S] of real crops of photographs that the tiny CLIP knows.
+        contents: [M], what each shows, as a row of `names`.
+        names: [C, D], the frozen text tower's unit feature of every content.
+    """
 
     samples: list[Item]
-    pixels: Tensor  # inputs [K, 3, S, S] that are crops of theirs, one image after the other
-    counts: list[int]  # crops of each sample
-    frozen: Tensor  # features [K, D] of the inputs in the frozen tower
-    crops: Tensor  # inputs [M, 3, S, S] of real crops of photographs that the tiny CLIP knows
-    contents: Tensor  # [M], what each shows, as a row of `names`
-    names: Tensor  # [C, D], the frozen text tower's unit feature of every content
+    pixels: Tensor
+    counts: list[int]
+    frozen: Tensor
+    crops: Tensor
+    contents: Tensor
+    names: Tensor
 
 
 @dataclass
 class Measures:
-    """What was measured of a detector."""
+    """What was measured of a detector.
+
+    Attributes:
+        conflicting: mean over decoders of the AUC on `conflicting` images.
+        zero_shot: share of crops whose content is the nearest of all contents' captions.
+        cka: linear centred kernel alignment of its features with the frozen ones, crop by crop.
+    """
 
     evaluation: Evaluation
-    conflicting: float  # mean over decoders of the AUC on `conflicting` images
-    zero_shot: float  # share of crops whose content is the nearest of all contents' captions
-    cka: float  # linear centred kernel alignment of its features with the frozen ones, crop by crop
+    conflicting: float
+    zero_shot: float
+    cka: float
 
 
 @torch.inference_mode()
@@ -73,7 +88,8 @@ def prepare(data: Path, split: str, config: Config) -> Exam:
 @torch.inference_mode()
 def measure(model: DGSNet, exam: Exam) -> Measures:
     """Measure a detector, on the CPU, in evaluation mode."""
-    merged = model.merged(torch.float32)  # faster, and what detectors score with
+    # It is faster, and detectors score with it.
+    merged = model.merged(torch.float32)
     features = _features(merged, exam.pixels) if model.config.lora_rank else exam.frozen
     logits = model.head.image_head(features).squeeze(1).double()
     scores = [

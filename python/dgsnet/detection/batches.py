@@ -56,7 +56,8 @@ class Batches:
     def __init__(self, model: Any, size: int) -> None:
         self.model, self.size = model, size
         self.device = device_of(model)
-        self._turn = threading.Lock()  # a captured graph reads and writes in one place
+        # A captured graph reads and writes in one place.
+        self._turn = threading.Lock()
         self._run: Callable[[Tensor], Tensor] = model.logits
         # ONNX Runtime says nothing of the bits in a batch, and some files hold one image at a time.
         if size > 1 and (isinstance(model, OnnxNetwork) or not self._independent()):
@@ -149,7 +150,8 @@ def _captured(function: Callable[[Tensor], Tensor], example: Tensor) -> Callable
         given = example.clone()
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):  # what is set up at a first call stays outside
+        # What a first call sets up stays outside of the graph.
+        with torch.cuda.stream(side):
             for _ in range(2):
                 function(given)
         torch.cuda.current_stream().wait_stream(side)
@@ -188,7 +190,8 @@ def best_size(model: nn.Module) -> tuple[int, dict[int, float]]:
         if batches.size < size:
             continue
         pixels = batches._random()
-        batches(pixels[:1])  # memory is allocated and kernels are chosen
+        # The first call allocates memory and chooses kernels.
+        batches(pixels[:1])
         seconds = min(_seconds(batches, pixels) for _ in range(3))
         rates[size] = size / seconds
         best = max(rates, key=rates.__getitem__)

@@ -138,10 +138,15 @@ def _of_table(
 
 
 class Known(NamedTuple):
-    """An image whose class is known."""
+    """An image whose class is known.
 
-    score: float  # logit, or another program's score
-    source: str | None  # of a real image; None: it is generated
+    Attributes:
+        score: logit, or another program's score.
+        source: of a real image; None: it is generated.
+    """
+
+    score: float
+    source: str | None
     category: str
 
 
@@ -159,7 +164,8 @@ def _known(
     errors = []
     with tqdm(total=len(items), unit="image", disable=None) as progress:
         scored = answers(detector.job(), items, engine=engine, workers=workers)
-        for answer, (source, item) in zip(scored, places):  # which goes to the engine's end
+        # Every answer is taken, so that the engine comes to its end.
+        for answer, (source, item) in zip(scored, places):
             logits, error = answer.logits[""]
             if error:
                 errors.append(error)

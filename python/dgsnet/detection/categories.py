@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from dgsnet.config import check_types
 
-CONFIDENCE = 0.95  # of the intervals
+# Confidence of the intervals.
+CONFIDENCE = 0.95
 
 
 @dataclass(frozen=True)

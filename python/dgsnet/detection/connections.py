@@ -55,7 +55,8 @@ class Guard:
         host, origin = headers.get("host", ""), headers.get("origin", "")
         try:
             name, site = urlsplit(f"//{host}").hostname, urlsplit(origin).netloc
-        except ValueError:  # brackets that do not match
+        except ValueError:
+            # The brackets do not match.
             return 400, f"no names of a host and a site: {host!r}, {origin!r}"
         if "*" not in self.hosts and name not in self.hosts:
             return 400, f"this page is not served as {host!r}"

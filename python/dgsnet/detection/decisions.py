@@ -44,7 +44,8 @@ MOST = 2**12
 def check_setting(name: str, value: Any) -> None:
     """UserError where one of SETTINGS has a value that it cannot have."""
     if choices := {"precision": PRECISIONS, "crops": CROPS}.get(name):
-        if repr(value) not in map(repr, choices):  # True is not 1
+        # True is not 1.
+        if repr(value) not in map(repr, choices):
             raise UserError(f"{name} is {value!r}; it must be one of {', '.join(map(str, choices))}")
     elif not 1 <= value <= MOST:
         raise UserError(f"{name} is {value}; it must be in 1..{MOST:,}")

@@ -101,7 +101,8 @@ class Detector:
         self.crops: Crops = _setting(calibration, "crops", crops)
         try:
             preprocess = replace(config.preprocess, crops=self.crops)
-        except ValueError as error:  # of a mosaic there are none
+        except ValueError as error:
+            # A mosaic has no crops.
             raise UserError(str(error)) from None
         self.model = model.eval()
         self.config = config
@@ -147,7 +148,8 @@ class Detector:
         from dgsnet.model.folders import is_onnx, model_folder
 
         if not is_onnx(run):
-            model_folder(run)  # refuses what is no model, before the imports that take seconds
+            # What is no model is refused before the imports that take seconds.
+            model_folder(run)
 
         from dgsnet.model.network import device_for, load_network
 
@@ -288,7 +290,8 @@ class Detector:
         with contextlib.closing(prepared), contextlib.suppress(StopIteration):
             self._wait = wait = Wait(device)
             filled = next(lists)
-            wait.begin()  # before the first batch, processes start
+            # Before the first batch, processes start.
+            wait.begin()
             while True:
                 yield filled
                 wait.step(len(filled))

@@ -19,10 +19,14 @@ Engine = Literal["local", "ray"]
 
 
 class Answer(NamedTuple):
-    """What is found of an item."""
+    """What is found of an item.
+
+    Attributes:
+        note: as the job's `prepare` has it.
+    """
 
     item: Any
-    note: Any  # as the job's `prepare` has it
+    note: Any
     # By part: the logits of every version's crops and views and "", or none and an error.
     single: dict[str, tuple[list[list[float]], str]]
 

@@ -18,7 +18,8 @@ def listed(images: Any) -> list[Any]:
     elif isinstance(images, (str, bytes, os.PathLike, np.ndarray)) or hasattr(images, "getbands"):
         images = [images]
     elif not isinstance(images, Iterable) or hasattr(images, "read") or _is_tensor(images):
-        images = [images]  # and is refused
+        # It is refused below.
+        images = [images]
     return [checked(image) for image in images]
 
 

@@ -33,12 +33,19 @@ OWN = "logit of the crop by itself"
 
 @dataclass(frozen=True)
 class Heatmap:
-    """What every part of an image that the model looked at adds to its logit."""
+    """What every part of an image that the model looked at adds to its logit.
 
-    boxes: np.ndarray  # float64 [n, 4], left, top, right, bottom in pixels of the upright image
-    contributions: np.ndarray  # float64 [n], in logits: positive speaks for generated
-    logit: float  # of the image as it is, before any temperature
-    method: str = OCCLUSION  # what a contribution is
+    Attributes:
+        boxes: float64 [n, 4], left, top, right, bottom in pixels of the upright image.
+        contributions: float64 [n], in logits: positive speaks for generated.
+        logit: of the image as it is, before any temperature.
+        method: what a contribution is.
+    """
+
+    boxes: np.ndarray
+    contributions: np.ndarray
+    logit: float
+    method: str = OCCLUSION
 
     def pixels(self, height: int, width: int, scale: float = 1.0) -> np.ndarray:
         """float64 [height, width], the mean contribution of the boxes on a pixel; NaN where there is none.
@@ -91,7 +98,8 @@ def heatmap(detector: Detector, image: np.ndarray, logits: Sequence[float] | Non
         # The same numbers are drawn for the pixels and for where they come from.
         pixels = detector.preprocess(image, rng=view_generator(image, view))
         cells, boxes = detector.preprocess.boxes(image, rng=view_generator(image, view))
-        occluded = pixels[None].repeat(len(cells) + 1, 1, 1, 1)  # the last stays as it is
+        # The last copy stays as it is.
+        occluded = pixels[None].repeat(len(cells) + 1, 1, 1, 1)
         for copy, (left, top, right, bottom) in zip(occluded, cells.tolist()):
             part = copy[:, top:bottom, left:right]
             part[:] = part.mean(dim=(1, 2), keepdim=True)

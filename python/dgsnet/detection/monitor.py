@@ -37,7 +37,8 @@ MONITOR_FILE = "monitor.json"
 LEVEL = 0.05
 # Rates bet on, spaced evenly in their logarithm between the promised one and 1.
 BETS = 64
-ALARM = 3  # exit code
+# Exit code after an alarm.
+ALARM = 3
 ALARMED = (
     "dgsnet: warning: reviewed images have shown that the calibration of {} does not hold: nothing is called "
     "generated until it is calibrated anew (dgsnet calibrate --replace)"
@@ -168,7 +169,8 @@ def monitor(
         data = path.read_bytes()
     except (OSError, ImageError) as error:
         raise UserError(f"{name}: {getattr(error, 'strerror', None) or error}") from None
-    data = data[: data.rfind(b"\n") + 1]  # a line that is being written is for the next time
+    # A line that is being written is for the next time.
+    data = data[: data.rfind(b"\n") + 1]
     begin, now = 0, _hash(beside(model, CALIBRATION_FILE).read_bytes())
     if before:
         if _hash(data[: before.end]) != before.read:
@@ -234,11 +236,17 @@ def _scored(calibration: Calibration, row: Mapping[str, str]) -> tuple[int, bool
 
 @dataclass(frozen=True)
 class _Kind:
-    """A table of images whose truth somebody has found out."""
+    """A table of images whose truth somebody has found out.
 
-    option: str  # that names it
-    columns: tuple[str, ...]  # that it must have
-    lacks: str  # what is wrong with a bad row
+    Attributes:
+        option: the one that names it.
+        columns: those that it must have.
+        lacks: what is wrong with a bad row.
+    """
+
+    option: str
+    columns: tuple[str, ...]
+    lacks: str
 
 
 REVIEWED = _Kind(

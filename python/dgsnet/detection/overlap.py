@@ -127,7 +127,8 @@ def _size(item: Item) -> int | None:
         return item.size if item.group is None else None
     try:
         return os.stat(item.file).st_size
-    except (OSError, ValueError):  # ValueError: a zero byte in the name
+    except (OSError, ValueError):
+        # ValueError comes of a zero byte in the name.
         return None
 
 
@@ -140,5 +141,6 @@ def _hashes(
         if time.monotonic() > end:
             return
         if sizes is None or _size(item) in sizes:
-            with contextlib.suppress(ImageError):  # whoever scores it says why
+            # Whoever scores it says why.
+            with contextlib.suppress(ImageError):
                 yield place, file_hash(item.read_bytes())

@@ -21,8 +21,10 @@ from dgsnet.files import one_line
 if TYPE_CHECKING:
     from c2pa import Context
 
-MAX_SECONDS = 30.0  # of processor time that one image may take
-MAX_WORDS = 200  # characters of a name that somebody else has chosen
+# Most processor time in seconds that one image may take.
+MAX_SECONDS = 30.0
+# Most characters that are shown of a name that somebody else has chosen.
+MAX_WORDS = 200
 
 # By Pillow's names; the others have no place for credentials, or none that the library knows.
 FORMATS = ("AVIF", "GIF", "HEIF", "JPEG", "MPO", "PNG", "TIFF", "WEBP")
@@ -125,7 +127,8 @@ def answer(data: bytes, name: str) -> tuple[Provenance, int, tuple[()]]:
     """The part of `ProvenanceReader` that the other process does."""
     assert _context
     try:
-        with one_line_errors(name), opened(data) as image:  # the limits of images hold here too
+        # The limits of images hold here too.
+        with one_line_errors(name), opened(data) as image:
             kind = image.format or ""
     except ImageError as error:
         return Provenance("", provenance_note=str(error)), 0, ()
@@ -135,7 +138,8 @@ def answer(data: bytes, name: str) -> tuple[Provenance, int, tuple[()]]:
         return Provenance("absent"), 0, ()
     try:
         return _of_bytes(data, _context), 0, ()
-    except Exception as error:  # as various as the damage
+    except Exception as error:
+        # Errors are as various as the damage.
         return Provenance("invalid", provenance_note=_plain(error) or type(error).__name__), 0, ()
 
 

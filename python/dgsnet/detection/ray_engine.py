@@ -53,7 +53,8 @@ def on_ray(
     with _cluster(ray):
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of what later versions of Ray will do
+                # Ray warns of what later versions will do.
+                warnings.simplefilter("ignore")
                 found = _dataset(ray, load, prepare, items, workers, fills, on_gpu)
             for table in found.iter_batches(batch_size=None, batch_format="pyarrow"):
                 yield from _unpacked(table)
@@ -122,7 +123,8 @@ def _dataset(
         workers = int(resources.get("GPU", 0) if on_gpu else resources.get("CPU", 0) // threads) or 1
 
     # No restarts of actors: what they were made from may be gone, as Ray would say on the terminal for each.
-    old = tuple(map(int, ray.__version__.split(".")[:2])) < (2, 64)  # later ones take no such argument
+    # Later ones take no such argument.
+    old = tuple(map(int, ray.__version__.split(".")[:2])) < (2, 64)
     restarts = {"max_restarts": 0, "max_task_retries": 0} if old else {}
     # Steps that ask for different resources do not become one task. Scoring asks for no CPU, because it would
     # keep it for good, and preparing might have none left.
@@ -150,7 +152,8 @@ def _listing(ray: Any, items: Iterable[Any], together: int) -> Any:
     from ray.data.block import BlockMetadata
 
     class Listing(ray.data.Datasource):
-        supports_distributed_reads = False  # lists and a partial table are files of this machine
+        # Lists and a partial table are files of this machine.
+        supports_distributed_reads = False
 
         def estimate_inmemory_data_size(self) -> None:
             return None
@@ -169,7 +172,8 @@ def _listing(ray: Any, items: Iterable[Any], together: int) -> Any:
 
 def _prepare(table: pa.Table, prepare: Any, threads: int, folder: str) -> Iterator[pa.Table]:
     _settle(threads, folder)
-    for item in _unpacked(table):  # one by one, for of a large image there are many tiles
+    # Images come one by one, as a large one has many tiles.
+    for item in _unpacked(table):
         yield _packed([_prepared(prepare, item)])
 
 

@@ -17,13 +17,21 @@ from dgsnet.detection.provenance import Provenance
 
 
 class Row(NamedTuple):
-    """An image's row."""
+    """An image's row.
 
-    path: str  # the item's name
-    probability: float | None  # that it was generated, to six decimals; None if it could not be read
-    decision: str  # "generated", "real" or "unsure"; "" if it could not be read
-    error: str  # why it could not be read
-    spread: float | None = None  # from the lowest to the highest probability of it and its copies, if any
+    Attributes:
+        path: the item's name.
+        probability: that it was generated, to six decimals; None if it could not be read.
+        decision: "generated", "real" or "unsure"; "" if it could not be read.
+        error: why it could not be read.
+        spread: from the lowest to the highest probability of it and its copies, if any.
+    """
+
+    path: str
+    probability: float | None
+    decision: str
+    error: str
+    spread: float | None = None
     # `Provenance` of its file, "" where not asked for.
     provenance: str = ""
     issuer: str = ""
@@ -68,12 +76,19 @@ def kept(declared: bool) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Todo:
-    """The images that have no row yet; can be gone through in another process."""
+    """The images that have no row yet; can be gone through in another process.
 
-    paths: list[str]  # as find_items takes them
-    table: Path  # a partial table
-    end: int  # its length in bytes when it was opened: later rows are of images gone through already
-    columns: Sequence[str] = Row._fields  # of the table
+    Attributes:
+        paths: as find_items takes them.
+        table: a partial table.
+        end: its length in bytes when it was opened: later rows are of images gone through already.
+        columns: of the table.
+    """
+
+    paths: list[str]
+    table: Path
+    end: int
+    columns: Sequence[str] = Row._fields
 
     def __iter__(self) -> Iterator[Item]:
         rows = read_rows(self.table, self.columns, self.end)

@@ -252,7 +252,8 @@ def _write_csv(target: Path, rows: Iterator[Row], columns: Sequence[str], *, raw
         for row in rows:
             values = (getattr(row, column) for column in columns)
             # No probability is below 0, and no number is a formula.
-            short = columns != SCORE_COLUMNS  # scores of another program have all their digits
+            # Scores of another program have all their digits.
+            short = columns != SCORE_COLUMNS
             write(f"{x:.{DECIMALS}f}" if short and isinstance(x, float) else x for x in values)
 
 

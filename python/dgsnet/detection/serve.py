@@ -96,17 +96,20 @@ def create_app(
     logits = Together(detector)
     facts = _facts(detector) | {"max_bytes": max_bytes, "consistency": consistency}
     facts |= {"provenance": provenance is not None, "declared": declared, "reviewed": bool(reviewed)}
-    answered: OrderedDict[str, tuple[str, str]] = OrderedDict()  # names and decisions that can be reviewed
+    # Names and decisions that can be reviewed.
+    answered: OrderedDict[str, tuple[str, str]] = OrderedDict()
 
     def facts_now() -> dict[str, Any]:
-        with contextlib.suppress(UserError):  # a file that is being changed: what was known stays
+        # While the file is being changed, what was known stays.
+        with contextlib.suppress(UserError):
             detector.obey()
         return facts | {"alarm": detector.alarmed}
 
     @app.exception_handler(ClientDisconnect)
     async def hung_up(request: Request, _: Exception) -> Response:
         log.warning("%s hung up", request.client.host if request.client else "a client")
-        return Response(status_code=499)  # which nobody receives
+        # Nobody receives it.
+        return Response(status_code=499)
 
     def check_queue() -> None:
         if inside.available_tokens < 1:

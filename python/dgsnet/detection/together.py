@@ -39,7 +39,8 @@ class Together:
     def __init__(self, detector: Detector):
         self.detector = detector
         self.size = detector.batches.size
-        self._model = anyio.Lock()  # is had by who has waited for longest
+        # Whoever has waited for longest gets it.
+        self._model = anyio.Lock()
         self._waiting: list[_Asked] = []
 
     async def __call__(self, versions: list[Tensor]) -> list[float]:
@@ -66,7 +67,8 @@ class Together:
         except Exception:
             if len(together) == 1:
                 raise
-            await self._take([asked])  # what is wrong may be another's
+            # The fault may be another's.
+            await self._take([asked])
 
     async def _take(self, together: list[_Asked]) -> None:
         def work() -> None:

@@ -77,7 +77,8 @@ class Uploads:
 
     def __init__(self, max_bytes: int):
         self.max_bytes = max_bytes
-        self._bodies: dict[_Body, None] = {}  # in the order in which they began
+        # In the order in which they began.
+        self._bodies: dict[_Body, None] = {}
 
     @asynccontextmanager
     async def received(self, request: Request) -> AsyncIterator[BinaryIO]:
@@ -114,7 +115,8 @@ class Uploads:
                 self._make_room(body.client)
                 try:
                     await file.write(chunk)
-                except OSError as error:  # the disk is full
+                except OSError as error:
+                    # The disk is full.
                     raise too_many(503, f"no room for the image: {error.strerror}", RATE_SECONDS) from None
                 missing -= len(chunk)
                 if missing <= 0:

@@ -17,11 +17,16 @@ ALL = "all"
 
 @dataclass(frozen=True)
 class Change:
-    """How many of n images are decided rightly by two detectors, `before` and `after`."""
+    """How many of n images are decided rightly by two detectors, `before` and `after`.
+
+    Attributes:
+        gained: by `after` alone.
+        lost: by `before` alone.
+    """
 
     both: int
-    gained: int  # by `after` alone
-    lost: int  # by `before` alone
+    gained: int
+    lost: int
     neither: int
 
     @property

@@ -19,7 +19,8 @@ from dgsnet.evaluation.results import Evaluation, Result, Score, between, bounde
 from dgsnet.files import write_file
 from dgsnet.pages import page
 
-SHOWN = 12  # images that the detectors disagree on
+# Most images shown that the detectors disagree on.
+SHOWN = 12
 FILES = "files alone"
 RANKING = {"auc": "AUC", "tpr_at_1": "TPR@1%", "tpr_at_5": "TPR@5%"}
 DECISIONS = {"accuracy": "accuracy", "real_accuracy": "real", "generated_accuracy": "generated"}
@@ -47,7 +48,8 @@ def auc_influence(labels: np.ndarray, scores: np.ndarray) -> tuple[float, np.nda
     if min(m, n) < 2:
         return math.nan, found
     ranks = rankdata(scores)
-    above = (ranks[generated] - rankdata(scores[generated])) / n  # share of real images that each is above
+    # The share of real images that each is above.
+    above = (ranks[generated] - rankdata(scores[generated])) / n
     below = 1 - (ranks[real] - rankdata(scores[real])) / m
     auc = float(above.mean())
     found[generated] = (above - auc) / math.sqrt(m * (m - 1))
@@ -57,11 +59,17 @@ def auc_influence(labels: np.ndarray, scores: np.ndarray) -> tuple[float, np.nda
 
 @dataclass(frozen=True)
 class Difference:
-    """What a detector has more than the first of something, and how sure that is."""
+    """What a detector has more than the first of something, and how sure that is.
 
-    generator: str  # "" for the mean over generators, and for decisions
-    name: str  # of the detector
-    of: str  # what is compared
+    Attributes:
+        generator: "" for the mean over generators, and for decisions.
+        name: of the detector.
+        of: what is compared.
+    """
+
+    generator: str
+    name: str
+    of: str
     value: float
     low: float
     high: float

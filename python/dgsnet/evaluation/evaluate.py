@@ -97,7 +97,8 @@ def evaluate(
         stack.enter_context(bar)
         bar.update(sum(len(done[name]) for name in variants))
         if not bar.disable:
-            bar.initial = bar.n  # not part of the speed shown
+            # Those are no part of the speed shown.
+            bar.initial = bar.n
         missing = {
             i: lacks
             for i in range(len(listed))
@@ -164,7 +165,8 @@ class _Examined:
             file = file_hash(data)
             if self.codec:
                 data = encoded(read_image(data, name=item.path), *self.codec)
-            with contextlib.suppress(ImageError):  # whoever decodes it says why
+            # Whoever decodes it says why.
+            with contextlib.suppress(ImageError):
                 nuisances = file_nuisances(data)
             image = read_image(data, name=item.path) if names else None
         except ImageError as error:
@@ -382,7 +384,8 @@ def find_suites(sources: Sequence[str], split: str | None = None) -> dict[str, l
     suites: dict[str, list[Item]] = {}
     for source in sources:
         name, equals, path = source.partition("=")
-        if not equals or "#" in name or os.path.exists(source):  # columns of Parquet come after a #
+        # Columns of Parquet come after a #.
+        if not equals or "#" in name or os.path.exists(source):
             path = source
             parts = [part for part in Path(path).absolute().parts if part not in SPLIT_FOLDERS]
             name = Path(path).stem if os.path.isfile(path) else parts[-1]

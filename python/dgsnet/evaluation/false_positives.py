@@ -16,12 +16,18 @@ class SourceRate:
 
     `exceeds`: so many are above what was promised that chance does not explain it, at the level of
     1 - CONFIDENCE for all sources together (binomial test, Bonferroni's correction).
+
+    Attributes:
+        source: the generator, with its suite where there are several, beside which the real images lie.
+        n: its real images.
+        wrong: those called generated.
+        low, high: Clopper and Pearson's interval of the rate.
     """
 
-    source: str  # the generator, with its suite where there are several, beside which the real images lie
-    n: int  # its real images
-    wrong: int  # those called generated
-    low: float  # Clopper and Pearson's interval of the rate
+    source: str
+    n: int
+    wrong: int
+    low: float
     high: float
     exceeds: bool
 

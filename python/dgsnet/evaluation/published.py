@@ -16,13 +16,20 @@ OFFICIAL = "DGS-Net"
 
 @dataclass(frozen=True)
 class Published:
-    """A suite's published results in percent, at the threshold 0.5, as published.yaml has them."""
+    """A suite's published results in percent, at the threshold 0.5, as published.yaml has them.
+
+    Attributes:
+        note: what to know before comparing.
+        methods: accuracy and AP, means over the suite's generators.
+        generators: DGS-Net's accuracy, AP, accuracy on real and on generated images.
+        others: further names it goes by.
+    """
 
     name: str
-    note: str  # what to know before comparing
-    methods: dict[str, list[float]]  # accuracy and AP, means over the suite's generators
-    generators: dict[str, list[float]]  # DGS-Net's accuracy, AP, accuracy on real and on generated images
-    others: Sequence[str] = ()  # further names it goes by
+    note: str
+    methods: dict[str, list[float]]
+    generators: dict[str, list[float]]
+    others: Sequence[str] = ()
 
     def generator(self, name: str) -> list[float] | None:
         """Figures of a generator by its name, whatever its case and punctuation; None: not among them."""
@@ -46,14 +53,20 @@ def find(suite: str) -> Published | None:
 
 @dataclass(frozen=True)
 class Comparison:
-    """One's own figures of a suite beside the published ones, all in percent."""
+    """One's own figures of a suite beside the published ones, all in percent.
+
+    Attributes:
+        missing: published generators that one's own suite lacks.
+        own: accuracy and AP, means over `generators`.
+        official: the authors', over the same generators.
+    """
 
     published: Published
     # Generator, own accuracy, own AP, published accuracy, published AP, of those in both.
     generators: list[tuple[str, float, float, float, float]]
-    missing: list[str]  # published generators that one's own suite lacks
-    own: tuple[float, float]  # accuracy and AP, means over `generators`
-    official: tuple[float, float]  # the authors', over the same generators
+    missing: list[str]
+    own: tuple[float, float]
+    official: tuple[float, float]
 
 
 def compare(suite: str, measured: Mapping[str, Mapping[str, float]]) -> Comparison | None:

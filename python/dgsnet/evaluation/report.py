@@ -171,7 +171,8 @@ def write_page(
     path: str | Path, evaluation: Evaluation, *, model: str, views: int = 1, crops: Crops = 1
 ) -> None:
     """Write the HTML page; `model` is the model's folder, as it was given."""
-    import torch  # for its version; whoever has something to write has imported it
+    # Only its version is wanted; whoever has something to write has imported it.
+    import torch
 
     mean = evaluation.mean_of()
     suites = [_suite(evaluation, suite) for suite in evaluation.suites]

@@ -22,7 +22,11 @@ COUNTS = ("n_real", "n_generated", "n_damaged")
 
 @dataclass
 class Score:
-    """One image of an evaluation; probability is NaN and error says why where it could not be read."""
+    """One image of an evaluation; probability is NaN and error says why where it could not be read.
+
+    Attributes:
+        category: what kind of picture it is, where its list says so.
+    """
 
     path: str
     generator: str
@@ -31,19 +35,27 @@ class Score:
     error: str = ""
     suite: str = ""
     distortion: str = ""
-    category: str = ""  # what kind of picture it is, where its list says so
+    category: str = ""
 
 
 @dataclass
 class Result:
-    """The measures of one generator, or their mean over generators."""
+    """The measures of one generator, or their mean over generators.
 
-    suite: str  # "" for the mean over all of several
-    generator: str  # "mean" for a mean
-    distortion: str  # "" for none
-    values: dict[str, float]  # measures as fractions, and n_real, n_generated, n_damaged
+    Attributes:
+        suite: "" for the mean over all of several.
+        generator: "mean" for a mean.
+        distortion: "" for none.
+        values: measures as fractions, and n_real, n_generated, n_damaged.
+        is_mean: a generator may have that name.
+    """
+
+    suite: str
+    generator: str
+    distortion: str
+    values: dict[str, float]
     draw: Callable[[], dict[str, np.ndarray]] = field(repr=False)
-    is_mean: bool = False  # a generator may have that name
+    is_mean: bool = False
 
     @cached_property
     def samples(self) -> dict[str, np.ndarray]:
@@ -61,21 +73,32 @@ class Result:
 
 @dataclass
 class Evaluation:
-    """Scores of labelled images, and what follows from them. The scores must not be changed afterwards."""
+    """Scores of labelled images, and what follows from them. The scores must not be changed afterwards.
 
-    scores: list[Score]  # of every image of every suite, as it is and distorted
-    threshold: float = THRESHOLD  # an image is called generated where its probability is above it
-    calibrated_threshold: float | None = None  # None where the model has no calibration
+    Attributes:
+        scores: of every image of every suite, as it is and distorted.
+        threshold: an image is called generated where its probability is above it.
+        calibrated_threshold: None where the model has no calibration.
+        file_model: what files say of the label; None: what these images' own say.
+        promised_fpr: how many real images the calibration allows to be called generated.
+        frozen: the same images measured by the frozen backbone.
+        reencoded: codec:quality of what every image was written as first.
+        raw: scores are another program's, any finite numbers, and no probabilities.
+    """
+
+    scores: list[Score]
+    threshold: float = THRESHOLD
+    calibrated_threshold: float | None = None
     # float32 [images, len(NUISANCES)] of the images as they are, in the order of their scores, a row of NaN
     # where there are none; None where files were not looked at.
     nuisances: np.ndarray | None = field(default=None, repr=False, compare=False)
-    file_model: FileModel | None = None  # of what files say of the label; None: of these images' own
-    promised_fpr: float | None = None  # how many real images the calibration allows to be called generated
-    frozen: Evaluation | None = field(default=None, repr=False, compare=False)  # by the frozen backbone
+    file_model: FileModel | None = None
+    promised_fpr: float | None = None
+    frozen: Evaluation | None = field(default=None, repr=False, compare=False)
     # `file_hash` of the images as they are, in the order of their scores; None of what cannot be read.
     hashes: Sequence[int | None] | None = field(default=None, repr=False, compare=False)
-    reencoded: str = ""  # codec:quality of what every image was written as first
-    raw: bool = False  # scores are another program's, any finite numbers, and no probabilities
+    reencoded: str = ""
+    raw: bool = False
 
     @property
     def measures(self) -> dict[str, str]:
@@ -252,7 +275,8 @@ class Evaluation:
         first, read = scores[0], [s for s in scores if not s.error]
         found = np.array([s.probability for s in read], dtype=np.float64)
         threshold, calibrated = self.threshold, self.calibrated_threshold
-        if self.raw:  # their order alone is measured, whatever their range
+        # Their order alone is measured, whatever their range.
+        if self.raw:
             own = threshold if calibrated is None else calibrated
             levels = np.unique([*found, threshold, own])
             found, *levelled = (np.searchsorted(levels, x) / len(levels) for x in (found, threshold, own))

@@ -77,7 +77,8 @@ def export(model: str | Path, out: str | Path, format: Format, *, pretrained: st
         raise UserError(
             f"{out} is a folder: give --out the name of a file, such as {out / f'model.{format}'}"
         )
-    model_folder(model)  # refuses an .onnx, which Detector.load takes
+    # This refuses an .onnx, which Detector.load takes.
+    model_folder(model)
     detector = Detector.load(model, "cpu", pretrained=pretrained)
 
     from dgsnet.detection.batches import Batches, ready
@@ -89,7 +90,8 @@ def export(model: str | Path, out: str | Path, format: Format, *, pretrained: st
     with tempfile.TemporaryDirectory(dir=out.parent, prefix=".export-") as folder:
         new = Path(folder) / out.name
         with warnings.catch_warnings(), quiet_transformers():
-            warnings.simplefilter("ignore")  # exporters announce their successors
+            # Exporters announce their successors.
+            warnings.simplefilter("ignore")
             forward = _WRITERS[format](detector, new)
         _check(forward, _pixels(detector), expected, format)
         card = new / "README.md" if format == "hf" else new.with_name(f"{out.name}.md")
@@ -101,9 +103,11 @@ def export(model: str | Path, out: str | Path, format: Format, *, pretrained: st
             return out / card.name
         if format == "onnx":
             _describe(detector, new)
-            for name in (CALIBRATION_FILE, MONITOR_FILE):  # of another network that was called so
+            # They may be of another network that was called so.
+            for name in (CALIBRATION_FILE, MONITOR_FILE):
                 Path(f"{out}.{name}").unlink(missing_ok=True)
-        for path in sorted(new.parent.iterdir()):  # large ONNX models have a second file
+        # Large ONNX models have a second file.
+        for path in sorted(new.parent.iterdir()):
             os.replace(path, out.parent / path.name)
     return out.parent / card.name
 
@@ -206,7 +210,8 @@ def _write_onnx(detector: Detector, path: Path) -> Callable[[Tensor], Any]:
         dynamic_shapes={"pixels": {0: torch.export.Dim("batch")}},
         verbose=False,
     )
-    assert program  # dynamo=True returns one
+    # dynamo=True returns one.
+    assert program
     # Notes for debugging the exporter hold paths of this machine.
     for node in program.model.graph:
         node.metadata_props.clear()
@@ -271,7 +276,8 @@ def _write_hf(detector: Detector, folder: Path) -> Callable[[Tensor], Any]:
         names = {f"base_model.model.{form.name(key)}": tensor for key, tensor in adapters.items()}
         set_peft_model_state_dict(adapted, names)
         adapted.save_pretrained(str(folder / "adapter"))
-        (folder / "adapter" / "README.md").unlink(missing_ok=True)  # peft's blank form; ours lies above
+        # This is peft's blank form; ours lies above.
+        (folder / "adapter" / "README.md").unlink(missing_ok=True)
     head = {key: tensor.contiguous() for key, tensor in detector.model.head.image_head.state_dict().items()}
     save_file(head, folder / "head.safetensors", {"format": "pt"})
     (folder / CONTRACT_FILE).write_text(json.dumps(contract(detector), indent=2) + "\n")

@@ -69,7 +69,8 @@ def download(address: str, accept_licence: bool) -> Download:
         path = huggingface_hub.hf_hub_download(repository, file, revision=info.sha)
     except UserError:
         raise
-    except Exception as error:  # the hub's, the proxy's or the socket's
+    except Exception as error:
+        # It may be the hub's, the proxy's or the socket's.
         raise UserError(
             f"cannot download {address} ({one_line(error, 200)}): check the name and the network, or fetch "
             "the file elsewhere and give its path"

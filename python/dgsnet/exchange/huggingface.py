@@ -22,15 +22,20 @@ State = dict[str, "Tensor"]
 
 @dataclass(frozen=True)
 class Form:
-    """How transformers holds a family of towers, as huggingface.yaml tells."""
+    """How transformers holds a family of towers, as huggingface.yaml tells.
+
+    Attributes:
+        settings: a model to the arguments of the configuration.
+        tensors: changes what has another form there; by its names.
+    """
 
     config: str
     model: str
     output: str
     blocks: str
     names: dict[str, str]
-    settings: Callable[[DGSNet], dict[str, Any]]  # a model to the arguments of the configuration
-    tensors: Callable[[State], State]  # changes what has another form there; by its names
+    settings: Callable[[DGSNet], dict[str, Any]]
+    tensors: Callable[[State], State]
 
     def name(self, key: str) -> str:
         """The name there of a tensor of our tower, adapters included."""

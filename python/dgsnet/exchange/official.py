@@ -36,15 +36,25 @@ PUBLISHED = {
 
 @dataclass
 class Official:
-    """What a published checkpoint holds."""
+    """What a published checkpoint holds.
 
-    clip: State  # the one frozen CLIP, by OpenAI's names (fused attention)
-    adapters: State  # LoRA A [r, width] and B [width, r] by peft's names; empty in stage 1
-    heads: State  # weight [1, D] and bias [1] of our three heads, by the names of `SurgeryHead`
-    rank: int  # r; 0 in stage 1
-    stage: int  # 1, the linear head on the frozen encoder, or 2, the detector
-    merged: bool  # whether the file's student had its adapters added into its weights
-    sha256: str = ""  # of the file, as hexadecimal digits
+    Attributes:
+        clip: the one frozen CLIP, by OpenAI's names (fused attention).
+        adapters: LoRA A [r, width] and B [width, r] by peft's names; empty in stage 1.
+        heads: weight [1, D] and bias [1] of our three heads, by the names of `SurgeryHead`.
+        rank: r; 0 in stage 1.
+        stage: 1, the linear head on the frozen encoder, or 2, the detector.
+        merged: whether the file's student had its adapters added into its weights.
+        sha256: of the file, as hexadecimal digits.
+    """
+
+    clip: State
+    adapters: State
+    heads: State
+    rank: int
+    stage: int
+    merged: bool
+    sha256: str = ""
 
 
 def read(checkpoint: Path, *, name: str, alpha: float, state: State | None = None) -> Official:
@@ -147,7 +157,8 @@ def _check_student(student: State, clip: State, adapters: State, scaling: float)
             tensor, base + update, rtol=0, atol=1e-5 * float(base.abs().max() + update.abs().max())
         )
         if same and fits:
-            continue  # too small an update to tell
+            # The update is too small to tell.
+            continue
         if not (same or fits) or merged == same:
             raise ValueError(
                 f"{STUDENT}{key} is neither the teacher's nor that plus {scaling:.4g} * B @ A, or not the "

@@ -37,7 +37,8 @@ def load(checkpoint: Path) -> tuple[State, str]:
         raise UserError(f"no file {checkpoint}: give the authors' .pth or .safetensors file")
     try:
         found = load_file(checkpoint) if _is_safetensors(checkpoint) else _unpickled(checkpoint)
-    except Exception as error:  # torch.load's errors on damaged or hostile files share no class
+    except Exception as error:
+        # torch.load's errors on damaged or hostile files share no class.
         reason = one_line(error).split(". ")[0][:200]
         raise UserError(
             f"{checkpoint} cannot be read as weights ({reason}): it is damaged, or no PyTorch file of plain "
@@ -76,7 +77,8 @@ def _is_safetensors(path: Path) -> bool:
 
 def _unpickled(path: Path) -> object:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of what is refused
+        # Files that warn are refused below.
+        warnings.simplefilter("ignore")
         return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path) or None)
 
 

@@ -17,7 +17,8 @@ from dgsnet.config import ModelConfig
 class Adapter(LoraLinear):
     """peft's LoRA on a linear, base(x) + scaling * B A dropout(x) for x [..., D]; the teacher skips it."""
 
-    skipped = False  # True: the base alone, without touching requires_grad as peft's own switch does
+    # True stands for the base alone; peft's own switch would touch requires_grad too.
+    skipped = False
 
     def forward(self, x: Tensor) -> Tensor:
         if self.skipped:
@@ -44,7 +45,8 @@ def inject_lora(visual: nn.Module, config: ModelConfig, targets: str) -> None:
         r=config.lora_rank,
         lora_alpha=config.lora_alpha,
         lora_dropout=config.lora_dropout,
-        use_rslora=True,  # scaling alpha / sqrt(r), as officially; peft's default is alpha / r
+        # The official scaling is alpha / sqrt(r); peft's default is alpha / r.
+        use_rslora=True,
         target_modules=targets,
     )
     lora._register_custom_module({nn.Linear: Adapter})
@@ -95,7 +97,8 @@ def merged_weight(adapter: Adapter) -> Tensor:
 
 def _dropout(x: Tensor, dropout: nn.Module) -> Tensor:
     """`dropout(x)`; on a CPU five times as fast, with 16 random bits for an element."""
-    p = getattr(dropout, "p", 0.0)  # peft has nn.Identity for none
+    # peft has nn.Identity for none.
+    p = getattr(dropout, "p", 0.0)
     if not (p and dropout.training):
         return x
     if x.device.type != "cpu" or torch.compiler.is_compiling():

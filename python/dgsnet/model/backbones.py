@@ -94,7 +94,8 @@ class Backbone(ABC):
 
     def encode(self, pixels: Tensor, depth: int | None = None) -> Tensor:
         """Features [N, D] of normalised images [N, 3, H, W]; of the first `depth` blocks alone, if given."""
-        with torch.no_grad():  # nothing before the first block is trained
+        # Nothing before the first block is trained.
+        with torch.no_grad():
             tokens, contexts = self.embed(pixels)
         for block, context in zip(itertools.islice(self.blocks, depth), contexts):
             if self.checkpointing:
@@ -188,7 +189,8 @@ class Timm(Backbone):
     def __init__(self, visual: nn.Module) -> None:
         self.trunk: Any = getattr(visual, "trunk", visual)
         self.projection: Any = visual.head if isinstance(visual, TimmModel) else nn.Identity()
-        self.fused = any(block.attn.qkv is not None for block in self.blocks)  # EVA-02 has them apart
+        # EVA-02 has them apart.
+        self.fused = any(block.attn.qkv is not None for block in self.blocks)
         super().__init__(visual)
 
     @property
@@ -222,7 +224,8 @@ class Timm(Backbone):
         biases: Sequence[Tensor | None] = (None,) * 3
         if attention.qkv.bias is not None:
             biases = attention.qkv.bias.chunk(3)
-        elif getattr(attention, "q_bias", None) is not None:  # then that of k is zero
+        elif getattr(attention, "q_bias", None) is not None:
+            # The bias of k is zero then.
             biases = attention.q_bias, None, attention.v_bias
             attention.q_bias = attention.k_bias = attention.v_bias = None
         linears = map(frozen_linear, attention.qkv.weight.chunk(3), biases)

@@ -131,7 +131,8 @@ def check_model(model: ModelConfig, image_size: int) -> None:
     This reads open_clip's files and does not import it. What needs open_clip itself, such as the tags of its
     weights, is checked when the model is built.
     """
-    if "open_clip" in sys.modules:  # then building the model is quick, and the caller may have added models
+    # Building the model is quick then, and the caller may have added models.
+    if "open_clip" in sys.modules:
         return
     if has_text(model.name):
         check_known(model.name, config_files())

@@ -44,7 +44,8 @@ from dgsnet.model.folders import (
 # Hashes of the training images' files (images.file_hash), int64, ascending.
 TRAINED_ON_FILE = "training_images.npy"
 WEIGHT_TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-FORMAT = "dgsnet-1"  # changes when an older program could not read the file rightly
+# It changes when an older program could not read the file rightly.
+FORMAT = "dgsnet-1"
 
 
 def build_model(config: Config, *, with_text: bool = True) -> DGSNet:
@@ -260,7 +261,8 @@ def trained_on(folder: str | Path) -> np.ndarray:
             return np.fromfile(file, kind)
     except FileNotFoundError:
         return np.empty(0, np.int64)
-    except Exception as error:  # NumPy's, which reads the header as Python, share no class
+    except Exception as error:
+        # NumPy reads the header as Python; its errors share no class.
         raise UserError(f"{path} is damaged ({one_line(error, 200)}): copy it again, or remove it") from None
 
 
@@ -306,7 +308,8 @@ def damaged_state(path: Path) -> Iterator[None]:
         yield
     except UserError:
         raise
-    except Exception as error:  # torch's errors about such share no class
+    except Exception as error:
+        # torch's errors about such files share no class.
         raise UserError(
             f"{path} is damaged ({one_line(error, 200)}): remove {path.parent} to train from the start"
         ) from None

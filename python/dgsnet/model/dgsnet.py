@@ -60,7 +60,8 @@ class DGSNet(nn.Module):
         self.config = config
         visual, text = build_towers(config.name, config.pretrained, with_text, image_size)
         self.visual = visual
-        self.text: Any = text  # open_clip's TextTransformer or, around a model of transformers, HFTextEncoder
+        # It is open_clip's TextTransformer or, around a model of transformers, HFTextEncoder.
+        self.text: Any = text
         self.requires_grad_(False)
         self._tokenizer = tokenizer_of(config.name) if with_text else None
 

@@ -79,7 +79,8 @@ def _refused(path: Path) -> Iterator[None]:
         raise UserError(f"{path} needs the package {error.name}: pip install 'dgs-kernels[export]'") from None
     except ValueError as error:
         raise UserError(f"{path} cannot be taken: {one_line(error, 300)}") from None
-    except Exception as error:  # ONNX Runtime's and protobuf's share no class
+    except Exception as error:
+        # Errors of ONNX Runtime and protobuf share no class.
         raise UserError(f"{path} is damaged or no ONNX network ({one_line(error, 200)})") from None
 
 
@@ -110,7 +111,8 @@ def _session(content: bytes, size: int) -> tuple[Any, str, str]:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4  # what goes wrong is raised
+    # What goes wrong is raised, so nothing is logged.
+    options.log_severity_level = 4
     # As torch's, on which the last digits depend.
     options.intra_op_num_threads = torch.get_num_threads()
     options.inter_op_num_threads = 1

@@ -47,12 +47,14 @@ def build_timm(name: str, pretrained: str, image_size: int | None = None) -> nn.
     It takes images of its own size, or of `image_size` where a weights file has the positions of that one.
     """
     arguments = catalogue.timm_arguments(name)
-    catalogue.timm_config(name)  # refuses an unknown one
+    # This refuses an unknown name.
+    catalogue.timm_config(name)
     if not pretrained:
         return timm.create_model(**arguments)
     catalogue.check_weights(name, pretrained)
     with init_empty_weights(include_buffers=False):
-        backbone_of(timm.create_model(**arguments), name)  # before anything is downloaded
+        # This refuses a foreign tower before anything is downloaded.
+        backbone_of(timm.create_model(**arguments), name)
     path, tags = Path(pretrained).expanduser(), timm_tags(name)
     if path.is_file():
         # As many classes as are built, for otherwise timm would not mind what the file lacks.
@@ -65,7 +67,8 @@ def build_timm(name: str, pretrained: str, image_size: int | None = None) -> nn.
         if path.is_file() and image_size:
             arguments |= _size_of_positions(path, arguments, image_size)
         return timm.create_model(**arguments, **source, pretrained=True)
-    except Exception as error:  # timm's, torch's, safetensors' or the hub's
+    except Exception as error:
+        # It may be timm's, torch's, safetensors' or the hub's.
         reason = one_line(error, 200)
         if path.is_file():
             raise _unfit(name, path, reason) from error
@@ -99,7 +102,8 @@ def tokenizer_of(name: str) -> Tokenizer:
     """open_clip's tokenizer of a model: captions to tokens [N, context]."""
     try:
         return open_clip.get_tokenizer(catalogue.canonical(name))
-    except Exception as error:  # those from the hub need a download
+    except Exception as error:
+        # Configurations from the hub need a download.
         raise UserError(
             f"cannot load the tokenizer of {name} ({one_line(error, 200)}): check the network, or train "
             "without captions (data.captions none)"
@@ -171,7 +175,8 @@ def build_clip(name: str, pretrained: str, with_text: bool) -> open_clip.CustomT
         clip.text = None
         for name in ("logit_scale", "logit_bias"):
             setattr(clip, name, None)
-    for parameter in clip.parameters():  # a copy, as the tensors may be windows into the file
+    # Parameters are copied, as they may be windows into the file.
+    for parameter in clip.parameters():
         parameter.data = parameter.data.to(torch.float32, copy=True)
     return clip
 
@@ -205,9 +210,11 @@ def _unfit(name: str, weights: Path, reason: str) -> UserError:
 def _clip_arguments(name: str) -> dict[str, Any]:
     """What open_clip's CLIP is made of: the model's configuration, without what is only for pretraining."""
     config = _model_config(name)
-    config.pop("custom_text", None)  # the text tower is always made a module of its own
+    # The text tower is always made a module of its own.
+    config.pop("custom_text", None)
     vision = config["vision_cfg"]
-    vision["patch_dropout"] = 0.0  # noise to the teacher, as are the others
+    # It would be noise to the teacher, as the others would.
+    vision["patch_dropout"] = 0.0
     if "timm_model_name" in vision:
         vision |= {"timm_model_pretrained": False, "timm_drop": 0.0, "timm_drop_path": None}
     config["text_cfg"]["hf_model_pretrained"] = False
@@ -236,7 +243,8 @@ def _find_weights(name: str, pretrained: str, quick_gelu: bool) -> Path:
         _check_activation(name, f"the {pretrained!r} weights", bool(tag.get("quick_gelu")), quick_gelu)
         return _download(name, pretrained, tag)
     if path.is_file():
-        if catalogue.is_torchscript(path):  # the only TorchScript CLIPs are OpenAI's originals
+        # The only TorchScript CLIPs are OpenAI's originals.
+        if catalogue.is_torchscript(path):
             _check_activation(name, str(path), True, quick_gelu)
         return path
     tags = [
@@ -274,6 +282,7 @@ def _check_activation(name: str, weights: str, trained: bool, built: bool) -> No
 def _download(name: str, pretrained: str, tag: dict) -> Path:
     try:
         return Path(open_clip.download_pretrained(tag))
-    except Exception as error:  # whatever the hub, the proxy or the socket raised
+    except Exception as error:
+        # It may be the hub's, the proxy's or the socket's.
         source = str(tag.get("hf_hub") or tag.get("url")).rstrip("/")
         raise _not_downloaded(name, pretrained, f"from {source}") from error

@@ -28,7 +28,8 @@ WIDTH = 10
 
 # Stands for the ink until svg() or save() decides: the page's text colour, or near-black on paper.
 INK = "#010203"
-STYLE: Any = {  # matplotlib's type lists every key there is
+# matplotlib's type would list every key there is.
+STYLE: Any = {
     "font.family": "sans-serif",
     "font.size": 10,
     "axes.titlesize": 11,
@@ -43,7 +44,8 @@ STYLE: Any = {  # matplotlib's type lists every key there is
     **dict.fromkeys(("axes.facecolor", "figure.facecolor"), "none"),
     "figure.constrained_layout.use": True,
     "svg.fonttype": "none",
-    "text.parse_math": False,  # a folder's name may hold a dollar sign
+    # A folder's name may hold a dollar sign.
+    "text.parse_math": False,
 }
 
 DASHED: Any = {"color": INK, "linewidth": 0.8, "linestyle": "--", "alpha": 0.6}

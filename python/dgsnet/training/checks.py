@@ -49,7 +49,8 @@ def check_folder(config: Config, out: Path, resume: bool) -> None:
     if resume and saved.is_file():
         before, now = read_config(saved).flat(), config.flat()
         for name, value in now.items():
-            found = name == "optim.batch_size" and value == "auto"  # and is kept
+            # It is kept.
+            found = name == "optim.batch_size" and value == "auto"
             if value != before[name] and name not in FREE_SETTINGS and not found:
                 raise UserError(
                     f"cannot resume {out} with {name}={value}, it was started with {before[name]}: leave "
@@ -151,7 +152,8 @@ def warn_of_shortcuts(config: Config, samples: list[Item]) -> None:
 
     try:
         found = audit(samples, most=SHORTCUT_IMAGES, seconds=SHORTCUT_SECONDS)
-    except UserError:  # too few can be read; training will report them
+    except UserError:
+        # Too few can be read; training will report them.
         return
     files, names = found.shortcuts.files, found.shortcuts.strongest
     if files.found or names:

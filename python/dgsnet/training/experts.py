@@ -18,8 +18,10 @@ from dgsnet.data.nuisances import NUISANCES
 # Adam's rate for numbers of unit variance, whatever suits the backbone: the expert has to learn faster than
 # the student, or the student learns from the files first.
 LEARNING_RATE = 1e-2
-MOST_FILES = 2**14  # enough for a mean and a deviation; a training set may have millions
-LEAST_DEVIATION = 0.05  # a rare yes, divided by its deviation, must not become a huge number
+# Enough for a mean and a deviation; a training set may have millions.
+MOST_FILES = 2**14
+# A rare yes, divided by its deviation, must not become a huge number.
+LEAST_DEVIATION = 0.05
 
 
 class FileExpert(nn.Module):

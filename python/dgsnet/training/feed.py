@@ -42,7 +42,8 @@ class Feed:
         self.config, self.update, self.accelerator = job.config, job.update, accelerator
         self.rank, self.world = accelerator.process_index, accelerator.num_processes
         config, optim, data = job.config, job.config.optim, job.config.data
-        assert optim.batch_size != "auto"  # decided before
+        # The number has been decided before.
+        assert optim.batch_size != "auto"
         samples = [*job.samples, *(job.update.replayed if job.update else [])]
         self.data_hash = _hash(samples)
         self.preprocess = Preprocessor(config.preprocess)
@@ -79,7 +80,8 @@ class Feed:
         images = optim.batch_size * optim.accumulation * self.world
         self.plan = StepPlan(images, optim.batch_size, self.rank, self.world)
         workers = default_workers() if data.workers is None else data.workers
-        silent = not accelerator.is_main_process  # one process speaks for all
+        # One process speaks for all.
+        silent = not accelerator.is_main_process
         options = loading.loader_options(workers, data.prefetch, silent=silent)
         self.loader = DataLoader(dataset, batch_sampler=self.plan, **options)
         self.watch = loading.LoaderWatch(workers, accelerator.device)
@@ -101,13 +103,15 @@ class Feed:
         self.text: CaptionFeatures | None = None
         self.frozen: ImageFeatures | None = None
         self._batches: Iterator[dict[str, Any]] = iter(())
-        self._captioned = False  # whether the stage reads captions
+        # Whether the stage reads captions.
+        self._captioned = False
 
     def encode_captions(self, model: DGSNet) -> None:
         """Have the features of all captions, and free the model of the tower that makes them."""
         if model.text is None:
             return
-        with self.accelerator.main_process_first():  # which encodes, so that the others find all done
+        # The first encodes, so that the others find all done.
+        with self.accelerator.main_process_first():
             captions = (sample.caption or "" for sample in self.order.dataset.samples)
             shown = sys.stderr.isatty()
             self.text = CaptionFeatures(model, captions, self.config.data.cache, progress=shown)

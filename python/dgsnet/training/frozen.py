@@ -32,9 +32,11 @@ from dgsnet.model.dgsnet import DGSNet
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
-BATCH = 256  # captions, or images, encoded at once
+# Captions, or images, that are encoded at once.
+BATCH = 256
 KEY_BYTES = 16
-CHUNK = 1024  # images of a file
+# Images of a file.
+CHUNK = 1024
 
 
 def default_folder() -> Path:
@@ -62,7 +64,8 @@ def _load(path: Path) -> np.ndarray:
         return np.lib.format.open_memmap(path, mode="r")
     except OSError:
         raise
-    except Exception as error:  # NumPy's, which reads the header as Python, share no class
+    except Exception as error:
+        # NumPy reads the header as Python; its errors share no class.
         raise _unusable(path, f"damaged ({one_line(error, 200)})") from None
 
 
@@ -198,7 +201,8 @@ class ImageFeatures:
         with _kept(folder, "images", self._identity) as self._folder:
             for first, step in shares:
                 mine = self._missing()[first::step]
-                accelerator.wait_for_everyone()  # all have seen the same files
+                # All processes must have seen the same files.
+                accelerator.wait_for_everyone()
                 if mine:
                     self._compute(mine, model, accelerator, workers)
                 accelerator.wait_for_everyone()
@@ -273,7 +277,8 @@ class ImageFeatures:
         for file in tqdm(files, desc="frozen features", unit_scale=CHUNK, unit=" images", disable=not shown):
             rows = self._places(file)
             content = np.zeros(len(rows), self._dtype)
-            content["feature"] = np.nan  # where the image cannot be read, which training reports
+            # An image that cannot be read has none, which training reports.
+            content["feature"] = np.nan
             for _ in range(0, len(rows), BATCH):
                 batch = next(loaded)
                 if len(batch["labels"]):
@@ -312,7 +317,8 @@ class _WithoutPixels(Dataset):
     def __getitem__(self, index: int) -> dict[str, Any]:
         row = self.features._row(index, epoch=0)
         if np.isnan(row["feature"]).all():
-            return self.dataset[index]  # with the error, since it cannot be read
+            # It comes with the error, since it cannot be read.
+            return self.dataset[index]
         sample = self.dataset.samples[index]
         item = {"label": sample.label, "caption": sample.caption or "", "index": index}
         return item | {"pixels": torch.empty(0), "hash": int(row["hash"])}
@@ -322,11 +328,13 @@ def _views_identity(dataset: ImageDataset, encoder: str) -> str:
     """A hash of all that decides the features; size and time of a file stand for its content."""
     digest = hashlib.sha256()
     settings: list[Any] = [encoder, dataset.preprocess.config.of_one(), dataset.seed, dataset.views]
-    if dataset.degradations:  # which stores of former versions have not
+    # Stores of former versions have none.
+    if dataset.degradations:
         settings.append(asdict(dataset.degradations))
     if dataset.drawn_as is not None:
         settings.append(dataset.drawn_as.tolist())
-        if dataset.preprocess.config.mode == "patches":  # twins' own patches before
+        # Twins had their own patches before.
+        if dataset.preprocess.config.mode == "patches":
             settings.append("shared patches")
     digest.update(json.dumps(settings).encode())
     for item in dataset.samples:

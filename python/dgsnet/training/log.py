@@ -70,7 +70,8 @@ class Log:
 
     def sync(self) -> int:
         """Have metrics.csv on the disk; returns its size in bytes."""
-        assert self.file  # the main process calls this
+        # The main process calls this.
+        assert self.file
         os.fsync(self.file.fileno())
         return self.file.seek(0, io.SEEK_END)
 

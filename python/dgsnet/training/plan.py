@@ -13,7 +13,8 @@ from dgsnet.config import Config, OptimConfig
 from dgsnet.data.items import Item
 from dgsnet.training.replay import Update
 
-HEAD, BRANCHES = 1, 2  # the stages
+# The stages' numbers.
+HEAD, BRANCHES = 1, 2
 
 
 @dataclass(frozen=True)
@@ -29,13 +30,21 @@ class Job:
 
 @dataclass
 class Position:
-    """Where a run stands; with the trained weights and the optimiser, all that decides how it goes on."""
+    """Where a run stands; with the trained weights and the optimiser, all that decides how it goes on.
 
-    stage: int  # HEAD or BRANCHES, BRANCHES + 1 when finished
-    epoch: int = 0  # of the stage
-    seen: int = 0  # images of the epoch
-    stage_step: int = 0  # optimiser steps of the stage
-    step: int = 0  # and of the run
+    Attributes:
+        stage: HEAD or BRANCHES, BRANCHES + 1 when finished.
+        epoch: of the stage.
+        seen: images of the epoch.
+        stage_step: optimiser steps of the stage.
+        step: and of the run.
+    """
+
+    stage: int
+    epoch: int = 0
+    seen: int = 0
+    stage_step: int = 0
+    step: int = 0
 
 
 def lr_factor(optim: OptimConfig, step: int, steps: int) -> float:

@@ -20,18 +20,31 @@ REPLAYED = "replayed"
 
 @dataclass(frozen=True)
 class Update:
-    """What makes a run an update of a detector."""
+    """What makes a run an update of a detector.
 
-    start: dict[str, Tensor]  # the detector's `trained_state`
-    trained_on: np.ndarray  # hashes of the files that it was trained on, int64 [N]
-    samples: list[Item]  # old images
-    rule: str  # of WEIGHTINGS, or "none"
-    ratio: float  # replayed images for each new one of a step
-    seed: int  # decides which old images a step replays
-    record: dict[str, str]  # what is stored of it with the model
-    pins: Pins | None = None  # images that are looked at at every checkpoint
-    pairs: np.ndarray | None = None  # of old twins, places [P, 2] in `samples`; None: they stay alone
-    margin: float = 0.0  # of the rule "gem"
+    Attributes:
+        start: the detector's `trained_state`.
+        trained_on: hashes of the files that it was trained on, int64 [N].
+        samples: old images.
+        rule: of WEIGHTINGS, or "none".
+        ratio: replayed images for each new one of a step.
+        seed: decides which old images a step replays.
+        record: what is stored of it with the model.
+        pins: images that are looked at at every checkpoint.
+        pairs: of old twins, places [P, 2] in `samples`; None: they stay alone.
+        margin: of the rule "gem".
+    """
+
+    start: dict[str, Tensor]
+    trained_on: np.ndarray
+    samples: list[Item]
+    rule: str
+    ratio: float
+    seed: int
+    record: dict[str, str]
+    pins: Pins | None = None
+    pairs: np.ndarray | None = None
+    margin: float = 0.0
 
     @property
     def replayed(self) -> list[Item]:

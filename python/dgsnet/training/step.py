@@ -32,22 +32,36 @@ def speed_up(model: DGSNet, optim: OptimConfig) -> DGSNet:
 
 
 class Batch(NamedTuple):
-    """What a step is given."""
+    """What a step is given.
 
-    pixels: Tensor  # normalised images [B, 3, S, S]
-    labels: Tensor  # [B], 0 or 1
-    text: Tensor | None = None  # features [B, D], if the step is captioned
-    nuisances: Tensor | None = None  # [B, len(NUISANCES)], if there is an expert on files
-    frozen: Tensor | None = None  # features [B, D] of the frozen tower, where they are known
+    Attributes:
+        pixels: normalised images [B, 3, S, S].
+        labels: [B], 0 or 1.
+        text: features [B, D], if the step is captioned.
+        nuisances: [B, len(NUISANCES)], if there is an expert on files.
+        frozen: features [B, D] of the frozen tower, where they are known.
+    """
+
+    pixels: Tensor
+    labels: Tensor
+    text: Tensor | None = None
+    nuisances: Tensor | None = None
+    frozen: Tensor | None = None
 
 
 class Found(NamedTuple):
-    """What a step finds; all are means over the batch."""
+    """What a step finds; all are means over the batch.
+
+    Attributes:
+        values: TRAIN_COLUMNS, detached [5].
+        harmful: reference loss of layer-wise surgery, where there are captions.
+        moments: `drift.moments`, of three branches.
+    """
 
     loss: Tensor
-    values: Tensor  # TRAIN_COLUMNS, detached [5]
-    harmful: Tensor | None = None  # reference loss of layer-wise surgery, where there are captions
-    moments: Tensor | None = None  # `drift.moments`, of three branches
+    values: Tensor
+    harmful: Tensor | None = None
+    moments: Tensor | None = None
 
 
 # What the head finds, the experts' logits as constants, and the harmful reference loss.
@@ -127,7 +141,8 @@ class Step(nn.Module):
 
     def _student_alone(self, batch: Batch) -> Found:
         features = batch.frozen
-        if features is None or self.model.config.lora_rank:  # without adapters it is the frozen tower
+        # Without adapters the student is the frozen tower.
+        if features is None or self.model.config.lora_rank:
             features = self.model.student_features(batch.pixels)
         return _one_branch(self.model.head.image_head, features, batch.labels)
 
@@ -136,7 +151,8 @@ class Step(nn.Module):
         # The teacher comes first, while no activations are kept for backward.
         teacher = self.model.teacher_features(batch.pixels) if batch.frozen is None else batch.frozen
         student = self.model.student_features(batch.pixels)
-        with torch.autocast(student.device.type, enabled=False):  # heads and losses stay in fp32
+        # Heads and losses stay in fp32.
+        with torch.autocast(student.device.type, enabled=False):
             student, teacher = _wide(student), _wide(teacher)
             nuisance_loss, offsets = student.new_zeros(()), None
             if self.expert is not None and batch.nuisances is not None:

@@ -37,7 +37,8 @@ def train(config: Config, out: str | Path, *, resume: bool = False) -> Path:
         PosixPath('runs/mine')
     """
     out = Path(out)
-    announced_size()  # which refuses a launcher that has not started what it was asked for
+    # This refuses a launcher that has not started what it was asked for.
+    announced_size()
     # The first of a run's processes holds the folder for all of them.
     with contextlib.nullcontext() if announced_rank() else locked(out):
         checks.check_folder(config, out, resume)

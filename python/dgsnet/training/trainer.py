@@ -54,15 +54,22 @@ def fit(job: Job) -> None:
 
 @dataclass
 class Stage:
-    """What one stage trains with."""
+    """What one stage trains with.
 
-    module: Any  # the `Step`, as data parallelism wraps it
+    Attributes:
+        module: the `Step`, as data parallelism wraps it.
+        surgery: layer-wise.
+        objectives: of replayed images.
+        rates: learning rates of the optimiser's groups, without schedule.
+    """
+
+    module: Any
     optimizer: Any
-    surgery: OptimizerSurgery | None  # layer-wise
-    objectives: ObjectiveSurgery | None  # of replayed images
+    surgery: OptimizerSurgery | None
+    objectives: ObjectiveSurgery | None
     epochs: int
     epochs_before: int
-    rates: list[float]  # learning rates of the optimiser's groups, without schedule
+    rates: list[float]
 
 
 class Trainer:
@@ -82,7 +89,8 @@ class Trainer:
         speed_up(self.model, config.optim)
         self.state = State(job, accelerator, self.model, self.expert, self.feed, backbone)
         self.log = Log(job.out, accelerator)
-        self.sharded: Step | None = None  # for both stages, since weights are sharded once
+        # It serves both stages, since weights are sharded once.
+        self.sharded: Step | None = None
 
     def train(self) -> None:
         saved = self.state.restore()
@@ -92,7 +100,8 @@ class Trainer:
             shown = sys.stderr.isatty() and self.accelerator.is_main_process
             self.expert.standardise(self.feed.order.dataset.samples, progress=shown)
         self.feed.compute_frozen(self.model, self.state.backbone)
-        self.accelerator.wait_for_everyone()  # every process has looked at the folder before one writes
+        # Every process has looked at the folder before one writes.
+        self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             write_file(self.out / CONFIG_FILE, self.config.to_json().encode())
         self.log.open(saved["metrics_bytes"] if saved else None, self.state.position.step)
@@ -206,7 +215,8 @@ class Trainer:
         seed = dropout_seed(self.config.seed, self.state.position.step, self.accelerator.process_index)
         if self.accelerator.device.type == "cpu":
             torch.default_generator.manual_seed(seed)
-        else:  # without a GPU it would note each seed for one that may come
+        else:
+            # Without a GPU, torch would note each seed for one that may come.
             set_seed(seed)
         for name, group in itertools.groupby(micro_batches, key=lambda micro: micro.objective):
             # The step's own gradient stays in .grad, which makes it the first objective.
@@ -238,14 +248,16 @@ class Trainer:
         moments = self.accelerator.reduce(self.state.moments, "mean")
         self.state.sums.zero_()
         self.state.moments.zero_()
-        if not weight:  # every image since then was damaged
+        # Every image since then was damaged.
+        if not weight:
             return math.nan
         position = self.state.position
         row = {name: value / weight for name, value in zip(TRAIN_COLUMNS, values)}
         tracked = drift.summary(moments / weight)
         if position.stage == HEAD or not uses_surgery(self.config):
             tracked = {}
-            row = {name: row[name] for name in ("loss", "accuracy")}  # there is one branch
+            # This stage has one branch.
+            row = {name: row[name] for name in ("loss", "accuracy")}
         if not math.isfinite(row["loss"]):
             raise UserError(
                 f"training diverged: the loss is {row['loss']} at step {position.step}; lower optim.lr"
@@ -266,7 +278,8 @@ class Trainer:
         scored: list[tuple[float, float, str]] = []
         for pixels, labels, generators in self.feed.validation():
             logits = stage.module(pixels)
-            scored += zip(logits.float().tolist(), labels.tolist(), generators)  # none of an empty batch
+            # An empty batch adds none.
+            scored += zip(logits.float().tolist(), labels.tolist(), generators)
         scored = gather_object(scored)
         if not scored:
             raise UserError(

@@ -32,7 +32,8 @@ Rule = Literal["gem", "conflict", "replay", "none"]
 REPLAY_SHARE = 0.5
 # Of every this many images of a generator and class one is kept out of the update, to report on.
 HELD_OUT = 5
-NEW, OLD = "new", "old"  # names of what is reported on, unless it is given
+# Names of what is reported on, unless --test is given.
+NEW, OLD = "new", "old"
 CHANGES_FILE, IMAGES_FILE = "changes.json", "changes.csv"
 
 
@@ -118,7 +119,8 @@ def update(
             if steps < 1:
                 raise UserError(f"steps is {steps}; it must be 1 or more")
             optim = config.optim
-            assert optim.batch_size != "auto"  # a run is saved with what was found
+            # A run is saved with what was found.
+            assert optim.batch_size != "auto"
             epochs = math.ceil(steps / math.ceil(len(new) / (optim.batch_size * optim.accumulation)))
             config = changed(config, optim=changed(optim, epochs=epochs, max_steps=steps))
         record = {

@@ -107,11 +107,15 @@ def _check_words(words: Sequence[str]) -> None:
 
 
 class _Prepared(NamedTuple):
-    """An image on its way, or why there is none."""
+    """An image on its way, or why there is none.
+
+    Attributes:
+        pixels: uint8 Tensor [H, W, 3].
+    """
 
     number: int
     error: str
-    pixels: Any = None  # uint8 Tensor [H, W, 3]
+    pixels: Any = None
     style: Style | None = None
     written: bytes = b""
     maker: int = 0

@@ -21,7 +21,8 @@ from dgsnet.files import one_line
 WEIGHTS = "diffusion_pytorch_model"
 # Images of more pixels go through an autoencoder in tiles.
 LARGE = 2**20
-TILE = 64  # side of a tile of AutoencoderKL's latents
+# Side of a tile of AutoencoderKL's latents.
+TILE = 64
 # AutoencoderTiny's tiles, and how much of their sides is cut away: about as far as a pixel is seen there.
 TINY_TILE, TINY_MARGIN = 1024, 128
 
@@ -126,7 +127,8 @@ def _autoencoder(source: str, device: str | None) -> Maker:
     try:
         options = {"torch_dtype": dtype, "use_safetensors": True, "output_loading_info": True}
         vae, loaded = getattr(diffusers, kind).from_pretrained(folder, local_files_only=True, **options)
-    except Exception as error:  # as various as what may be wrong with a folder
+    except Exception as error:
+        # Errors are as various as what may be wrong with a folder.
         raise UserError(f"{folder}: cannot be loaded as {kind} ({one_line(error)[:200]})") from None
     if missing := loaded["missing_keys"]:
         raise UserError(f"{folder}: {len(missing)} tensors are missing, such as {sorted(missing)[0]}")
@@ -218,7 +220,8 @@ def _folder(source: str) -> tuple[Path, str]:
         try:
             patterns = [f"{place}{file}" for place in ("", "vae/") for file in files]
             root = Path(snapshot_download(name, revision=revision or None, allow_patterns=patterns))
-        except Exception as error:  # the hub's, the proxy's, the socket's
+        except Exception as error:
+            # It may be the hub's, the proxy's or the socket's.
             raise UserError(
                 f"{source} is no folder, and cannot be had from the Hugging Face Hub "
                 f"({one_line(error)[:200]}): give a folder that holds one, or a network"

@@ -23,7 +23,8 @@ _GREY = ("1", "L", "LA", "La", "I", "I;16", "I;16B", "I;16L", "F")
 _COLOURS = 256
 # TIFF's compressions that lose nothing and go with any mode; of what was lost by another there is no account.
 _LOSSLESS = ("raw", "packbits", "tiff_adobe_deflate", "tiff_deflate", "tiff_lzw")
-_HALVED = 2  # Pillow's number for 4:2:0
+# Pillow's number for 4:2:0.
+_HALVED = 2
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,8 @@ def of_header(data: bytes) -> tuple[dict[str, Any], int, tuple[()]]:
         # A JPEG with a second picture in it, as phones write, is told by what its reader is.
         if isinstance(image, JpegImagePlugin.JpegImageFile):
             kind, sampling = "JPEG", JpegImagePlugin.get_sampling(image)
-            if sampling < 0:  # unknown: of CMYK, whose chroma is whole, or of ratios that Pillow cannot write
+            # It is unknown of CMYK, whose chroma is whole, and of ratios that Pillow cannot write.
+            if sampling < 0:
                 sampling = 0 if image.mode == "CMYK" else _HALVED
             options = {
                 "qtables": [list(table) for _, table in sorted(image.quantization.items())],
