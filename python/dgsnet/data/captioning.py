@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 import sys
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from dgsnet.data.captions import CAPTIONS_FILE
-from dgsnet.data.items import Item, find_samples
+from dgsnet.data.items import Item, find_samples, paths_hash
 from dgsnet.data.tables import Table, partial
 from dgsnet.errors import UserError
 from dgsnet.files import one_line, replacing
@@ -127,13 +126,12 @@ def caption_command(
 
     from dgsnet.model.checkpoint import sampled_hash
 
-    paths = "\n".join(sample.path for sample in samples).encode(errors="surrogateescape")
     settings = {
         "model": model,
         "weights": sampled_hash(captioner.model.state_dict().values()),
         "generation": [PROMPT, GENERATION],
         "batch_size": batch_size,
-        "images": hashlib.sha256(paths).hexdigest()[:16],
+        "images": paths_hash(samples),
     }
     with Table(partial(target), settings, COLUMNS, resume=resume) as table:
         done = {row["path"] for row in table.rows()}

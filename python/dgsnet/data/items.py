@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import glob
+import hashlib
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -203,6 +204,12 @@ def _is_list(path: str) -> bool:
 
 def _is_pattern(path: str) -> bool:
     return glob.has_magic(path) or "{" in path
+
+
+def paths_hash(items: Iterable[Item]) -> str:
+    """By which a call that goes on with a table knows that the images are the same."""
+    paths = "\n".join(item.path for item in items)
+    return hashlib.sha256(paths.encode(errors="surrogateescape")).hexdigest()[:16]
 
 
 def find_samples(source: str | Path, split: str | None = None) -> list[Item]:

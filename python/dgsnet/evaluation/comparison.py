@@ -14,7 +14,7 @@ import numpy as np
 from dgsnet.evaluation import false_positives
 from dgsnet.evaluation.changes import Change
 from dgsnet.evaluation.metrics import CONFIDENCE
-from dgsnet.evaluation.report import as_json, markdown_table, thumbnail
+from dgsnet.evaluation.report import as_json, markdown_section, thumbnail
 from dgsnet.evaluation.results import Evaluation, Result, Score, between, bounded, percent
 from dgsnet.files import write_file
 from dgsnet.pages import page
@@ -333,13 +333,7 @@ def write(out: str | Path, comparison: Comparison) -> list[tuple[str, str, Table
     write_file(out / "comparison.json", as_json(comparison.document()))
     lines = ["# Comparison"]
     for title, caption, rows in tables:
-        lines += [
-            "",
-            f"## {title}",
-            "",
-            *([page.plain(caption), ""] if caption else []),
-            *markdown_table(rows),
-        ]
+        lines += markdown_section(title, page.plain(caption), rows)
     write_file(out / "comparison.md", ("\n".join(lines) + "\n").encode(errors="surrogateescape"))
     text = page.render(
         Path(__file__).with_name("comparison.html"),

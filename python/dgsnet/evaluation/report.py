@@ -123,25 +123,20 @@ def markdown(evaluation: Evaluation) -> str:
         rows = [
             [r.generator, *cells(r)] for r in [*evaluation.of(suite=suite), evaluation.mean_of("", suite)]
         ]
-        lines += [
-            "",
-            f"## {page.plain(suite) or 'Generators'}",
-            "",
-            *markdown_table([["generator", *columns], *rows]),
-        ]
+        lines += markdown_section(page.plain(suite) or "Generators", "", [["generator", *columns], *rows])
     if len(evaluation.suites) > 1:
         rows = [["mean", *cells(evaluation.mean_of())]]
-        lines += ["", "## All suites", "", *markdown_table([["generator", *columns], *rows])]
+        lines += markdown_section("All suites", "", [["generator", *columns], *rows])
     for title, caption, table in _sections(evaluation):
-        lines += ["", f"## {title}", "", caption, "", *markdown_table(table)]
+        lines += markdown_section(title, caption, table)
     if evaluation.distortions:
         rows = [[name or "none", *cells(evaluation.mean_of(name))] for name in ("", *evaluation.distortions)]
-        lines += ["", "## Robustness", "", "Means over all generators.", ""]
-        lines += markdown_table([["distortion", *columns], *rows])
+        means = [["distortion", *columns], *rows]
+        lines += markdown_section("Robustness", "Means over all generators.", means)
     for suite, comparison in evaluation.comparisons().items():
-        lines += ["", f"## {page.plain(suite)}: published results", "", _source(comparison), ""]
-        lines += [*markdown_table(published_methods(comparison)), ""]
-        lines += markdown_table(published_generators(comparison))
+        title, methods = f"{page.plain(suite)}: published results", published_methods(comparison)
+        lines += markdown_section(title, _source(comparison), methods)
+        lines += ["", *markdown_table(published_generators(comparison))]
     if evaluation.damaged:
         lines += ["", "## Left out", "", *(f"- {page.plain(s.error)}" for s in evaluation.damaged)]
     return "\n".join(lines) + "\n"
@@ -412,6 +407,11 @@ def _row(evaluation: Evaluation, result: Result) -> dict[str, Any]:
     row |= {key: result.values[key] for key in COUNTS}
     row |= shortcut_tables.columns(evaluation, result)
     return {k: "" if isinstance(v, float) and math.isnan(v) else v for k, v in row.items()}
+
+
+def markdown_section(title: str, caption: str, rows: Sequence[Sequence[str]]) -> list[str]:
+    """A table under a title and, if it is not empty, a caption, which both are Markdown."""
+    return ["", f"## {title}", "", *([caption, ""] if caption else []), *markdown_table(rows)]
 
 
 def markdown_table(rows: Sequence[Sequence[str]]) -> list[str]:

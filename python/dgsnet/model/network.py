@@ -10,10 +10,22 @@ import torch
 
 from dgsnet.config import Config
 from dgsnet.errors import UserError
+from dgsnet.files import one_line
 from dgsnet.model.checkpoint import fingerprint, load_model, trained_state
 from dgsnet.model.description import Description
 from dgsnet.model.folders import is_onnx, model_folder, read_description
 from dgsnet.model.onnx_network import OnnxNetwork, load_onnx
+
+
+def usable_device(device: str | None) -> str:
+    """This device, the GPU where there is one if it is None; UserError where it cannot be used."""
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"device {device} cannot be used here ({one_line(error)}); try cpu") from None
+    return device
 
 
 def device_for(run: str | Path, device: str | None) -> str:
@@ -24,13 +36,7 @@ def device_for(run: str | Path, device: str | None) -> str:
                 f"{run} is scored on the CPU: leave out --device {device}, or give a model folder"
             )
         return "cpu"
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"device {device} cannot be used here ({error}); try cpu") from None
-    return device
+    return usable_device(device)
 
 
 def load_network(

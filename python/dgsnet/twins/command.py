@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import sys
 import time
@@ -17,7 +16,7 @@ import numpy as np
 from dgsnet.data.captions import CAPTIONS_FILE, attach_captions
 from dgsnet.data.cells import row_writer
 from dgsnet.data.images import ImageError, read_image
-from dgsnet.data.items import Item
+from dgsnet.data.items import Item, paths_hash
 from dgsnet.data.pairs import TWINS_FILE
 from dgsnet.data.tables import Table, partial
 from dgsnet.detection.overlap import images_of_class
@@ -79,14 +78,13 @@ def twins_command(
 
     makers = load_makers(by, device)
     for maker in makers:
-        if maker.told:
-            print(maker.told)
-    paths = "\n".join(item.path for item in items).encode(errors="surrogateescape")
+        if maker.origin:
+            print(maker.origin)
     settings = {
         "by": [[maker.name, *maker.identity] for maker in makers],
         "seed": seed,
         "batch_size": batch_size,
-        "images": hashlib.sha256(paths).hexdigest()[:16],
+        "images": paths_hash(items),
     }
     with Table(partial(target), settings, ("number", *COLUMNS), resume=resume) as table:
         rate = PairWriter(Path(out), items, makers, seed, batch_size, table).run(workers)

@@ -36,14 +36,14 @@ class Maker:
         multiple: of which the sides of its images must be.
         make: float32 [N, 3, H, W] in 0..1 and a seed for each, to the same shape.
         identity: tells it from others, as JSON values.
-        told: about where it comes from; "": nothing.
+        origin: what to say of where it comes from; "": nothing.
     """
 
     name: str
     multiple: int
     make: Callable[[Tensor, Sequence[int]], Tensor]
     identity: tuple[str, ...]
-    told: str = ""
+    origin: str = ""
 
     def __call__(self, images: Sequence[np.ndarray], seeds: Sequence[int]) -> list[np.ndarray | None]:
         """Twins of images uint8 [h, w, 3] that `padded` makes equally large, each of its original's size.
@@ -105,7 +105,7 @@ def _resize(images: Tensor, _: Sequence[int]) -> Tensor:
 
 def _autoencoder(source: str, device: str | None) -> Maker:
     """diffusers' AutoencoderKL or AutoencoderTiny, from a folder or the Hugging Face Hub."""
-    folder, told = _folder(source)
+    folder, origin = _folder(source)
     kinds = {"AutoencoderKL": _kl, "AutoencoderTiny": _tiny}
     config = read_json(folder / "config.json")
     kind = config.get("_class_name") if isinstance(config, dict) else None
@@ -117,13 +117,11 @@ def _autoencoder(source: str, device: str | None) -> Maker:
         raise UserError("--by vae:... needs diffusers: pip install 'dgs-kernels[twins]'") from None
     from dgsnet.detection.batches import fast_precision
     from dgsnet.model.checkpoint import sampled_hash
+    from dgsnet.model.network import usable_device
 
     diffusers.utils.logging.set_verbosity_error()
-    try:
-        where = torch.empty(0, device=device or ("cuda" if torch.cuda.is_available() else "cpu")).device
-        dtype = torch.bfloat16 if fast_precision(where) == "bf16" else torch.float32
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"device {device} cannot be used here ({one_line(error)}); try cpu") from None
+    where = torch.empty(0, device=usable_device(device)).device
+    dtype = torch.bfloat16 if fast_precision(where) == "bf16" else torch.float32
     try:
         options = {"torch_dtype": dtype, "use_safetensors": True, "output_loading_info": True}
         vae, loaded = getattr(diffusers, kind).from_pretrained(folder, local_files_only=True, **options)
@@ -152,7 +150,7 @@ def _autoencoder(source: str, device: str | None) -> Maker:
         return (made.float() + 1) / 2
 
     identity = (sampled_hash(vae.state_dict().values()), str(dtype), where.type)
-    return Maker(_called(source), multiple, on_device, identity, told)
+    return Maker(_called(source), multiple, on_device, identity, origin)
 
 
 def _called(source: str) -> str:
@@ -207,8 +205,8 @@ def _tiny(vae: Any, multiple: int) -> Callable[[Tensor, Sequence[int]], Tensor]:
 
 
 def _folder(source: str) -> tuple[Path, str]:
-    """The folder with an autoencoder's configuration and weights, and what to tell of where it is from."""
-    told = ""
+    """The folder with an autoencoder's configuration and weights, and what to say of where it is from."""
+    origin = ""
     if os.path.isdir(source):
         root = Path(source)
     else:
@@ -226,11 +224,11 @@ def _folder(source: str) -> tuple[Path, str]:
                 f"{source} is no folder, and cannot be had from the Hugging Face Hub "
                 f"({one_line(error)[:200]}): give a folder that holds one, or a network"
             ) from None
-        told = f"{name}: revision {root.name}"
+        origin = f"{name}: revision {root.name}"
     for folder in (root, root / "vae"):
         if (folder / "config.json").is_file():
             if any(folder.glob(f"{WEIGHTS}*.safetensors")):
-                return folder, told
+                return folder, origin
             raise UserError(
                 f"{folder} has no {WEIGHTS}.safetensors; pickled weights, which can run code, are not read"
             )
