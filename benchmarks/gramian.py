@@ -14,7 +14,7 @@ from torch import Tensor
 
 import dgs_kernels
 from benchmarks import harness
-from benchmarks.project_align_ import layers, lists, numbers, shapes
+from benchmarks.project_align_ import layers, lists, on_lists
 from dgs_kernels import reference
 from dgs_kernels.eager.combine_ import combine_ as eager_combine_
 from dgs_kernels.eager.gramian import gramian as eager_gramian
@@ -75,23 +75,6 @@ def torchjd() -> dict[str, Callable[..., None]]:
 
 
 def case(rows: int, dim: int, dtype: torch.dtype, device: str) -> harness.Case:
-    sizes = shapes(rows, dim)
-    torch._dynamo.reset()
-    variants = {
-        **harness.per_backend("gramian", device, ours),
-        harness.EAGER: formula,
-        "torch._foreach_*": foreach,
-        **torchjd(),
-    }
-    # Compiling hundreds of tensors takes minutes.
-    if len(sizes) <= 24:
-        variants[harness.COMPILED] = torch.compile(formula, dynamic=False)
-    return harness.Case(
-        operation="gramian",
-        inputs=lambda: tuple(torch.randn(s, device=device).to(dtype) for _ in range(3) for s in sizes),
-        bytes_moved=5 * numbers(rows, dim) * dtype.itemsize,
-        variants=variants,
-        exact=formula,
-        edited=tuple(range(len(sizes))),
-        others=("TorchJD PCGrad",),
-    )
+    variants = {harness.EAGER: formula, "torch._foreach_*": foreach, **torchjd()}
+    of = (rows, dim, dtype, device)
+    return on_lists("gramian", of, 5, ours, variants, formula, others=("TorchJD PCGrad",))

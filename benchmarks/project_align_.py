@@ -8,6 +8,8 @@ A layer that no cache holds is read twice, once for its inner products: six stre
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -79,21 +81,34 @@ def formula(*tensors: Tensor, groups: list[int] | None = None) -> None:
 
 
 def case(rows: int, dim: int, dtype: torch.dtype, device: str) -> harness.Case:
+    variants = {harness.EAGER: loop, "torch._foreach_*": foreach}
+    streams = 4 if in_cache(rows) else 7
+    return on_lists("project_align_", (rows, dim, dtype, device), streams, ours, variants, formula)
+
+
+def on_lists(
+    operation: str,
+    of: tuple[int, int, torch.dtype, str],
+    streams: int,
+    ours: Callable[..., None],
+    variants: dict[str, Callable[..., None]],
+    formula: Callable[..., None],
+    others: tuple[str, ...] = (),
+) -> harness.Case:
+    """A case on three of the lists that the arguments `of` a case are; the first is edited."""
+    rows, dim, dtype, device = of
     sizes = shapes(rows, dim)
     torch._dynamo.reset()
-    variants = {
-        **harness.per_backend("project_align_", device, ours),
-        harness.EAGER: loop,
-        "torch._foreach_*": foreach,
-    }
+    variants = {**harness.per_backend(operation, device, ours), **variants}
     # Compiling hundreds of tensors takes minutes.
     if len(sizes) <= 24:
         variants[harness.COMPILED] = torch.compile(formula, dynamic=False)
     return harness.Case(
-        operation="project_align_",
+        operation=operation,
         inputs=lambda: tuple(torch.randn(s, device=device).to(dtype) for _ in range(3) for s in sizes),
-        bytes_moved=(4 if in_cache(rows) else 7) * numbers(rows, dim) * dtype.itemsize,
+        bytes_moved=streams * numbers(rows, dim) * dtype.itemsize,
         variants=variants,
         exact=formula,
         edited=tuple(range(len(sizes))),
+        others=others,
     )
