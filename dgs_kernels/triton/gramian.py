@@ -11,21 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dgs_kernels.triton.project_align_ import WARPS, _chunk, _pointer, lists_of
-
-
-@triton.jit
-def _read(pointer, at, numel, ACC: tl.constexpr, TAILS: tl.constexpr, WIDTH: tl.constexpr):
-    """WIDTH numbers of a tensor, its end filled up with zeros."""
-    index = at + tl.arange(0, WIDTH)
-    if TAILS:
-        if at + WIDTH <= numel:
-            x = tl.load(pointer + index)
-        else:
-            x = tl.load(pointer + index, index < numel, 0.0)
-    else:
-        x = tl.load(pointer + index)
-    return x.to(ACC)
+from dgs_kernels.triton.project_align_ import WARPS, _chunk, _pointer, _read, lists_of
 
 
 @triton.jit(do_not_specialize=["tensors", "chunks"])

@@ -62,11 +62,11 @@ def _pointer(table_ptr, tensors, which: tl.constexpr, tensor, TYPE: tl.constexpr
 
 
 @triton.jit
-def _read(pointer, at, numel, ACC: tl.constexpr, TAILS: tl.constexpr):
-    """A block of a tensor, its end filled up with zeros; full blocks move 16 bytes at a time."""
-    index = at + tl.arange(0, BLOCK)
+def _read(pointer, at, numel, ACC: tl.constexpr, TAILS: tl.constexpr, WIDTH: tl.constexpr = BLOCK):
+    """WIDTH numbers of a tensor, its end filled up with zeros; full blocks move 16 bytes at a time."""
+    index = at + tl.arange(0, WIDTH)
     if TAILS:
-        if at + BLOCK <= numel:
+        if at + WIDTH <= numel:
             x = tl.load(pointer + index)
         else:
             x = tl.load(pointer + index, index < numel, 0.0)
