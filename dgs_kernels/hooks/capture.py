@@ -25,6 +25,7 @@ from dgs_kernels.hooks.updates import Updates
 from dgs_kernels.private_torch import is_zero_tensor
 
 GRANULARITIES = ("tensor", "layer", "model")
+INSTEAD_OF_DEEPSPEED = "use FSDP2, or DDP with torch's ZeroRedundancyOptimizer"
 
 
 @dataclass(kw_only=True, eq=False, repr=False)
@@ -48,7 +49,7 @@ class Capture:
         if any("deepspeed" in type(x).__module__ for x in (self.optimizer, inner)):
             raise TypeError(
                 f"{self.caller}: DeepSpeed reduces gradients into partitions of its own, which no "
-                "captured one can join: use FSDP2, or DDP with torch's ZeroRedundancyOptimizer"
+                f"captured one can join: {INSTEAD_OF_DEEPSPEED}"
             )
         if isinstance(inner, torch.optim.Optimizer):
             raise TypeError(
@@ -163,7 +164,8 @@ class Capture:
         if all(before.get(p) == stamp(g) for p, g in arrived.items()):
             raise RuntimeError(
                 f"{context}: no gradient of this optimizer's parameters arrived; call backward() inside, on "
-                "a loss that depends on them"
+                "a loss that depends on them; where DeepSpeed has put partitions of its own in their place, "
+                f"{INSTEAD_OF_DEEPSPEED}"
             )
         self._captured[name] = captured
         self.lasting.ask(name, steps)
@@ -288,7 +290,8 @@ class Capture:
                     self.clear()
                     raise RuntimeError(
                         "FSDP2 holds gradients that it has not reduced, so task and reference would mix: "
-                        "with surgery, do not call set_requires_gradient_sync(False)"
+                        "with surgery, do not call set_requires_gradient_sync(False), as accelerate and HF "
+                        "Trainer do between micro-batches without their option sync_each_batch=True"
                     )
 
     def _check_scaling(self) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -15,6 +15,9 @@ from dgs_kernels.ops.gramian import gramian
 from dgs_kernels.tensors import sums_dtype
 
 # A gradient, by parameter.
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+
 Gradient = dict[Tensor, Tensor]
 
 
@@ -97,3 +100,34 @@ def place(x: Tensor, name: str) -> tuple[Tensor, tuple]:
         raise RuntimeError(f"the gradient of {name} is a DTensor of partial sums: reduce it before the step")
     dims = (dim for dim, placement in enumerate(x.placements) if not placement.is_replicate())
     return local(x), tuple((x.device_mesh, dim) for dim in dims)
+
+
+def distributed(mine: Tensor, p: Tensor) -> Tensor:
+    """n tensors like this process's part of `p`, [n, *...], as [n, *p.shape]: sharded as `p` is."""
+    if not is_sharded(p):
+        return mine
+    from torch.distributed.tensor import DTensor
+
+    like = _several(p, len(mine))
+    stride = torch.empty(like.shape, device="meta").stride()
+    return DTensor.from_local(
+        mine, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=stride
+    )
+
+
+def undistributed(whole: Tensor, p: Tensor) -> Tensor:
+    """This process's part of n tensors like `p`, [n, *p.shape], sharded in any way or not at all."""
+    if not is_sharded(p):
+        return whole.full_tensor() if is_sharded(whole) else whole
+    from torch.distributed.tensor import distribute_tensor
+
+    like = _several(p, len(whole))
+    if not is_sharded(whole):  # each process has all of it
+        whole = distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None)
+    return local(whole.redistribute(like.device_mesh, like.placements))
+
+
+def _several(p: DTensor, count: int) -> DTensor:
+    """[count, *p.shape], whose placements are those of as many tensors like `p`."""
+    several: Any = p.detach().expand(count, *p.shape)
+    return several

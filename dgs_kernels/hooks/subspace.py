@@ -14,8 +14,8 @@ from torch import Tensor
 from dgs_kernels.arguments import WHOLE, check_choice
 from dgs_kernels.hooks.capture import BeforeStep, Capture, check_keywords
 from dgs_kernels.hooks.metrics import SubspaceMetrics
-from dgs_kernels.hooks.places import Gradient, Part, inner_products, local
-from dgs_kernels.hooks.ranks import average, is_sharded
+from dgs_kernels.hooks.places import Gradient, Part, distributed, inner_products, local, undistributed
+from dgs_kernels.hooks.ranks import average
 from dgs_kernels.ops.combine_ import combine_
 from dgs_kernels.ops.gramian import KERNEL_OBJECTIVES
 
@@ -39,6 +39,12 @@ class _Layer:
 
     def __len__(self) -> int:
         return len(self.total)
+
+    def padded(self, rank: int) -> dict[str, Tensor]:
+        """Its numbers, filled up with zeros to those of `rank` directions."""
+        more = rank - len(self)
+        pad = torch.nn.functional.pad
+        return {"factor": pad(self.factor, (0, more, 0, more)), "total": pad(self.total, (0, more))}
 
 
 class ReferenceSubspace(Capture):
@@ -150,26 +156,30 @@ class ReferenceSubspace(Capture):
         """What the last step's surgery did to each layer; None if it had nothing to do. Waits for nothing."""
         return self._last
 
+    @torch.no_grad()
     def state_dict(self) -> dict[str, Any]:
         """The basis, to be saved with the optimiser's: a run that loads both goes on to the same bits.
 
-        Parameters are told by their place in the optimiser, layers by name.
-
-        Raises:
-            RuntimeError: parameters are sharded (FSDP2).
+        Parameters are told by their place in the optimiser, layers by name. Of sharded parameters (FSDP2) the
+        basis is made of DTensors, sharded alike. What is in it does not depend on what was seen, so that
+        `torch.distributed.checkpoint` can load into the state of a new subspace.
         """
-        self._refuse_sharded("state_dict")
-        places = {p: i for i, p in enumerate(self.parameters())}
+        params = self.parameters()
+        layers = {name: self._known.get(name) or _Layer() for name in map(self.layer, params)}
         return {
             "rank": self.rank,
-            "layers": {name: {"factor": its.factor, "total": its.total} for name, its in self._known.items()},
-            "basis": {places[p]: basis.view(self.rank, *p.shape) for p, basis in self._basis.items()},
+            "layers": {name: its.padded(self.rank) for name, its in layers.items()},
+            "directions": {name: len(its) for name, its in layers.items()},
+            "basis": {i: self._saved(p) for i, p in enumerate(params) if p.requires_grad or p in self._basis},
+            "reached": [i for i, p in enumerate(params) if p in self._basis],
         }
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take the place of what there is. Nothing is loaded of a state that does not fit: ValueError."""
-        self._refuse_sharded("load_state_dict")
+        """Take the place of what there is. Nothing is loaded of a state that does not fit: ValueError.
+
+        DTensors and whole tensors are loaded alike, whatever the parameters are.
+        """
         if missing := {"rank", "layers", "basis"} - state_dict.keys():
             raise ValueError(f"ReferenceSubspace: the state has no {', '.join(sorted(missing))}")
         if state_dict["rank"] != self.rank:
@@ -184,6 +194,8 @@ class ReferenceSubspace(Capture):
                 "the same granularity and names"
             )
         basis = {}
+        # An older state has only what references reached.
+        reached = state_dict.get("reached", state_dict["basis"])
         for place, of in state_dict["basis"].items():
             shape = tuple(params[place].shape) if place < len(params) else None
             if shape is None or tuple(of.shape) != (self.rank, *shape):
@@ -191,14 +203,26 @@ class ReferenceSubspace(Capture):
                     f"ReferenceSubspace: the state's basis of parameter {place} is {tuple(of.shape)}, "
                     f"expected {'none' if shape is None else (self.rank, *shape)}"
                 )
-            p = params[place]
-            basis[p] = of.detach().to(p.device, _basis_dtype(p), copy=True).reshape(self.rank, -1)
-        known = {
-            name: _Layer(**{key: of.detach().to("cpu", torch.float64, copy=True) for key, of in its.items()})
-            for name, its in state_dict["layers"].items()
-        }
+            if place in reached:
+                p = params[place]
+                mine = undistributed(of.detach(), p).to(local(p).device, _basis_dtype(p), copy=True)
+                basis[p] = mine.reshape(self.rank, -1)
+        known = {}
+        for name, its in state_dict["layers"].items():
+            n = state_dict["directions"][name] if "directions" in state_dict else len(its["total"])
+            parts = {key: of.detach().to("cpu", torch.float64, copy=True) for key, of in its.items()}
+            known[name] = _Layer(parts["factor"][:n, :n], parts["total"][:n])
         self.clear()
         self._basis, self._known = basis, known
+
+    def _saved(self, p: Tensor) -> Tensor:
+        """[rank, *p.shape], zeros where no reference reached it."""
+        mine = self._basis[p] if p in self._basis else self._empty(p)
+        return distributed(mine.view(self.rank, *local(p).shape), p)
+
+    def _empty(self, p: Tensor) -> Tensor:
+        mine = local(p)
+        return torch.zeros(self.rank, mine.numel(), dtype=_basis_dtype(p), device=mine.device)
 
     # References ------------------------------------------------------------------------------------------
 
@@ -228,11 +252,7 @@ class ReferenceSubspace(Capture):
             else torch.zeros_like(p, dtype=_basis_dtype(p))
             for p in params
         }
-        basis = self._basis | {
-            p: torch.zeros(self.rank, local(p).numel(), dtype=_basis_dtype(p), device=local(p).device)
-            for p in params
-            if p not in self._basis
-        }
+        basis = self._basis | {p: self._empty(p) for p in params if p not in self._basis}
         parts, layers = self._parts(rest, basis)
         if self.process_group is not None:
             self.meet_ranks()
@@ -267,13 +287,6 @@ class ReferenceSubspace(Capture):
         used = max([1, *map(len, self._known.values())])
         shapes = {p: local(first[p]).shape for p in first}
         return self.parts([first, *({p: basis[p][k].view(shapes[p]) for p in first} for k in range(used))])
-
-    def _refuse_sharded(self, what: str) -> None:
-        if any(map(is_sharded, self.parameters())):
-            raise RuntimeError(
-                f"ReferenceSubspace.{what}() does not know of parameters sharded by FSDP2: capture the "
-                "references anew when a run is resumed"
-            )
 
     # Operating -------------------------------------------------------------------------------------------
 

@@ -27,6 +27,7 @@ LOOPS = {
         "compile": "`torch.compile(model, fullgraph=True)`",
         "closure": "`optimizer.step(closure)`",
         "closures": "`torch.optim.LBFGS`",
+        "muon": "`torch.optim.Muon`",
     },
     "test_two_ranks.py": {
         "ddp": "DDP",
@@ -40,6 +41,8 @@ LOOPS = {
         "fsdp2_scaler": "FSDP2 with `GradScaler`",
         "fsdp2_no_sync": "FSDP2, `set_requires_gradient_sync(False)`",
         "fsdp2_without_model": "FSDP2, hook without `model=`",
+        "trainer_fsdp2": "HF Trainer with FSDP2",
+        "trainer_fsdp2_no_sync": "HF Trainer with FSDP2, accumulation without `sync_each_batch`",
     },
     "test_frameworks.py": {
         "accelerate": "accelerate, accumulation and clipping",
@@ -48,6 +51,7 @@ LOOPS = {
         "lightning_manual": "Lightning, manual optimisation",
         "trainer": "HF Trainer",
         "open_clip": "open_clip's `train_one_epoch`",
+        "deepspeed": "DeepSpeed, ZeRO 1 and 2",
     },
 }
 cells: dict[tuple[str, str], str] = {}

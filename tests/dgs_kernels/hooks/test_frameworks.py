@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers
 from accelerate import Accelerator
+from accelerate.utils.deepspeed import DeepSpeedOptimizerWrapper
 from open_clip_train.train import train_one_epoch
 
 from tests.dgs_kernels.hooks.table import check, refused, works
@@ -200,6 +201,22 @@ def test_open_clip(kind):
     train_one_epoch(model, data, loss, 0, hook.optimizer, None, None, None, arguments)
     assert_same(weights(model), plain(kind))
     works("open_clip", kind)
+
+
+@on_parameters
+def test_deepspeed(kind):
+    """It is not needed: accelerate has its optimiser's wrapper, and ZeRO puts partitions in its groups."""
+    model, remedy = Net(), "use FSDP2, or DDP with torch's ZeroRedundancyOptimizer"
+    if kind in SURGERY:
+        Accelerator(cpu=True)  # its wrappers ask for one
+        wrapper = DeepSpeedOptimizerWrapper(torch.optim.SGD(model.parameters()))
+        with refused("deepspeed", kind, remedy, TypeError):
+            SURGERY[kind](wrapper)
+    hook = Hook(kind, model)
+    partition = torch.cat([p.detach().flatten() for p in model.parameters()]).requires_grad_()
+    hook.optimizer.param_groups[0]["params"] = [partition]
+    with refused("deepspeed", kind, remedy):
+        hook.references(model, batch(0))
 
 
 def test_the_documented_table_is_what_these_tests_found():

@@ -16,6 +16,7 @@ from tests.dgs_kernels.hooks.training_loops import (
     SURGERY,
     Hook,
     Net,
+    adamw,
     assert_same,
     batch,
     hooks,
@@ -106,12 +107,12 @@ def test_fused_scaler(kind):
         with refused("fused_scaler", kind, "use OptimizerSurgery", ValueError):
             Hook(kind, Net(torch.float32), fused=True)
         return
-    model, scaler, hook, step = scaled(kind, optimizer_options={"fused": True})
+    model, scaler, hook, step = scaled(kind, make=partial(adamw, fused=True))
     options = {"backward": lambda loss: scaler.scale(loss).backward(), "dtype": torch.float32, "step": step}
     if kind != "features":
         with refused("fused_scaler", kind, "call scaler.unscale_(optimizer) before scaler.step(optimizer)"):
             train(hook, model, **options)
-        model, scaler, hook, options["step"] = scaled(kind, optimizer_options={"fused": True})
+        model, scaler, hook, options["step"] = scaled(kind, make=partial(adamw, fused=True))
         train(hook, model, before_step=lambda: scaler.unscale_(hook.optimizer), **options)  # the remedy
     else:
         train(hook, model, **options)
@@ -204,6 +205,22 @@ def test_closures(kind):
 
     with refused("closures", kind, "surgery needs one that does so once"):
         optimizer.step(closure)
+
+
+def muon(params):
+    """Of the matrices, which is what it takes; the rest keeps still."""
+    return torch.optim.Muon([p for p in params if p.ndim == 2], lr=0.3)
+
+
+@pytest.mark.parametrize("kind", ["features", "parameters", "objectives"])
+def test_muon(kind):
+    """It computes in bfloat16."""
+    model = Net()
+    train(Hook(kind, model, make=muon), model)
+    for p, want, start in zip(model.parameters(), plain(kind, make=muon), Net().parameters()):
+        torch.testing.assert_close(p, want, rtol=2e-2, atol=2e-3)
+        assert p.ndim == 1 or (p - start).norm() > 0.3
+    works("muon", kind)
 
 
 def test_the_documented_table_is_what_these_tests_found():

@@ -9,8 +9,6 @@ import weakref
 
 import pytest
 import torch
-from accelerate import Accelerator
-from accelerate.utils.deepspeed import DeepSpeedOptimizerWrapper
 
 from dgs_kernels import ObjectiveSurgery, OptimizerSurgery, SurgeryAdamW
 
@@ -279,33 +277,3 @@ def test_a_wrapper_that_edits_gradients():
     surgery.combine()
     wrapper.step()
     torch.testing.assert_close(w.detach().norm(), torch.tensor(0.01))
-
-
-@pytest.mark.parametrize("kind", ["OptimizerSurgery", "ObjectiveSurgery"])
-def test_muon(kind):
-    """It is given the edited gradient: the step is that of Muon on what plain formulas leave."""
-    start = torch.randn(4, 3, generator=torch.Generator().manual_seed(0))
-    task, other = torch.randn(2, 4, 3, generator=torch.Generator().manual_seed(1))
-    task = task - 2 * other  # so that they conflict
-    w, twin = (torch.nn.Parameter(start.clone()) for _ in range(2))
-    optimizer, plain = (torch.optim.Muon([p], lr=0.1) for p in (w, twin))
-    surgery = OptimizerSurgery(optimizer, rule="full") if kind == "OptimizerSurgery" else None
-    surgery = surgery or ObjectiveSurgery(optimizer, "gem")
-    (w * task).sum().backward()
-    with capture(surgery):
-        (w * other).sum().backward()
-    optimizer.step()
-    twin.grad = task - (task * other).sum() / other.square().sum() * other
-    plain.step()
-    # Muon computes in bfloat16.
-    torch.testing.assert_close(w, twin, rtol=1e-2, atol=1e-3)
-    assert (w - start).norm() > 0.1
-
-
-@pytest.mark.parametrize("hook", [OptimizerSurgery, ObjectiveSurgery])
-def test_deepspeed_is_refused(hook):
-    """accelerate's wrapper of its optimiser, which needs no DeepSpeed to be made."""
-    Accelerator(cpu=True)  # its wrappers ask for one
-    wrapper = DeepSpeedOptimizerWrapper(torch.optim.SGD([torch.nn.Parameter(torch.ones(2))]))
-    with pytest.raises(TypeError, match=r"DeepSpeed.*use FSDP2, or DDP with"):
-        hook(wrapper)

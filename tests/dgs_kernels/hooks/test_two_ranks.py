@@ -52,6 +52,7 @@ def two_ranks(tmp_path_factory):
         ("by_hand", ["reduced_by_hand"]),
         ("ddp_one_forward", ["ddp_two_backwards_remedy", "process_group_of_one"]),
         ("fsdp2", ["fsdp2", "fsdp2_layer", "fsdp2_model", "fsdp2_in_part", "fsdp2_layer_in_part"]),
+        ("trainer_fsdp2", ["trainer_fsdp2"]),
     ],
 )
 def test_two_ranks(two_ranks, kind, loop, scenarios):
@@ -84,6 +85,17 @@ def test_subspaces_on_two_ranks(two_ranks, scenario):
     torch.testing.assert_close(two_ranks[f"subspace_{scenario}", "subspace"], subspace(model, model))
 
 
+@pytest.mark.parametrize("way", ["checkpoint", "each its own", "whole"])
+def test_a_sharded_subspace_resumes_to_the_same_bits(two_ranks, way):
+    went_on = two_ranks["subspace_resumed: never", "subspace"]
+    assert all(map(torch.equal, two_ranks[f"subspace_resumed: {way}", "subspace"], went_on))
+
+
+def test_a_sharded_subspace_resumes_in_one_process(two_ranks):
+    went_on = two_ranks["subspace_resumed: never", "subspace"]
+    torch.testing.assert_close(two_ranks["subspace_resumed: in one process", "subspace"], went_on)
+
+
 def test_references_that_differ_between_ranks_are_refused(two_ranks):
     assert "the captured gradients differ between ranks" in two_ranks["subspace_unreduced", "subspace"]
 
@@ -113,6 +125,7 @@ def test_stages_are_told_from_gradients_that_differ(two_ranks):
             ["fsdp2_no_sync", "fsdp2_task_unreduced"],
             "do not call set_requires_gradient_sync(False)",
         ),
+        ("trainer_fsdp2_no_sync", ["trainer_fsdp2_no_sync"], "sync_each_batch=True"),
         ("fsdp2_scaler", ["fsdp2_scaler"], "train in bfloat16"),
         ("fsdp2_without_model", ["fsdp2_without_model"], "need model="),
     ],
@@ -168,7 +181,7 @@ def test_parameters_that_a_loss_reaches_on_one_rank_only(two_ranks):
     assert (weight == 0.5).all() and (bias == 0.5).all()
 
 
-@pytest.mark.parametrize("loop", ["fsdp2_no_sync", "fsdp2_scaler"])
+@pytest.mark.parametrize("loop", ["fsdp2_no_sync", "fsdp2_scaler", "trainer_fsdp2_no_sync"])
 def test_features_do_not_care_how_gradients_are_reduced(two_ranks, loop):
     assert_same(two_ranks[loop, "features"], plain("features"))
     works(loop, "features")

@@ -89,16 +89,20 @@ def every_product(gramian):
     return 1 / (1 + gramian.diagonal()) + 0.3 * gramian.sum(1).tanh()
 
 
+def adamw(params, **options):
+    return torch.optim.AdamW(params, **ADAMW, **options)
+
+
 class Hook:
     """One of the ways to operate, behind what a loop calls: the backward of a batch, the optimiser."""
 
-    def __init__(self, kind: str, model: nn.Module, /, optimizer_options=None, **options):
+    def __init__(self, kind: str, model: nn.Module, /, make=adamw, **options):
         self.kind = kind
         if kind == "SurgeryAdamW":
             self.optimizer = SurgeryAdamW(model.parameters(), **ADAMW, alignment=ALIGNMENT, **options)
             self.surgery = self.optimizer
         else:
-            self.optimizer = torch.optim.AdamW(model.parameters(), **ADAMW, **(optimizer_options or {}))
+            self.optimizer = make(model.parameters())
             if kind == "parameters":
                 self.surgery = OptimizerSurgery(self.optimizer, alignment=ALIGNMENT, **options)
             elif kind == "objectives":
@@ -139,6 +143,7 @@ def plain(
     dtype=torch.float64,
     clip: str | None = None,
     layers: Sequence[int] = range(7),
+    make=adamw,
 ) -> list:
     """Weights after STEPS steps, computed without hooks, processes or micro-batches: every gradient by
     `autograd.grad`, every surgery by the reference formulas. Clipping "before" or "after" the surgery;
@@ -146,7 +151,7 @@ def plain(
     """
     model = Net(dtype)
     params = list(model.parameters())
-    optimizer = torch.optim.AdamW(params, **ADAMW)
+    optimizer = make(params)
     for step in range(STEPS):
         b = batch(step, dtype)
         if kind == "features":

@@ -34,12 +34,15 @@ def on_two_ranks(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    from tests.dgs_kernels.hooks import tracked_on_ranks  # which builds on what is here
+    from tests.dgs_kernels.hooks import tracked_on_ranks, trainer_on_ranks  # which builds on what is here
 
     found = {}
-    runs = [*itertools.product(SCENARIOS.items(), HOOKS), *((s, "objectives") for s in CAPTURED.items())]
+    runs = [*itertools.product(SCENARIOS.items(), HOOKS)]
     runs += itertools.product(tracked_on_ranks.SCENARIOS.items(), HOOKS[1:])
     runs += itertools.product(tracked_on_ranks.SUBSPACES.items(), ["subspace"])
+    runs += itertools.product(trainer_on_ranks.SCENARIOS.items(), HOOKS)
+    # The last of these lets the ranks count their meetings differently, and later ones would wait.
+    runs += itertools.product(CAPTURED.items(), ["objectives"])
     for (loop, scenario), kind in runs:
         try:
             found[loop, kind] = [full(w) for w in scenario(kind, rank)]
