@@ -122,7 +122,8 @@ def undistributed(whole: Tensor, p: Tensor) -> Tensor:
     from torch.distributed.tensor import distribute_tensor
 
     like = _several(p, len(whole))
-    if not is_sharded(whole):  # each process has all of it
+    if not is_sharded(whole):
+        # Each process has all of it.
         whole = distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None)
     return local(whole.redistribute(like.device_mesh, like.placements))
 
