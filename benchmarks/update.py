@@ -30,6 +30,7 @@ import torch
 from dgsnet import builtin
 from dgsnet.config import Config
 from dgsnet.data.images import read_image
+from dgsnet.data.items import FOLDERS
 from dgsnet.data.preprocess import Preprocessor
 from dgsnet.evaluation.metrics import metrics
 from dgsnet.model.checkpoint import load_model
@@ -55,7 +56,7 @@ CHOICES = {"lr": (1e-3, 2e-3, 4e-3), "steps": (10, 20), "replay_share": (0.25, 0
 
 def write_images(folder: Path, family: str, seed: int) -> str:
     """Training images of one decoder, as a dataset folder of its name."""
-    for label, name in enumerate(builtin.CLASSES):
+    for label, name in enumerate(FOLDERS):
         place = folder / family / name
         place.mkdir(parents=True, exist_ok=True)
         count = builtin.COUNTS["train"]

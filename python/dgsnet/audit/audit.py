@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from dgsnet.data.captions import attach_captions
-from dgsnet.data.items import Item, find_samples
+from dgsnet.data.items import CLASSES, Item, find_samples
 from dgsnet.data.lists import read_json
 from dgsnet.data.nuisances import NUISANCES
 from dgsnet.errors import UserError
@@ -86,7 +86,7 @@ def audit(
         "": labels.tolist(),
         " with a caption": captioned if captions else labels.tolist(),
     }.items():
-        for label, name in enumerate(("real", "generated")):
+        for label, name in enumerate(CLASSES):
             if (count := having.count(label)) < FEWEST:
                 unread = f"; {len(damaged)} files could not be read, such as {damaged[0]}" if damaged else ""
                 raise UserError(

@@ -17,6 +17,7 @@ from dgsnet.builtin.crops import Quality, damage, degrade, describe, encode, sam
 from dgsnet.builtin.decoders import DECODERS
 from dgsnet.builtin.photographs import PHOTOGRAPHS, SPLITS, Photograph
 from dgsnet.config import Config, DataConfig, ModelConfig, OptimConfig, PreprocessConfig, SurgeryConfig
+from dgsnet.data.items import FOLDERS
 
 # Decoder families of each split; the test's are unseen in training.
 FAMILIES = {
@@ -38,7 +39,6 @@ SOFTENING = (0.4, 1.2)
 CONTRAST = 8.0
 # How often each level of blur, noise and JPEG comes, in both classes.
 SHARES = ((0.8, 0.2, 0.0), (0.5, 0.4, 0.1), (0.8, 0.2, 0.0))
-CLASSES = ("0_real", "1_fake")
 JPEG_MAGIC = b"\xff\xd8"
 
 
@@ -82,7 +82,7 @@ def write_dataset(
     for split in splits:
         captions = {}
         for family in FAMILIES[split]:
-            for label, name in enumerate(CLASSES):
+            for label, name in enumerate(FOLDERS):
                 folder = root / split / family / name
                 folder.mkdir(parents=True, exist_ok=True)
                 drawn = 0 if twins else label

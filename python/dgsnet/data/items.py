@@ -17,7 +17,10 @@ from dgsnet.errors import UserError
 if TYPE_CHECKING:
     import numpy as np
 
-CLASS_FOLDERS = {"0_real": 0, "1_fake": 1, "nature": 0, "ai": 1}
+# What a label means, and the folder that its images lie in, of those that are written here and of others.
+CLASSES = ("real", "generated")
+FOLDERS = ("0_real", "1_fake")
+CLASS_FOLDERS = {**{name: label for label, name in enumerate(FOLDERS)}, "nature": 0, "ai": 1}
 SPLIT_FOLDERS = ("train", "val", "test")
 # What members of a tar besides the image tell.
 TEXTS = {"cls": "label", "txt": "caption"}

@@ -17,12 +17,12 @@ from dgsnet.config import Config
 from dgsnet.data.items import Item
 from dgsnet.demo import compare as demo
 from dgsnet.demo.measure import conflicting
+from dgsnet.evaluation.metrics import CONFIDENCE
 from dgsnet.pages import page, plots
 
 EXAMPLES_PER_DECODER = 1
 # Mean AUC below which no order of the methods is worth a word.
 NEAR_CHANCE = 0.55
-CONFIDENCE = 0.95
 COLORS = dict(zip(demo.METHODS, plots.SERIES))
 TITLES = {demo.BALANCED: "Balanced training images", demo.BIASED: "Training images with a JPEG shortcut"}
 SPOKEN = demo.MEASURES | {"auc_conflicting": "AUC on conflicting images", "zero_shot": "zero-shot accuracy"}

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from dgsnet.config import check_types
 
-# Confidence of the intervals.
+# Of all intervals of rates and measures.
 CONFIDENCE = 0.95
 
 

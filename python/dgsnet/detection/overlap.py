@@ -16,10 +16,9 @@ from collections.abc import Container, Iterator, Sequence
 from pathlib import Path
 
 from dgsnet.data.images import ImageError, file_hash
-from dgsnet.data.items import Item, find_images, find_labelled
+from dgsnet.data.items import CLASSES, Item, find_images, find_labelled
 from dgsnet.errors import UserError
 
-CLASSES = {0: "real", 1: "generated"}
 # Of items that were read already, their files' hashes, None of what cannot be read; None: they are read.
 Hashes = Sequence[int | None] | None
 

@@ -5,11 +5,10 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
+from dgsnet.data.items import CLASSES
 from dgsnet.detection.categories import CONFIDENCE, CategoryRate, category_rates
 from dgsnet.evaluation.false_positives import broken_promise, is_above, threshold_of
 from dgsnet.evaluation.results import Evaluation, between, percent
-
-CLASSES = ("real", "generated")
 
 
 def rates(evaluation: Evaluation, distortion: str = "") -> tuple[CategoryRate, ...]:

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from dgsnet.detection.categories import CONFIDENCE
 from dgsnet.detection.decisions import THRESHOLD
 
 # The measures in the order of every table: key and column title.
@@ -45,7 +46,6 @@ SHORTCUT_MEASURES = {
 SHORTCUT_COUNTS = ("n_agree", "n_conflict")
 FALSE_POSITIVE_RATES = {"tpr_at_1": 0.01, "tpr_at_5": 0.05}
 ECE_BINS = 15
-CONFIDENCE = 0.95
 RESAMPLES = 1000
 # Elements of the largest temporary array: stays in cache or near it, whatever the number of images.
 CHUNK = 300_000

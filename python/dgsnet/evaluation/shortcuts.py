@@ -11,6 +11,7 @@ from sklearn.linear_model import Ridge
 from sklearn.model_selection import KFold, cross_val_predict
 
 from dgsnet.audit.shortcuts import FEWEST, FOLDS, FileModel, Prediction, features, folds, predict
+from dgsnet.data.items import CLASSES
 from dgsnet.detection.decisions import DECIMALS
 from dgsnet.evaluation.metrics import (
     CONFIDENCE,
@@ -64,7 +65,7 @@ def file_shortcut(
     worst, said = "", np.full(len(labels), math.nan)
     known = np.flatnonzero(~np.isnan(nuisances).any(axis=1))
     rows, truth, scores = nuisances[known], labels[known], probabilities[known]
-    for label, name in enumerate(("real", "generated")):
+    for label, name in enumerate(CLASSES):
         chosen = truth == label
         values[f"explained_{name}"] = _explained(rows[chosen], scores[chosen])
     if prediction := _word_of_files(rows, truth, model):
@@ -81,7 +82,7 @@ def file_shortcut(
             values[f"n_{part}"] = float(np.count_nonzero(chosen))
             groups += [
                 (measured[f"{name}_accuracy"], interval(drawn[f"{name}_accuracy"]), f"{name}, {part}")
-                for name in ("real", "generated")
+                for name in CLASSES
                 if measured[f"n_{name}"] >= FEWEST
             ]
         if groups:

@@ -13,7 +13,6 @@ from dgsnet.config import Config, OptimConfig
 from dgsnet.data.items import Item
 from dgsnet.training.replay import Update
 
-# The stages' numbers.
 HEAD, BRANCHES = 1, 2
 
 

@@ -16,7 +16,7 @@ import numpy as np
 from dgsnet.data.captions import CAPTIONS_FILE, attach_captions
 from dgsnet.data.cells import row_writer
 from dgsnet.data.images import ImageError, read_image
-from dgsnet.data.items import Item, paths_hash
+from dgsnet.data.items import FOLDERS, Item, paths_hash
 from dgsnet.data.pairs import TWINS_FILE
 from dgsnet.data.tables import Table, partial
 from dgsnet.detection.overlap import images_of_class
@@ -32,7 +32,6 @@ COLUMNS = ("path", "twin", "by", "source", "error")
 # What --batch_size counts, in pixels; and how many batches' images are sorted by size at a time.
 ONE = 512 * 512
 WINDOW = 4
-FOLDERS = ("0_real", "1_fake")
 
 
 def twins_command(

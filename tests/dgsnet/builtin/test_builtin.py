@@ -17,7 +17,7 @@ from dgsnet.builtin.photographs import PHOTOGRAPHS, SPLITS, Photograph
 from dgsnet.config import ModelConfig
 from dgsnet.data.captions import attach_captions
 from dgsnet.data.images import read_image
-from dgsnet.data.items import find_samples
+from dgsnet.data.items import FOLDERS, find_samples
 from dgsnet.data.nuisances import NUISANCES, file_nuisances
 from dgsnet.data.pairs import attach_twins, find_pairs
 from dgsnet.errors import UserError
@@ -103,7 +103,7 @@ def test_dataset_layout_and_captions(root, module_counts):
         images = {p.relative_to(root / split).as_posix() for p in (root / split).rglob("*.png")}
         assert images == set(captions)
         for family in builtin.FAMILIES[split]:
-            for name in builtin.CLASSES:
+            for name in FOLDERS:
                 assert sum(path.startswith(f"{family}/{name}/") for path in images) == count
         samples = attach_captions(find_samples(root / split), "auto", root / split)
         assert sum(sample.label for sample in samples) * 2 == len(samples) == len(images)
