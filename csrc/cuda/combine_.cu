@@ -23,7 +23,7 @@ __global__ __launch_bounds__(kListThreads,
     const T* row = chunk.objective(k);
 #pragma unroll
     for (int v = 0; v < kPacks; ++v)
-      next[v] = load<T, Aligned>(row, v, threadIdx.x, kListThreads, chunk.count, chunk.wide);
+      next[v] = load<T, Aligned, true>(row, v, threadIdx.x, kListThreads, chunk.count, chunk.wide);
   };
   fetch(0);
   for (int k = 0; k < p.count; ++k) {
@@ -43,7 +43,7 @@ __global__ __launch_bounds__(kListThreads,
     Pack<T> pack;
 #pragma unroll
     for (int j = 0; j < kPack<T>; ++j) narrow(sum[v * kPack<T> + j], pack.at[j]);
-    store<T, Aligned>(out, pack, v, threadIdx.x, kListThreads, chunk.count, chunk.wide);
+    store<T, Aligned, true>(out, pack, v, threadIdx.x, kListThreads, chunk.count, chunk.wide);
   }
 }
 

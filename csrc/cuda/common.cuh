@@ -71,22 +71,32 @@ __device__ __forceinline__ int position(int v, int j, int lane, int lanes) {
   return Aligned ? (v * lanes + lane) * kPack<T> + j : (v * kPack<T> + j) * lanes + lane;
 }
 
+// The same address. Of one that a table holds, the compiler does not know that it is of no shared and no local memory,
+// and would have the hardware look at every access.
+template <bool Listed, typename T>
+__device__ __forceinline__ T* in_global_memory(T* address) {
+#ifdef __CUDACC__
+  if constexpr (Listed) __builtin_assume(__isGlobal(address));
+#endif
+  return address;
+}
+
 // A null row, and what lies beyond `count` elements, is zeros: they add nothing to any sum. `wide` lets a call use
-// 16-byte accesses where not every one can.
-template <typename T, bool Aligned>
+// 16-byte accesses where not every one can. `Listed` are rows whose address a table holds.
+template <typename T, bool Aligned, bool Listed = false>
 __device__ __forceinline__ Pack<T> load(const T* row, int v, int lane, int lanes, int64_t count, bool wide = Aligned) {
   Pack<T> pack;
   if (!row) count = 0;
   if (Aligned || wide) {
     int i = position<T, true>(v, 0, lane, lanes);
-    uint4 bits = i < count ? *reinterpret_cast<const uint4*>(row + i) : uint4{0, 0, 0, 0};
+    uint4 bits = i < count ? *reinterpret_cast<const uint4*>(in_global_memory<Listed>(row + i)) : uint4{0, 0, 0, 0};
     memcpy(&pack, &bits, 16);
   } else {
 #pragma unroll
     for (int j = 0; j < kPack<T>; ++j) {
       int i = position<T, false>(v, j, lane, lanes);
       narrow(Compute<T>(0), pack.at[j]);
-      if (i < count) pack.at[j] = row[i];
+      if (i < count) pack.at[j] = *in_global_memory<Listed>(row + i);
     }
   }
   return pack;
@@ -114,7 +124,7 @@ __device__ __forceinline__ void store_whole(T* to, const Pack<T>& pack) {
 #endif
 }
 
-template <typename T, bool Aligned>
+template <typename T, bool Aligned, bool Listed = false>
 __device__ __forceinline__ void store(T* row, const Pack<T>& pack, int v, int lane, int lanes, int64_t count,
                                       bool wide = Aligned) {
   if (Aligned || wide) {
@@ -124,7 +134,7 @@ __device__ __forceinline__ void store(T* row, const Pack<T>& pack, int v, int la
 #pragma unroll
     for (int j = 0; j < kPack<T>; ++j) {
       int i = position<T, false>(v, j, lane, lanes);
-      if (i < count) row[i] = pack.at[j];
+      if (i < count) *in_global_memory<Listed>(row + i) = pack.at[j];
     }
   }
 }

@@ -40,7 +40,7 @@ struct Packs {
   __device__ __forceinline__ Packs(const ObjectivesChunk<T, Aligned>& chunk, int first, int v, int lane, int lanes) {
 #pragma unroll
     for (int k = 0; k < Rows; ++k)
-      of[k] = load<T, Aligned>(chunk.objective(first + k), v, lane, lanes, chunk.count, chunk.wide);
+      of[k] = load<T, Aligned, true>(chunk.objective(first + k), v, lane, lanes, chunk.count, chunk.wide);
   }
 };
 

@@ -55,9 +55,9 @@ struct Share {
     Pack<T> g[kPacks], b[kPacks];
 #pragma unroll
     for (int v = 0; v < kPacks; ++v) {
-      g[v] = load<T, Aligned>(grad, v, lane, lanes, count, wide);
-      directions[v] = load<T, Aligned>(harmful, v, lane, lanes, count, wide);
-      b[v] = load<T, Aligned>(beneficial, v, lane, lanes, count, wide);
+      g[v] = load<T, Aligned, true>(grad, v, lane, lanes, count, wide);
+      directions[v] = load<T, Aligned, true>(harmful, v, lane, lanes, count, wide);
+      b[v] = load<T, Aligned, true>(beneficial, v, lane, lanes, count, wide);
     }
     const auto add = [&](auto positive, auto moved_first) {
 #pragma unroll
@@ -90,7 +90,7 @@ struct Share {
       Pack<T> pack;
 #pragma unroll
       for (int j = 0; j < kPack<T>; ++j) narrow(updated(v, j, k), pack.at[j]);
-      store<T, Aligned>(out, pack, v, lane, lanes, count, wide);
+      store<T, Aligned, true>(out, pack, v, lane, lanes, count, wide);
     }
   }
 };

@@ -17,25 +17,28 @@ struct Step {
 template <typename T, bool Aligned>
 __global__ __launch_bounds__(kListThreads, kListBlocks<T>) void adamw_chunks(const __grid_constant__ Step p) {
   using A = Compute<T>;
-  ChunkOf<T, Aligned> chunk = chunk_of_block<T, Aligned>(p.list);
+  const ChunkOf<T, Aligned> chunk = chunk_of_block<T, Aligned>(p.list);
   const ListTensor& tensor = *chunk.tensor;
   T* param = chunk.at(static_cast<T*>(tensor.param));
   T* exp_avg = chunk.at(static_cast<T*>(tensor.exp_avg));
   T* exp_avg_sq = chunk.at(static_cast<T*>(tensor.exp_avg_sq));
   // They arrive while the gradient is read, and in a cluster while its sums are taken.
   for (const T* array : {param, exp_avg, exp_avg_sq}) prefetch(array, chunk.count);
+  const SurgeryOptions<A> options = options_of<A>(p.list);
+  A sums[group_sums] = {};
   Share<T, Aligned> share;
-  A k = read_and_project(p.list, chunk, share);
+  chunk.read(share, options, sums);
+  const A k = project(p.list, chunk, options, sums);
   A decay = A(p.decay), fresh1 = A(p.fresh1), beta2 = A(p.beta2), fresh2 = A(p.fresh2);
   Rates rates = p.rates_of ? p.rates_of[chunk.place] : p.rates;
   A step_size = A(rates.size), eps = A(rates.eps);
 #pragma unroll
   for (int v = 0; v < Share<T, Aligned>::kPacks; ++v) {
     auto read = [&](const T* row) {
-      return load<T, Aligned>(row, v, threadIdx.x, kListThreads, chunk.count, chunk.wide);
+      return load<T, Aligned, true>(row, v, threadIdx.x, kListThreads, chunk.count, chunk.wide);
     };
     auto write = [&](T* row, const Pack<T>& pack) {
-      store<T, Aligned>(row, pack, v, threadIdx.x, kListThreads, chunk.count, chunk.wide);
+      store<T, Aligned, true>(row, pack, v, threadIdx.x, kListThreads, chunk.count, chunk.wide);
     };
     Pack<T> params = read(param), first = read(exp_avg), second = read(exp_avg_sq);
 #pragma unroll
@@ -80,18 +83,19 @@ const char* surgery_adamw_(const TensorList& given, const AdamW& o, const Alloca
     using T = decltype(zero);
     auto update = tables->device.aligned ? adamw_chunks<T, true> : adamw_chunks<T, false>;
     const int scratch = scratch_bytes<Compute<T>>(group_sums, kListThreads);
-    const ChunkedList list = lay_out(given, tables->device, update, scratch);
-    if (!error && !list.cluster && given.part != Part::apply) error = sum_groups(list, given.dtype, stream);
     if (error) return error;
-    const Step step{list,
-                    1 - o.lr * o.weight_decay,
-                    1 - o.beta1,
-                    o.beta2,
-                    1 - o.beta2,
-                    o.rates[0],
-                    static_cast<const Rates*>(rates.get()),
-                    o.maximize};
-    return launch(update, list.blocks(), kListThreads, scratch, stream, step, list.cluster);
+    return surgery_on_list(given, *tables, lay_out(given, tables->device, update, scratch), stream,
+                           [&](const ChunkedList& list) {
+                             const Step step{list,
+                                             1 - o.lr * o.weight_decay,
+                                             1 - o.beta1,
+                                             o.beta2,
+                                             1 - o.beta2,
+                                             o.rates[0],
+                                             static_cast<const Rates*>(rates.get()),
+                                             o.maximize};
+                             return launch(update, list.blocks(), kListThreads, scratch, stream, step, list.cluster);
+                           });
   });
 }
 

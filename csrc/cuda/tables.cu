@@ -19,6 +19,9 @@ namespace {
 
 constexpr size_t kKept = 32;  // lists; an optimiser has one for each of its calls and streams
 
+// Of a group, whose sums every block that edits adds up by itself. Those of more take a launch of their own.
+constexpr int64_t kMostChunksAdded = 2 * kListThreads;
+
 struct Piece {
   void* to;
   int64_t count;
@@ -44,9 +47,15 @@ struct RecordsAt {
   __host__ __device__ bool divide_by_16(int64_t i) const {
     const uintptr_t* pointers = reinterpret_cast<const uintptr_t*>(&(*this)[i] + 1);
     uintptr_t bits = 0;
-    for (int64_t n = 0; n < int64_t((bytes_each - sizeof(Size)) / sizeof(uintptr_t)); ++n) bits |= pointers[n];
+    for (int64_t n = 0; n < num_pointers(); ++n) bits |= pointers[n];
     return bits % 16 == 0;
   }
+  // That a tensor has memory behind.
+  int64_t arrays(int64_t i) const {
+    const uintptr_t* pointers = reinterpret_cast<const uintptr_t*>(&(*this)[i] + 1);
+    return num_pointers() - std::count(pointers, pointers + num_pointers(), 0);
+  }
+  __host__ __device__ int64_t num_pointers() const { return (bytes_each - sizeof(Size)) / sizeof(uintptr_t); }
 };
 
 struct Cut {
@@ -72,6 +81,14 @@ __global__ void cut_tensors(const __grid_constant__ Cut p) {
   }
 }
 
+// Half of the current device's L2 cache: a device may have two, and keep in both what both of its halves read.
+int64_t bytes_of_a_turn() {
+  int device = 0, bytes = 0;
+  const bool known = cudaGetDevice(&device) == cudaSuccess &&
+                     cudaDeviceGetAttribute(&bytes, cudaDevAttrL2CacheSize, device) == cudaSuccess && bytes > 0;
+  return known ? bytes / 2 : INT64_MAX;
+}
+
 constexpr int64_t round_up(int64_t bytes) { return ceil_div(bytes, 16) * 16; }
 
 std::shared_ptr<const KeptTables> make(const Records& list, const Allocate& allocate, Lifetime lifetime, void* stream,
@@ -90,14 +107,16 @@ std::shared_ptr<const KeptTables> make(const Records& list, const Allocate& allo
   std::iota(made->order.begin(), made->order.end(), 0);
   std::stable_sort(made->order.begin(), made->order.end(),
                    [&](int64_t a, int64_t b) { return tensors[a].group < tensors[b].group; });
-  std::vector<int64_t> begin{0}, group_begin(groups + 1);
+  std::vector<int64_t> begin{0}, group_begin(groups + 1), group_bytes(groups);
   for (int64_t i : made->order) {
     const int64_t chunks = ceil_div(tensors[i].numel, chunk_size);
     begin.push_back(begin.back() + chunks);
     group_begin[tensors[i].group + 1] += chunks;
+    group_bytes[tensors[i].group] += tensors[i].numel * width * tensors.arrays(i);
   }
   const int64_t longest = groups ? *std::max_element(group_begin.begin(), group_begin.end()) : 0;
   std::partial_sum(group_begin.begin(), group_begin.end(), group_begin.begin());
+  made->turns = turns_of(group_begin, group_bytes, list.in_turns ? bytes_of_a_turn() : INT64_MAX);
 
   // One allocation: tensors, begin, group_begin, which are sent; chunks, partials, which the device makes.
   const int64_t num_chunks = begin.back();
@@ -164,6 +183,24 @@ bool grants_cluster(const void* kernel, int64_t blocks, int threads, int shared_
     cudaGetLastError();  // not an error of the caller's
   }
   return entry->second;
+}
+
+std::vector<Turn> turns_of(const std::vector<int64_t>& group_begin, const std::vector<int64_t>& group_bytes,
+                           int64_t most_bytes) {
+  std::vector<Turn> turns;
+  int64_t bytes = 0;
+  for (int64_t g = 0; g < int64_t(group_bytes.size()); ++g) {
+    bytes += group_bytes[g];
+    if (turns.empty() || bytes > most_bytes) {
+      turns.push_back({{g, g}, {group_begin[g], group_begin[g]}, false});
+      bytes = group_bytes[g];
+    }
+    Turn& turn = turns.back();
+    turn.groups.end = g + 1, turn.chunks.end = group_begin[g + 1];
+    const int64_t chunks = group_begin[g + 1] - group_begin[g];
+    turn.added |= chunks == 0 || chunks > kMostChunksAdded;
+  }
+  return turns;
 }
 
 const char* write_bytes(void* to, const void* from, int64_t bytes, void* stream) {

@@ -28,6 +28,23 @@ struct ChunkRecord {
   Chunk chunk;
 };
 
+// Places one after the other.
+struct Range {
+  int64_t begin, end;
+  __host__ __device__ int64_t count() const { return end - begin; }
+};
+
+// Groups that are read again before what came with their first reading has left the L2 cache.
+struct Turn {
+  Range groups, chunks;
+  bool added;  // whether a launch of its own adds up its chunks' sums, as a group has many chunks or none
+};
+
+// Cuts groups into turns of at most `most_bytes`, and of one group where it alone has more. A group is never cut, so
+// that no sum depends on the turns. From where each group's chunks begin, and the bytes it is read from and written to.
+std::vector<Turn> turns_of(const std::vector<int64_t>& group_begin, const std::vector<int64_t>& group_bytes,
+                           int64_t most_bytes);
+
 struct Tables {
   const void* chunks;          // records [num_chunks], sorted by group, otherwise in the order of the list
   const int64_t* group_begin;  // [num_groups + 1]: a group's chunks are group_begin[g] to group_begin[g + 1]
@@ -38,6 +55,7 @@ struct Tables {
 
 struct KeptTables {
   Tables device;
+  std::vector<Turn> turns;
   std::vector<int64_t> order;  // the table's tensors as places in the list
   std::shared_ptr<void> memory;
 };
@@ -48,16 +66,18 @@ struct Records {
   int64_t num_groups;
   const void* tensors;  // in the host's memory
   int64_t count, bytes_each;
-  int64_t sums;  // partial sums of each chunk
+  int64_t sums;   // partial sums of each chunk
+  bool in_turns;  // or all groups in one
 
   template <typename List>
-  Records(const List& list, int64_t sums)
+  Records(const List& list, int64_t sums, bool in_turns = false)
       : dtype(list.dtype),
         num_groups(list.num_groups),
         tensors(list.tensors),
         count(list.num_tensors),
         bytes_each(sizeof(*list.tensors)),
-        sums(sums) {}
+        sums(sums),
+        in_turns(in_turns) {}
 };
 
 // The tables of a list, or null and what went wrong. They are ready for what `stream` runs next; the caller keeps

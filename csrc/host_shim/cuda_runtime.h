@@ -39,7 +39,7 @@ enum cudaFuncAttribute {
   cudaFuncAttributeMaxDynamicSharedMemorySize = 8,
   cudaFuncAttributeNonPortableClusterSizeAllowed = 14
 };
-enum cudaDeviceAttr { cudaDevAttrClusterLaunch = 120 };
+enum cudaDeviceAttr { cudaDevAttrL2CacheSize = 38, cudaDevAttrClusterLaunch = 120 };
 enum cudaStreamCaptureStatus { cudaStreamCaptureStatusNone, cudaStreamCaptureStatusActive };
 enum cudaLaunchAttributeID { cudaLaunchAttributeClusterDimension = 4 };
 using cudaStream_t = struct CUstream_st*;
@@ -69,6 +69,8 @@ struct Launch {
 };
 // If not null, it sees each launch and says whether to run it.
 extern bool (*on_launch)(const Launch*);
+// If not null, it is called when a block has ended, or a cluster.
+extern void (*after_block)();
 
 // Without a body it only counts the launch.
 cudaError_t run(const cudaLaunchConfig_t&, const void* kernel, const std::function<void()>& thread_body);
@@ -96,6 +98,8 @@ extern int largest_cluster;
 // The virtual architecture of the code that was loaded, as 90.
 extern int compiled_for;
 extern bool capturing;
+// Of the L2 cache.
+extern int cache_bytes;
 
 template <typename T>
 T shuffle(T value, unsigned source_lane) {
@@ -134,8 +138,8 @@ inline cudaError_t cudaOccupancyMaxActiveClusters(int* count, const void*, const
 }
 // Every kind of device has its own number, as what is known of one does not hold for another.
 inline cudaError_t cudaGetDevice(int* device) { return *device = shim::largest_cluster, cudaSuccess; }
-inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
-  return *value = shim::largest_cluster > 1, cudaSuccess;
+inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr which, int) {
+  return *value = which == cudaDevAttrL2CacheSize ? shim::cache_bytes : shim::largest_cluster > 1, cudaSuccess;
 }
 struct cudaFuncAttributes {
   int ptxVersion;

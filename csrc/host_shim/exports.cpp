@@ -1,5 +1,6 @@
 // The entry points under C names, for the tests to call through ctypes.
 #include <cstdlib>
+#include <cstring>
 
 #include "../cuda/kernels.h"
 
@@ -11,11 +12,11 @@ namespace {
 // How many of each lifetime are held.
 int allocations[2] = {};
 
-// Exactly as much as is asked for, so that the sanitizer sees what lies beyond.
+// Exactly as much as is asked for, so that the sanitizer sees what lies beyond; it starts as NaN.
 std::shared_ptr<void> allocate(int64_t bytes, Lifetime lifetime) {
   int& held = allocations[lifetime == Lifetime::longer];
   ++held;
-  return {std::malloc(bytes), [&held](void* memory) {
+  return {std::memset(std::malloc(bytes), 0xff, bytes), [&held](void* memory) {
             --held;
             std::free(memory);
           }};

@@ -22,7 +22,9 @@ namespace shim {
 int largest_cluster = 16;
 int compiled_for = 90;
 bool capturing = false;
+int cache_bytes = 50 << 20;
 bool (*on_launch)(const Launch*) = nullptr;
+void (*after_block)() = nullptr;
 
 namespace {
 
@@ -221,7 +223,10 @@ cudaError_t run(const cudaLaunchConfig_t& config, const void* kernel, const std:
   std::vector<unsigned> clusters(grid / size);
   std::iota(clusters.begin(), clusters.end(), 0u);
   if (order == kShuffled) std::shuffle(clusters.begin(), clusters.end(), std::mt19937(launches));
-  for (unsigned i : clusters) run_cluster(i * size, size, threads, config.dynamicSmemBytes);
+  for (unsigned i : clusters) {
+    run_cluster(i * size, size, threads, config.dynamicSmemBytes);
+    if (after_block) after_block();
+  }
   return cudaSuccess;
 }
 
@@ -277,6 +282,8 @@ extern "C" void shim_set_order(int order) { shim::order = order; }
 extern "C" void shim_set_largest_cluster(int size) { shim::largest_cluster = size; }
 extern "C" void shim_set_compiled_for(int architecture) { shim::compiled_for = architecture; }
 extern "C" void shim_set_capturing(bool capturing) { shim::capturing = capturing; }
+extern "C" void shim_set_cache_bytes(int bytes) { shim::cache_bytes = bytes; }
 extern "C" void shim_on_launch(bool (*call)(const shim::Launch*)) { shim::on_launch = call; }
+extern "C" void shim_after_block(void (*call)()) { shim::after_block = call; }
 extern "C" void shim_fail_launch(int which) { shim::until_failure = which; }
 extern "C" int shim_launches() { return shim::launches; }

@@ -53,6 +53,7 @@ REMOVALS = {
     ("chunk_sums", "sums first, wide"),
     ("add_chunk_sums", "sums first, wide"),
     ("project_chunks", "a cluster of 2 per layer, wide"),
+    ("project_chunks", "in turns, wide"),
     ("adamw_chunks", "a cluster of 2 per layer, wide"),
     ("chunk_products", "2 objectives, wide"),
     ("add_chunk_products", "2 objectives, wide"),

@@ -97,6 +97,8 @@ def test_adamw_of_tensors_that_have_taken_different_steps():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_adamw_in_three_launches(dtype):
+def test_adamw_in_two_launches(dtype):
+    """However small the cache is: AdamW takes no turns."""
     LIBRARY.shim_set_largest_cluster(1)
-    adamw_case([20000, 1, 4096], [0, 0, 1], dtype, launched=3)
+    LIBRARY.shim_set_cache_bytes(1)
+    adamw_case([20000, 1, 4096], [0, 0, 1], dtype, launched=2)

@@ -7,7 +7,7 @@ its own, because a sanitizer's runtime has to be loaded first.
 import ctypes
 import itertools
 import os
-from ctypes import byref, c_char_p, c_double, c_int32, c_int64, c_void_p
+from ctypes import byref, c_bool, c_char_p, c_double, c_int32, c_int64, c_void_p
 
 import pytest
 import torch
@@ -20,11 +20,12 @@ DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]  # in the
 ORDERS = list(reference.ORDERS)
 RULES = list(reference.RULES)
 PARTS = ["all", "sums", "apply"]
+CACHE_BYTES = 50 << 20  # of an H200
 
 
 def struct(fields):
     """A ctypes structure from lines of `type: names`."""
-    types = {"ptr": c_void_p, "i32": c_int32, "i64": c_int64, "f64": c_double}
+    types = {"ptr": c_void_p, "bool": c_bool, "i32": c_int32, "i64": c_int64, "f64": c_double}
     pairs = (line.split(":") for line in fields.strip().splitlines())
     members = [(name, types[kind.strip()]) for kind, names in pairs for name in names.split()]
     return type("Arguments", (ctypes.Structure,), {"_fields_": members})
@@ -46,6 +47,19 @@ def launches():
     return LIBRARY.shim_launches()
 
 
+class Launch(ctypes.Structure):
+    """What the shim tells of a launch."""
+
+    _fields_ = [
+        ("kernel", c_void_p),
+        *((name, ctypes.c_uint32) for name in ("grid", "threads", "cluster", "shared")),
+        ("params", c_void_p),
+        ("params_bytes", ctypes.c_uint64),
+    ]
+
+
+ON_LAUNCH = ctypes.CFUNCTYPE(ctypes.c_bool, ctypes.POINTER(Launch))
+AFTER_BLOCK = ctypes.CFUNCTYPE(None)
 NEW_STREAM = itertools.count(1).__next__  # tables of lists are kept per stream
 
 
@@ -61,6 +75,7 @@ def order_of_threads(request):
         pytest.skip("runs in one order")
     LIBRARY.shim_set_order(["forward", "shuffled"].index(request.param))
     LIBRARY.shim_set_largest_cluster(16)
+    LIBRARY.shim_set_cache_bytes(CACHE_BYTES)
     LIBRARY.shim_set_compiled_for(90)
     LIBRARY.shim_set_capturing(False)
     yield
