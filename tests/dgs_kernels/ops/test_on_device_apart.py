@@ -1,8 +1,9 @@
-"""On a GPU: processes whose first call is captured, host threads, pools of memory, large clusters."""
+"""On a GPU: first calls and failed launches of a process, host threads, pools of memory, large clusters."""
 
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 from dgs_kernels import backends, project_align_, surgery_head
+from tests.dgs_kernels.ops import first_call
 from tests.dgs_kernels.ops.lists import assert_accurate, clones, draw
 from tests.dgs_kernels.ops.surgery_heads import problem
 from tests.dgs_kernels.ops.test_on_device import CYCLES, EVERY_OPERATION, adamw, head, in_eager
@@ -18,43 +20,29 @@ from tests.dgs_kernels.ops.test_on_device import backend as backend
 
 pytestmark = pytest.mark.gpu
 
-# Of a process of its own: the operation named is captured before anything of ours has run, then replayed.
-FIRST_CALL = """
-import os, sys, torch, dgs_kernels
-from tests.dgs_kernels.ops.lists import draw
 
-rows = [draw([(64, 96)], device="cuda", seed=seed)[0] for seed in range(3)]
-lists = [draw(device="cuda", seed=seed) for seed in range(3)]
-labels = torch.ones(64, device="cuda")
-heads = [t for i in range(3) for t in (rows[0][i : i + 1], rows[0][i, :1])]
+def in_a_process(module: str, argument: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", f"tests.dgs_kernels.ops.{module}", argument]
+    return subprocess.run(command, capture_output=True, text=True)
 
 
-def work():
-    if sys.argv[1] == "rows":
-        return [dgs_kernels.project_align(*rows, alignment=0.3)]
-    if sys.argv[1] == "head":
-        return [x for x in dgs_kernels.surgery_head(*rows, labels, *heads) if x is not None]
-    if sys.argv[1] == "layers":
-        grads = [g * 1 for g in lists[0]]
-        return [dgs_kernels.project_align_(grads, *lists[1:], alignment=0.3), *grads]
-    if sys.argv[1] == "gramian":
-        return [dgs_kernels.gramian(lists)]
-    return [dgs_kernels.spectral_entropy(rows[0].view(1, 3, 32, 64))]
-
-
-graph = torch.cuda.CUDAGraph()
-with torch.no_grad():
-    with torch.cuda.graph(graph):
-        found = work()
-    graph.replay()
-    os.environ["DGS_KERNELS_BACKEND"] = "eager"
-    torch.testing.assert_close(found, work(), rtol=1e-4, atol=1e-4)
-"""
-
-
-@pytest.mark.parametrize("name", ["rows", "head", "layers", "gramian", "entropy"])
+@pytest.mark.parametrize("name", first_call.NAMES)
 def test_the_first_call_of_a_process_is_captured(name):
-    done = subprocess.run([sys.executable, "-c", FIRST_CALL, name], capture_output=True, text=True)
+    done = in_a_process("first_call", name)
+    assert done.returncode == 0, done.stderr[-2000:]
+    if name == "adamw":
+        assert re.fullmatch(r"surgery_adamw_: .*AdamW\(capturable=True\)\n", done.stdout)
+
+
+def test_a_failed_launch_is_one_line_and_the_next_call_works():
+    done = in_a_process("lost_launch", "invalidated")
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert re.fullmatch(r".*(launch failed|Triton Error).*previous error during capture\n", done.stdout)
+
+
+def test_a_lost_device_is_said_and_the_next_process_works():
+    assert "device-side assert" in in_a_process("lost_launch", "lost").stdout
+    done = in_a_process("first_call", "rows")
     assert done.returncode == 0, done.stderr[-2000:]
 
 
