@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import contextlib
 import csv
 import io
 import itertools
@@ -64,18 +65,12 @@ def _lines(lines: Iterator[str] | TextIO) -> Rows:
 
 
 def _csv_rows(path: str, labelled: bool) -> Rows:
-    try:
-        with open_text(path, labelled) as file:
-            reader = csv.DictReader(file)
-            if not {"path", "label" if labelled else "path"} <= set(reader.fieldnames or ()):
-                columns = (
-                    "the columns path and label (and generator, caption)" if labelled else "a column path"
-                )
-                raise Unlabelled(f"{path}: its first line must name {columns}")
-            for row in reader:
-                yield f"line {reader.line_num}", {name: unguarded(value) for name, value in row.items()}
-    except (csv.Error, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not readable as CSV in UTF-8 or UTF-16: {error}") from None
+    with open_csv(path, labelled) as reader:
+        if not {"path", "label" if labelled else "path"} <= set(reader.fieldnames or ()):
+            columns = "the columns path and label (and generator, caption)" if labelled else "a column path"
+            raise Unlabelled(f"{path}: its first line must name {columns}")
+        for row in reader:
+            yield f"line {reader.line_num}", {name: unguarded(value) for name, value in row.items()}
 
 
 def _json_rows(path: str, labelled: bool) -> Rows:
@@ -87,6 +82,16 @@ def _json_rows(path: str, labelled: bool) -> Rows:
             f'{path}: expected a JSON array of {{"path": ..., "label": ...}} or an object of path to label'
         )
     yield from ((f"entry {i}", row) for i, row in enumerate(rows, 1))
+
+
+@contextlib.contextmanager
+def open_csv(path: str, strict_text: bool, strict_cells: bool = False) -> Iterator[csv.DictReader[str]]:
+    """The rows of a CSV file that `open_text` opens; UserError where it is none, also while it is read."""
+    try:
+        with open_text(path, strict_text) as file:
+            yield csv.DictReader(file, strict=strict_cells)
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not readable as CSV in UTF-8 or UTF-16: {error}") from None
 
 
 def open_text(path: str, strict: bool) -> TextIO:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import math
 import os
 from collections.abc import Iterator
@@ -10,7 +9,7 @@ from typing import NamedTuple
 
 from dgsnet.data.cells import unguarded
 from dgsnet.data.items import LABELS, category_of
-from dgsnet.data.lists import open_text
+from dgsnet.data.lists import open_csv
 from dgsnet.errors import UserError
 
 COLUMNS = ("path", "score")
@@ -46,22 +45,18 @@ def read_scores(table: str) -> Iterator[Scored]:
         UserError: it cannot be read, or a row is not as it must be; with the line.
     """
     known: set[int] = set()
-    try:
-        with open_text(table, strict=False) as file:
-            reader = csv.DictReader(file, strict=True)
-            names = list(reader.fieldnames or ())
-            if lacking := [name for name in COLUMNS if name not in names]:
-                raise UserError(f"{table}: its first line names no column {' and no '.join(lacking)}")
-            if len({*names}) < len(names):
-                raise UserError(f"{table}: its first line names a column twice")
-            for row in reader:
-                found = _scored(f"{table}, line {reader.line_num}", reader.line_num, row)
-                if (place := hash(found.path)) in known:
-                    raise UserError(f"{table}, line {found.line}: {found.path} comes twice")
-                known.add(place)
-                yield found
-    except (csv.Error, UnicodeDecodeError) as error:
-        raise UserError(f"{table}: not readable as CSV in UTF-8 or UTF-16: {error}") from None
+    with open_csv(table, strict_text=False, strict_cells=True) as reader:
+        names = list(reader.fieldnames or ())
+        if lacking := [name for name in COLUMNS if name not in names]:
+            raise UserError(f"{table}: its first line names no column {' and no '.join(lacking)}")
+        if len({*names}) < len(names):
+            raise UserError(f"{table}: its first line names a column twice")
+        for row in reader:
+            found = _scored(f"{table}, line {reader.line_num}", reader.line_num, row)
+            if (place := hash(found.path)) in known:
+                raise UserError(f"{table}, line {found.line}: {found.path} comes twice")
+            known.add(place)
+            yield found
 
 
 def place_of(table: str, path: str) -> str:
