@@ -110,16 +110,25 @@ class Worker:
         return found if found[0] == "killed" else self.of_native_tests(mutant)
 
     def of_tests(self, mutant: Mutant, tests: list[str]) -> tuple[str, str]:
-        """What tests say; one that fails without the mutant, too, is not asked again."""
-        while tests := [name for name in tests if name not in self.known.bad]:
+        """What tests say; one that fails without the mutant, or only behind other files' tests, says nothing."""
+        count = len(tests := [name for name in tests if name not in self.known.bad])
+        while tests:
             stages = self.known.map.stages(mutant.file, tests)
+            in_order = [name for stage in stages for name in stage]
             with self.planted(mutant):
                 outcome, test = self.run(stages)
-            if outcome == "passed":
-                return "survived", f"{len(tests)} tests"
-            if self.sound(test, stages):
+                if outcome == "passed":
+                    return "survived", f"{count} tests"
+                # A file that cannot be collected stands for its first test.
+                place = next(i for i, name in enumerate(in_order) if name.startswith(test))
+                first = test.partition("::")[0] == in_order[0].partition("::")[0]
+                alone = first or self.run([[in_order[place]]])[0] != "passed"
+            if not alone:
+                say(f"fails behind other tests only: {test}")
+            elif self.sound(in_order[place]):
                 return "killed", f"by {test}{' (timeout)' * (outcome == 'timeout')}"
-        return "survived", "no test reaches it"
+            tests = in_order[place + 1 :]
+        return "survived", f"{count} tests" if count else "no test reaches it"
 
     def run(self, stages: list[list[str]]) -> tuple[str, str]:
         """("passed", "failed" or "timeout", the test at which it ended)."""
@@ -128,10 +137,8 @@ class Worker:
         answer = json.loads(self.server.stdout.readline())
         return answer["outcome"], answer["test"]
 
-    def sound(self, test: str, stages: list[list[str]]) -> bool:
+    def sound(self, test: str) -> bool:
         """Whether a test passes without a mutant."""
-        if test not in self.known.map.tests:  # a file that could not be collected
-            test = next(name for stage in stages for name in stage if name.startswith(test))
         if test not in self.known.good:
             if self.run([[test]])[0] != "passed":
                 self.known.bad.add(test)

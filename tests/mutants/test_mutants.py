@@ -33,7 +33,8 @@ def larger(x):
 def unseen(x):
     return x - 5
 """
-FAR = "def far(x):\n    return x + 1\n"
+UNREACHED = "def unreached(x):\n    return x + 1\n"
+TOLD = "def told(x):\n    return x + 1\n"
 NATIVE = """
 // a < b
 int half(int a) {
@@ -50,6 +51,21 @@ def test_sign():
 def test_larger():
     assert larger(8) and not larger(7)
 """
+# What fails behind it, and not alone, says nothing of the mutant.
+TEST_TOLD = """
+import sys
+from dgs_kernels.told import told
+
+def test_told():
+    sys.told = told(1)
+"""
+TEST_BEHIND = """
+import sys
+from dgs_kernels.told import told
+
+def test_behind():
+    assert told(0) is not None and getattr(sys, "told", 2) == 2
+"""
 FILE = "dgs_kernels/numbers.py"
 
 
@@ -58,12 +74,15 @@ def project(tmp_path) -> Path:
     """What the tool needs of a project, and the tool itself."""
     for name, text in {
         FILE: SOURCE,
-        "dgs_kernels/far.py": FAR,
+        "dgs_kernels/told.py": TOLD,
+        "dgs_kernels/unreached.py": UNREACHED,
         "dgs_kernels/__init__.py": "",
         "python/dgsnet/__init__.py": "",
         "tests/__init__.py": "",
         "tests/dgs_kernels/__init__.py": "",
+        "tests/dgs_kernels/test_behind.py": TEST_BEHIND,
         "tests/dgs_kernels/test_numbers.py": TEST,
+        "tests/dgs_kernels/test_told.py": TEST_TOLD,
         "pyproject.toml": "[tool.pytest.ini_options]\n",
     }.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -132,7 +151,9 @@ def test_planted_in_a_package(project):
     assert by["numbers", 3, "AddNot"] == ["killed", test("sign")]
     assert by["numbers", 9, "NumberReplacer"] == ["killed", test("larger")]
     assert by["numbers", 13, "ReplaceBinaryOperator"] == ["survived", "2 tests"]
-    assert by["far", 2, "ReplaceBinaryOperator"] == ["survived", "no test reaches it"]
+    assert by["told", 2, "ReplaceBinaryOperator"] == ["survived", "2 tests"]
+    assert "fails behind other tests only: tests/dgs_kernels/test_behind.py::test_behind" in done.stderr
+    assert by["unreached", 2, "ReplaceBinaryOperator"] == ["survived", "no test reaches it"]
     survived = [outcome for *_, outcome, _ in outcomes if outcome == "survived"]
     count = sum(outcome != "equivalent" for *_, outcome, _ in outcomes)
     last = f"killed {count - len(survived)} of {count} ({len(outcomes) - count} equivalent)"
