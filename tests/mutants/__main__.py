@@ -110,7 +110,7 @@ class Worker:
         return found if found[0] == "killed" else self.of_native_tests(mutant)
 
     def of_tests(self, mutant: Mutant, tests: list[str]) -> tuple[str, str]:
-        """What tests say; one that fails without the mutant, or only behind other files' tests, says nothing."""
+        """What tests say; one that fails without the mutant, or only behind other files', says nothing."""
         count = len(tests := [name for name in tests if name not in self.known.bad])
         while tests:
             stages = self.known.map.stages(mutant.file, tests)

@@ -10,6 +10,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from concurrent.futures import Executor, Future, ThreadPoolExecutor, wait
 from typing import Any
 
 import torch
@@ -24,6 +25,10 @@ SIZES = (1, 2, 4, 8, 16, 32, 64)
 ENOUGH = 0.9
 # A size of which one batch takes longer, in seconds, is the last that is tried.
 PATIENCE = 4.0
+# On a processor two batches are under way: one has the cores while the other waits for a thread whose core
+# went to a process that reads images. With two threads that is a tenth more images; with many, whose every
+# operation wakes them all, nobody has measured it.
+MOST_THREADS = 4
 
 
 def ready(model: nn.Module, precision: str) -> nn.Module:
@@ -51,19 +56,24 @@ class Batches:
     Attributes:
         size: as given, or 1 where images change each other's bits on this device.
         device: the model's.
+        behind: batches that are best under way while the logits of those before them are taken.
+        pool: what works at so many of them at a time, None where the device or the caller's thread does.
     """
 
     def __init__(self, model: Any, size: int) -> None:
         self.model, self.size = model, size
         self.device = device_of(model)
-        # A captured graph reads and writes in one place.
-        self._turn = threading.Lock()
         self._run: Callable[[Tensor], Tensor] = model.logits
         # ONNX Runtime says nothing of the bits in a batch, and some files hold one image at a time.
         if size > 1 and (isinstance(model, OnnxNetwork) or not self._independent()):
             self.size = 1
         if self.device.type == "cuda":
             self._run = _captured(model.logits, self._random())
+        few = self.device.type == "cpu" and 1 < torch.get_num_threads() <= MOST_THREADS
+        self.pool: Executor | None = ThreadPoolExecutor(2, "batches") if few else None
+        self.behind = 2 if few else int(self.device.type == "cuda")
+        # A captured graph reads and writes in one place.
+        self._turn = threading.BoundedSemaphore(2 if few else 1)
 
     @torch.inference_mode()
     def __call__(self, pixels: Tensor) -> Tensor:
@@ -100,14 +110,15 @@ class Line:
 
     Args:
         score: from uint8 pixels on the device to logits.
-        size: images in a batch.
-        device: the model's.
+        batches: what scores.
     """
 
-    def __init__(self, score: Callable[[Tensor], Tensor], size: int, device: torch.device) -> None:
-        self._logits, self._size, self._device = score, size, device
+    def __init__(self, score: Callable[[Tensor], Tensor], batches: Batches) -> None:
+        self._logits, self._size, self._device = score, batches.size, batches.device
+        self._pool = batches.pool
         self._waiting: list[Tensor] = []
-        self._begun: deque[Tensor] = deque()
+        # Of every batch how many images are in it, and its logits.
+        self._begun: deque[tuple[int, Future[Tensor]]] = deque()
         self._done: deque[float] = deque()
         self.added = self._scored = 0
 
@@ -126,22 +137,46 @@ class Line:
     def known(self, behind: int = 0) -> int:
         """How many, from the first, have logits without waiting for the last so many batches."""
         last = list(self._begun)[max(len(self._begun) - behind, 0) :]
-        return self._scored - sum(map(len, last))
+        return self._scored - sum(count for count, _ in last)
+
+    def idle(self) -> bool:
+        """Whether no batch is under way in the pool."""
+        return all(logits.done() for _, logits in self._begun)
+
+    def close(self) -> None:
+        """Leave out what is not begun, and wait for what is."""
+        wait([logits for _, logits in self._begun if not logits.cancel()])
 
     def take(self, count: int) -> list[float]:
         """The logits of the next so many, which are no more taken after that."""
         while len(self._done) < count:
-            self._done.extend(self._begun.popleft().tolist())
+            _, logits = self._begun.popleft()
+            self._done.extend(logits.result().tolist())
         return [self._done.popleft() for _ in range(count)]
 
     def _score(self, least: int) -> None:
         """Score batches for as long as at least so many wait."""
         pixels = torch.cat(self._waiting)
         while len(pixels) >= least:
-            self._begun.append(self._logits(pixels[: self._size]))
-            self._scored += len(pixels[: self._size])
+            part = pixels[: self._size]
+            self._begun.append((len(part), self._begin(part)))
+            self._scored += len(part)
             pixels = pixels[self._size :]
         self._waiting = [pixels] if len(pixels) else []
+
+    def _begin(self, pixels: Tensor) -> Future[Tensor]:
+        if not self._pool:
+            (done := Future[Tensor]()).set_result(self._logits(pixels))
+            return done
+        threads = torch.get_num_threads()
+
+        def score() -> Tensor:
+            # Each thread of Python has a number of its own, which changes the logits' bits.
+            if torch.get_num_threads() != threads:
+                torch.set_num_threads(threads)
+            return self._logits(pixels)
+
+        return self._pool.submit(score)
 
 
 def _captured(function: Callable[[Tensor], Tensor], example: Tensor) -> Callable[[Tensor], Tensor]:

@@ -271,13 +271,21 @@ class Detector:
 
         return Job(Prepared(self.preprocess, self.views, COPIES if consistency else ()), {"": self})
 
-    def filled(self, prepare: Any, images: Iterable[Any], workers: int | None = None) -> Iterator[list[Any]]:
+    def filled(
+        self,
+        prepare: Any,
+        images: Iterable[Any],
+        workers: int | None = None,
+        *,
+        idle: Callable[[], bool] | None = None,
+    ) -> Iterator[list[Any]]:
         """What `prepare`, a map-style dataset, makes of images, in lists of what about fills a batch.
 
         The next ones are made while the model works. `waiting` tells where it has to wait for them.
 
         Args:
             workers: as of `predict`.
+            idle: whether the model has nothing left to do; where not given, a GPU is asked.
         """
         from dgsnet.data.loading import Wait
         from dgsnet.data.preprocess import MAX_TILES
@@ -285,10 +293,11 @@ class Detector:
 
         most = MAX_TILES if self.crops == "tiles" else self.crops
         batch, device = -(-self.batch // (most + self.views - 1)), self.batches.device
-        prepared = in_order(prepare, images, workers, batch=batch, device=device)
+        ahead = batch * max(1, self.batches.behind)
+        prepared = in_order(prepare, images, workers, batch=ahead, device=device)
         lists = iter(lambda: list(itertools.islice(prepared, batch)), [])
         with contextlib.closing(prepared), contextlib.suppress(StopIteration):
-            self._wait = wait = Wait(device)
+            self._wait = wait = Wait(device, idle)
             filled = next(lists)
             # Before the first batch, processes start.
             wait.begin()
@@ -334,7 +343,7 @@ class Detector:
         def score(pixels: Tensor) -> Tensor:
             return self.logits(self.preprocess.normalise(pixels))
 
-        return Line(score, self.batches.size, self.batches.device)
+        return Line(score, self.batches)
 
     def logits(self, pixels: Tensor) -> Tensor:
         """Logits, float32 [N] on the model's device; generated is positive.

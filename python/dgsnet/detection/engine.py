@@ -148,18 +148,28 @@ class _Scoring:
             line.finish()
         yield from self.ready(0)
 
+    def idle(self) -> bool:
+        """Whether no batch is under way."""
+        return all(line.idle() for line in self._lines.values())
+
+    def close(self) -> None:
+        """Leave out what is not begun."""
+        for line in self._lines.values():
+            line.close()
+
     def _of(self, name: str) -> str:
         return name if name in self._lines else ""
 
 
 def _here(job: Job, items: Iterable[Any], workers: int | None) -> Iterator[Any]:
     detector, scoring = job.scorers[""], _Scoring(job.scorers)
-    # A GPU works on a batch while the answers to the one before it are taken.
-    behind = int(detector.batches.device.type == "cuda")
-    for prepared in detector.filled(job.prepare, items, workers):
-        scoring.add(prepared)
-        yield from scoring.ready(behind)
-    yield from scoring.rest()
+    # A GPU is asked itself.
+    idle = scoring.idle if detector.batches.pool else None
+    with contextlib.closing(scoring):
+        for prepared in detector.filled(job.prepare, items, workers, idle=idle):
+            scoring.add(prepared)
+            yield from scoring.ready(detector.batches.behind)
+        yield from scoring.rest()
 
 
 def _surviving(job: Job, items: Iterable[Any], workers: int | None) -> Iterator[Answer]:

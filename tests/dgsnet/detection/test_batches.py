@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import threading
 import time
 
+import numpy as np
 import pytest
 import torch
-from dgsnet.config import Config, ModelConfig
+from dgsnet.config import Config, ModelConfig, PreprocessConfig
 from dgsnet.detection.batches import Batches, best_size, fast_precision, ready
 from dgsnet.detection.detector import Detector
 from dgsnet.model.dgsnet import DGSNet
@@ -164,6 +166,79 @@ def test_the_precision_is_what_the_device_is_fast_in(monkeypatch):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda units=units: units, raising=False)
         assert fast_precision(torch.device("cpu")) == want
     assert fast_precision(torch.device("mps")) == "fp32"
+
+
+class Noting(torch.nn.Module):
+    """Does something with every batch, and notes in which thread and by how many of torch's."""
+
+    image_size = 8
+
+    def __init__(self, work) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(()))
+        self.work, self.seen = work, []
+
+    def logits(self, pixels):
+        self.seen.append((threading.current_thread(), torch.get_num_threads()))
+        self.work()
+        return pixels.mean((1, 2, 3)) * self.weight
+
+
+def noting(work=lambda: None) -> tuple[Noting, Detector]:
+    model = Noting(work)
+    return model, Detector(model, Config(preprocess=PreprocessConfig(mode="crop", image_size=8)))
+
+
+def greys(count: int) -> list[np.ndarray]:
+    return [np.full((8, 8, 3), 255 * i // count, np.uint8) for i in range(count)]
+
+
+@pytest.fixture(params=[2, 4])
+def few_threads(request):
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+def test_two_batches_are_under_way_on_a_processor(few_threads):
+    together = threading.Barrier(2, timeout=20)
+    model, detector = noting(together.wait)
+    scores = detector.predict(greys(6), workers=0)
+    assert len(model.seen) == 6 and not together.broken
+    assert [*scores] == sorted(scores) and len({*scores}) == 6
+    # By as many threads as the caller's, also where that changes: they decide a score's bits.
+    assert {threads for _, threads in model.seen} == {few_threads}
+    torch.set_num_threads(3)
+    again = detector.predict(greys(6), workers=0)
+    assert {threads for _, threads in model.seen[6:]} == {3} and torch.get_num_threads() == 3
+    assert np.array_equal(again, scores)
+
+
+@pytest.mark.parametrize("threads", [1, 5])
+def test_one_batch_where_threads_are_one_or_many(few_threads, threads):
+    torch.set_num_threads(threads)
+    model, detector = noting()
+    detector.predict(greys(3), workers=0)
+    assert model.seen == [(threading.current_thread(), threads)] * 3
+
+
+def test_what_a_batch_raises_reaches_the_caller(few_threads):
+    def broken() -> None:
+        raise RuntimeError("no memory")
+
+    with pytest.raises(RuntimeError, match="no memory"):
+        noting(broken)[1].predict(greys(6), workers=0)
+
+
+def test_who_stops_early_leaves_the_other_batches_out(few_threads):
+    model, detector = noting(lambda: time.sleep(0.05))
+    rows = detector.stream(greys(40), workers=0)
+    next(rows)
+    rows.close()
+    begun = len(model.seen)
+    time.sleep(0.2)
+    assert len(model.seen) == begun <= 6
 
 
 @pytest.mark.gpu

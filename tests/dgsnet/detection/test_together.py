@@ -158,14 +158,14 @@ def test_scores_are_those_of_predict_in_any_company(run, images, expected, setti
 
 
 class Private(torch.nn.Module):
-    """Stands where a network would, and fails where it is called while it works: logits are images' means."""
+    """Stands where a network would, and fails where it is called more often at a time: logits are means."""
 
     image_size = 32
 
-    def __init__(self) -> None:
+    def __init__(self, at_a_time: int) -> None:
         super().__init__()
         self.scale = torch.nn.Parameter(torch.ones(()))
-        self.works = threading.Lock()
+        self.works = threading.Semaphore(at_a_time)
 
     def logits(self, pixels: torch.Tensor) -> torch.Tensor:
         assert self.works.acquire(blocking=False)
@@ -175,10 +175,12 @@ class Private(torch.nn.Module):
         return found
 
 
-def test_threads_take_turns_at_the_model():
+@pytest.mark.parametrize(("cores", "at_a_time"), [(1, 1), (2, 2)])
+def test_threads_take_turns_at_the_model(monkeypatch, cores, at_a_time):
     """As its one graph on a GPU needs, which has one place for what goes in and one for what comes out."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: cores)
     config = Config(preprocess=PreprocessConfig(mode="crop", image_size=32))
-    detector = Detector(Private().eval(), config, batch=2)
+    detector = Detector(Private(at_a_time).eval(), config, batch=2)
     pixels = torch.randn(12, 3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     alone = [detector.logits(three) for three in pixels]
     with ThreadPoolExecutor(6) as threads:
