@@ -244,8 +244,8 @@ class ObjectiveSurgery(Capture):
             products /= self.scaler.get_scale() ** 2  # type: ignore[union-attr]
         layers, samples = list(numbers), [f"sample {b}" for b in range(len(losses))]
         weights = self._weights(layers, products) if len(losses) > 1 else torch.ones_like(products[:, 0])
-        for (p, factor), its, group in zip(factors.items(), found, groups):
-            gradient = factor.weighted(weights[group].to(its)).view(p.shape).to(p.dtype)
+        for p, its, group in zip(list(factors), found, groups):
+            gradient = factors.pop(p).weighted(weights[group].to(its)).view(p.shape).to(p.dtype)
             p.grad = gradient if p.grad is None else p.grad.add_(gradient)
         self._last = ObjectiveMetrics(layers, samples, products, weights, margin=self.margin)
 

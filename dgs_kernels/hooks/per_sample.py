@@ -62,17 +62,25 @@ class Product(NamedTuple):
         of_gradients = samples * width * outputs * (rows + samples)
         if slices == 1 and of_pairs < of_gradients:
             return _by_pairs(self.asked[:, 0], lambda few: _products(self.given[few, 0], self.given[:, 0]))
-        total = self.given.new_zeros(samples, samples)
+        narrow, wide = sorted(self, key=lambda x: x.shape[3])
+        total, width = wide.new_zeros(samples, samples), wide.shape[3]
         step = max(1, BLOCK // (samples * slices * width))
-        for asked in self.asked.split(step, 3):
-            gradients = (asked.mT @ self.given).flatten(1)
+        held = wide.new_empty(samples * slices * min(step, narrow.shape[3]) * width)
+        for some in narrow.split(step, 3):
+            shape = (samples * slices, some.shape[3], width)
+            gradients = held[: math.prod(shape)].view(shape)
+            torch.bmm(some.mT.flatten(0, 1), wide.flatten(0, 1), out=gradients)
+            gradients = gradients.view(samples, -1)
             total.addmm_(gradients, gradients.T)
         return total
 
     def weighted(self, weights: Tensor) -> Tensor:
-        samples, slices, rows, _ = self.given.shape
-        asked = self.asked * weights.view(-1, 1, 1, 1)
-        given, asked = (x.transpose(0, 1).reshape(slices, samples * rows, -1) for x in (self.given, asked))
+        given, asked = self
+        samples, slices, rows, width = given.shape
+        of = weights.view(-1, 1, 1, 1)
+        # The narrower one, whose copy is smaller.
+        given, asked = (given * of, asked) if width < asked.shape[3] else (given, asked * of)
+        given, asked = (x.transpose(0, 1).reshape(slices, samples * rows, -1) for x in (given, asked))
         return asked.mT @ given
 
 

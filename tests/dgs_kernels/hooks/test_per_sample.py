@@ -109,13 +109,15 @@ def test_memory_does_not_grow_with_samples_times_parameters():
                 self.numbers = max(self.numbers, out.untyped_storage().nbytes() // out.itemsize)
             return out
 
-    model = nn.Linear(600, 600)
+    model, x = nn.Linear(600, 500, bias=False), torch.randn(64, 50, 600)
     surgery, _ = surgery_of(model, "mean")
     with surgery.record():
-        losses = model(torch.randn(64, 50, 600)).square().sum((1, 2))
+        losses = model(x).square().sum((1, 2))
     with Largest() as largest:
         surgery.per_sample(losses)
-    assert largest.numbers < 2 * 64 * 50 * 600 < 64 * 600 * 600
+    assert largest.numbers < 2 * 64 * 50 * 600 < 64 * 600 * 500
+    gradients = (2 * model(x).detach().mT @ x).flatten(1)
+    torch.testing.assert_close(surgery.metrics().gramian[0], gradients @ gradients.T, rtol=1e-3, atol=1)
 
 
 def test_gradients_add_up_and_one_sample_is_its_own(batch):
