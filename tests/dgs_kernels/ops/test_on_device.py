@@ -10,6 +10,7 @@ from torch import Tensor
 
 import dgs_kernels
 from dgs_kernels import backends, project_align, project_align_, reference
+from dgs_kernels.ops.project_align_ import run as apply_surgery
 from dgs_kernels.ops.surgery_adamw_ import run as surgery_adamw_
 from tests.dgs_kernels.ops.lists import assert_accurate, clones, draw
 from tests.dgs_kernels.ops.test_project_align import assert_accurate as assert_rows_accurate
@@ -194,3 +195,33 @@ def test_layers_of_so_many_chunks(chunks, nan_filled):
     wide = [[t.double() for t in tensors] for tensors in (grads, harmful, beneficial)]
     want = reference.layer_sums(*wide, groups, "positive")
     torch.testing.assert_close(sums.double(), want, rtol=1e-5, atol=1e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_list_larger_than_the_cache(dtype):
+    """It may take turns; sums and update as two calls never do: the same bits, and in a graph too."""
+    sizes = [1_000_003, 20_000_000, 500, *[1_200_000] * 20]
+    layers = (0, 1, 2, *(3 + i // 2 for i in range(20)))
+    draw = torch.Generator("cuda").manual_seed(0)
+    grads, harmful, beneficial = (
+        [torch.randn(n, generator=draw, device="cuda").to(dtype) for n in sizes] for _ in range(3)
+    )
+    options = (None, 0.7, 1e-6, "align_first", "positive")
+
+    def edited(*parts: str) -> list[Tensor]:
+        out, sums = clones(grads), torch.zeros(13, 6, device="cuda")
+        for part in parts:
+            apply_surgery(out, harmful, beneficial, list(layers), sums, *options, part)
+        return [sums, *out]
+
+    want = edited("sums", "apply")
+    assert not torch.equal(want[1], grads[0])
+    found = [edited("all") for _ in range(2)]
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = edited("all")
+    for _ in range(2):
+        graph.replay()
+        found.append(clones(captured))
+    for results in found:
+        assert all(map(torch.equal, results, want))
