@@ -232,6 +232,28 @@ def test_with_a_scaler():
     assert float(factor.square().sum()) == pytest.approx(6)
 
 
+def test_a_resumed_basis_is_of_what_references_reached():
+    """And one that an older version saved, which has nothing else."""
+
+    def start():
+        params = [torch.nn.Parameter(torch.zeros(n)) for n in (2, 3)]
+        optimizer = torch.optim.SGD(params, lr=1.0)
+        return params, optimizer, ReferenceSubspace(2, optimizer, "model")
+
+    (w, _), _, subspace = start()
+    see(subspace, w, [torch.tensor([3.0, 4])])
+    state = subspace.state_dict()
+    model = {key: of[(slice(1),) * of.dim()] for key, of in state["layers"]["model"].items()}
+    older = {"rank": 2, "layers": {"model": model}, "basis": {0: state["basis"][0]}}
+    for saved in (state, older):
+        (w, v), optimizer, again = start()
+        again.load_state_dict(saved)
+        (w.sum() + v.sum()).backward()
+        optimizer.step()
+        torch.testing.assert_close(w.detach(), torch.tensor([-0.16, 0.12]))
+        assert float(again.metrics().removed) == pytest.approx(1.96 / 2) and again.metrics().rank == 1
+
+
 def examples():
     text = DOCUMENT.read_text().partition("## A subspace of references")[2].partition("\n## ")[0]
     return re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
