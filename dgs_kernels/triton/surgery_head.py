@@ -17,9 +17,9 @@ from dgs_kernels.triton.project_align import aligned, multiple, row_start
 
 # Numbers of a row that one program keeps in registers, for two matrices and their sums.
 WIDEST_ROW = 4096
-# Numbers of one matrix that a program works on at a time, 16 a thread, and how many programs share a batch:
-# at about 160 registers a thread three fit a multiprocessor of the 132 that large GPUs have, all at once.
+# Numbers of one matrix that a program works on at a time, 16 a thread.
 TILE = 2048
+# How many programs share a batch where nothing is known of a device: three for each of 128 multiprocessors.
 PROGRAMS = 384
 CHUNK = 2048
 # Partial sums that are not head gradients: the four losses.
@@ -394,6 +394,40 @@ def launch_shape(dim: int, dtype: torch.dtype) -> dict[str, int] | None:
     return {"ROWS": rows, "BLOCK": block, "STAGES": stages, "num_warps": max(4, rows * block * width // 512)}
 
 
+def at_once(registers: int, shared: int, warps: int, device) -> int:
+    """Programs of a kernel that a device runs at once, as its registers, shared memory and threads allow.
+
+    `registers` are a thread's, `shared` a program's bytes; `device` is what torch says of one.
+    """
+    # Warps come to a multiprocessor's four parts in turn, and registers in portions of eight a thread.
+    of_a_part = device.regs_per_multiprocessor // 4 // (-(-registers // 8) * 8 * device.warp_size)
+    fitting = (
+        4 * of_a_part // warps,
+        # The driver keeps a kilobyte of each program's for itself.
+        device.shared_memory_per_multiprocessor // (shared + 1024),
+        device.max_threads_per_multi_processor // (device.warp_size * warps),
+    )
+    return device.multi_processor_count * max(1, min(fitting))
+
+
+def programs_for(batch: int, arguments: tuple, options: dict) -> int:
+    """How many programs of the row kernel share a batch: all that run at once, and no second wave of few.
+
+    The compiled kernel says how many fit. A batch of which each multiprocessor has one program's rows at most
+    is shared alike whatever the answer, so nobody is asked.
+    """
+    device = arguments[0].device
+    if device.type != "cuda" or torch.version.hip:
+        return PROGRAMS
+    limits = torch.cuda.get_device_properties(device)
+    if batch <= options["ROWS"] * limits.multi_processor_count:
+        return limits.multi_processor_count
+    kernel = _row_kernel.warmup(*arguments, grid=(1,), **options)
+    # Only a kernel that is loaded knows its registers.
+    kernel._init_handles()
+    return at_once(kernel.n_regs, kernel.metadata.shared, kernel.metadata.num_warps, limits)
+
+
 def surgery_head(
     features: Tensor,
     teacher_features: Tensor,
@@ -420,10 +454,6 @@ def surgery_head(
     batch, dim = features.shape
     expert = text != "project"
     shape = launch_shape(dim, features.dtype)
-    rows = 1 if shape is None else shape["ROWS"]
-    chunk_rows = triton.cdiv(triton.cdiv(batch, PROGRAMS), rows) * rows
-    programs = triton.cdiv(batch, chunk_rows) if batch else 0
-    partials = labels.new_empty((programs, 2 * (dim + 1) + LOSSES.value))
     strides = (
         features.stride(0),
         teacher_features.stride(0),
@@ -433,12 +463,20 @@ def surgery_head(
     matrices = (features, teacher_features, text_features, *strides)
     results = (logits, residuals, differences if distillation else None)
     acc = tl.float64 if labels.dtype == torch.float64 else tl.float32
-    sizes = (partials, batch, dim, chunk_rows)
-    arguments = (*matrices, labels, offsets, *heads, *results, *sizes)
     constants = {"ACC": acc, "ALIGNED": aligned(dim, features, teacher_features, text_features)}
+    given = (*matrices, labels, offsets, *heads, *results)
+    rows, most = 1, PROGRAMS
     with torch.cuda.device_of(features):
-        if shape is not None and batch:
-            _row_kernel[(programs,)](*arguments, EXPERT=expert, **constants, **shape)
+        if shape is not None:
+            options, rows = {"EXPERT": expert, **constants, **shape}, shape["ROWS"]
+            most = programs_for(batch, (*given, losses, batch, dim, rows), options)
+        chunk_rows = triton.cdiv(triton.cdiv(batch, most), rows) * rows
+        programs = triton.cdiv(batch, chunk_rows) if batch else 0
+        partials = labels.new_empty((programs, 2 * (dim + 1) + LOSSES.value))
+        sizes = (partials, batch, dim, chunk_rows)
+        arguments = (*given, *sizes)
+        if batch and shape is not None:
+            _row_kernel[(programs,)](*arguments, **options)
         elif batch:
             _long_row_kernel[(programs,)](*arguments, EXPERT=expert, **constants, BLOCK=CHUNK, num_warps=8)
             _weighted_sums_kernel[(programs, triton.cdiv(dim, CHUNK))](

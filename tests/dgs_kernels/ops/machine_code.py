@@ -40,7 +40,7 @@ TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
 def machine_code(kernel, types: dict, constants: dict, capability: int, num_warps: int) -> dict:
-    """Registers, stack bytes and memory instructions of a kernel whose arguments are all aligned."""
+    """Registers, bytes, warps and memory instructions of a kernel whose arguments are all aligned."""
     types = {n: "constexpr" if n in constants else types[n] for n in kernel.arg_names}
     # What Triton itself assumes of a pointer, size or stride that is a multiple of 16, where it asks.
     unseen = {p.name for p in kernel.params if p.do_not_specialize or p.do_not_specialize_on_alignment}
@@ -64,6 +64,8 @@ def machine_code(kernel, types: dict, constants: dict, capability: int, num_warp
     return {
         "registers": int(registers),
         "stack": int(stack),
+        "shared": compiled.metadata.shared,
+        "warps": num_warps,
         "memory": Counter(re.findall(r"\b((?:LDG|STG|LDL|STL)\S*)", code)),
     }
 

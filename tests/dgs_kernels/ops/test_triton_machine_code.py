@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import json
 from collections import Counter, defaultdict
+from types import SimpleNamespace
 
 import pytest
 
 pytest.importorskip("triton")
 import triton
 
+from dgs_kernels.triton.surgery_head import at_once
 from tests.support import triton_launches
 
 # How often a loop is written out, and with it each number here, is the compiler's to choose.
@@ -84,6 +86,33 @@ def test_surgery_head(codes):
         stores = {n for n in memory if n.startswith("STG")}
         assert not backward or stores == {"STG.E.128"}, kernel
         assert "expert" not in kernel["kernel"] or backward or "STG.E.128" in stores, kernel
+
+
+H100 = SimpleNamespace(
+    regs_per_multiprocessor=65536,
+    shared_memory_per_multiprocessor=228 << 10,
+    max_threads_per_multi_processor=2048,
+    multi_processor_count=132,
+    warp_size=32,
+)
+
+
+@pytest.mark.parametrize(
+    ("registers", "shared", "warps", "each"),
+    [(160, 40 << 10, 4, 3), (169, 0, 4, 2), (255, 0, 16, 1), (64, 60 << 10, 8, 3), (16, 0, 8, 8)],
+    ids=["registers", "in eights", "never none", "shared memory", "threads"],
+)
+def test_programs_that_a_device_runs_at_once(registers, shared, warps, each):
+    assert at_once(registers, shared, warps, H100) == 132 * each
+
+
+def test_surgery_head_keeps_a_device_busy(codes):
+    """A wave of programs has at least 8 warps on each multiprocessor."""
+    rows = {name: kernel for name, kernel in codes["surgery_head"].items() if name.startswith("sm_90 rows")}
+    assert len(rows) == 6
+    for name, kernel in rows.items():
+        found = at_once(kernel["registers"], kernel["shared"], kernel["warps"], H100)
+        assert found * kernel["warps"] >= 8 * 132, (name, found, kernel)
 
 
 def test_project_align_(codes):
