@@ -21,10 +21,9 @@ demo: install
 	$(BIN)/python -m dgsnet demo --out runs/demo
 
 # TESTS= takes further arguments of pytest.
-# Three processes with two threads each, for a quarter of their time they wait: for other processes, disks and clocks.
-# On two cores, a thread that waits must not spin where another could run.
+# Two processes with two threads each: on two cores, a thread that waits must not spin where another could run.
 test: lint docs install
-	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder $(addprefix --ignore ,$(LAST)) $(TESTS)
+	OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(addprefix --ignore ,$(LAST)) $(TESTS)
 	$(BIN)/python -m pytest $(LAST) $(TESTS)
 
 # What strangers could send, changed at random, for FUZZ= seconds; `make test` does so for ten.

@@ -57,7 +57,7 @@ def whole(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path_factory.mktemp("first"))
         shutil.copytree(root, ".", dirs_exist_ok=True)
-        for words in (*COMMANDS[:2], TRAIN.replace(" out", " run")):
+        for words in (*COMMANDS[:2], COMMANDS[2].replace(" out", " hf"), TRAIN.replace(" out", " run")):
             main(words.split())
     return root
 
