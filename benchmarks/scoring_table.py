@@ -108,8 +108,9 @@ def rates(content: dict[str, Any]) -> list[dict]:
 
 SAID: dict[str, Callable[[dict], str]] = {
     "ray": lambda row: (
-        f"On Ray with two workers, {NAMES[row['model']]} scores {short(row['images_per_second']['ray'])} "
-        f"images a second, {row['of_local']:.2f} of what the command does without it."
+        f"On Ray with two workers of one thread each, {NAMES[row['model']]} scores "
+        f"{short(row['images_per_second']['ray'])} images a second, {row['of_local']:.2f} of what the "
+        f"command does with one thread without it; Ray starts in {row['start_s']:.0f} s."
     ),
     "page": lambda row: (
         f"The page gives {row['clients']} clients who ask at the same time {short(row['images_per_second'])} "
