@@ -20,6 +20,7 @@ from tests.dgs_kernels.hooks.training_loops import (
     ROWS,
     STEPS,
     SURGERY,
+    TRAINER,
     Hook,
     Net,
     assert_same,
@@ -130,17 +131,8 @@ def test_trainer(kind, tmp_path):
 
     arguments = transformers.TrainingArguments(
         str(tmp_path),
-        use_cpu=True,
-        max_steps=STEPS,
-        per_device_train_batch_size=1,
         gradient_accumulation_steps=2,
-        max_grad_norm=0.0,
-        lr_scheduler_type="constant",
-        train_sampling_strategy="sequential",
-        remove_unused_columns=False,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
+        **TRAINER,
     )
     data = [{"number": torch.tensor(number)} for number in range(2 * STEPS)]
     SurgeryTrainer(net, arguments, train_dataset=data, optimizers=(hook.optimizer, None)).train()

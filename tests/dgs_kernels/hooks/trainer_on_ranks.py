@@ -10,7 +10,7 @@ import transformers
 from accelerate.parallelism_config import ParallelismConfig
 from accelerate.utils import DistributedType
 
-from tests.dgs_kernels.hooks.training_loops import STEPS, Hook, Net, batch, weights
+from tests.dgs_kernels.hooks.training_loops import STEPS, TRAINER, Hook, Net, batch, weights
 
 
 def arguments(folder: str, rank: int, accumulate: int, **accelerator) -> transformers.TrainingArguments:
@@ -18,21 +18,12 @@ def arguments(folder: str, rank: int, accumulate: int, **accelerator) -> transfo
     os.environ |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     found = transformers.TrainingArguments(
         folder,
-        use_cpu=True,
         fsdp=True,
         fsdp_config={"version": 2, "transformer_layer_cls_to_wrap": ["LayerNorm"]},
         parallelism_config=ParallelismConfig(dp_shard_size=2),
         accelerator_config={"gradient_accumulation_kwargs": accelerator},
-        max_steps=STEPS,
-        per_device_train_batch_size=1,
         gradient_accumulation_steps=accumulate,
-        max_grad_norm=0.0,
-        lr_scheduler_type="constant",
-        train_sampling_strategy="sequential",
-        remove_unused_columns=False,
-        save_strategy="no",
-        report_to="none",
-        disable_tqdm=True,
+        **TRAINER,
     )
     # accelerate shards where the processes have devices of their own, and these say that they do.
     found.distributed_state.distributed_type = DistributedType.MULTI_GPU

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +19,19 @@ from dgs_kernels import ObjectiveSurgery, OptimizerSurgery, SurgeryAdamW, gradie
 HOOKS = ("features", "parameters", "SurgeryAdamW", "objectives")
 SURGERY = {"parameters": OptimizerSurgery, "objectives": ObjectiveSurgery}
 STEPS, ROWS = 3, 8
+# What transformers' Trainer is told, so that it adds nothing to the loop's formulas.
+TRAINER: dict[str, Any] = {
+    "use_cpu": True,
+    "max_steps": STEPS,
+    "per_device_train_batch_size": 1,
+    "max_grad_norm": 0.0,
+    "lr_scheduler_type": "constant",
+    "train_sampling_strategy": "sequential",
+    "remove_unused_columns": False,
+    "save_strategy": "no",
+    "report_to": "none",
+    "disable_tqdm": True,
+}
 ALIGNMENT = 0.3
 MAX_NORM = 0.05  # that gradients are clipped to
 # A large eps: steps are then in proportion to gradients, so that an error in one cannot hide, nor grow.
