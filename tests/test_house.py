@@ -177,6 +177,13 @@ def test_comments_stand_above_the_line_that_they_explain(folder):
     assert {path: lines for path in folder.rglob("*.py") if (lines := comments_behind_code(path))} == {}
 
 
+def test_comments_in_cpp_stand_above_their_line():
+    sources = [path for kind in ("*.cpp", "*.h", "*.cu", "*.cuh") for path in (ROOT / "csrc").rglob(kind)]
+    behind = re.compile(r"^[ \t]*[^/\s].*[ \t]// (?!namespace\b).*", re.MULTILINE)
+    assert len(sources) > 40
+    assert {path: lines for path in sources if (lines := behind.findall(path.read_text()))} == {}
+
+
 def test_planted_comment_behind_code(tmp_path):
     (tmp_path / "file.py").write_text(
         "# above\nx = 1  # noqa: E741\ny = '# no'\nz = (\n    2,  # of all\n)\n"

@@ -10,16 +10,20 @@ namespace dgs::cuda {
 // one; or with 0, a block on each chunk.
 struct ChunkedList {
   Tables tables;
-  void* sums;         // of every group: [group_sums] numbers of the compute type
-  const void* scale;  // one number of the compute type, or null
+  // The sums of every group: [group_sums] numbers of the compute type.
+  void* sums;
+  // One number of the compute type, or null.
+  const void* scale;
   double alignment, eps;
   Order order;
   Rule rule;
   int cluster;
-  Range groups;  // that clusters work on, or whose chunks' sums are added up
+  // Groups that clusters work on, or whose chunks' sums are added up.
+  Range groups;
   // Without clusters: chunks to edit, whose sums an earlier launch has left, and chunks of a later turn to sum.
   Range edited, summed;
-  bool added;  // whether `sums` are there for what is edited; otherwise every block adds up those of its group
+  // Whether `sums` are there for what is edited; otherwise every block adds up those of its group.
+  bool added;
 
   int64_t blocks() const { return cluster ? groups.count() * cluster : edited.count() + summed.count(); }
 };
@@ -89,7 +93,8 @@ struct ChunkOf : ChunkAt<T, Aligned, ListTensor> {
   using Base::at, Base::count, Base::tensor, Base::wide;
 
   int64_t index;
-  bool edited;  // by this launch, or only summed
+  // Whether this launch edits the chunk, or only sums it.
+  bool edited;
 
   __device__ __forceinline__ ChunkOf(const ChunkedList& list, int64_t index, bool edited)
       : Base(list.tables, index), index(index), edited(edited) {}

@@ -15,8 +15,10 @@ namespace dgs::cuda {
 constexpr int kWarp = 32;
 constexpr unsigned kAllLanes = 0xffffffff;
 constexpr int kMaxThreads = 512;
-constexpr int kMaxCluster = 8;       // the largest size that a whole device grants unasked; a slice of one may not
-constexpr int kLargestCluster = 16;  // that some grant, if asked
+// The largest cluster that a whole device grants unasked; a slice of one may not.
+constexpr int kMaxCluster = 8;
+// Some devices grant this many, if asked.
+constexpr int kLargestCluster = 16;
 
 template <typename T>
 struct Storage {
@@ -233,7 +235,8 @@ __device__ __forceinline__ void sum_over_cluster(int blocks, A (&values)[N], A* 
 #pragma unroll
     for (int n = 0; n < N; ++n) scratch[n] = values[n];
   cluster.sync();
-  int lane = threadIdx.x % kWarp;  // takes what block number `lane` found
+  // Each lane takes what the block of its number found.
+  int lane = threadIdx.x % kWarp;
   read_of_block(lane % blocks, scratch, values);
 #pragma unroll
   for (int n = 0; n < N; ++n) values[n] = lane < blocks ? values[n] : A(0);
@@ -279,7 +282,8 @@ struct LaunchConfig : cudaLaunchConfig_t {
     attrs = &cluster_size;
     numAttrs = cluster > 1;
   }
-  LaunchConfig(const LaunchConfig&) = delete;  // points into itself
+  // It points into itself.
+  LaunchConfig(const LaunchConfig&) = delete;
 };
 
 // Launches it; an empty grid is no work.
@@ -290,11 +294,13 @@ const char* launch(void (*kernel)(P), int64_t blocks, int threads, int shared_by
   if (blocks > INT32_MAX) return "more blocks than one grid can hold";
   const LaunchConfig config(blocks, threads, shared_bytes, stream, cluster);
   cudaError_t error = cudaSuccess;
-  if (shared_bytes > 48 << 10)  // what is granted without asking
+  // So much is granted without asking.
+  if (shared_bytes > 48 << 10)
     error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
   if (error == cudaSuccess) error = cudaLaunchKernelEx(&config, kernel, params);
   if (error == cudaSuccess) return nullptr;
-  return cudaGetErrorString(cudaGetLastError());  // which also forgets it: the next call of others is none the worse
+  // Asking for the error also forgets it: the next call of others is none the worse.
+  return cudaGetErrorString(cudaGetLastError());
 }
 
 // Calls run with a value of the storage type.

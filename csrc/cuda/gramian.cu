@@ -72,8 +72,8 @@ __global__ __launch_bounds__(kListThreads) void chunk_products(const __grid_cons
   using A = Compute<T>;
   constexpr int kLanes = kListThreads / kParts<Count>, kWarps = kLanes / kWarp, kNumbers = kSums<Count>;
   constexpr int kPacks = static_cast<int>(kChunk<T, Aligned>) / (kLanes * kPack<T>);
-  [[maybe_unused]] constexpr int kAtOnce =
-      Aligned && Count < 8 ? 8 / Count : 1;  // packs of each objective on their way together
+  // Packs of each objective that are on their way together.
+  [[maybe_unused]] constexpr int kAtOnce = Aligned && Count < 8 ? 8 / Count : 1;
   const ObjectivesChunk<T, Aligned> chunk(p.tables, blockIdx.x);
   const int part = threadIdx.x / kLanes, lane = threadIdx.x % kLanes;
   A sums[kNumbers] = {};

@@ -11,25 +11,32 @@
 namespace dgs::cuda {
 namespace {
 
-constexpr int kThreads = 128;      // where a row needs at most a warp
-constexpr int kPartThreads = 256;  // on a part of a long row
+// Threads of a block where a row needs at most a warp.
+constexpr int kThreads = 128;
+// Threads on a part of a long row.
+constexpr int kPartThreads = 256;
 // Threads that are at work at once, about, on 132 multiprocessors. The device is not asked: results depend on sizes
 // alone.
 constexpr int64_t kAtOnce = 132 << 10;
 // Enough for every multiprocessor to have several, and few enough for each block to add up all sums of its row.
 constexpr int64_t kMostParts = 512;
-constexpr int kSums = 2;  // of a row: <x, h>, <h, h>
+// The sums of a row: <x, h> and <h, h>.
+constexpr int kSums = 2;
 
 struct Rows {
   ProjectAlign args;
-  int lanes;    // threads per row and block
-  int cluster;  // blocks per row
+  // Threads per row and block.
+  int lanes;
+  // Blocks per row.
+  int cluster;
 };
 
 struct LongRows {
   ProjectAlign args;
-  int64_t parts, part_size;  // of a row
-  void* partials;            // [rows, parts, kSums] of the compute type
+  // How many parts a row has, and the elements of one.
+  int64_t parts, part_size;
+  // [rows, parts, kSums] of the compute type.
+  void* partials;
 };
 
 template <typename A>
@@ -168,7 +175,8 @@ const char* run_in_registers(const ProjectAlign& args, const Allocate& allocate,
 
 template <typename T, bool Aligned>
 const char* run(const ProjectAlign& args, const Allocate& allocate, void* stream) {
-  constexpr int kFull = Aligned && sizeof(T) == 8 ? 6 : kShare<T, Aligned> / kPack<T>;  // that need no more registers
+  // The most packs that need no more registers.
+  constexpr int kFull = Aligned && sizeof(T) == 8 ? 6 : kShare<T, Aligned> / kPack<T>;
   const int64_t packs = ceil_div(args.dim, kPack<T>), shares = ceil_div(packs, kFull);
   if constexpr (Aligned) {
     if (packs <= kMaxThreads && args.rows * lanes_for(packs) <= kAtOnce)

@@ -45,8 +45,10 @@ template <typename T, bool Aligned, int Packs = kShare<T, Aligned> / kPack<T>>
 struct Share {
   using A = Compute<T>;
   static constexpr int kPacks = Packs;
-  A moved[kPacks * kPack<T>];  // grad + alignment * min(beneficial, 0)
-  Pack<T> directions[kPacks];  // what the rule makes of the harmful row
+  // `grad + alignment * min(beneficial, 0)`.
+  A moved[kPacks * kPack<T>];
+  // What the rule makes of the harmful row.
+  Pack<T> directions[kPacks];
 
   // `count` elements from each pointer on, dealt out to `lanes` threads.
   template <int N>
@@ -73,7 +75,8 @@ struct Share {
         }
     };
     with(options.rule == Rule::positive, [&](auto positive) {
-      if constexpr (N == group_sums)  // the sums of both orders are among a group's
+      // A group's sums hold those of both orders.
+      if constexpr (N == group_sums)
         add(positive, std::false_type());
       else
         with(options.order == Order::align_first, [&](auto moved_first) { add(positive, moved_first); });

@@ -9,13 +9,16 @@ namespace dgs::cuda {
 namespace {
 
 constexpr int kSide = 32;
-constexpr int kLanes = 16;  // threads per patch
+// Threads per patch.
+constexpr int kLanes = 16;
 constexpr int kThreads = 128;
 constexpr int kPatches = kThreads / kLanes;
-constexpr int kLumaStride = kSide + 1;  // an odd stride: neither rows nor columns meet in one bank
+// The stride is odd, so neither rows nor columns meet in one bank.
+constexpr int kLumaStride = kSide + 1;
 constexpr int kSpectrumStride = kLanes + 1;
 constexpr int kImaginary = kSide * kSpectrumStride;
-constexpr int kPatchFloats = 2 * kImaginary + 1;  // odd, so that the two patches of a warp use different banks
+// It is odd, so that the two patches of a warp use different banks.
+constexpr int kPatchFloats = 2 * kImaginary + 1;
 constexpr float kEps = 1e-12f;
 
 // Of the largest number that a pixel can be.
@@ -49,8 +52,9 @@ __host__ __device__ constexpr int reversed(int k) {
 }
 
 __device__ __forceinline__ void fft(Complex (&x)[kSide]) {
+  // cos(k pi / 16).
   constexpr float cosine[9] = {1.0f,         0.980785280f, 0.923879533f, 0.831469612f, 0.707106781f,
-                               0.555570233f, 0.382683432f, 0.195090322f, 0.0f};  // of k pi / 16
+                               0.555570233f, 0.382683432f, 0.195090322f, 0.0f};
 #pragma unroll
   for (int stage = 0; stage < 5; ++stage) {
 #pragma unroll
@@ -100,7 +104,8 @@ __global__ __launch_bounds__(kThreads) void patch_entropy(const __grid_constant_
   float* shared = shared_memory<float>() + threadIdx.x / kLanes * kPatchFloats;
   int64_t columns = a.width / kSide, patches = a.height / kSide * columns;
   int64_t index = int64_t(blockIdx.x) * kPatches + threadIdx.x / kLanes;
-  bool mine = index < a.batch * patches;  // a thread without a patch computes the first one again
+  // A thread without a patch computes the first one again.
+  bool mine = index < a.batch * patches;
   int64_t image = mine ? index / patches : 0, place = mine ? index % patches : 0;
   const T* patch = static_cast<const T*>(a.images) + image * a.batch_stride + place / columns * kSide * a.row_stride +
                    place % columns * kSide * a.pixel_stride;
@@ -111,13 +116,15 @@ __global__ __launch_bounds__(kThreads) void patch_entropy(const __grid_constant_
 #pragma unroll
   for (int j = 0; j < kSide; ++j) x[j] = {shared[2 * lane * kLumaStride + j], shared[(2 * lane + 1) * kLumaStride + j]};
   fft(x);
-  __syncwarp();  // everybody has read the luma that the spectra overwrite
+  // Everybody has read the luma that the spectra overwrite.
+  __syncwarp();
 #pragma unroll
   for (int k = 0; k < kLanes; ++k) {
     Complex p = x[reversed(k)], q = x[reversed((kSide - k) % kSide)];
     float* even = shared + 2 * lane * kSpectrumStride + k;
     float* odd = even + kSpectrumStride;
-    if (k == 0) q = x[reversed(kSide / 2)];  // both real: the first column carries the last as imaginary part
+    // Both real: the first column carries the last as imaginary part.
+    if (k == 0) q = x[reversed(kSide / 2)];
     even[0] = k ? (p.re + q.re) / 2 : p.re;
     even[kImaginary] = k ? (p.im - q.im) / 2 : q.re;
     odd[0] = k ? (p.im + q.im) / 2 : p.im;

@@ -9,8 +9,10 @@ namespace {
 struct Step {
   ChunkedList list;
   double decay, fresh1, beta2, fresh2;
-  Rates rates;            // of all tensors alike,
-  const Rates* rates_of;  // or, if not null, of each of the table's
+  // The rates of all tensors alike,
+  Rates rates;
+  // or, if not null, those of each of the table's tensors.
+  const Rates* rates_of;
   bool maximize;
 };
 

@@ -17,7 +17,8 @@
 namespace dgs::cuda {
 namespace {
 
-constexpr size_t kKept = 32;  // lists; an optimiser has one for each of its calls and streams
+// Lists whose tables are kept; an optimiser has one for each of its calls and streams.
+constexpr size_t kKept = 32;
 
 // Of a group, whose sums every block that edits adds up by itself. Those of more take a launch of their own.
 constexpr int64_t kMostChunksAdded = 2 * kListThreads;
@@ -25,7 +26,8 @@ constexpr int64_t kMostChunksAdded = 2 * kListThreads;
 struct Piece {
   void* to;
   int64_t count;
-  uint4 bits[248];  // with the rest just under the 4096 bytes that a kernel's arguments may take
+  // With the rest they are just under the 4096 bytes that a kernel's arguments may take.
+  uint4 bits[248];
 };
 
 __global__ void write_piece(const __grid_constant__ Piece p) {
@@ -60,8 +62,10 @@ struct RecordsAt {
 
 struct Cut {
   RecordsAt tensors;
-  const int64_t* begin;   // where a tensor's chunks begin among all of them
-  unsigned char* chunks;  // records of a tensor, each with a chunk behind it
+  // Where a tensor's chunks begin among all of them.
+  const int64_t* begin;
+  // Records of a tensor, each with a chunk behind it.
+  unsigned char* chunks;
   int64_t chunk_size, pack;
 };
 
@@ -180,7 +184,8 @@ bool grants_cluster(const void* kernel, int64_t blocks, int threads, int shared_
     entry->second = (blocks <= kMaxCluster ||
                      cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1) == cudaSuccess) &&
                     cudaOccupancyMaxActiveClusters(&at_once, kernel, &config) == cudaSuccess && at_once > 0;
-    cudaGetLastError();  // not an error of the caller's
+    // The error, if there is one, is not the caller's.
+    cudaGetLastError();
   }
   return entry->second;
 }

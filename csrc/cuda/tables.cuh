@@ -6,7 +6,8 @@
 
 namespace dgs::cuda {
 
-constexpr int kListThreads = 256;  // so that AdamW's seven arrays find registers
+// So few that AdamW's seven arrays find registers.
+constexpr int kListThreads = 256;
 // Blocks that a multiprocessor is to hold: two of them have 128 registers a thread, too few for fp64.
 template <typename T>
 constexpr int kListBlocks = sizeof(T) == 8 ? 1 : 2;
@@ -17,8 +18,10 @@ constexpr int64_t kChunk = int64_t(kListThreads) * kShare<T, Aligned>;
 
 struct Chunk {
   int64_t offset;
-  int32_t place;  // of the tensor in the order of the table
-  int32_t wide;   // whether it can be accessed 16 bytes at a time
+  // The tensor's place in the order of the table.
+  int32_t place;
+  // Whether it can be accessed 16 bytes at a time.
+  int32_t wide;
 };
 
 // How it lies in the table: behind a copy of its tensor's record, so that one load and not two lead to the data.
@@ -37,7 +40,8 @@ struct Range {
 // Groups that are read again before what came with their first reading has left the L2 cache.
 struct Turn {
   Range groups, chunks;
-  bool added;  // whether a launch of its own adds up its chunks' sums, as a group has many chunks or none
+  // Whether a launch of its own adds up its chunks' sums, as a group has many chunks or none.
+  bool added;
 };
 
 // Cuts groups into turns of at most `most_bytes`, and of one group where it alone has more. A group is never cut, so
@@ -46,17 +50,22 @@ std::vector<Turn> turns_of(const std::vector<int64_t>& group_begin, const std::v
                            int64_t most_bytes);
 
 struct Tables {
-  const void* chunks;          // records [num_chunks], sorted by group, otherwise in the order of the list
-  const int64_t* group_begin;  // [num_groups + 1]: a group's chunks are group_begin[g] to group_begin[g + 1]
-  void* partials;              // room for `sums` numbers of the compute type for each chunk
+  // Records [num_chunks], sorted by group, otherwise in the order of the list.
+  const void* chunks;
+  // [num_groups + 1]: a group's chunks are group_begin[g] to group_begin[g + 1].
+  const int64_t* group_begin;
+  // Room for `sums` numbers of the compute type for each chunk.
+  void* partials;
   int64_t num_chunks, max_group_chunks;
-  bool aligned;  // whether every chunk of every tensor can be accessed 16 bytes at a time
+  // Whether every chunk of every tensor can be accessed 16 bytes at a time.
+  bool aligned;
 };
 
 struct KeptTables {
   Tables device;
   std::vector<Turn> turns;
-  std::vector<int64_t> order;  // the table's tensors as places in the list
+  // The table's tensors as places in the list.
+  std::vector<int64_t> order;
   std::shared_ptr<void> memory;
 };
 
@@ -64,10 +73,13 @@ struct KeptTables {
 struct Records {
   DType dtype;
   int64_t num_groups;
-  const void* tensors;  // in the host's memory
+  // Records in the host's memory.
+  const void* tensors;
   int64_t count, bytes_each;
-  int64_t sums;   // partial sums of each chunk
-  bool in_turns;  // or all groups in one
+  // Partial sums of each chunk.
+  int64_t sums;
+  // Whether groups are worked on in turns, or all in one launch.
+  bool in_turns;
 
   template <typename List>
   Records(const List& list, int64_t sums, bool in_turns = false)
@@ -89,8 +101,10 @@ template <typename T, bool Aligned, typename Tensor>
 struct ChunkAt {
   const Tensor* tensor;
   int64_t offset, count, group;
-  int32_t place;  // of the tensor in its table
-  bool wide;      // whether this chunk can be accessed 16 bytes at a time
+  // The tensor's place in its table.
+  int32_t place;
+  // Whether this chunk can be accessed 16 bytes at a time.
+  bool wide;
 
   __device__ __forceinline__ ChunkAt(const Tables& tables, int64_t index) {
     const ChunkRecord<Tensor>& record = static_cast<const ChunkRecord<Tensor>*>(tables.chunks)[index];
