@@ -186,7 +186,7 @@ def run(root: Path, files: list[str]) -> dict[str, dict]:
         settings = Path(folder, "settings")
         settings.write_text(
             f"[run]\nparallel = true\ndata_file = {folder}/lines\ncontext = ${{{CONTEXT}-}}\nsigterm = true\n"
-            f"concurrency =\n    multiprocessing\n    thread\n"
+            f"concurrency =\n    multiprocessing\n    thread\npatch =\n    _exit\n"
             f"include =\n    {root}/dgs_kernels/*\n    {root}/python/dgsnet/*\n"
         )
         command = [sys.executable, "-m", "pytest", "-p", "tests.mutants.reach", "-p", "no:cacheprovider"]
