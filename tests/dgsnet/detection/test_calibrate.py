@@ -22,7 +22,7 @@ from sklearn.linear_model import LogisticRegression
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
+def trained(tmp_path_factory):
     """Smooth images and the same kind with a checkerboard, and a model whose head tells them apart."""
     root = tmp_path_factory.mktemp("calibration")
     rng = np.random.default_rng(0)
@@ -52,6 +52,12 @@ def folder(tmp_path_factory):
         model.head.image_head.bias.copy_(torch.from_numpy(head.intercept_) + 5)  # a threshold that is wrong
     save_model(root / "run" / "best", model, config)
     return root
+
+
+@pytest.fixture
+def folder(trained, tmp_path_factory):
+    """Each test has its own: a calibration that one leaves would be in another's way."""
+    return shutil.copytree(trained, tmp_path_factory.mktemp("own"), dirs_exist_ok=True)
 
 
 def test_from_images_to_decisions(folder, tmp_path, capsys):
@@ -90,12 +96,11 @@ def test_from_images_to_decisions(folder, tmp_path, capsys):
     # Calibrating again starts from the model, not from the calibration.
     main([*command, "--replace"])
     assert load_calibration(folder / "run") == c
-    (folder / "real" / "twin.png").unlink()
 
 
 def test_different_files_of_one_score_count_each_and_copies_of_a_file_once(folder, tmp_path, capsys):
     """On both sides, also where a copy is in a tar and where an image is labelled both ways."""
-    run = shutil.copytree(folder / "run", tmp_path / "run")
+    run = folder / "run"
     plain = Detector.load(run, device="cpu", calibrated=False)
     paths = {kind: sorted((folder / kind).glob("[0-9]*.png")) for kind in ("real", "fake")}
     scores = plain.predict(paths["real"], workers=0)
@@ -113,7 +118,6 @@ def test_different_files_of_one_score_count_each_and_copies_of_a_file_once(folde
             Image.open(shared).save(tmp_path / kind / f"tied{i}.png", pnginfo=comment)
     with tarfile.open(tmp_path / "more.tar", "w") as tar:
         tar.add(paths["real"][7], "again.png")
-    (run / "best" / "calibration.json").unlink(missing_ok=True)
     command = ["calibrate", "--model", str(run), "--fpr", "0.1", "--workers", "0"]
     command += ["--reals", str(tmp_path / "real"), str(tmp_path / "more.tar")]
     main([*command, "--generated", str(tmp_path / "fake"), str(paths["real"][2])])
@@ -209,14 +213,13 @@ def labelled(folder, root, splits=("",)):
 
 @pytest.mark.parametrize("splits", [("",), ("train", "val")])
 def test_of_a_labelled_dataset_each_option_takes_its_class(folder, tmp_path, capsys, splits):
-    run = shutil.copytree(folder / "run", tmp_path / "run")
+    run = folder / "run"
     whole, folder = folder, tmp_path / "few"
     for kind, few in (("real", 41), ("fake", 36)):
         (folder / kind).mkdir(parents=True)
         for path in sorted((whole / kind).iterdir())[:few]:
             shutil.copy(path, folder / kind)
     root = labelled(folder, tmp_path / "root", splits)
-    (run / "best" / "calibration.json").unlink(missing_ok=True)
     command = ["calibrate", "--model", str(run), "--fpr", "0.1", "--workers", "0"]
     command += ["--batch", "16"]
     main([*command, "--reals", str(root), "--generated", str(root)])
@@ -243,8 +246,7 @@ def test_of_a_labelled_dataset_each_option_takes_its_class(folder, tmp_path, cap
 
 
 def test_every_reals_option_is_a_source(folder, tmp_path, capsys):
-    run = shutil.copytree(folder / "run", tmp_path / "run")
-    (run / "best" / "calibration.json").unlink(missing_ok=True)
+    run = folder / "run"
     files = [str(path) for path in sorted((folder / "real").iterdir())]
     command = ["calibrate", "--model", str(run), "--fpr", "0.1", "--workers", "0", "--reals"]
     main([*command, *files[:50], "--reals", *files[50:]])
@@ -257,8 +259,7 @@ def test_every_reals_option_is_a_source(folder, tmp_path, capsys):
 
 
 def test_options_given_twice_add_up(folder, tmp_path):
-    run = shutil.copytree(folder / "run", tmp_path / "run")
-    (run / "best" / "calibration.json").unlink(missing_ok=True)
+    run = folder / "run"
     files = [str(path) for path in sorted((folder / "fake").iterdir())]
     command = [
         "calibrate",
@@ -280,7 +281,7 @@ def test_options_given_twice_add_up(folder, tmp_path):
 
 
 def test_a_calibration_is_not_replaced_unasked(folder, tmp_path, capsys):
-    run = shutil.copytree(folder / "run", tmp_path / "run")
+    run = folder / "run"
     save_calibration(run, calibrate(np.random.default_rng(0).normal(size=400), fpr=0.05))
     before = (run / "best" / "calibration.json").read_bytes()
     command = ["calibrate", "--model", str(run), "--reals", str(folder / "real"), "--fpr", "0.1"]
@@ -296,7 +297,7 @@ def test_a_calibration_is_not_replaced_unasked(folder, tmp_path, capsys):
 
 
 def test_images_of_the_training_are_told(folder, tmp_path, capsys):
-    run = shutil.copytree(folder / "run", tmp_path / "run")
+    run = folder / "run"
     files = sorted((folder / "real").iterdir())
     command = [
         "calibrate",
@@ -309,7 +310,6 @@ def test_images_of_the_training_are_told(folder, tmp_path, capsys):
         "--workers",
         "0",
     ]
-    (run / "best" / "calibration.json").unlink(missing_ok=True)
     main(command)
     assert "warning" not in capsys.readouterr().err  # the model does not say what it was trained on
     np.save(run / "best" / "training_images.npy", np.unique([file_hash(p.read_bytes()) for p in files[3:5]]))
