@@ -105,6 +105,29 @@ def jpeg2000_of_precincts(side):
     return bytes(data[: coding + 14] + b"\0" + data[coding + 14 :])
 
 
+def jpeg2000_of_precincts_in_its_last_tile(side):
+    """Where tiles come again and again with their data, the header of the last may name precincts too."""
+    rng = np.random.default_rng(0)
+    noise = Image.fromarray(rng.integers(0, 256, (64, 64), dtype=np.uint8))
+    data = encode(noise, "jpeg2000", no_jp2=True, num_resolutions=1, tile_size=(32, 32), tile_offset=(0, 0))
+    coding, last = data.index(b"\xff\x52"), data.rindex(b"\xff\x90")
+    segment = bytearray(data[coding : coding + 14] + b"\0")
+    segment[3] += 1
+    segment[4] |= 1
+    data = bytearray(data[: last + 12] + segment + data[last + 12 :])
+    struct.pack_into(">L", data, last + 6, struct.unpack_from(">L", data, last + 6)[0] + len(segment))
+    size = data.index(b"\xff\x51")
+    for place in (size + 6, size + 22):
+        struct.pack_into(">LL", data, place, side, side)
+    return bytes(data)
+
+
+def jpeg_that_says(width, height):
+    data = bytearray(encode(Image.new("L", (16, 16)), "jpeg"))
+    struct.pack_into(">HH", data, data.index(b"\xff\xc0") + 5, height, width)
+    return bytes(data)
+
+
 def jpeg_with(segment, times):
     data = encode(Image.new("RGB", (32, 32)), "jpeg")
     return data[:2] + segment * times + data[2:]
@@ -180,6 +203,15 @@ MADE_TO_HURT = {
         "an EXIF directory of more than",
     ),
     "JPEG segments": (lambda: jpeg_with(b"\xff\xe0\0\2", 50_000), "a JPEG of more than 10,000 segments"),
+    "JPEG header": (lambda: jpeg_that_says(65_535, 65_535), "larger than"),
+    "JPEG profile like pictures": (
+        lambda: jpeg_with(segments(b"\xe2", b"ICC\0", overlapping_exif(7, 5_000, 60_000, 0)), 1),
+        None,
+    ),
+    "JPEG 2000 precincts of a tile": (
+        lambda: jpeg2000_of_precincts_in_its_last_tile(1000),
+        "of more than 131,072 precincts",
+    ),
     "JPEG 2000 precincts": (lambda: jpeg2000_of_precincts(1000), "of more than 131,072 precincts"),
     "HEIF grid": (
         lambda: grid(encode(Image.new("RGB", (1024, 1024)), "heif"), 16, 12, (512, 512)),
