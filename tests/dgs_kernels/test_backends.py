@@ -100,6 +100,7 @@ def test_explain_names_every_backend_and_what_kernels_do_not_take(monkeypatch, c
     monkeypatch.delitem(sys.modules, "dgs_kernels.__main__", raising=False)
     runpy.run_module("dgs_kernels", run_name="__main__")
     assert capsys.readouterr().out == text + "\n"
+    assert text.startswith(f"dgs_kernels with torch {torch.__version__}; {backends.VARIABLE}=(not set)\n")
     assert "kernels take patches of 32 x 32 pixels, not of float64 images" in text
     for operation in backends.OPERATIONS:
         assert f"  {operation}: " in text
@@ -107,7 +108,8 @@ def test_explain_names_every_backend_and_what_kernels_do_not_take(monkeypatch, c
     of_cpu = text.partition("cuda:")[0]
     assert "    eager  available\n" in of_cpu and "    cuda   it serves cuda tensors only\n" in of_cpu
     monkeypatch.setenv(backends.VARIABLE, "cuda")
-    assert "project_align: none: an error" in dgs_kernels.explain()
+    forced = dgs_kernels.explain()
+    assert "project_align: none: an error" in forced and f"; {backends.VARIABLE}=cuda\n" in forced
 
 
 HOOKS = ("adamw", "features", "objectives", "parameters")

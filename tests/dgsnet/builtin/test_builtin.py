@@ -92,6 +92,18 @@ def test_decoder_families_of_the_test_are_not_trained_on():
     assert set().union(*builtin.FAMILIES.values()) == set(DECODERS)
 
 
+def test_the_codebook_keeps_means_and_rounds_details():
+    """A cell's mean and three details, by hand for one cell."""
+    a, b, c, d = 0.95, 0.13, 0.02, 0.36
+    details = [(a - b + c - d) / 4, (a + b - c - d) / 4, (a - b - c + d) / 4]
+    x, y, z = (round(10 * detail) / 10 for detail in details)
+    mean = (a + b + c + d) / 4
+    expected = [[mean + x + y + z, mean - x + y - z], [mean + x - y - z, mean - x - y + z]]
+    found = DECODERS["codebook"](torch.tensor([[a, b], [c, d]]).expand(1, 3, 2, 2))
+    assert min(abs(x), abs(y), abs(z)) > 0
+    torch.testing.assert_close(found, torch.tensor(expected).expand(1, 3, 2, 2))
+
+
 def test_a_missing_photograph_is_a_user_error():
     with pytest.raises(UserError, match=r"no_such\.png.*reinstall skimage"):
         Photograph("skimage/no_such.png", "nothing").pixels()

@@ -3,6 +3,7 @@
 import colorsys
 import io
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -165,10 +166,15 @@ def test_colours():
         assert np.abs(distort(f"hue:{turn}", orange)[0, 0] - turned).max() < 8  # hues are whole numbers
 
 
+# What users are told of each operation.
+TABLE = (Path(__file__).parents[3] / "docs" / "evaluation.md").read_text().splitlines()
+
+
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_an_operation_changes_pictures_and_takes_both_ends_of_its_range(name):
     """The highest that a small picture allows; without chance it is the same each time."""
     low, high = OPERATIONS[name].lowest, OPERATIONS[name].highest
+    assert f"| {low:g} to {high:g} |" in next(row for row in TABLE if f"`{name}:" in row)
     for value in (low, high):
         first = distort(f"{name}:{value}")
         assert first.dtype == np.uint8 and first.ndim == 3

@@ -7,6 +7,7 @@ import resource
 import struct
 import time
 import zlib
+from functools import partial
 
 import numpy as np
 import pytest
@@ -105,15 +106,17 @@ def jpeg2000_of_precincts(side):
     return bytes(data[: coding + 14] + b"\0" + data[coding + 14 :])
 
 
-def jpeg2000_of_precincts_in_its_last_tile(side):
-    """Where tiles come again and again with their data, the header of the last may name precincts too."""
+def jpeg2000_of_precincts_in_its_last_tile(side, of_a_component):
+    """The header of a tile may name precincts too, behind the data of others: of all components, or of one."""
     rng = np.random.default_rng(0)
     noise = Image.fromarray(rng.integers(0, 256, (64, 64), dtype=np.uint8))
     data = encode(noise, "jpeg2000", no_jp2=True, num_resolutions=1, tile_size=(32, 32), tile_offset=(0, 0))
     coding, last = data.index(b"\xff\x52"), data.rindex(b"\xff\x90")
-    segment = bytearray(data[coding : coding + 14] + b"\0")
-    segment[3] += 1
-    segment[4] |= 1
+    # The levels and four bytes of all codings, and the new precincts' sizes.
+    shared = data[coding + 9 : coding + 14] + b"\0"
+    style = b"\0\1" if of_a_component else b"\1" + data[coding + 5 : coding + 9]
+    segment = b"\xff" + (b"\x53" if of_a_component else b"\x52")
+    segment += struct.pack(">H", 2 + len(style + shared)) + style + shared
     data = bytearray(data[: last + 12] + segment + data[last + 12 :])
     struct.pack_into(">L", data, last + 6, struct.unpack_from(">L", data, last + 6)[0] + len(segment))
     size = data.index(b"\xff\x51")
@@ -208,10 +211,13 @@ MADE_TO_HURT = {
         lambda: jpeg_with(segments(b"\xe2", b"ICC\0", overlapping_exif(7, 5_000, 60_000, 0)), 1),
         None,
     ),
-    "JPEG 2000 precincts of a tile": (
-        lambda: jpeg2000_of_precincts_in_its_last_tile(1000),
-        "of more than 131,072 precincts",
-    ),
+    **{
+        f"JPEG 2000 precincts of a tile{name}": (
+            partial(jpeg2000_of_precincts_in_its_last_tile, 1000, of_a_component),
+            "of more than 131,072 precincts",
+        )
+        for name, of_a_component in (("", False), ("'s component", True))
+    },
     "JPEG 2000 precincts": (lambda: jpeg2000_of_precincts(1000), "of more than 131,072 precincts"),
     "HEIF grid": (
         lambda: grid(encode(Image.new("RGB", (1024, 1024)), "heif"), 16, 12, (512, 512)),

@@ -51,6 +51,15 @@ def test_the_rate_holds_for_all_sources_at_once_as_often_as_promised():
         assert exceeded <= stats.binom.ppf(0.9999, REPEATS, 0.05)
 
 
+def test_two_sources_that_set_the_threshold_together_are_promised_alike():
+    """What is above it was chosen by either's images, whichever comes first."""
+    logits, generated = np.random.default_rng(9).normal(-2, 1, 200).round(1), np.full(60, 4.0)
+    c = calibrate({"one": logits, "copy": logits.copy()}, generated, fpr=0.05)
+    one, copy = c.sources
+    assert one.threshold == copy.threshold == c.threshold
+    assert one.fpr_upper == copy.fpr_upper > one.fpr_observed
+
+
 def test_sources_are_reported_each():
     rng = np.random.default_rng(7)
     quiet, loud, fakes = rng.normal(-3, 1, 400), rng.normal(0, 1, 300), rng.normal(3, 1, 300)

@@ -91,6 +91,19 @@ def test_a_distortion_is_shaded_by_how_far_it_leads_to_guessing(tmp_path):
     assert "| a\\|b | " in markdown(evaluation)
 
 
+def test_several_suites_have_a_mean_of_all():
+    def scores(*suites):
+        return [Score(f"{s}{p}", "g", int(p > 0.5), p, suite=s) for s in suites for p in (0.1, 0.4, 0.6)]
+
+    assert "All suites" not in markdown(Evaluation(scores("one")))
+    text = markdown(Evaluation(scores("one", "two")))
+    assert [line for line in text.splitlines() if line.startswith("## ")][:3] == [
+        "## one",
+        "## two",
+        "## All suites",
+    ]
+
+
 def test_the_verdict_names_the_worst_first():
     def scores(generator, real, generated):
         values = [(0, p) for p in real] + [(1, p) for p in generated]

@@ -272,6 +272,10 @@ KEY = "clip_model.visual.transformer.resblocks.1.attn.k_proj"
         (lambda s: s.pop(f"{KEY}.w_lora_B"), r"1\.attn\.k_proj\.w_lora_B is missing"),
         (lambda s: s.update({"more.weight": torch.ones(2)}), r"more\.weight is unknown"),
         (lambda s: s.update({f"{KEY}.w_lora_A": torch.ones(4, 96)}), r"shape \[4, 96\], expected \[3, 96\]"),
+        (
+            lambda s: s.update({f"{KEY.replace('1.attn.k', '0.attn.q')}.w_lora_A": torch.ones(96)}),
+            r"shape \[96\], expected \[r, 96\]",
+        ),
         # A shape of a terabyte costs nothing to claim.
         (
             lambda s: s.update({f"{KEY}.weight": torch.ones(1).expand(10**6, 10**6)}),

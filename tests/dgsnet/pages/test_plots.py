@@ -107,6 +107,8 @@ def test_differences_have_the_standard_error_of_their_mean():
     ((low, high),) = (segment[:, 0] for segment in first.lines[2][0].get_segments())
     error = np.std([1, 2, 6], ddof=1) / 3**0.5
     assert (low, high) == pytest.approx((3 - error, 3 + error)) and second.lines[0].get_xdata() == [-1]
+    # One seed says nothing of an error.
+    np.testing.assert_array_equal(second.lines[2][0].get_segments(), [[[-1, 1], [-1, 1]]])
     assert words(figure.axes[0].get_yticklabels()) == ["a", "b"]
 
 

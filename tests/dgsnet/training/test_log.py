@@ -53,8 +53,8 @@ def test_the_time_that_is_left_counts_from_where_an_epoch_was_gone_on_with(monke
     clock = [100.0]
     monkeypatch.setattr(training_log.time, "monotonic", lambda: clock[0])
     progress = Progress("stage 2 epoch 1/1", 8, 12)
-    progress.step(30)
-    progress.step(30)
-    clock[0] += 20
+    progress.step(5)
+    progress.step(4)
+    clock[0] += 2
     progress.show(0.5)
-    assert "step 10/12, loss 0.5000, 3.0 images/s, 00:20 left" in capsys.readouterr().err
+    assert "step 10/12, loss 0.5000, 4.5 images/s, 00:02 left" in capsys.readouterr().err

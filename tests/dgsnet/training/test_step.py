@@ -185,9 +185,9 @@ def test_losses_see_smoothed_labels(model, surgery):
     assert smoothed.loss != hard.loss and smoothed.values[-1] == hard.values[-1]  # the accuracy
 
 
-def test_a_step_in_half_precision_is_near_the_full_one(model):
+@pytest.mark.parametrize("surgery", [SurgeryConfig(text="both", distillation=0.3), SurgeryConfig("layer")])
+def test_a_step_in_half_precision_is_near_the_full_one(model, surgery):
     """fp16 is autocast with a loss scale; training refuses it without a GPU, the step itself runs."""
-    surgery = SurgeryConfig(text="both", distillation=0.3)
     gradients = []
     for half in (False, True):
         step = Step(copy.deepcopy(model).float(), BRANCHES, surgery, expert=expert_on_files().float())
@@ -197,6 +197,10 @@ def test_a_step_in_half_precision_is_near_the_full_one(model):
         with torch.autocast("cpu", torch.float16, enabled=half):
             loss, values, _, moments = step(pixels.float(), labels.float(), text, nuisances.float())
         assert loss.dtype == values.dtype == torch.float32 and moments.isfinite().all()
+        # What the text branch is given is in fp32, and so are its head and loss.
+        text_logits = step.model.head.text_head(text).squeeze(1)
+        text_loss = F.binary_cross_entropy_with_logits(text_logits, labels.float())
+        assert values[TRAIN_COLUMNS.index("text_loss")].item() == pytest.approx(text_loss.item(), rel=1e-6)
         (loss * 2.0**10).backward()
         gradients.append(torch.cat([p.grad.flatten() for p in step.parameters() if p.requires_grad]))
     assert gradients[1].dtype == torch.float32
