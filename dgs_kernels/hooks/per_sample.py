@@ -246,7 +246,7 @@ class Recorder:
     def record(self) -> Iterator[None]:
         def note(layer: nn.Module, args: tuple, kwargs: dict[str, Any], output: Tensor) -> None:
             given = args[0] if args else kwargs["input"]
-            if torch.is_grad_enabled() and output.requires_grad:
+            if output.requires_grad:
                 edge = get_gradient_edge(output)
                 self._calls.append(_Call(layer, given.detach(), given._version, edge, output.shape))
 
