@@ -107,7 +107,7 @@ def jpeg2000_of_precincts(side):
 
 
 def jpeg2000_of_precincts_in_its_last_tile(side, of_a_component):
-    """The header of a tile may name precincts too, behind the data of others: of all components, or of one."""
+    """The header of a tile may name precincts too, of all components or of one, behind the data of others."""
     rng = np.random.default_rng(0)
     noise = Image.fromarray(rng.integers(0, 256, (64, 64), dtype=np.uint8))
     data = encode(noise, "jpeg2000", no_jp2=True, num_resolutions=1, tile_size=(32, 32), tile_offset=(0, 0))
