@@ -99,8 +99,10 @@ def box(kind, *parts):
     return struct.pack(">L", 8 + sum(map(len, parts))) + kind + b"".join(parts)
 
 
-def grid(tile, rows, columns, size):
+def grid(tile, rows, columns, size, wide=False):
     """A HEIF or AVIF that puts one tile, an image of that kind, together so many times; size as stated.
+
+    Items and properties have numbers of twice the bytes if it is `wide`.
 
     A HEIF refers to one item again and again, which libavif refuses: there each place is an item of its own,
     and all lie in the same bytes.
@@ -120,23 +122,33 @@ def grid(tile, rows, columns, size):
         return box(b"infe", b"\2\0\0\0", two(number, 0), kind, b"\0")
 
     added = box(b"ispe", bytes(4), struct.pack(">LL", *size))
-    inner, kind = properties[b"ipma"][10:], b"av01" if avif else b"hvc1"
+    inner, kind = properties[b"ipma"][11:], b"av01" if avif else b"hvc1"
     # The grid has what its tiles have, as libavif asks for, but for its size and how they are coded.
     kinds = [*boxes_in_order(properties[b"ipco"])]
     shared = bytes(at for at, (name, _) in enumerate(kinds, 1) if name in (b"pixi", b"colr") and avif)
-    own = bytes([1 + len(shared), count + 1]) + shared
-    association = b"".join(two(number) + inner for number in range(1, tiles + 1)) + two(last) + own
+    number_of = ">L" if wide else ">H"
+
+    def associated(number, places):
+        # The highest bit says that a property is essential.
+        places = [(place & 0x80) << 8 | place & 0x7F for place in places] if wide else places
+        packed = struct.pack(f">{len(places)}{'H' if wide else 'B'}", *places)
+        return struct.pack(number_of, number) + bytes([len(places)]) + packed
+
+    association = b"".join(associated(number, inner) for number in range(1, tiles + 1))
+    association += associated(last, bytes([count + 1]) + shared)
+    made_of = struct.pack(number_of, last) + two(rows * columns)
+    made_of += b"".join(struct.pack(number_of, place) for place in places)
     iprp = box(
         b"iprp",
         box(b"ipco", properties[b"ipco"], added),
-        box(b"ipma", bytes(4), struct.pack(">L", last), association),
+        box(b"ipma", bytes([wide, 0, 0, wide]), struct.pack(">L", last), association),
     )
     entries = [entry(number, kind) for number in range(1, tiles + 1)]
     parts = [
         box(b"hdlr", meta[b"hdlr"]),
         box(b"pitm", bytes(4), two(last)),
         box(b"iinf", bytes(4), two(last), *entries, entry(last, b"grid")),
-        box(b"iref", bytes(4), box(b"dimg", two(last, rows * columns, *places))),
+        box(b"iref", bytes([wide, 0, 0, 0]), box(b"dimg", made_of)),
         iprp,
         box(b"idat", struct.pack(">BBBBHH", 0, 0, rows - 1, columns - 1, *size)),
     ]

@@ -47,11 +47,12 @@ def test_heif_is_refused_by_its_size_before_it_is_decoded():
     assert time.process_time() - started < 1
 
 
+@pytest.mark.parametrize("wide", [False, True])
 @pytest.mark.parametrize("kind, exact", [("HEIF", {"quality": -1}), ("AVIF", {"subsampling": "4:4:4"})])
-def test_a_grid_of_tiles_is_read(kind, exact):
+def test_a_grid_of_tiles_is_read(kind, exact, wide):
     tile = encode(RGB[:32, :48].repeat(2, 0).repeat(2, 1), kind, **exact)
     expected = np.tile(read_image(tile), (2, 3, 1))[:100, :270]
-    np.testing.assert_array_equal(read_image(grid(tile, 2, 3, (270, 100))), expected)
+    np.testing.assert_array_equal(read_image(grid(tile, 2, 3, (270, 100), wide)), expected)
 
 
 @pytest.mark.parametrize("prefix", TiffImagePlugin.PREFIXES)
@@ -163,6 +164,10 @@ def tiff_with_inner_values(tag, numbers):
     return tiff(sorted(entries), bytes(1024) + inner)
 
 
+def grid_of_megapixels(kind, size, wide):
+    return grid(encode(Image.new("RGB", (1024, 1024)), kind), 16, 12, size, wide)
+
+
 def segments(marker, name, data):
     """Data in as many JPEG segments as it takes."""
     parts = [name + data[at : at + 65_000] for at in range(0, len(data), 65_000)]
@@ -219,14 +224,14 @@ MADE_TO_HURT = {
         for name, of_a_component in (("", False), ("'s component", True))
     },
     "JPEG 2000 precincts": (lambda: jpeg2000_of_precincts(1000), "of more than 131,072 precincts"),
-    "HEIF grid": (
-        lambda: grid(encode(Image.new("RGB", (1024, 1024)), "heif"), 16, 12, (512, 512)),
-        "tiles of more than 134,217,728 pixels together",
-    ),
-    "AVIF grid": (
-        lambda: grid(encode(Image.new("RGB", (1024, 1024)), "avif"), 16, 12, (16384, 8192)),
-        "tiles of more than 134,217,728 pixels together",
-    ),
+    **{
+        f"{kind} grid{', wide' * wide}": (
+            partial(grid_of_megapixels, kind, size, wide),
+            "tiles of more than 134,217,728 pixels together",
+        )
+        for kind, size in (("HEIF", (512, 512)), ("AVIF", (16384, 8192)))
+        for wide in (False, True)
+    },
     "PNG chunks": (lambda: png_with(chunk(b"prVt", b"") * 50_000), "a PNG of more than 10,000 small chunks"),
     "large PNG chunks": (lambda: png_with(chunk(b"prVt", bytes(600)) * 15_000), None),
     "TIFF EXIF": (lambda: tiff_with_inner_values(34665, 2**20 + 1), "a TIFF directory of more than"),
