@@ -311,6 +311,8 @@ def main() -> int:
         copy(intact)
         for root in roots:
             shutil.copytree(intact, root)
+        # Of the project as it is, to which tests may add files.
+        outcomes = Outcomes(intact)
         equivalents = Equivalents(intact / "tests/mutants/equivalent.yaml")
         for entry in equivalents.unmatched(intact):
             say(f"equivalent.yaml: no mutant of today's code: {entry}")
@@ -318,7 +320,6 @@ def main() -> int:
         say(f"the map of {len(known.map.tests)} tests after {time.monotonic() - begin:.0f} s")
         for name in known.map.failed:
             say(f"left out, fails without a mutant: {name}")
-        outcomes = Outcomes(intact)
         sample, tally = Sample(intact, options.sample, options.seed, options.files), Tally(intact)
         workers = [Worker(root, known, options.preload) for root in roots]
 

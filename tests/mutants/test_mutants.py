@@ -62,6 +62,8 @@ from dgs_kernels.told import told
 
 def test_told():
     sys.told = told(1)
+    # Tests may leave files, which are not the project.
+    open("left", "w").close()
 """
 TEST_BEHIND = """
 import sys
@@ -88,6 +90,7 @@ def project(tmp_path) -> Path:
         "tests/dgs_kernels/test_numbers.py": TEST,
         "tests/dgs_kernels/test_told.py": TEST_TOLD,
         "pyproject.toml": "[tool.pytest.ini_options]\n",
+        ".gitignore": "build/\n",
     }.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
@@ -172,6 +175,7 @@ def test_planted_in_a_package(project):
         command, cwd=project, env={"PATH": os.environ["PATH"]}, capture_output=True, text=True
     )
     assert (again.stdout, kept.read_text()) == (done.stdout, tried), again.stderr
+    assert [*(project / "build/mutants").glob("outcomes-*.jsonl")] == [kept]
 
 
 def test_one_that_hangs_and_what_it_started(project):
