@@ -34,8 +34,10 @@ CXX_FLAGS = [
     "-fno-trapping-math",
     "-fvisibility=hidden",
 ]
-NVCC_FLAGS = ["-std=c++17", "-O3"]  # C++20, which they do not need, has longer headers
-TORCH_FLAGS = ["-DTORCH_TARGET_VERSION=0x020a000000000000ULL"]  # 2.10
+# The sources do not need C++20, whose headers are longer.
+NVCC_FLAGS = ["-std=c++17", "-O3"]
+# The library needs PyTorch 2.10.
+TORCH_FLAGS = ["-DTORCH_TARGET_VERSION=0x020a000000000000ULL"]
 CUDA_ARCHITECTURES = "8.0;9.0+PTX;10.0"
 PYTHON_HEADERS = Path(sysconfig.get_paths()["include"])
 

@@ -29,7 +29,8 @@ def train(remember):
     for task in range(TASKS):
         for _ in range(100):
             x, y = draw(task, 64)
-            nn.functional.cross_entropy(model(x), y).backward()  # in .grad: the first objective
+            # The gradient in `.grad` is the first objective.
+            nn.functional.cross_entropy(model(x), y).backward()
             for old_x, old_y in memories:
                 with surgery.objective():
                     nn.functional.cross_entropy(model(old_x), old_y).backward()

@@ -8,7 +8,8 @@ from dgs_kernels import OptimizerSurgery
 torch.manual_seed(0)
 model = nn.Sequential(nn.Linear(20, 64), nn.ReLU(), nn.Linear(64, 1))
 optimizer = torch.optim.AdamW(model.named_parameters(), lr=1e-3)
-surgery = OptimizerSurgery(optimizer, granularity="layer", rule="full")  # 1
+# Step 1: the hook edits the gradients of each layer.
+surgery = OptimizerSurgery(optimizer, granularity="layer", rule="full")
 loss_function = nn.BCEWithLogitsLoss()
 
 
@@ -19,8 +20,10 @@ def batch(shift):
 
 for step in range(50):
     x, y = batch(shift=-1.0)
-    with surgery.harmful():  # 2
-        loss_function(-model(x), y).backward()  # 3: the gradient of unlearning the old data
+    # Step 2: what runs in this context counts as harmful.
+    with surgery.harmful():
+        # Step 3: this is the gradient of unlearning the old data.
+        loss_function(-model(x), y).backward()
     x, y = batch(shift=1.0)
     loss = loss_function(model(x), y)
     loss.backward()

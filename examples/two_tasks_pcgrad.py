@@ -26,10 +26,8 @@ def batch(n, first, last):
 
 def train(weighting):
     torch.manual_seed(0)
-    trunk, heads = (
-        nn.Sequential(nn.Linear(96, 64), nn.ReLU()),
-        nn.ModuleList([nn.Linear(64, 10) for _ in "ab"]),
-    )
+    trunk = nn.Sequential(nn.Linear(96, 64), nn.ReLU())
+    heads = nn.ModuleList([nn.Linear(64, 10) for _ in "ab"])
     optimizer = torch.optim.Adam([*trunk.parameters(), *heads.parameters()], lr=2e-3)
     surgery = ObjectiveSurgery(optimizer, weighting)
     found = []
@@ -41,7 +39,8 @@ def train(weighting):
                 nn.functional.cross_entropy(head(features), y).backward(retain_graph=True)
         optimizer.step()
         optimizer.zero_grad()
-        found.append(surgery.metrics())  # tensors: nothing waits for them yet
+        # Metrics are tensors, so nothing waits for the device here.
+        found.append(surgery.metrics())
     x, targets = batch(4000, 1200, len(images))
     features = trunk(x)
     right = [(head(features).argmax(1) == y).float().mean().item() for head, y in zip(heads, targets)]

@@ -36,7 +36,8 @@ for _ in range(4):
             optimizer.zero_grad()
         if accelerator.sync_gradients:
             step += 1
-            if step % 4 == 0:  # only reading metrics waits for the device
+            # The loop waits for the device only where it reads metrics.
+            if step % 4 == 0:
                 accelerator.log({"loss": loss.item(), **surgery.metrics().scalars()}, step=step)
     print(f"step {step}  loss {loss.item():.3f}  conflict rate {surgery.metrics().conflict_rate:.2f}")
 accelerator.end_training()

@@ -12,7 +12,8 @@ tower = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "nu
 vision = {**tower, "image_size": 32, "patch_size": 8}
 text = {**tower, "vocab_size": 99, "eos_token_id": 98}
 torch.manual_seed(0)
-clip = CLIPModel(CLIPConfig(vision_config=vision, text_config=text, projection_dim=16))  # or from_pretrained
+# `CLIPModel.from_pretrained(name)` gives trained weights instead.
+clip = CLIPModel(CLIPConfig(vision_config=vision, text_config=text, projection_dim=16))
 clip.requires_grad_(False).vision_model.requires_grad_(True)
 
 
@@ -49,11 +50,10 @@ optimizer = torch.optim.AdamW(trained, lr=1e-3)
 surgery = OptimizerSurgery(optimizer, granularity="layer", rule="full")
 caption = torch.tensor([5, 7, 98])
 data = [{"pixel_values": torch.randn(3, 32, 32), "input_ids": caption, "labels": i % 2.0} for i in range(32)]
-arguments = TrainingArguments(
-    sys.argv[1], max_steps=4, use_cpu=True, report_to="tensorboard", save_strategy="no"
-)
-trainer = SurgeryTrainer(model, arguments, train_dataset=data, optimizers=(optimizer, None))
+args = TrainingArguments(sys.argv[1], max_steps=4, use_cpu=True, report_to="tensorboard", save_strategy="no")
+trainer = SurgeryTrainer(model, args, train_dataset=data, optimizers=(optimizer, None))
 trainer.add_callback(SurgeryMetrics)
-trainer.remove_callback(ProgressCallback)  # it would print every number
+# The progress bar would print every number.
+trainer.remove_callback(ProgressCallback)
 trainer.train()
 print(f"{len(surgery.metrics().layers)} layers, {surgery.metrics().removed.mean():.2%} of the energy removed")

@@ -12,7 +12,8 @@ torch.manual_seed(0)
 tower = {"width": 32, "layers": 2, "heads": 2}
 vision = {"image_size": 32, "patch_size": 8, "width": 32, "layers": 2, "head_width": 16}
 text = {"context_length": 16, "vocab_size": 49408, **tower}
-model = open_clip.CLIP(16, vision, text, output_dict=True)  # or open_clip.create_model(name, pretrained)
+# `open_clip.create_model(name, pretrained)` gives trained weights instead.
+model = open_clip.CLIP(16, vision, text, output_dict=True)
 optimizer = torch.optim.AdamW(model.named_parameters(), lr=1e-3)
 surgery = OptimizerSurgery(optimizer, granularity="layer", rule="conflict")
 remembered = torch.randn(8, 3, 32, 32), open_clip.tokenize(["an old photograph"] * 8, context_length=16)

@@ -16,7 +16,8 @@ if not torch.cuda.is_available():
     # Triton reads this when it is first imported: its kernels then run on CPU tensors.
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-torch.set_num_threads(min(2, torch.get_num_threads()))  # one where OMP_NUM_THREADS says so
+# Where OMP_NUM_THREADS says one thread, it stays one.
+torch.set_num_threads(min(2, torch.get_num_threads()))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -26,7 +26,8 @@ def test_three_times_the_cache_is_read_between_two_uses_of_a_set(cache, input_by
         if used in last:
             assert (place - last[used] - 1) * input_bytes >= 3 * cache
         last[used] = place
-    assert len(last) == sets  # all are in use
+    # All sets are in use.
+    assert len(last) == sets
 
 
 def test_little_memory_limits_the_sets(monkeypatch):

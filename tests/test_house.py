@@ -168,13 +168,17 @@ def comments_behind_code(path: Path) -> list[str]:
     return [
         token.line.strip()
         for token in found
-        if token.line[: token.start[1]].strip() and not re.match("# (type: ignore|noqa)", token.string)
+        if token.line[: token.start[1]].strip()
+        and not re.match("# (type: ignore|noqa|fmt: skip)", token.string)
     ]
 
 
-@pytest.mark.parametrize("folder", [*PACKAGES.values(), ROOT / "benchmarks"], ids=lambda path: path.name)
-def test_comments_stand_above_the_line_that_they_explain(folder):
-    assert {path: lines for path in folder.rglob("*.py") if (lines := comments_behind_code(path))} == {}
+@pytest.mark.parametrize("place", [*PACKAGES, "benchmarks", "examples", "setup.py", "tests"])
+def test_comments_stand_above_the_line_that_they_explain(place):
+    path = PACKAGES.get(place, ROOT / place)
+    files = [*path.rglob("*.py")] if path.is_dir() else [path]
+    assert files
+    assert {file: lines for file in files if (lines := comments_behind_code(file))} == {}
 
 
 def test_comments_in_cpp_stand_above_their_line():
@@ -186,7 +190,7 @@ def test_comments_in_cpp_stand_above_their_line():
 
 def test_planted_comment_behind_code(tmp_path):
     (tmp_path / "file.py").write_text(
-        "# above\nx = 1  # noqa: E741\ny = '# no'\nz = (\n    2,  # of all\n)\n"
+        "# above\nx = 1  # noqa: E741\ny = '# no'\nz = (\n    2,  # of all\n)  # fmt: skip\n"
     )
     assert comments_behind_code(tmp_path / "file.py") == ["2,  # of all"]
 

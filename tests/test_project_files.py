@@ -69,7 +69,8 @@ def test_make_docs_fails_on_a_dead_link(link, tmp_path):
     (tmp_path / "docs").mkdir()
     shutil.copy(ROOT / "docs" / "outside.py", tmp_path / "docs")
     (tmp_path / "docs" / "method.md").write_text("# The method")
-    config = (ROOT / "mkdocs.yml").read_text().split("\nplugins:")[0]  # its rules, without the API reference
+    # The site keeps its rules, without the API reference.
+    config = (ROOT / "mkdocs.yml").read_text().split("\nplugins:")[0]
     (tmp_path / "mkdocs.yml").write_text(config + "\nplugins: []\n")
 
     def build(text: str) -> int:

@@ -19,7 +19,8 @@ CSRC = ROOT / "csrc"
 COMPILER = shutil.which("g++")
 FLAGS = [
     "-std=c++17",
-    "-Og",  # -O1 compiles twice as long, for cases that run a sixth faster
+    # -O1 compiles twice as long, for cases that run a sixth faster.
+    "-Og",
     "-g1",
     "-fPIC",
     "-fno-strict-aliasing",
@@ -73,7 +74,8 @@ def run(library: Path, *command: str) -> subprocess.CompletedProcess:
         **os.environ,
         "DGS_CUDA_ON_HOST": str(library),
         "LD_PRELOAD": " ".join(runtimes),
-        "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0",  # Python keeps memory to the end
+        # Python keeps memory until it ends, which is no leak.
+        "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0",
         "UBSAN_OPTIONS": "print_stacktrace=1",
         "OMP_NUM_THREADS": "1",
     }

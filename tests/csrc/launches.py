@@ -18,11 +18,13 @@ from pathlib import Path
 
 from tests.csrc.host_library import run
 
+# These kernels run, since the launches of others depend on what they write.
 MAKE_TABLES = (
     "write_piece",
     "cut_tensors",
-)  # kernels that are run, as others' launches depend on what they write
-LARGEST_TABLE = 1 << 16  # bytes
+)
+# No table has more bytes than this.
+LARGEST_TABLE = 1 << 16
 NM = shutil.which("nm")
 
 
@@ -157,14 +159,16 @@ def in_turns(host):
 def main() -> None:
     from tests.csrc.cuda_on_host import host
 
-    runtime = ctypes.CDLL(None)  # with the sanitizer's, which knows every piece of memory
+    # The sanitizer's library is in here too, and it knows every piece of memory.
+    runtime = ctypes.CDLL(None)
 
     def memory_of(word: int) -> tuple[int, int] | None:
         """The piece of memory that an address lies in, as its address and size; None: it is no address.
 
         What fills up a structure may look like one, and then of memory that is no longer there.
         """
-        if word >> 44 not in range(1, 8):  # where no program's memory is
+        # No program has memory at such an address.
+        if word >> 44 not in range(1, 8):
             return None
         name = ctypes.create_string_buffer(8)
         base, size = ctypes.c_void_p(), ctypes.c_size_t()
@@ -197,7 +201,8 @@ def main() -> None:
         for base, size in {*memory.values()}:
             held = ctypes.string_at(base, min(size, LARGEST_TABLE))
             inside = {word: piece for word in words(held) if (piece := memory_of(word))}
-            if inside:  # memory that holds addresses
+            # Memory that holds addresses is a table.
+            if inside:
                 tables[base] = held.hex()
                 memory |= inside
         found.append(
@@ -213,7 +218,8 @@ def main() -> None:
         return name in MAKE_TABLES
 
     host.LIBRARY.shim_on_launch(on_launch)
-    host.check = host.check_equal = lambda *_, **__: None  # there are no results
+    # There are no results to check.
+    host.check = host.check_equal = lambda *_, **__: None
     for path, names, call in cases():
         wanted = {*names.split()}
         call()

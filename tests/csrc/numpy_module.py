@@ -304,7 +304,8 @@ def test_surgery_head_without_captions_and_without_rows():
 def test_spectral_entropy(dtype):
     rng = np.random.default_rng(0)
     image = rng.integers(0, 256, (70, 130, 3)).astype("uint8")
-    image[:32, :32] = 77  # a constant patch
+    # This patch is constant.
+    image[:32, :32] = 77
     image = image if dtype == "uint8" else image.astype(dtype) / np.float32(255)
     interleaved = np.stack([image, image[::-1]]).transpose(0, 3, 1, 2)
     for images in (interleaved, np.ascontiguousarray(interleaved), interleaved[:, :, 3:, 5:]):

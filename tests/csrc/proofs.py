@@ -46,7 +46,8 @@ def kernels(ptx: str) -> dict[str, Kernel]:
         name = re.search(r"\.entry (\w+)\(", text)[1]
         body_at = text.index("\n{\n") + 1
         short = kernel_name(name)
-        own = name[len("_ZN3dgs4cuda") : -len(short)]  # the compiler's, made of the source's path
+        # The compiler makes this part of the name from the source's path.
+        own = name[len("_ZN3dgs4cuda") : -len(short)]
         head, body = (t.replace(own, NAMESPACE) for t in (preamble + text[:body_at], text[body_at:]))
         head = re.sub("^//.*\n", "", head, flags=re.M)
         found[short] = Kernel(f"_ZN3dgs4cuda{NAMESPACE}{short}", head, body.splitlines())
@@ -61,7 +62,8 @@ class Problem:
     head: str
     body: tuple[str, ...]
     config: dict
-    blocks: int  # of the whole launch
+    # The whole launch has this many blocks.
+    blocks: int
 
     @property
     def ptx(self) -> str:
@@ -83,7 +85,8 @@ class Problem:
     def barriers(self) -> list[tuple[int, ...]]:
         """Lines of the body, by barrier: of a warp, a block, or a cluster where there is one."""
         found: list[tuple[int, ...]] = []
-        arrival = 0  # of a cluster, which may wait for it much later
+        # A cluster may wait for its arrival much later.
+        arrival = 0
         for number, line in enumerate(self.body):
             if barrier := re.match(r"\s*(bar\.(warp\.)?sync|barrier\.cluster\.arrive)\b", line):
                 arrival = len(found) if "cluster" in barrier[1] else arrival
@@ -120,7 +123,8 @@ class Parameters:
             self.data += bytes.fromhex(held[self.base])
         words = range(0, len(self.data) - 7, 8)
         addresses = [at for at in words if self.word(at) in self.memory and at not in self.tables]
-        self.pieces: dict[int, int] = {}  # where the first pointer into a piece of memory is, by the piece
+        # This says for every piece of memory where the first pointer into it is.
+        self.pieces: dict[int, int] = {}
         for at in sorted(addresses, key=self.word):
             self.pieces.setdefault(self.memory[self.word(at)][0], at)
         self.objects: dict[int, str] = {}
@@ -163,8 +167,10 @@ class Parameters:
 
 def rewritten(kernel: Kernel, params: Parameters) -> list[str]:
     """The kernel's body with its tables among the parameters; declares every field that it reads."""
-    addresses = {params.name: 0}  # in the parameters, by the register that holds it
-    from_tables: set[str] = set()  # registers with addresses in tables
+    # This says which place in the parameters a register addresses.
+    addresses = {params.name: 0}
+    # These registers hold addresses in tables.
+    from_tables: set[str] = set()
     body = []
     for line in kernel.body:
         code = line.strip()
@@ -174,7 +180,8 @@ def rewritten(kernel: Kernel, params: Parameters) -> list[str]:
                 addresses[target] = addresses[source] + int(distance or 0)
         if found := re.match(r"ld\.param\.(?:v(\d)\.)?(\w+)\s+(.*), \[([%\w]+)(?:\+(-?\d+))?\];", code):
             count, kind, target, source, distance = found.groups()
-            if source not in addresses:  # depends on the thread: data
+            # An address that depends on the thread is one of data.
+            if source not in addresses:
                 body.append(line)
                 continue
             at = addresses[source] + int(distance or 0)
@@ -230,7 +237,8 @@ def problem(kernel: Kernel, launch: dict) -> Problem:
     return Problem(kernel.name, head, tuple(body), config, launch["grid"])
 
 
-Tensor = tuple[str, tuple[int, ...]]  # an object's name, and the shape of the float32 numbers in it
+# A tensor is an object's name and the shape of the float32 numbers in it.
+Tensor = tuple[str, tuple[int, ...]]
 
 
 def verify(

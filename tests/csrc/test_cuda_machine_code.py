@@ -127,7 +127,8 @@ def test_wide_accesses(architecture):
         assert name not in LISTS or (len(generic) <= LISTS[name] and not any("128" in i for i in generic)), (
             f"{name} does not say that an address is of global memory: {instructions}"
         )
-        if name in NOT_WIDE or "Lb1E" not in mangled:  # not the aligned variant
+        # The names of the aligned variants have Lb1E in them.
+        if name in NOT_WIDE or "Lb1E" not in mangled:
             continue
         seen[name] += 1
         loads, stores = SCALARS[name]
@@ -136,7 +137,8 @@ def test_wide_accesses(architecture):
         assert not counts["LDGSTS", False], f"{name} copies narrowly: {instructions}"
         assert counts["STG", False] <= stores, f"{name} stores narrowly: {instructions}"
         assert counts["LDG", True] >= 3, f"{name} has no wide loads: {instructions}"
-    assert all(seen[name] >= 2 for name in SCALARS), seen  # one for each storage type
+    # Every kernel has a variant for each storage type.
+    assert all(seen[name] >= 2 for name in SCALARS), seen
 
 
 # `head_rows` with a warp for each row, and the numbers of a row that fill it.
@@ -226,14 +228,16 @@ def successors(code):
         (int(at, 16), bool(guard), name, rest) for at, guard, name, rest in re.findall(INSTRUCTION, code)
     ]
     following = {at: after[0] for (at, *_), after in itertools.pairwise(found)}
-    meet, graph = {}, {}  # where threads that parted come together, by the barrier's name
+    # `meet` says by a barrier's name where threads that parted come together.
+    meet, graph = {}, {}
     for at, guarded, name, rest in found:
         places = [int(place, 16) for place in re.findall(r"\b0x([0-9a-f]+)\b", rest)][-1:]
         barrier = re.search(r"\bB\d+\b", rest)
         if name.startswith("BSSY"):
             meet[barrier[0]] = places[0]
         falls = [following[at]] if at in following else []
-        if name.startswith("BRA") and name != "BRA.DIV":  # which only a warp takes whose threads have parted
+        # Only a warp whose threads have parted takes a BRA.DIV.
+        if name.startswith("BRA") and name != "BRA.DIV":
             graph[at] = name, [*places, *(falls if guarded or re.search(r"\bU?P\d", rest) else [])]
         elif name.startswith("BSYNC") and barrier:
             graph[at] = name, [meet[barrier[0]]]

@@ -73,7 +73,8 @@ def made_with():
 def problems():
     """{(kernel, path): problem}: what there is to prove."""
     entries = {}
-    for text in dump("--dump-ptx", "sm_90").split(".version ")[1:]:  # a source file each
+    # Each part of the dump belongs to one source file.
+    for text in dump("--dump-ptx", "sm_90").split(".version ")[1:]:
         entries |= proofs.kernels(".version " + text.partition("\nFatbin ")[0])
     found = {}
     for launch in record(build()):

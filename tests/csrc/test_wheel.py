@@ -72,10 +72,12 @@ def wheel(tmp_path_factory) -> Path:
     shutil.copytree(
         ROOT, source, ignore=shutil.ignore_patterns(".*", "build", "dist", "runs", "*.egg-info", "*.so")
     )
-    for objects in ROOT.glob("build/temp*"):  # of kernels compiled alike for the checkout
+    # The checkout's objects come from kernels that were compiled alike.
+    for objects in ROOT.glob("build/temp*"):
         shutil.copytree(objects, source / "build" / objects.name)
     environment = os.environ | {"DGS_KERNELS_BUILD": "cpu"}
-    bin = Path(sys.executable).parent  # what `make install` has made is here already
+    # `make install` has run here already.
+    bin = Path(sys.executable).parent
     command = ["make", "--directory", source, "--old-file", "install", f"BIN={bin}", "wheel"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -101,7 +103,8 @@ def test_contents(wheel, tmp_path):
 @pytest.fixture(params=["this torch", f"torch {OLDER}"])
 def installed(request, wheel, tmp_path) -> Iterator[tuple[Path, dict[str, str], str]]:
     """A Python that has the wheel and not the checkout, its environment, and its torch's version."""
-    if request.param == "this torch":  # in a folder that comes before this environment's packages
+    if request.param == "this torch":
+        # This folder comes before the packages of this environment.
         target = tmp_path / "site"
         pip("install", "--no-deps", "--target", target, wheel)
         yield Path(sys.executable), {"PYTHONPATH": str(target)}, torch.__version__

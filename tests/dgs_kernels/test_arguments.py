@@ -368,7 +368,8 @@ def test_an_in_place_layer_may_follow_the_hook():
     grads = []
     for inplace in (True, False):
         leaf = x.clone().requires_grad_()
-        produced = leaf.exp() - 1  # exp's derivative is its result
+        # The derivative of exp is its own result.
+        produced = leaf.exp() - 1
         seen, alignment_loss = gradient_surgery(produced, harmful, beneficial)
         kept = produced.detach().clone()
         (nn.ReLU(inplace=inplace)(seen).square().sum() + 0.2 * alignment_loss).backward()

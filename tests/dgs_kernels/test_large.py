@@ -87,7 +87,8 @@ def test_one_long_row(rows):
     flat, period = rows.view(-1), ROWS * DIM
     out = project_align(flat[:-1], flat[1:], rule="full")
     once, after = flat[:period].double(), flat[1 : period + 1].double()
-    k = (once @ after) / (after @ after)  # the one product that is missing at the end changes nothing here
+    # The sums miss one product at the end, which changes nothing here.
+    k = (once @ after) / (after @ after)
     exact = once - k * after
     for begin in (0, 511 * period, 1022 * period):
         assert_rounded(out[begin : begin + period], exact)

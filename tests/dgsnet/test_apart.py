@@ -133,7 +133,8 @@ def test_a_process_cannot_take_memory_away_from_its_reader(call):
 def test_processor_time_is_limited_for_each_call(call):
     first, _ = call(f"{HERE}:pid", b"")
     for _ in range(3):
-        assert call(f"{HERE}:compute", b"", 0.2)[0] == 0.2  # together more than one may take
+        # The calls together take more than one may take.
+        assert call(f"{HERE}:compute", b"", 0.2)[0] == 0.2
     assert call(f"{HERE}:pid", b"")[0] == first
     with pytest.raises(Gone, match=r"^not read within 0.3 seconds of processor time$"):
         call(f"{HERE}:compute", b"", 60)

@@ -26,7 +26,8 @@ def place(tmp_path_factory):
     for name in ("0_real", "1_fake"):
         (place / name).mkdir()
         save_noise(place / name, 14)
-    for i, path in enumerate(sorted((place / "0_real").iterdir())):  # greys, which this model scores lower
+    # This model gives greys a lower score.
+    for i, path in enumerate(sorted((place / "0_real").iterdir())):
         Image.new("L", (40, 40), 121 + i).save(path)
     (place / "1_fake" / "slow.png").write_bytes(png_with(chunk(b"prVt", bytes(600)) * 90_000))
     save_tiny(place / "run", CROP)

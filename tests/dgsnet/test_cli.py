@@ -175,7 +175,8 @@ def test_the_built_in_model_brings_its_settings(tmp_path, capsys):
     tiny = settings("--model.name", "dgsnet-tiny", "--preprocess.normalization", "imagenet")
     assert tiny["model"]["pretrained"] == "builtin"
     assert tiny["preprocess"]["mode"] == "crop" and tiny["preprocess"]["image_size"] == 32
-    assert tiny["preprocess"]["normalization"] == "imagenet"  # as was said
+    # The line asked for this normalization.
+    assert tiny["preprocess"]["normalization"] == "imagenet"
     assert settings()["preprocess"]["image_size"] == 224
 
     (tmp_path / "run.yaml").write_text("{model: {name: dgsnet-tiny, pretrained: mine.pt}}")

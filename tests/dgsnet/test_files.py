@@ -32,7 +32,8 @@ def test_a_folder_in_use_names_who_uses_it(tmp_path):
         locked(folder),
     ):
         pass
-    assert not (tmp_path / "deep").exists()  # it was made for this alone
+    # The folder was made for the lock alone.
+    assert not (tmp_path / "deep").exists()
     with locked(tmp_path):
         (tmp_path / "result").touch()
     assert [path.name for path in tmp_path.iterdir()] == ["result"]

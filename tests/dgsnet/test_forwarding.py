@@ -414,7 +414,8 @@ def test_a_switch_is_off_without_its_name_and_no_other_with_it(line, option, wat
     rest = [row for row in TABLE[line] if row.option not in left_out]
     prepare(line, rest, watched)
     if watched.call(words_of(line, rest)) == 2:
-        assert option in ("--replace", "--resume")  # without which there is something in the way
+        # Without these two something is in the way.
+        assert option in ("--replace", "--resume")
         return
     look(command_of(line), watched.seen)
     for row in TABLE[line]:

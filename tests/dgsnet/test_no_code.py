@@ -208,7 +208,8 @@ def test_every_command_is_here():
     assert {name.partition(",")[0] for name in LINES} == COMMANDS.keys() - {"demo"}
 
 
-@pytest.mark.filterwarnings("ignore")  # of torch, about what it finds
+# torch warns about what it finds.
+@pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", LINES)
 def test_what_a_command_finds_runs_no_code(name, here, capsys):
     words, patterns = LINES[name]
@@ -259,7 +260,8 @@ def modules(state):
     return root
 
 
-@pytest.mark.filterwarnings("ignore")  # torch deprecates TorchScript
+# torch deprecates TorchScript.
+@pytest.mark.filterwarnings("ignore")
 def test_torchscript_is_loaded_only_where_it_is_named(here, capsys):
     torch.jit.save(torch.jit.script(modules(torch.load("weights.pt"))), "openai.pt")
     named = "--model.pretrained openai.pt"
@@ -268,7 +270,8 @@ def test_torchscript_is_loaded_only_where_it_is_named(here, capsys):
     capsys.readouterr()
     for line, _ in LINES.values():
         if "--model run" not in line or "--resume" in line or line.startswith("monitor"):
-            continue  # monitor reads no weights
+            # The monitor reads no weights.
+            continue
         line = line.replace("--model run", "--model new")
         line = line.replace("--out new", "--out other").replace("--out results", "--out other")
         assert call(line) == 2, line

@@ -92,7 +92,8 @@ def test_a_launcher_that_starts_one_process_of_several_is_refused(launched):
     launched(**{ACCELERATE: "no"}, MASTER_ADDR="127.0.0.1")
     with pytest.raises(UserError, match=r"started one.*torchrun"):
         processes.announced_size()
-    launched(RANK="0", WORLD_SIZE="2")  # with ranks it has started them all
+    # A launcher that sets ranks has started all processes.
+    launched(RANK="0", WORLD_SIZE="2")
     assert processes.announced_size() == 2
 
 

@@ -56,7 +56,8 @@ def test_a_table_of_scores_holds_no_formulas_and_is_a_list_of_the_same_images(na
     assert sorted(cells) == sorted(NAMES) and all(
         row["probability"] for row in read_csv(named / "scores.csv")
     )
-    (named / "list.txt").write_text("\n".join(NAMES))  # whose names begin as the files' do
+    # The list's names begin as the files' names do.
+    (named / "list.txt").write_text("\n".join(NAMES))
     main(["predict", "list.txt", "--model", str(run), "--workers", "0", *["--raw_cells"] * raw])
     cells = [row["path"] for row in read_csv(named / "scores.csv")]
     assert cells == (NAMES if raw else [guarded(name) for name in NAMES])

@@ -90,7 +90,8 @@ def complete(words: list[str]) -> list[str]:
         "twins": ["--data", "d", "--out", "o", "--by", "resize"],
         "serve": ["--model", "m"],
     }.get(words[0], [])
-    words = [re.sub(r"\|.*", "", word) for word in words if word != "..."]  # of a choice the first
+    # A choice stands for its first word.
+    words = [re.sub(r"\|.*", "", word) for word in words if word != "..."]
     if words[-1].startswith("--") and words[-1] not in FLAGS:
         words.append("x")
     for option, value in zip(required[::2], required[1::2]):
@@ -110,7 +111,8 @@ def test_command_lines_of_the_documents(line, only_parsed, capsys, tmp_path, mon
     try:
         cli.main(words)
     except SystemExit as stop:
-        assert stop.code == 0, capsys.readouterr().err  # --help and --version end so
+        # `--help` and `--version` end like this.
+        assert stop.code == 0, capsys.readouterr().err
     else:
         assert len(only_parsed) == 1
 
@@ -145,7 +147,8 @@ def test_options_of_the_messages():
             if isinstance(node, ast.Constant) and isinstance(node.value, str):
                 wrong = options_in(node.value) - known_options() - FOREIGN
                 unknown |= {(path.name, name): node.value[:60] for name in wrong}
-    modules = {"builtin/pretrain.py"}  # a program of its own
+    # This is a program of its own.
+    modules = {"builtin/pretrain.py"}
     assert not {key: text for key, text in unknown.items() if key[0] not in {Path(m).name for m in modules}}
 
 

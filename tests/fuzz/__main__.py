@@ -30,7 +30,8 @@ from tests.support.cost import Cost, cost, resident
 FOUND = Path(__file__).parent / "found"
 # Bytes that this process may take more for one file, and have more after all files of a kind.
 MOST_MEMORY = 200_000_000
-LONGEST = 2000  # letters of a line
+# A refusal has fewer letters than this.
+LONGEST = 2000
 
 
 @dataclass
@@ -53,12 +54,14 @@ def problem(target: Target, data: bytes) -> tuple[str, bool, Cost]:
     try:
         with cost() as taken:
             target.read(data)
-        if taken.seconds > target.seconds:  # once more: it may have been an import
+        if taken.seconds > target.seconds:
+            # The first time may have included an import.
             with cost() as taken:
                 target.read(data)
     except (UserError, ImageError) as error:
         refusal = str(error)
-    except OSError as error:  # the system refuses a name, which may be long
+    except OSError as error:
+        # The system refuses a name, which may be long.
         refusal = error.strerror or str(error)
     except Exception as error:
         wrong = "".join(traceback.format_exception_only(error)).strip() + f" ({place(error)})"
@@ -122,7 +125,8 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("--found", type=Path, default=Path("build/fuzz"))
     given = parser.parse_args(words)
     warnings.simplefilter("ignore")
-    logging.disable(logging.WARNING)  # the page's lines about each bad request
+    # The page would log a line about each bad request.
+    logging.disable(logging.WARNING)
     with tempfile.TemporaryDirectory() as folder, targets(Path(folder)) as every:
         chosen = [target for target in every if any(word in target.name for word in given.only)]
         print(f"seed {given.seed}", flush=True)

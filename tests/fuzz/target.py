@@ -17,4 +17,5 @@ class Target:
     seeds: list[bytes]
     change: Change
     read: Callable[[bytes], object]
-    seconds: float = 1.0  # of this process's processor time for one file
+    # One file may take so many seconds of this process's processor time.
+    seconds: float = 1.0

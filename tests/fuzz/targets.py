@@ -262,7 +262,8 @@ def page(port: int) -> Target:
                 connection.sendall(data)
                 connection.shutdown(socket.SHUT_WR)
                 answer = b"".join(iter(lambda: connection.recv(2**16), b""))
-        except OSError as error:  # which would pass for a refusal
+        except OSError as error:
+            # An OSError would pass for a refusal.
             raise AssertionError(f"the page is gone: {error}") from error
         assert not answer.startswith(b"HTTP/1.1 500"), answer[:300]
 

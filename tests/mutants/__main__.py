@@ -30,7 +30,8 @@ from tests.mutants.population import Equivalents, Mutant, draw
 
 ROOT = Path(__file__).resolve().parents[2]
 OUT = ROOT / "build" / "mutants"
-TO_BUILD, TO_CHECK = 600, 300  # seconds
+# A build and a check may take so many seconds.
+TO_BUILD, TO_CHECK = 600, 300
 CMAKE = ("-G", "Ninja", "-DCMAKE_BUILD_TYPE=None", "-DCMAKE_CXX_FLAGS=-O1", "-DDGS_PYTHON=ON")
 # Nothing that imports the project.
 PACKAGES = """

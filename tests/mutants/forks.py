@@ -19,7 +19,8 @@ import time
 import psutil
 import pytest
 
-TO_COLLECT = 180  # seconds
+# Collecting the tests may take so many seconds.
+TO_COLLECT = 180
 
 
 class Chosen:
@@ -28,7 +29,8 @@ class Chosen:
     def __init__(self, tests: list[str], tell) -> None:
         self.rank, self.tell = {name: i for i, name in enumerate(tests)}, tell
 
-    @pytest.hookimpl(trylast=True)  # after conftest.py, which has an order of its own
+    # conftest.py has an order of its own, and comes first.
+    @pytest.hookimpl(trylast=True)
     def pytest_collection_modifyitems(self, items: list) -> None:
         chosen = [item for item in items if item.nodeid in self.rank]
         items[:] = sorted(chosen, key=lambda item: self.rank[item.nodeid])

@@ -65,9 +65,12 @@ NATIVE_OPERATORS = {
     ),
     "bits": (r"(?<= )(<<|>>|&|\|)(?= )", {"<<": [">>"], ">>": ["<<"], "&": ["|"], "|": ["&"]}),
     "extreme": (r"\bstd::(min|max)\b", {"min": ["max"], "max": ["min"]}),
-    "condition": (r"\bif \(([^()]*(?:\([^()]*\)[^()]*)*)\)", None),  # negated
-    "number": (r"(?<![\w.])(\d+)(?![\w.'])", None),  # one more, one less
-    "fraction": (r"(?<![\w.])(\d+\.\d*)(?=f?\b|f?[^\w.])", None),  # the same
+    # The condition is negated.
+    "condition": (r"\bif \(([^()]*(?:\([^()]*\)[^()]*)*)\)", None),
+    # The number becomes one more, or one less.
+    "number": (r"(?<![\w.])(\d+)(?![\w.'])", None),
+    # The fraction becomes one more, or one less.
+    "fraction": (r"(?<![\w.])(\d+\.\d*)(?=f?\b|f?[^\w.])", None),
 }
 
 
@@ -206,7 +209,8 @@ def in_annotation(node: NodeOrLeaf) -> bool:
 def native_places(root: Path, file: str) -> list[Place]:
     found = []
     source = (root / file).read_text(encoding="utf-8")
-    hidden = re.compile(r'//.*|/\*.*?\*/|"(?:\\.|[^"\\])*"')  # comments and strings
+    # This finds comments and strings.
+    hidden = re.compile(r'//.*|/\*.*?\*/|"(?:\\.|[^"\\])*"')
     blank = hidden.sub(lambda match: " " * len(match[0]), source)
     for number, row in enumerate(blank.splitlines(), 1):
         if row.lstrip().startswith(("#", "static_assert", "template", "using")):

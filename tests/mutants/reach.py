@@ -24,7 +24,8 @@ from pathlib import Path
 import pytest
 
 CONTEXT, NOTES = "MUTANTS_CONTEXT", "MUTANTS_NOTES"
-AT_A_TIME = 50  # files of tests, after which what they reach is kept
+# After so many files of tests, what they reach is kept.
+AT_A_TIME = 50
 
 # Tests that run no Python of ours, that compile for minutes what others have run, or that take times.
 LEFT_OUT = (
@@ -83,7 +84,8 @@ class Told:
         finally:
             seconds = time.monotonic() - begin
             self.fixtures[self.context] = self.fixtures.get(self.context, 0.0) + seconds
-            if before in self.tests:  # which is told what its set-up took
+            if before in self.tests:
+                # pytest counts the set-up as part of this test's time.
                 self.tests[before]["seconds"] -= seconds
             self.switch(before)
 
@@ -219,7 +221,8 @@ def measured(folder: Path, root: Path) -> Iterator[tuple[str, str, int]]:
         try:
             for context, file, bits in connection.execute(query):
                 yield context, str(Path(file).relative_to(root)), int.from_bytes(bits, "little")
-        except sqlite3.DatabaseError:  # of a process that was killed
+        except sqlite3.DatabaseError:
+            # A process that was killed leaves a broken file.
             continue
         finally:
             connection.close()

@@ -110,7 +110,8 @@ def test_sample_is_drawn_by_its_seed(project):
     assert drawn != changes(project, seed=2)
     assert {"if x <= 0:", "if not x < 0:", "return x > 8"} & {after for _, _, after in drawn}
     of_numbers = {line for line, _, _ in changes(project, seed=1, files="numbers.py")}
-    assert 3 in of_numbers and 2 not in of_numbers  # where there is nothing but types
+    # Line 2 has nothing but types.
+    assert 3 in of_numbers and 2 not in of_numbers
     assert changes(project, seed=1, files="else where") == []
 
 

@@ -50,7 +50,8 @@ def with_xmp(xmp, container):
 
 def with_exif(tags, container):
     """`tags` by number; those of the inner directory as `comment`."""
-    if container == "TIFF":  # Pillow leaves the inner directory out, unless it is given as one
+    if container == "TIFF":
+        # Pillow leaves the inner directory out, unless it is given as one.
         info = TiffImagePlugin.ImageFileDirectory_v2()
         for tag, value in tags.items():
             info[34665 if tag == "comment" else tag] = {0x9286: value} if tag == "comment" else value

@@ -98,7 +98,8 @@ def timm_features(state, pixels, *, heads, registers=0, embedded=False):
         patch = w["patch_embed.proj.weight"].shape[-1]
         x = F.conv2d(x, w["patch_embed.proj.weight"], w["patch_embed.proj.bias"], stride=patch)
         x = x.flatten(2).mT
-    if registers:  # they have no positions, nor has the class token
+    if registers:
+        # Registers have no positions, nor has the class token.
         first = [w["cls_token"].expand(len(x), -1, -1), w["reg_token"].expand(len(x), -1, -1)]
         x = torch.cat([*first, x + w["pos_embed"]], 1)
     else:
@@ -211,7 +212,8 @@ def effort_state(seed=0, rank=1, width=LARGE):
         stem = name.removesuffix("weight")
         residual = {"U": (width, rank), "S": (rank,), "V": (rank, width)}
         state |= {f"{stem}{letter}_residual": r(*shape, scale=0.5) for letter, shape in residual.items()}
-        kept = {"U": (width, 3), "S": (3,), "V": (3, width)}  # as many as there are: D - rank
+        # Effort keeps D - rank directions here; how many they are does not matter.
+        kept = {"U": (width, 3), "S": (3,), "V": (3, width)}
         state |= {f"{stem}{letter}_r": r(*shape) for letter, shape in kept.items()}
     return state
 
@@ -252,7 +254,8 @@ def bfree_logit(state, head, pixels, window=36):
     """The mean logit of five windows of the tokens of a whole image [1, 3, H, W], as B-Free's wrapper."""
     width = state["norm.weight"].numel()
     grid = F.conv2d(pixels, state["patch_embed.proj.weight"], state["patch_embed.proj.bias"], stride=14)
-    for axis in (2, 3):  # a grid that is too small is repeated
+    # A grid that is too small is repeated.
+    for axis in (2, 3):
         if grid.shape[axis] < window:
             again = torch.arange(window) % grid.shape[axis]
             grid = grid.index_select(axis, again)

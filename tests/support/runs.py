@@ -199,7 +199,8 @@ def launch(arguments: list[str], fatal_call: int = 0, seconds: float | None = No
     return child.exitcode
 
 
-STOPPED = 7  # exit code of a process that was to end after some checkpoints
+# A process that was to end after some checkpoints exits with this code.
+STOPPED = 7
 
 
 def _rank(rank: int, world: int, port: int, arguments: list[str], states: int) -> None:
@@ -242,7 +243,8 @@ def train_on(
         process.start()
     ranks[0].join()
     for process in ranks[1:]:
-        if states:  # left alone by the first
+        if states:
+            # The first process has left the others alone.
             process.kill()
         process.join()
     if not states:

@@ -23,7 +23,8 @@ def build(config: ModelConfig = TINY, seed: int = 0, **options: Any) -> DGSNet:
 
 def original_clip(name: str = TINY.name, seed: int = 0) -> torch.nn.Module:
     """open_clip's untouched model, with the random weights that `build` has for the same seed."""
-    untouched_tower(name)  # which registers the built-in model with open_clip
+    # This registers the built-in model with open_clip.
+    untouched_tower(name)
     torch.manual_seed(seed)
     return open_clip.create_model(name).eval().requires_grad_(False)
 

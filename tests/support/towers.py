@@ -34,7 +34,8 @@ default_cfgs = generate_default_cfgs(
         "vit_nano_map": _CFG | _HALF,
         "vit_nano_pe_core": _CFG | _HALF,
         "eva02_nano": _CFG,
-        "vit_nano_dinov3.none": _CFG | dict(num_classes=1000),  # timm is lenient with such weights
+        # timm is lenient with such weights.
+        "vit_nano_dinov3.none": _CFG | dict(num_classes=1000),
     }
 )
 

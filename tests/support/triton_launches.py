@@ -175,7 +175,8 @@ def outcome(file: str) -> dict:
             compile_for(launch, capability)
     except Exception as problem:
         error = f"sm_{capability}: {problem!r}"
-    seconds = sum(os.times()[:4]) - sum(before[:4])  # with ptxas, which is a process of its own
+    # The times include ptxas, which is a process of its own.
+    seconds = sum(os.times()[:4]) - sum(before[:4])
     return {"launch": launch, "error": error, "seconds": seconds}
 
 

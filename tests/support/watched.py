@@ -127,7 +127,8 @@ class Watched:
         real = getattr(owner, last)
         signature = inspect.signature(real)
 
-        @functools.wraps(real)  # some are commands themselves, whose options are their parameters
+        # Some functions are commands themselves, whose options are their parameters.
+        @functools.wraps(real)
         def stand_in(*words: Any, **named: Any) -> Any:
             given = signature.bind(*words, **named)
             given.apply_defaults()

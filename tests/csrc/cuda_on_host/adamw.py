@@ -19,7 +19,8 @@ from tests.csrc.cuda_on_host.host import (
 )
 from tests.csrc.cuda_on_host.lists import LAYERS, MAKE_TABLES, make_list, tensor_list, thrice_removed
 
-__all__ = ["order_of_threads"]  # run around every case
+# This fixture runs around every case.
+__all__ = ["order_of_threads"]
 
 Rates = struct("""
     f64: size eps

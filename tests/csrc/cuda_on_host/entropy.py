@@ -7,7 +7,8 @@ from dgs_kernels import reference
 from tests.csrc.cuda_on_host import host
 from tests.csrc.cuda_on_host.host import call, make, nans, order_of_threads, pointer, struct
 
-__all__ = ["order_of_threads"]  # run around every case
+# This fixture runs around every case.
+__all__ = ["order_of_threads"]
 
 SpectralEntropy = struct("""
     i32: is_uint8

@@ -22,7 +22,8 @@ from tests.csrc.cuda_on_host.host import (
 )
 from tests.csrc.cuda_on_host.rows import stride
 
-__all__ = ["order_of_threads"]  # run around every case
+# This fixture runs around every case.
+__all__ = ["order_of_threads"]
 
 SurgeryHead = struct("""
     i32: dtype expert

@@ -16,11 +16,13 @@ from dgs_kernels import reference
 
 torch.set_num_threads(1)
 LIBRARY = ctypes.CDLL(os.environ["DGS_CUDA_ON_HOST"])
-DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]  # in the order of enum DType
+# The order is that of `enum DType`.
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 ORDERS = list(reference.ORDERS)
 RULES = list(reference.RULES)
 PARTS = ["all", "sums", "apply"]
-CACHE_BYTES = 50 << 20  # of an H200
+# An H200's cache has this size.
+CACHE_BYTES = 50 << 20
 
 
 def struct(fields):
@@ -60,7 +62,8 @@ class Launch(ctypes.Structure):
 
 ON_LAUNCH = ctypes.CFUNCTYPE(ctypes.c_bool, ctypes.POINTER(Launch))
 AFTER_BLOCK = ctypes.CFUNCTYPE(None)
-NEW_STREAM = itertools.count(1).__next__  # tables of lists are kept per stream
+# Tables of lists are kept for each stream, so a new stream has none yet.
+NEW_STREAM = itertools.count(1).__next__
 
 
 @pytest.fixture(autouse=True, params=["forward", "shuffled"])
@@ -108,7 +111,8 @@ def check(result, exact, plain, size=0.0, what=""):
     rounding, inner_rounding = (torch.finfo(t).eps for t in (plain.dtype, compute(plain.dtype)))
     floor = rounding * exact.abs().max().item() + 2 * inner_rounding * size
     if plain.dtype == torch.float64:
-        floor *= 8  # the exact answer is itself computed in float64
+        # The exact answer is itself computed in float64.
+        floor *= 8
     allowed = 2 * (plain.double() - exact).abs().max().item() + floor
     error = (result.double() - exact).abs().max().item()
     assert error <= allowed, f"{what}: error {error:.3g}, allowed {allowed:.3g}"

@@ -27,7 +27,8 @@ from tests.csrc.cuda_on_host.host import (
 )
 from tests.csrc.cuda_on_host.rows import project_align_case
 
-__all__ = ["order_of_threads"]  # run around every case
+# This fixture runs around every case.
+__all__ = ["order_of_threads"]
 
 ListTensor = struct("""
     i64: numel group
@@ -100,7 +101,8 @@ def project_align_list_case(
         call("project_align_", first, stream=stream)
         second, given, _keep = tensor_list(columns, groups, part="apply", **options)
         given.copy_(sums)
-        given[:, [0, 3]] *= 3  # as if other processes had added theirs
+        # Other processes would have added their sums here.
+        given[:, [0, 3]] *= 3
         call("project_align_", second, stream=stream)
     assert launches() - before == MAKE_TABLES + launched
     host.check(sums, exact_sums, plain_sums, size=exact_sums.abs().max().item(), what=f"sums {sizes} {dtype}")
@@ -108,7 +110,8 @@ def project_align_list_case(
         host.check(result, e, p, size=4.0, what=f"tensor {i} of {sizes} {dtype}")
 
 
-MAKE_TABLES = 2  # launches: the tensors of a short list, and their chunks
+# Two launches write the tensors of a short list, and their chunks.
+MAKE_TABLES = 2
 LAYERS = [0, 0, 1, 2, 1]
 
 

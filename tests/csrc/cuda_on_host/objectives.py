@@ -21,7 +21,8 @@ from tests.csrc.cuda_on_host.host import (
 )
 from tests.csrc.cuda_on_host.lists import LAYERS, MAKE_TABLES
 
-__all__ = ["order_of_threads"]  # run around every case
+# This fixture runs around every case.
+__all__ = ["order_of_threads"]
 
 ObjectivesTensor = struct(f"""
     i64: numel group

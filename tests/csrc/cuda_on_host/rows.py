@@ -21,7 +21,8 @@ from tests.csrc.cuda_on_host.host import (
     struct,
 )
 
-__all__ = ["order_of_threads"]  # run around every case
+# This fixture runs around every case.
+__all__ = ["order_of_threads"]
 
 ProjectAlign = struct("""
     ptr: grad harmful beneficial scale out
@@ -55,7 +56,8 @@ def project_align_case(dtype, rows, dim, *, order, rule, aligned, broadcast=Fals
     harmful = make(1 if broadcast else rows, dim, dtype=dtype, seed=2, shift=shift).expand(rows, dim)
     beneficial = make(rows, dim, dtype=dtype, seed=3, shift=shift) if aligned else None
     if rows > 1 and not broadcast:
-        harmful[1] = -1  # its positive part is zero: nothing to project
+        # The positive part of this row is zero, so there is nothing to project.
+        harmful[1] = -1
     out = nans(rows * dim + shift, dtype=dtype)[shift:].view(rows, dim)
     project_align(grad, harmful, beneficial, alignment=0.4, scale=0.5, order=order, rule=rule, out=out)
 

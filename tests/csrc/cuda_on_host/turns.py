@@ -20,7 +20,8 @@ from tests.csrc.cuda_on_host.host import (
 )
 from tests.csrc.cuda_on_host.lists import MAKE_TABLES, List, make_list, tensor_list
 
-__all__ = ["order_of_threads"]  # run around every case
+# This fixture runs around every case.
+__all__ = ["order_of_threads"]
 
 # What the kernels are given (csrc/cuda/chunks.cuh).
 ChunkedList = struct("""
@@ -34,7 +35,8 @@ ChunkedList = struct("""
     bool: added
 """)
 SURGERY = dict(alignment=0.2, order="align_first", rule="positive")
-CHUNK = {dtype: 4096 if dtype == torch.float64 else 8192 for dtype in DTYPES}  # numbers
+# A chunk holds this many numbers.
+CHUNK = {dtype: 4096 if dtype == torch.float64 else 8192 for dtype in DTYPES}
 # Chunks of each tensor; the last layer has no numbers.
 CHUNKS, LAYERS = [1, 1, 0.5, 1, 1, 1, 0.25, 1, 0.5, 1, 0], [0, 0, 0, 1, 1, 1, 2, 3, 3, 4, 5]
 
@@ -93,7 +95,8 @@ class Chunks:
 
     def __init__(self, columns):
         self.numbers = [t for t in columns["grad"] if t.numel()]
-        self.read = []  # (place of the chunk, whether it was written to) in the order of time
+        # Each entry has the chunk's place and whether the block wrote to it, in the order of time.
+        self.read = []
         self.partials = None
 
     def __enter__(self):

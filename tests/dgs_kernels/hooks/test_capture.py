@@ -133,15 +133,18 @@ def test_remove_makes_it_the_plain_optimizer_again(kind):
     held = watched(hook, model)
     assert all(ref() is not None for ref in held)
     hook.surgery.remove()
-    assert all(ref() is None for ref in held)  # their memory is free
+    # Their memory is free.
+    assert all(ref() is None for ref in held)
     loss_on(model, 0).backward()
     hook.optimizer.step()
-    watched(hook, model)  # what is captured now is nobody's
+    # What is captured from now on belongs to no surgery.
+    watched(hook, model)
     hook.optimizer.zero_grad()
     loss_on(model, 2).backward()
     hook.optimizer.step()
     assert_same(weights(model), stepped_plainly(0, 2))
-    hook.surgery.remove()  # twice is once
+    # A second removal does nothing.
+    hook.surgery.remove()
     copy.deepcopy(hook.optimizer)
 
 
@@ -243,7 +246,8 @@ def test_sparse_gradients_are_refused(kind):
     with refused, context():
         embedding(torch.tensor([1])).sum().backward()
     assert embedding.weight.grad is None
-    with context():  # nothing of the refused capture is left, and a dense one works
+    # Nothing of the refused capture is left, and a dense one works.
+    with context():
         (embedding.weight * 2).sum().backward()
     embedding(torch.tensor([1])).sum().backward()
     with pytest.raises(TypeError, match=r"the gradient of 0\.0 is sparse"):
@@ -290,7 +294,8 @@ def test_surgery_adamw_is_copied_with_its_surgery(copied):
     step(other, its_optimizer, 1)
     assert_same(weights(other), weights(model))
     assert its_optimizer.metrics().layers == ["backbone.0", "backbone.2", "backbone.3", "head"]
-    with its_optimizer.harmful():  # of the copy's parameters, which are not the original's
+    # The context captures the copy's parameters, not the original's.
+    with its_optimizer.harmful():
         loss_on(other, 0).backward()
     with pytest.raises(RuntimeError, match="no gradient of this optimizer's"), its_optimizer.harmful():
         loss_on(model, 0).backward()

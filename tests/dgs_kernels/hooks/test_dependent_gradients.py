@@ -83,7 +83,8 @@ def test_the_step_is_short_and_in_conflict_with_no_constraint(weighting, count):
                 step = stepped(weighting, rows).double()
                 lengths = rows.double().norm(dim=1)
                 longest = lengths.sum() if weighting == "gem" else lengths.max()
-                rounding = 2 * torch.finfo(dtype).eps  # of the step's numbers
+                # The numbers of the step are rounded.
+                rounding = 2 * torch.finfo(dtype).eps
                 assert step.norm() <= longest * (1 + rounding), (rank, sampler.__name__, dtype, nearly)
                 inner = rows.double() @ step / lengths
                 constraints = inner[1:] if weighting == "gem" else inner

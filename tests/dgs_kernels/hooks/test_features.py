@@ -233,5 +233,6 @@ def test_under_torch_func():
     torch.testing.assert_close(torch.func.grad(loss)(*inputs), want)
     rows = [torch.func.grad(loss)(*row) for row in zip(*inputs)]
     torch.testing.assert_close(torch.func.vmap(torch.func.grad(loss))(*inputs), torch.stack(rows))
-    with pytest.raises(NotImplementedError, match="jvp"):  # forward mode has no gradient to edit
+    # Forward mode has no gradient to edit.
+    with pytest.raises(NotImplementedError, match="jvp"):
         torch.func.jvp(lambda f: loss(f, *inputs[1:]), (inputs[0],), (inputs[0],))

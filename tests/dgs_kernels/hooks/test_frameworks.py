@@ -38,7 +38,8 @@ from tests.dgs_kernels.hooks.training_loops import (
 @pytest.mark.parametrize("clip", [None, "before"])
 def test_accelerate(kind, clip):
     if kind == "features" and clip:
-        clip = "after"  # the surgery is over when the backward is
+        # The surgery on features is over when the backward is.
+        clip = "after"
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=4)
     net = Net()
     hook = Hook(kind, net)
@@ -200,7 +201,8 @@ def test_deepspeed(kind):
     """It is not needed: accelerate has its optimiser's wrapper, and ZeRO puts partitions in its groups."""
     model, remedy = Net(), "use FSDP2, or DDP with torch's ZeroRedundancyOptimizer"
     if kind in SURGERY:
-        Accelerator(cpu=True)  # its wrappers ask for one
+        # Accelerate's wrappers ask for an Accelerator.
+        Accelerator(cpu=True)
         wrapper = DeepSpeedOptimizerWrapper(torch.optim.SGD(model.parameters()))
         with refused("deepspeed", kind, remedy, TypeError):
             SURGERY[kind](wrapper)

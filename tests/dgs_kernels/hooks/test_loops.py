@@ -77,7 +77,8 @@ def test_clip_after(kind):
             hook.optimizer.register_step_pre_hook(clip)
         return
     if kind != "features":
-        hook.optimizer.register_step_pre_hook(clip)  # hooks run in the order they were registered in
+        # Hooks run in the order in which they were registered.
+        hook.optimizer.register_step_pre_hook(clip)
     train(hook, model, before_step=clip if kind == "features" else None)
     assert_same(weights(model), plain(kind, clip="after"))
     works("clip_after", kind)
@@ -113,7 +114,8 @@ def test_fused_scaler(kind):
         with refused("fused_scaler", kind, "call scaler.unscale_(optimizer) before scaler.step(optimizer)"):
             train(hook, model, **options)
         model, scaler, hook, options["step"] = scaled(kind, make=partial(adamw, fused=True))
-        train(hook, model, before_step=lambda: scaler.unscale_(hook.optimizer), **options)  # the remedy
+        # This is the remedy that the message names.
+        train(hook, model, before_step=lambda: scaler.unscale_(hook.optimizer), **options)
     else:
         train(hook, model, **options)
         works("fused_scaler", kind)
@@ -137,7 +139,8 @@ class Checkpointed(Net):
         self.whole = whole
 
     def forward(self, x, *directions):
-        x = x.requires_grad_()  # the reentrant kind needs an input that does
+        # The reentrant kind needs an input that requires a gradient.
+        x = x.requires_grad_()
         if self.whole:
             return self.checkpoint(super().forward, x, *directions)
         backbone, self.backbone = self.backbone, partial(self.checkpoint, self.backbone)

@@ -49,7 +49,8 @@ def nearest(gradients: np.ndarray, margin: float) -> np.ndarray:
     norms = np.linalg.norm(gradients, axis=1)
     bounds = -margin * norms[0] * norms[1:]
     found = solve_qp(np.eye(gradients.shape[1]), -gradients[0], -gradients[1:], bounds, solver="quadprog")
-    if found is None:  # rounding: the cone is the origin alone
+    # Rounding leaves no solution where the cone is the origin alone.
+    if found is None:
         return np.zeros_like(gradients[0])
     within = np.linalg.norm(found) <= norms.sum()
     return found if within else by_alternating_projections(gradients, margin)

@@ -12,17 +12,20 @@ from dgs_kernels.hooks.weightings import weigh
 from dgs_kernels.reference import ORDERS, RULES
 from tests.dgs_kernels.hooks.steps import LAYERS, both, grads_of, loss_on, make, small_model, surgery_step
 
-STEP = 9  # whose gradients conflict in two of the three layers
+# The gradients of this step conflict in two of the three layers.
+STEP = 9
 
 
 @both
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("strength", [0.3, 30.0])  # the second turns the sign of an inner product
+# The second strength turns the sign of an inner product.
+@pytest.mark.parametrize("strength", [0.3, 30.0])
 def test_definitions(kind, order, rule, strength):
     model = small_model()
     grads = [grads_of(model, 3 * STEP + i) for i in range(3)]
-    eps = 0.02  # so large that it leaves something of the harmful part
+    # Such a large eps leaves something of the harmful part.
+    eps = 0.02
     options = {"alignment": strength, "order": order, "rule": rule}
     options["surgery_eps" if kind == "SurgeryAdamW" else "eps"] = eps
     optimizer, surgery = make(kind, model, granularity="layer", **options)
@@ -95,7 +98,8 @@ def test_metrics_are_of_the_step_whatever_the_options_become(change):
 # Small and large gradients -------------------------------------------------------------------------------
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-FIRST, SECOND, THIRD = (3.0, -4.0, 12.0), (-2.0, 6.0, 3.0), (1.0, 2.0, 2.0)  # of lengths 13, 7, 3
+# These vectors have the lengths 13, 7 and 3.
+FIRST, SECOND, THIRD = (3.0, -4.0, 12.0), (-2.0, 6.0, 3.0), (1.0, 2.0, 2.0)
 SIZES = [10.0**n for n in range(-30, 31, 5)]
 
 
@@ -127,7 +131,8 @@ def test_numbers_of_parameters_do_not_depend_on_size(dtype, make_surgery):
     for task_size, harmful_size in itertools.product(SIZES, SIZES):
         w, (task, harmful, beneficial) = drawn(dtype, task_size, harmful_size, task_size)
         if not all(g.isfinite().all() and g.all() for g in (task, harmful, beneficial)):
-            continue  # the type itself does not hold them
+            # The type itself does not hold these numbers.
+            continue
         adamw = make_surgery is SurgeryAdamW
         given = [w] if adamw else torch.optim.SGD([w], lr=0.1)
         eps = {"surgery_eps" if adamw else "eps": 1e-37}

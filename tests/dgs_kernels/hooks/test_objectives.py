@@ -106,7 +106,8 @@ def test_combine_then_clip():
     optimizer.step()
     norm = torch.cat([w.reshape(-1) for w in want]).norm()
     assert_grads(model, [w * 0.01 / (norm + 1e-6) for w in want])
-    assert surgery.metrics() is found  # what combine() found, for the step that it was made for
+    # These are the metrics that combine() found for this step.
+    assert surgery.metrics() is found
     optimizer.zero_grad()
     capture(surgery, losses(model, 1))
 
@@ -212,7 +213,8 @@ def test_mixed_types_and_layouts():
 
     def both():
         image, low, high = conv(x).square().mean(), params[2].float().sum(), params[3].sum()
-        return image + low + high, conv(x).sin().mean() - low  # the second does not reach the last
+        # The second loss does not reach the last parameter.
+        return image + low + high, conv(x).sin().mean() - low
 
     objectives = []
     for loss in both():

@@ -25,7 +25,8 @@ def test_a_loss_captured_twice_is_refused(mode, dtype):
 
     model, optimizer, surgery = make(mode=mode, dtype=dtype)
     capture(surgery, losses(model, 0))
-    sum(losses(model, 0)).backward()  # a framework's own backward, on the total
+    # A framework runs its own backward on the total.
+    sum(losses(model, 0)).backward()
     with pytest.raises(RuntimeError, match=f"'.grad' {REPEATED}"):
         optimizer.step()
 
@@ -92,7 +93,8 @@ def test_options_that_do_not_exist(options, message):
     optimizer = torch.optim.SGD(model.named_parameters())
     with pytest.raises((ValueError, TypeError), match=f"^ObjectiveSurgery: .*{message}"):
         ObjectiveSurgery(optimizer, **options)
-    copy.deepcopy(optimizer)  # it carries no hook of a surgery that was never made
+    # The optimiser carries no hook of a surgery that was never made.
+    copy.deepcopy(optimizer)
     losses(model, 0, 1)[0].backward()
     optimizer.step()
 
@@ -115,7 +117,8 @@ def test_misuse_of_contexts():
     capture(surgery, losses(model, 0, 64))
     with pytest.raises(RuntimeError, match=r"more than 64 objectives .*name them"):
         capture(surgery, losses(model, 0, 1))
-    optimizer.step()  # on all of them, of which none is lost
+    # The step uses all 64 objectives.
+    optimizer.step()
     assert len(surgery.metrics().objectives) == 64
 
 

@@ -45,7 +45,8 @@ def test_running_mode(count, task):
             loss.backward(retain_graph=True)
             held += [weakref.ref(p.grad) for p in model.parameters()]
     alive = [ref() is not None for ref in held]
-    assert alive == [True] * 5 + [False] * (len(held) - 5)  # one gradient, written over the first
+    # There is one gradient, which is written over the first.
+    assert alive == [True] * 5 + [False] * (len(held) - 5)
     if task:
         last.backward()
     optimizer.step()

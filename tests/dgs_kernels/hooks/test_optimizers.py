@@ -116,7 +116,8 @@ def test_a_closure_that_is_left_alone(hook):
     w = torch.nn.Parameter(torch.ones(3))
     optimizer = Idle([w])
     surgery = hook(optimizer)
-    optimizer.step(lambda: None)  # without a capture nothing is lost
+    # Without a capture nothing is lost.
+    optimizer.step(lambda: None)
     with capture(surgery):
         w.sum().backward()
     with pytest.raises(RuntimeError, match="stepped without its closure"):
@@ -151,7 +152,8 @@ def test_a_state_of_other_steps_is_refused(option, value):
     state["param_groups"][-1][option] = value
     with pytest.raises(ValueError, match="use OptimizerSurgery"):
         optimizer.load_state_dict(state)
-    assert optimizer.param_groups[0]["lr"] != 0.3  # nothing was loaded
+    # Nothing was loaded.
+    assert optimizer.param_groups[0]["lr"] != 0.3
     optimizer.load_state_dict(other.state_dict())
     assert optimizer.param_groups[0]["lr"] == 0.3
 
@@ -167,7 +169,8 @@ def test_a_state_of_steps_made_in_another_way_is_loaded_without_the_option(optio
 
     left = [torch.nn.Parameter(torch.tensor([1.0, -2.0])) for _ in range(2)]
     other, usual = torch.optim.AdamW(left[:1], lr=0.3), torch.optim.AdamW(left[1:], lr=0.3)
-    other.param_groups[0][option] = option != "capturable"  # which steps on no CPU
+    # A capturable optimiser does not step on the CPU.
+    other.param_groups[0][option] = option != "capturable"
     for optimizer, w in zip((other, usual), left):
         trained(optimizer, w, 1.0)
     other.param_groups[0][option] = True
@@ -228,7 +231,8 @@ def test_an_optimizer_is_freed_with_its_last_name(kind):
         optimizer.step()
         return weakref.ref(optimizer), weakref.ref(surgery)
 
-    dead()  # what the first step imports and compiles
+    # The first step imports and compiles.
+    dead()
     gc.collect()
     gc.disable()
     try:

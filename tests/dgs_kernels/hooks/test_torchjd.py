@@ -14,7 +14,8 @@ from torchjd.autojac import backward, jac_to_grad, mtl_backward
 from dgs_kernels import ObjectiveSurgery
 
 OBJECTIVES, STEPS = 4, 3
-SMOOTHED = "CR-MOGM of UPGrad"  # a weighting around another
+# This weighting stands around another.
+SMOOTHED = "CR-MOGM of UPGrad"
 # Arguments that have no default.
 ARGUMENTS = {"CAGrad": {"c": 0.5}, "FairGrad": {"alpha": 1.0}, "Krum": {"n_byzantine": 1}}
 AGGREGATORS = {

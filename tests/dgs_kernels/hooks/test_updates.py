@@ -12,7 +12,8 @@ from dgs_kernels import ObjectiveSurgery, OptimizerSurgery, SurgeryAdamW
 from tests.dgs_kernels.hooks import losses
 from tests.dgs_kernels.hooks.steps import LAYERS, both, grads_of, make, small_model, surgery_step
 
-SLACK = 0.01  # up to this cosine a promise counts as kept
+# Up to this cosine a promise counts as kept.
+SLACK = 0.01
 
 
 def cosines(change, directions, layers) -> torch.Tensor:
@@ -130,7 +131,8 @@ def test_tracking_changes_no_weight(kind):
         optimizer, surgery = make(kind, model, track_update=track)
         for step in range(3):
             surgery_step(model, optimizer, surgery, step)
-            if step:  # a step without surgery, between
+            # A step without surgery comes between two with it.
+            if step:
                 model(torch.ones(1, 5, dtype=torch.float64)).sum().backward()
                 optimizer.step()
                 optimizer.zero_grad()
@@ -172,7 +174,8 @@ def test_layers_that_take_part_in_some_steps():
     optimizer = torch.optim.SGD([("one", one), ("other", other)], lr=0.1)
     surgery = OptimizerSurgery(optimizer, rule="conflict", track_update=True)
     for step, both_take_part in enumerate((True, False, True)):
-        optimizer.param_groups[0]["maximize"] = step == 0  # so that what is captured rises
+        # Under `maximize` what is captured rises.
+        optimizer.param_groups[0]["maximize"] = step == 0
         with surgery.harmful():
             (one[0] + other[0] * both_take_part).backward()
         (one[0] + other[0] if both_take_part else one[0]).backward()

@@ -154,7 +154,8 @@ def test_zero_gradients(method, count):
     elif method in ("mean", "upgrad"):
         want = want * count / (count + 1)
     elif method == "pcgrad":
-        return  # other orders are drawn; test_definitions covers the projections
+        # Other orders are drawn; test_definitions covers the projections.
+        return
     torch.testing.assert_close(combined(method, gradients), want)
 
 

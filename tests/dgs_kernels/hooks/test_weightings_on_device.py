@@ -22,7 +22,8 @@ def both(monkeypatch):
         monkeypatch.setitem(backends.PREFERENCE, "cpu", ("cpu", "eager"))
         on_host = weigh(method, gramian, draw)
         monkeypatch.setitem(backends.PREFERENCE, "cpu", ("triton", "eager"))
-        monkeypatch.setattr("scipy.optimize.nnls", None)  # nobody asks the host
+        # A call on the host would fail now.
+        monkeypatch.setattr("scipy.optimize.nnls", None)
         on_device = weigh(method, gramian, draw)
         monkeypatch.undo()
         return on_host, on_device

@@ -33,7 +33,8 @@ TRAINER: dict[str, Any] = {
     "disable_tqdm": True,
 }
 ALIGNMENT = 0.3
-MAX_NORM = 0.05  # that gradients are clipped to
+# Gradients are clipped to this norm.
+MAX_NORM = 0.05
 # A large eps: steps are then in proportion to gradients, so that an error in one cannot hide, nor grow.
 ADAMW = {"lr": 0.5, "eps": 0.5, "weight_decay": 0.1}
 

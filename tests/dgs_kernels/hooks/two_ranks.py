@@ -34,7 +34,8 @@ def on_two_ranks(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    from tests.dgs_kernels.hooks import tracked_on_ranks, trainer_on_ranks  # which builds on what is here
+    # These modules import this one, so the top of the file cannot import them.
+    from tests.dgs_kernels.hooks import tracked_on_ranks, trainer_on_ranks
 
     found = {}
     runs = [*itertools.product(SCENARIOS.items(), HOOKS)]

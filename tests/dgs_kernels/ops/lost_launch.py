@@ -28,7 +28,8 @@ def said(rows: list[Tensor]) -> str:
 def invalidated(rows: list[Tensor]) -> str:
     words = ""
     with contextlib.suppress(RuntimeError), torch.cuda.graph(torch.cuda.CUDAGraph()):
-        project_align(*rows)  # so that there is memory
+        # This call makes sure that there is memory.
+        project_align(*rows)
         with contextlib.suppress(RuntimeError):
             torch.cuda.synchronize()
         try:

@@ -59,7 +59,8 @@ def machine_code(kernel, types: dict, constants: dict, capability: int, num_warp
         file.write(compiled.asm["cubin"])
         file.flush()
         usage = _run("cuobjdump", "-res-usage", file.name)
-        code = _run("nvdisasm", "-c", "-ndf", file.name)  # data flow would take half as long again
+        # With its data flow the listing would take half as long again.
+        code = _run("nvdisasm", "-c", "-ndf", file.name)
     registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()
     return {
         "registers": int(registers),
@@ -129,7 +130,8 @@ def surgery_head_codes(capability: int) -> Iterator[tuple[str, dict]]:
         else:
             long = constants | {"BLOCK": surgery_head.CHUNK}
             kernels["long rows"] = (surgery_head._long_row_kernel, long | {"num_warps": 8})
-            if option != "expert":  # which is no matter of this kernel
+            # This kernel is the same with an expert.
+            if option != "expert":
                 kernels["weighted sums"] = (surgery_head._weighted_sums_kernel, long | {"num_warps": 4})
         for name, (kernel, constants) in kernels.items():
             warps = constants.pop("num_warps")

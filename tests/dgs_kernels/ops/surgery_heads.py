@@ -46,7 +46,8 @@ def problem(batch, *, labels="mixed", logits=None, dtype=torch.float64, seed=0):
     features = torch.randn(3, batch, DIM, generator=generator, dtype=dtype)
     weights = torch.randn(3, 1, DIM, generator=generator, dtype=dtype) / DIM**0.5
     biases = torch.randn(3, 1, generator=generator, dtype=dtype) / 10
-    if logits is not None:  # bring every sample's logit to +-logits
+    if logits is not None:
+        # This brings every sample's logit to plus or minus `logits`.
         biases.zero_()
         z = (features * weights).sum(-1, keepdim=True)
         features *= logits / z.abs()

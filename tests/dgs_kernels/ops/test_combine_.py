@@ -36,7 +36,8 @@ def assert_accurate(out, lists, weights, groups) -> None:
             size = max(float(x[t].double().abs().max()) for x in lists) * float(weights.abs().max())
             rounding = torch.finfo(inner).eps * len(lists) * size
             if os.environ.get(backends.VARIABLE) == "triton" and result.device.type == "cpu":
-                rounding += torch.finfo(result.dtype).eps * w.abs().max()  # its interpreter cuts off bfloat16
+                # Triton's interpreter cuts bfloat16 off instead of rounding it.
+                rounding += torch.finfo(result.dtype).eps * w.abs().max()
             allowed = 2 * (p.double() - w).abs().max() + rounding
             assert (result.double() - w).abs().max() <= allowed
 
@@ -62,7 +63,8 @@ def test_more_objectives_than_a_kernel_takes(backend, dtype):
     weights = draw_weights(count, device=backend)
     expected = unwritten(dtype=torch.float32, device=backend)
     combine_(expected, [[t.float() for t in tensors] for tensors in lists], weights, groups=GROUPS)
-    out, before = lists[17], [clones(tensors) for tensors in lists]  # grads may be one of the lists
+    # `grads` may be one of the lists.
+    out, before = lists[17], [clones(tensors) for tensors in lists]
     combine_(out, lists, weights, groups=GROUPS)
     assert_accurate(out, before, weights, GROUPS)
     assert all(torch.equal(t, e.to(dtype)) for t, e in zip(out, expected))
@@ -263,7 +265,8 @@ def test_memory_that_is_read_elsewhere_is_not_written(grads, lists, message):
     with pytest.raises(ValueError, match=message):
         combine_(grads, lists, torch.ones(2))
     wide = [[t.double() if t is not grads[0] else t for t in tensors] for tensors in lists[:1]] + lists[1:]
-    with pytest.raises(ValueError, match="share memory"):  # where types differ, and with them the path
+    # Where types differ, the call takes another path.
+    with pytest.raises(ValueError, match="share memory"):
         combine_(grads, wide, torch.ones(2))
 
 

@@ -13,7 +13,8 @@ from torch.utils._pytree import tree_flatten, tree_map_only
 import dgs_kernels
 from tests.dgs_kernels.ops.lists import draw
 
-TYPES = (torch.float16, torch.float32, torch.float64)  # no two meet in a third
+# No two of these types promote to the third.
+TYPES = (torch.float16, torch.float32, torch.float64)
 SHAPES = ((3, 5), (7,))
 
 

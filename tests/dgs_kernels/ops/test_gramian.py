@@ -61,7 +61,8 @@ def test_more_objectives_than_a_kernel_takes(backend, count):
     out = gramian(lists, groups=[0, 0])
     assert_accurate(out, lists, [0, 0])
     assert torch.equal(out, gramian(lists, groups=[0, 0]))
-    lists[-1] = doubles(lists[-1])  # one of another type decides for all
+    # One list of float64 makes all sums float64.
+    lists[-1] = doubles(lists[-1])
     assert_accurate(gramian(lists, groups=[0, 0]), [doubles(tensors) for tensors in lists], [0, 0])
 
 

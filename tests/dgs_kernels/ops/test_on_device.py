@@ -18,7 +18,8 @@ from tests.dgs_kernels.ops.test_project_align import draw as draw_rows
 
 pytest.importorskip("triton")
 pytestmark = pytest.mark.gpu
-CYCLES = 20_000_000  # of waiting on the device: some ten milliseconds
+# The device waits for so many cycles, which are some ten milliseconds.
+CYCLES = 20_000_000
 
 
 @pytest.fixture(autouse=True, params=["triton", "cuda"])
@@ -111,7 +112,8 @@ def test_a_graph_outlives_the_tables_of_its_lists():
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         project_align_(*lists, alignment=0.4)
-    for i in range(80):  # more than any backend could keep tables of
+    # No backend could keep the tables of so many lists.
+    for i in range(80):
         project_align_(draw([(i + 1,)], device="cuda"), draw([(i + 1,)], device="cuda"))
     torch.cuda.empty_cache()
     noise = [torch.full((1 << 20,), 7, dtype=torch.int64, device="cuda") for _ in range(8)]

@@ -72,7 +72,8 @@ def draw(*shape, dtype=torch.float32, device="cpu", seed=0):
 )
 def test_accuracy(backend, dtype, shape, nan_filled):
     if interpreted():
-        shape = (shape[0], min(shape[1], 20001))  # of parts too
+        # So long a row still has several parts.
+        shape = (shape[0], min(shape[1], 20001))
     for seed, (order, rule) in enumerate(OPTIONS):
         grad, harmful, beneficial = draw(3, *shape, dtype=dtype, device=backend, seed=seed)
         options = {"alignment": 0.7, "order": order, "rule": rule}
@@ -171,9 +172,11 @@ def test_alignment_may_be_a_tensor(backend):
 def test_not_finite_stays_visible(backend, order, rule):
     for bad, which in product((float("nan"), float("inf")), range(3)):
         inputs = draw(3, 4, 24, device=backend)
-        inputs[which, 2, 5] = -bad if which == 2 else bad  # the beneficial part is the negative one
+        # The beneficial part is the negative one.
+        inputs[which, 2, 5] = -bad if which == 2 else bad
         if rule == "conflict" and which == 1:
-            inputs[0, 2, 5] = -1.0  # an infinite harmful row that does conflict
+            # The infinite harmful row has to conflict.
+            inputs[0, 2, 5] = -1.0
         out = project_align(*inputs, order=order, rule=rule)
         assert out[[0, 1, 3]].isfinite().all()
         assert not out[2].isfinite().all(), f"{bad} in input {which} was lost"
@@ -184,7 +187,8 @@ def test_zero_harmful_rows_remove_nothing(backend):
     grad = draw(3, 50, device=backend)
     for rule in RULES:
         assert torch.equal(project_align(grad, torch.zeros(50, device=backend), rule=rule), grad)
-    assert torch.equal(project_align(grad, -grad.abs()), grad)  # no positive part
+    # This harmful row has no positive part.
+    assert torch.equal(project_align(grad, -grad.abs()), grad)
 
 
 @everywhere

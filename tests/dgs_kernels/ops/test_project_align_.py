@@ -185,8 +185,10 @@ def test_deterministic(backend):
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("where", ["grads", "harmful", "beneficial"])
 def test_what_is_not_finite_stays_in_its_layer_and_stays_visible(backend, bad, where):
-    hidden = {"harmful": -torch.inf, "beneficial": torch.inf}.get(where) == bad  # cut off by relu or min
-    for place in (4, 5):  # of layers 0 and 2
+    # The relu or the minimum cuts such a number off.
+    hidden = {"harmful": -torch.inf, "beneficial": torch.inf}.get(where) == bad
+    # These tensors belong to layers 0 and 2.
+    for place in (4, 5):
         names = ("grads", "harmful", "beneficial")
         lists = {name: draw(device=backend, seed=i) for i, name in enumerate(names)}
         lists[where][place].view(-1)[3] = bad

@@ -89,7 +89,8 @@ def test_one_place_that_is_not_aligned(backend, nan_filled):
     """Triton's kernel asks one question of the address and of all strides but a pixel's."""
     images = picture(2, 3, 32, 64, device=backend)
     want = spectral_entropy(images)
-    sizes = (0, 3 * 40 * 80, 40 * 80, 80)  # an offset, and the strides of images, channels and rows
+    # These are an offset and the strides of images, channels and rows.
+    sizes = (0, 3 * 40 * 80, 40 * 80, 80)
     for odd in range(4):
         offset, *strides = (n + 8 * (i == odd) for i, n in enumerate(sizes))
         placed = images.new_empty(30000).as_strided(images.shape, (*strides, 1), offset).copy_(images)

@@ -143,7 +143,8 @@ def test_apply_takes_the_sums_it_is_given(backend):
     call(applied, part="apply", sums=sums)
     torch.testing.assert_close(applied.written, whole.written)
 
-    sums[:, [0, 3]] *= 3  # as if other processes had added theirs
+    # Other processes would have added their sums here.
+    sums[:, [0, 3]] *= 3
     call(foreign, part="apply", sums=sums)
     wide = lists.map(doubles)
     edited = reference.project_align_(
@@ -184,7 +185,8 @@ def test_no_tensors(name, monkeypatch):
     if name:
         monkeypatch.setenv(backends.VARIABLE, name)
     hyper = (1.0, 0.9, 0.9, 0.0, 1e-8, False)
-    sums = torch.full((2, 6), torch.nan)  # of two layers without tensors
+    # These two layers have no tensors.
+    sums = torch.full((2, 6), torch.nan)
     run(*[[]] * 8, sums, None, 1.0, 1e-6, "align_first", "full", "all", *hyper)
     assert torch.equal(sums, torch.zeros(2, 6))
 

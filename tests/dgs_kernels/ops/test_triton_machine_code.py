@@ -120,7 +120,8 @@ def test_project_align_(codes):
     kernels = codes["project_align_"]
     assert len(kernels) == 8
     for name, kernel in kernels.items():
-        rows = 2 if "fp32" in name else 1  # accesses for 8 numbers in each thread
+        # Each thread needs so many accesses for 8 numbers.
+        rows = 2 if "fp32" in name else 1
         if "sums" in name:
             assert_wide(kernel, wide_loads=3 * rows, wide_stores=0, scalar_loads=9, scalar_stores=6)
         else:
@@ -141,7 +142,8 @@ def test_gramian(codes):
     kernels = codes["gramian"]
     assert len(kernels) == 8
     for name, kernel in kernels.items():
-        count, rows = int(name.split()[-1]), 2 if "fp32" in name else 1  # accesses for 8 numbers in a thread
+        # Each thread needs so many accesses for 8 numbers.
+        count, rows = int(name.split()[-1]), 2 if "fp32" in name else 1
         assert_wide(
             kernel,
             wide_loads=count * rows,
@@ -156,7 +158,8 @@ def test_combine_(codes):
     kernels = codes["combine_"]
     assert len(kernels) == 8
     for name, kernel in kernels.items():
-        count, rows = int(name.split()[-1]), 2 if "fp32" in name else 1  # accesses for 8 numbers in a thread
+        # Each thread needs so many accesses for 8 numbers.
+        count, rows = int(name.split()[-1]), 2 if "fp32" in name else 1
         assert_wide(kernel, wide_loads=count * rows, wide_stores=rows, scalar_loads=8 + 2 * count)
 
 

@@ -84,7 +84,8 @@ def test_combine_(backend, tensors):
 @as_given
 def test_surgery_adamw_(backend, tensors):
     lists = [list(ts) for ts in drawn(backend)]
-    with given(tensors, *(ts for i, ts in enumerate(lists) if i != 4)):  # steps are single numbers
+    # List 4 holds the steps, which are single numbers.
+    with given(tensors, *(ts for i, ts in enumerate(lists) if i != 4)):
         before = versions(*lists)
         sums = torch.zeros(
             max(GROUPS) + 1,

@@ -119,7 +119,8 @@ def alike(operation, name, make, numbers=lambda x: x):
 
 
 CASES = [(operation, name) for operation in backends.OPERATIONS for name in places(operation)]
-SEEN_BY_MODES = (AssertionError,)  # of a fake tensor among real ones: torch's own words
+# torch itself refuses a fake tensor among real ones with this error.
+SEEN_BY_MODES = (AssertionError,)
 
 
 @pytest.fixture(params=["fast", "eager"], autouse=True)
@@ -135,7 +136,8 @@ def served(request, monkeypatch):
 @pytest.mark.parametrize("operation, name", CASES)
 def test_numbers_that_are_there_count(operation, name):
     for make in SAME.values():
-        if name != "sums":  # which the hooks make themselves
+        # The hooks make `sums` themselves.
+        if name != "sums":
             alike(operation, name, make)
 
 
@@ -150,16 +152,19 @@ def test_zeros_that_lie_nowhere_are_zeros(operation, name):
 
 
 @pytest.mark.parametrize("operation, name", CASES)
-@pytest.mark.filterwarnings("ignore")  # of torch's, that a kind is new or old
+# torch warns that a kind is new or old.
+@pytest.mark.filterwarnings("ignore")
 def test_others_are_refused(operation, name):
     for kind, make in NOWHERE.items():
         arguments = valid(operation)
         numbers = first(arguments[name])
-        if numbers.dim() == 0 and kind in ("jagged", "mkldnn"):  # torch has no such numbers
+        # torch has no single numbers of these kinds.
+        if numbers.dim() == 0 and kind in ("jagged", "mkldnn"):
             continue
         wrapped = make(numbers)
         arguments[name] = replaced(arguments[name], wrapped)
-        if operation == "spectral_entropy" and kind in ("meta", "fake"):  # nothing is of another kind
+        if operation == "spectral_entropy" and kind in ("meta", "fake"):
+            # This operation has one tensor, so nothing is of another kind.
             assert call(operation, arguments).device == wrapped.device
         else:
             with pytest.raises((*REFUSED, *SEEN_BY_MODES)):

@@ -80,7 +80,8 @@ def test_balanced_data(tmp_path, capsys):
 
 def test_the_page_is_complete_and_self_contained(tmp_path):
     root = data_set(tmp_path / "<b>d", "format")
-    for generator in ("one", "two"):  # each with both classes
+    # Each of the two generators has both classes.
+    for generator in ("one", "two"):
         for label in ("0_real", "1_fake"):
             (root / generator).mkdir(exist_ok=True)
             (root / generator / label).symlink_to(root / label)
@@ -90,7 +91,8 @@ def test_the_page_is_complete_and_self_contained(tmp_path):
     text = (out / "audit.html").read_text()
     assert not re.search(r'(?:src|href)="(?!data:|#)', text), "the page refers to another file"
     assert "{{" not in text and "<b>d" not in text and "&lt;b&gt;d" in text
-    assert text.count("<svg ") == 3  # together and alone, by class, by generator
+    # The figures are together and alone, by class, and by generator.
+    assert text.count("<svg ") == 3
     for expected in ("What to do", "broken.png: ", "The same in all images: ", "one, files", "99%"):
         assert expected in text
 
@@ -127,7 +129,8 @@ def test_parquet_is_read_a_row_group_at_a_time(tmp_path, monkeypatch):
 
 def test_only_so_many_are_drawn(tmp_path):
     samples = find_samples(data_set(tmp_path / "d", "format"))
-    result = audit(samples, most=32)  # of which the first 24 are real
+    # The first 24 of them are real.
+    result = audit(samples, most=32)
     assert len(result.labels) + len(result.damaged) == 32 and result.total == 2 * EACH + 1
     assert min(np.bincount(result.labels)) >= 10
     assert audit(samples, most=32).shortcuts == result.shortcuts

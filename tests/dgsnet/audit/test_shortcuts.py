@@ -45,7 +45,8 @@ def plant(found, labels, kind, rng):
         found[:, AT["JPEG quality"]] = rng.normal(np.where(flipped, 0.7, 0.8), 0.03)
     elif kind == "size":
         found[:, AT["log2 width"]] = np.where(flipped, np.log2(512), found[:, AT["log2 width"]] - 1)
-    elif kind == "one size":  # neither wider nor narrower than the photographs, which are of many
+    elif kind == "one size":
+        # These are neither wider nor narrower than the photographs, which have many widths.
         found[generated, AT["log2 width"]] = np.log2(512)
     elif kind == "rare":
         found[:, AT["EXIF"]] = ~generated & (rng.random(len(labels)) < 0.3)
@@ -120,7 +121,8 @@ def test_intervals_cover_what_they_should(columns):
     for _ in range(60):
         prediction = predict(rng.standard_normal((80, columns)), labels, folds(labels))
         far += interval(prediction.auc, 40, 40, trained=columns > 1, confidence=0.8).found
-    assert far <= 12  # a tenth is expected; 13 or more have a probability below 0.01
+    # A tenth is expected; 13 or more have a probability below 0.01.
+    assert far <= 12
 
 
 def test_captions():

@@ -136,7 +136,8 @@ def test_a_killed_run_goes_on_to_the_same_captions(blip, data, tmp_path):
     child.join()
     kept = part.read_bytes()
     assert not out.exists() and 4 <= kept.count(b"\n") - 1 < 20
-    part.write_bytes(kept[: kept.rstrip().rindex(b"\n") + 9])  # in the middle of a batch and of a line
+    # The cut is in the middle of a batch and of a line.
+    part.write_bytes(kept[: kept.rstrip().rindex(b"\n") + 9])
 
     with pytest.raises(UserError, match="rows already: go on with --resume"):
         caption_command(str(data), str(out), **options)

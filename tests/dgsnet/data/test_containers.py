@@ -245,7 +245,8 @@ def test_members_of_a_tar_that_are_not_read_are_rows_with_the_reason(tmp_path):
             add(tar, f"{name}.json", b'{"label": 1}')
     assert all("leads out of the tar" in item.error for item in find_items([str(source)]))
     with pytest.raises(UserError, match="label None is unknown"):
-        find_samples(source)  # texts that lead out are no texts
+        # A text that leads out of the tar is not read.
+        find_samples(source)
 
 
 @pytest.mark.parametrize("kind", ["cls", "txt", "json"])

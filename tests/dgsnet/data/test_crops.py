@@ -59,7 +59,8 @@ def test_tiles_are_as_few_as_cover_the_image_and_lie_evenly(size):
     [
         (3000, 4000, 7, 9),
         (4000, 3000, 9, 7),
-        (1793, 1792, 8, 8),  # one pixel more than 64 tiles cover
+        # One side has one pixel more than 64 tiles cover.
+        (1793, 1792, 8, 8),
         (224, 20_000, 1, 64),
         (20_000, 230, 64, 1),
         (300, 60_000, 1, 64),
@@ -101,9 +102,11 @@ def test_crops_show_what_their_boxes_say(size, small, crops):
         left, top, right, bottom = map(round, box)
         shown = np.unique(crop.reshape(3, -1).T[crop[0].ravel() > 0], axis=0)
         whole = np.unique(image[top:bottom, left:right].reshape(-1, 3), axis=0)
-        if small != "upscale" or min(size) >= SIDE:  # else new pixels lie between the old ones
+        # Where the image is enlarged, new pixels lie between the old ones.
+        if small != "upscale" or min(size) >= SIDE:
             np.testing.assert_array_equal(shown, whole)
-    if crops == "tiles" and small != "upscale":  # everything is seen
+    # Tiles leave no pixel out.
+    if crops == "tiles" and small != "upscale":
         seen = {tuple(pixel) for crop in found.numpy() for pixel in crop.reshape(3, -1).T}
         assert seen >= {tuple(pixel) for pixel in image.reshape(-1, 3)}
 
@@ -125,7 +128,8 @@ def test_cells_of_a_crop_show_what_their_boxes_say(size, small, seed):
         x, y, x_end, y_end = map(round, box)
         inside = image[y : max(y_end, y + 1), x : max(x_end, x + 1)].reshape(-1, 3)
         if small == "upscale" and min(size) < SIDE:
-            continue  # as test_heatmaps has it
+            # test_heatmaps.py covers enlarged images.
+            continue
         assert {*map(tuple, shown)} <= {*map(tuple, inside)} and len(shown)
     if small == "pad":
         height, width = (min(side, SIDE) for side in size)

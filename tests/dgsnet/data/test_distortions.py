@@ -53,7 +53,8 @@ def test_blur_is_the_gaussian_convolution(sigma):
     padded = np.pad(PICTURE.astype(float), ((radius,) * 2, (radius,) * 2, (0, 0)), mode="symmetric")
     for axis in (0, 1):
         padded = np.apply_along_axis(np.convolve, axis, padded, kernel, mode="valid")
-    assert np.abs(distort(f"blur:{sigma}") - padded).max() < 0.51  # rounded to whole levels
+    # The result is rounded to whole levels.
+    assert np.abs(distort(f"blur:{sigma}") - padded).max() < 0.51
 
 
 def test_resize_keeps_the_new_size_and_what_is_flat():
@@ -136,13 +137,15 @@ def test_noise_has_its_deviation_and_is_the_images_own():
     assert abs(np.corrcoef(added[..., 0].ravel(), added[..., 1].ravel())[0, 1]) < 0.02
     other = distort("noise:8", flat + 1).astype(float) - 129
     assert abs(np.corrcoef(added.ravel(), other.ravel())[0, 1]) < 0.02
-    assert set(np.unique(distort("noise:255"))) >= {0, 255}  # clipped, not wrapped around
+    # Levels are clipped, not wrapped around.
+    assert set(np.unique(distort("noise:255"))) >= {0, 255}
 
 
 def test_sharpening_adds_what_blurring_takes_away():
     blurred = distort("blur:3").astype(float)
     expected = np.clip(PICTURE + 1.5 * (PICTURE - blurred), 0, 255)
-    assert np.abs(distort("sharpen:1.5") - expected).max() < 1.6  # the blurred image is rounded here
+    # The blurred image is rounded here.
+    assert np.abs(distort("sharpen:1.5") - expected).max() < 1.6
     np.testing.assert_array_equal(distort("sharpen:0"), PICTURE)
 
 
@@ -163,7 +166,8 @@ def test_colours():
     for turn in (-0.3, 0.25, 0.5):
         hue, saturation, value = colorsys.rgb_to_hsv(*orange[0, 0] / 255)
         turned = 255 * np.array(colorsys.hsv_to_rgb((hue + turn) % 1, saturation, value))
-        assert np.abs(distort(f"hue:{turn}", orange)[0, 0] - turned).max() < 8  # hues are whole numbers
+        # Pillow stores hues as whole numbers.
+        assert np.abs(distort(f"hue:{turn}", orange)[0, 0] - turned).max() < 8
 
 
 # What users are told of each operation.
@@ -226,7 +230,8 @@ def test_places_and_noise_are_drawn_too_and_alike_for_images_of_one_size():
         )
         if words != ["cutout:0.5"]:
             np.testing.assert_array_equal(first, second)
-        else:  # grey in both
+        else:
+            # The part that is cut out is grey in both.
             np.testing.assert_array_equal(first == 128, second == 121)
         assert words == ["crop:0.5"] or not np.array_equal(first, other)
 

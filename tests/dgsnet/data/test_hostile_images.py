@@ -66,7 +66,8 @@ def test_a_tiff_is_looked_through_as_pillow_reads_it(prefix):
             with Image.open(io.BytesIO(grey_tiff(grey, prefix, big))) as image:
                 np.testing.assert_array_equal(np.asarray(image), grey)
         except (OSError, SyntaxError):
-            continue  # not how Pillow reads what begins so
+            # Pillow does not read a file that begins like this.
+            continue
         layouts += 1
         np.testing.assert_array_equal(read_image(grey_tiff(grey, prefix, big))[..., 0], grey)
         with pytest.raises(ImageError, match="a TIFF directory of more than 1,048,576 values"):
@@ -100,7 +101,8 @@ def jpeg2000_of_precincts(side):
     """A small file whose header says that each pixel is a precinct."""
     data = bytearray(encode(Image.new("L", (64, 64)), "jpeg2000", no_jp2=True, num_resolutions=1))
     size, coding = data.index(b"\xff\x51"), data.index(b"\xff\x52")
-    for place in (size + 6, size + 22):  # the image, and its only tile
+    # The image has this size, and so has its only tile.
+    for place in (size + 6, size + 22):
         struct.pack_into(">LL", data, place, side, side)
     data[coding + 3] += 1
     data[coding + 4] |= 1
@@ -295,7 +297,8 @@ def in_a_process(data):
     read, write = os.pipe()
     if not (child := os.fork()):
         before, begin = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
-        limit = 8 * 2**30  # of addresses: a bomb that goes off must not take the machine with it
+        # The limit is one of addresses: a bomb that goes off must not take the machine with it.
+        limit = 8 * 2**30
         resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
         try:
             found, _, bands = decode(data, "image")

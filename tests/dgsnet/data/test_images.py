@@ -158,7 +158,8 @@ def test_orientation_is_not_taken_from_xmp(rgb, format):
     plain = encode(rgb, kind)
     text = chunk(b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0" + XMP)
     match kind:
-        case "png":  # after the pixels too, where it is read with them
+        case "png":
+            # A text after the pixels is read with them.
             data = plain[:-12] + text + plain[-12:] if later else png_with(text, whole=plain)
         case "tiff":
             data = encode(rgb, kind, tiffinfo={700: XMP})
@@ -211,14 +212,16 @@ def sub_directory(photometric):
     "tags, below, readable",
     [
         ({}, b"", True),
-        ({NEW_KIND: 2}, b"", True),  # a page of several
+        # This is one page of several.
+        ({NEW_KIND: 2}, b"", True),
         ({NEW_KIND: 1}, b"", False),
         ({NEW_KIND: 3}, b"", False),
         ({OLD_KIND: 2}, b"", False),
         ({OLD_KIND: 3}, b"", True),
         ({DNG: 0x0104}, b"", False),
         ({PHOTOMETRIC: 34892}, b"", False),
-        ({}, sub_directory(2), True),  # smaller copies, as viewers of large images have them
+        # Viewers of large images have smaller copies like these.
+        ({}, sub_directory(2), True),
         ({}, sub_directory(32803), False),
         ({}, sub_directory(34892), False),
     ],
@@ -317,7 +320,8 @@ def test_phone_formats_are_images_like_others(rgb, format, tmp_path):
         pytest.skip("this Pillow reads no AVIF")
     upright = Image.fromarray(rgb)
     exif = Image.Exif()
-    exif[0x0112] = 6  # lies on its side; in HEIF the file's own rotation counts, and is applied in decoding
+    # The image lies on its side. In HEIF the file's own rotation counts, which decoding applies.
+    exif[0x0112] = 6
     turned = upright if format == "HEIF" else upright.transpose(Image.Transpose.ROTATE_90)
     for picture, options in ((upright, {}), (turned, {"exif": exif})):
         result = read_image(encode(picture, format, quality=95, **options))

@@ -58,7 +58,8 @@ def test_files_folders_and_patterns(tmp_path):
 @pytest.mark.parametrize(
     "paths",
     [
-        ["**"],  # every folder, and every file of each
+        # This finds every folder, and every file of each.
+        ["**"],
         ["**/*"],
         [".", "cats/sub"],
         ["{cats,cats/sub,dogs}"],
@@ -90,7 +91,8 @@ def test_a_folder_is_gone_through_without_being_held(tmp_path):
     (tmp_path / "a.png").touch()
     items = find_items([str(tmp_path)])
     assert next(items).path == f"{tmp_path}/a.png"
-    (tmp_path / "d" / "b.png").touch()  # its folder has not been opened yet
+    # The folder of this file has not been opened yet.
+    (tmp_path / "d" / "b.png").touch()
     assert [os.path.basename(item.path) for item in items] == ["b.png", "z.png"]
 
 
@@ -158,7 +160,8 @@ def test_damaged_shards_cost_one_row(tmp_path):
         assert item.path == f"{tmp_path}/{name}" and "not readable as" in item.error, name
         assert "\n" not in item.error
     (tmp_path / "huge.tar").write_bytes(b"")
-    os.truncate(tmp_path / "huge.tar", 2**40)  # sparse: a terabyte of zeros ends the archive at once
+    # The file is sparse: a terabyte of zeros ends the archive at once.
+    os.truncate(tmp_path / "huge.tar", 2**40)
     [item] = find_items([str(tmp_path / "huge.tar")])
     assert item.missing
 

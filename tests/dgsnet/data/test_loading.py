@@ -106,7 +106,8 @@ def test_order_and_augmentation_change_with_epoch_and_seed(folder):
     assert sorted(first["index"].tolist()) == sorted(second["index"].tolist())
     other = epoch_of(make_loader(dataset_of(folder), batch_size=16, shuffle=True, seed=1), 0)[0]
     assert other["index"].tolist() != first["index"].tolist()
-    assert other["index"].tolist() != second["index"].tolist()  # seed and epoch do not add up
+    # Seed 1 in epoch 0 is not seed 0 in epoch 1.
+    assert other["index"].tolist() != second["index"].tolist()
     dataset, reseeded = dataset_of(folder), dataset_of(folder, seed=1)
     pixels = [dataset[0]["pixels"]]
     dataset.set_epoch(1)
@@ -135,7 +136,8 @@ def test_degradations_are_drawn_anew_for_each_image_and_epoch_and_leave_crops_wh
         for dataset in (plain, noisy):
             dataset.set_epoch(epoch)
         added = (noisy[index]["pixels"] - plain[index]["pixels"]).flatten()
-        assert 0 < added.std() * 0.226 * 255 < 12  # a crop elsewhere would differ by far more
+        # A crop elsewhere would differ by far more.
+        assert 0 < added.std() * 0.226 * 255 < 12
         drawn.append(added)
     correlations = np.corrcoef(torch.stack(drawn))[np.triu_indices(3, 1)]
     assert np.abs(correlations).max() < 0.2
@@ -267,7 +269,8 @@ def test_damage_is_told_once_per_file_and_summed_up(folder):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_device_selects_what_workers_would(folder, tmp_path, train, workers):
     samples = find_samples(folder)
-    for i, size in enumerate([(300, 70), (64, 64), (31, 200), (90, 90)]):  # some must be enlarged
+    # Some of these must be enlarged.
+    for i, size in enumerate([(300, 70), (64, 64), (31, 200), (90, 90)]):
         path = tmp_path / f"{i}.png"
         Image.fromarray(np.random.default_rng(i).integers(0, 256, (*size, 3), dtype=np.uint8)).save(path)
         samples.insert(4 * i, Item(str(path), i % 2, "x"))

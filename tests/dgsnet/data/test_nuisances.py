@@ -9,7 +9,8 @@ from PIL import Image
 
 from tests.support.pictures import chunk, encode
 
-TWO = {"append_images": [Image.new("RGB", (9, 9))], "save_all": True}  # pictures in a file
+# With these options a file has two pictures.
+TWO = {"append_images": [Image.new("RGB", (9, 9))], "save_all": True}
 NOISE = np.random.default_rng(0).integers(0, 256, (24, 48, 3), dtype=np.uint8)
 
 

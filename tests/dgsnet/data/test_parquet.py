@@ -222,7 +222,8 @@ def with_a_page_of_two_gib(path, offset):
     """Let a page's own header say so, and not the footer, in the bytes that its checksum took."""
     data = path.read_bytes()
     places = [offset]
-    for _ in range(4):  # kind, bytes, packed bytes, checksum: each a number behind its field's byte
+    # Kind, bytes, packed bytes and checksum each are a number behind its field's byte.
+    for _ in range(4):
         assert data[places[-1]] == 0x15
         places.append(number(data, places[-1] + 1)[1])
     kind, _, packed_bytes, _ = (number(data, place + 1)[0] for place in places[:4])
@@ -273,7 +274,8 @@ def test_a_row_group_is_read_once_while_it_is_kept(tmp_path, monkeypatch):
         return (found == FILES[3 - i % 4]) == which
 
     assert [read(0, 0), read(1, 1), read(1, 5), read(1, 2), read(0, 4)] == [True, False, True, False, False]
-    monkeypatch.setattr(parquet, "KEPT_BYTES", 1)  # the last one alone
+    # Only the last row group is kept.
+    monkeypatch.setattr(parquet, "KEPT_BYTES", 1)
     assert [read(0, 8), read(1, 9), read(1, 0), read(1, 8)] == [True, False, True, True]
     # Two of the three fit, also after a third one has taken a place and given it back.
     monkeypatch.setattr(parquet, "KEPT_BYTES", 2 * sum(map(len, FILES)))
@@ -323,7 +325,8 @@ def test_an_epoch_reads_few_row_groups_at_a_time(tmp_path, monkeypatch):
             sum((met[:i] == g).any() and (met[i:] == g).any() for g in range(40)) for i in range(0, 400, 7)
         )
 
-    assert at_a_time() == 14  # 40 row groups in three windows of at most SHARDS_MIXED
+    # 40 row groups are in three windows of at most SHARDS_MIXED.
+    assert at_a_time() == 14
     monkeypatch.setattr("dgsnet.data.loading.KEPT_GROUPS", 4 * max(sample.size for sample in samples))
     assert at_a_time() == 4
 

@@ -84,7 +84,8 @@ def test_two_processes_do_not_write_one_table(path):
         pytest.raises(UserError, match="written by another process"),
     ):
         Table(path, SETTINGS, COLUMNS)
-    assert write(path, ()) == 5  # the end of the first frees it
+    # The end of the first writer frees the table.
+    assert write(path, ()) == 5
 
 
 def test_a_table_that_was_refused_is_free_again(path):
@@ -152,7 +153,8 @@ def test_without_rows_there_is_nothing_to_keep(path):
 )
 def test_another_file_is_left_alone(path, content):
     path.write_bytes(content)
-    if content == b'{"mode':  # the beginning of a table's own first line
+    if content == b'{"mode':
+        # This is the beginning of a table's own first line.
         assert write(path) == 5
         return
     with pytest.raises(UserError, match="is no table of this command and version of dgsnet") as error:

@@ -83,7 +83,8 @@ def test_names_of_shards(numbered):
         "photos-{00,02}.tar": 8,
         "photos-*.tar": 12,
         "photos-01.tar": 4,
-        "{photos-00,photos-0*}.tar": 12,  # no archive comes twice
+        # No archive comes twice.
+        "{photos-00,photos-0*}.tar": 12,
     }.items():
         samples = find_samples(numbered / source)
         assert len(samples) == count and {s.generator for s in samples} == {"photos"}
@@ -102,7 +103,8 @@ def test_where_label_caption_and_generator_come_from(tmp_path):
         tmp_path / "mixed.tar",
         [
             ("a", {"jpg": png(0), "json": sd}),
-            ("b", {"png": png(1), "json": sd, "cls": "real", "txt": "a cat"}),  # .cls and .txt win over .json
+            # .cls and .txt win over .json.
+            ("b", {"png": png(1), "json": sd, "cls": "real", "txt": "a cat"}),
             ("train/progan/cat/0_real/c", {"webp": png(2)}),
             ("progan/1_fake/d", {"png": png(3), "txt": ""}),
             ("0_real/e", {"PNG": png(4), "cls": "generated"}),
@@ -176,7 +178,8 @@ def test_shards_that_are_damaged_compressed_or_cut(numbered):
 )
 def test_a_compressed_tar_is_called_one_whatever_its_name(tmp_path, name):
     path = tmp_path / name
-    if name.endswith("zst"):  # which Python knows from 3.14 on
+    if name.endswith("zst"):
+        # Python knows Zstandard from 3.14 on.
         path.write_bytes(b"\x28\xb5\x2f\xfd" + bytes(600))
     else:
         kind = "gz" if name.lower().endswith("gz") else "bz2" if name.endswith("2") else "xz"

@@ -80,7 +80,8 @@ def test_alpha_is_composited_on_white(kind):
         pytest.skip(f"this Pillow reads no {kind}")
     error = np.abs(read_image(make()) - on_white(colour, ALPHA))
     assert error.mean() <= tolerance / 2 and np.quantile(error, 0.98) <= tolerance
-    assert (error[:, :8] <= tolerance / 6).all()  # what lies below full transparency does not matter
+    # What lies below full transparency does not matter.
+    assert (error[:, :8] <= tolerance / 6).all()
 
 
 def grey_png(depth):
@@ -124,7 +125,8 @@ def test_transparent_palette_entries_count(format):
     palette = Image.fromarray(RGB).quantize(16)
     indices, seen = np.asarray(palette), np.asarray(palette.convert("RGB"))
     clear = int(indices[0, 0])
-    if format == "tiff":  # has an alpha channel beside the indices
+    if format == "tiff":
+        # A TIFF has an alpha channel beside the indices.
         colours = np.array(palette.getpalette()).reshape(-1, 3)
         table = np.zeros((3, 256), "<u2")
         table[:, : len(colours)] = colours.T * 257

@@ -131,12 +131,14 @@ def test_measures_are_those_of_the_features(compared):
     folder, _ = compared
     config = configure(folder)
     exam = measure.prepare(folder / "data", "test", config)
-    model = DGSNet(config.model).eval()  # adapters that change nothing yet
+    # Its adapters change nothing yet.
+    model = DGSNet(config.model).eval()
     with torch.no_grad():
         model.head.image_head.weight.normal_(generator=torch.Generator().manual_seed(0))
     found = measure.measure(model, exam)
     assert found.cka == pytest.approx(1, abs=1e-6)
-    assert found.zero_shot > 0.6  # it was pretrained on these photographs
+    # The model was pretrained on these photographs.
+    assert found.zero_shot > 0.6
     assert measure.zero_shot(exam.crops.flatten(1)[:, : model.dim], exam) < 0.2
     scores = found.evaluation.scores
     aucs = []

@@ -37,7 +37,8 @@ def images(model: DGSNet, count: int, seed: int = 1) -> torch.Tensor:
 def model(request, tmp_path_factory):
     towers.register(tmp_path_factory.mktemp("towers"))
     model = build(request.param)
-    if request.param == "ViT-B-32":  # two of twelve blocks, of full width
+    if request.param == "ViT-B-32":
+        # Two of the twelve blocks are enough, of full width.
         model.visual.transformer.resblocks = model.visual.transformer.resblocks[:2]
     return model
 
@@ -129,7 +130,8 @@ def test_the_smallest_size_near_the_best_rate_is_taken(monkeypatch):
     model = ready(build("dgsnet-tiny"), "fp32")
     size, found = best_size(model)
     assert size == 8 and found == pytest.approx(rates)
-    rates[4] = 2.0  # so slow that no larger batch is tried
+    # A batch of 4 is so slow that no larger one is tried.
+    rates[4] = 2.0
     monkeypatch.setattr(batches, "PATIENCE", 1.5)
     tried.clear()
     assert best_size(model)[0] == 2 and set(tried) == {1, 2, 4}

@@ -49,7 +49,8 @@ def trained(tmp_path_factory):
         )
         head = LogisticRegression(C=100, max_iter=1000).fit(features.numpy(), [0] * 40 + [1] * 40)
         model.head.image_head.weight.copy_(torch.from_numpy(head.coef_))
-        model.head.image_head.bias.copy_(torch.from_numpy(head.intercept_) + 5)  # a threshold that is wrong
+        # The threshold becomes a wrong one.
+        model.head.image_head.bias.copy_(torch.from_numpy(head.intercept_) + 5)
     save_model(root / "run" / "best", model, config)
     return root
 
@@ -112,7 +113,8 @@ def test_different_files_of_one_score_count_each_and_copies_of_a_file_once(folde
         shutil.copytree(folder / kind, tmp_path / kind)
         for i in range(same):
             shutil.copy(shared, tmp_path / kind / f"same{i}.png")
-        for i in range(tied):  # the same pixels and so the same score, in files of other content
+        for i in range(tied):
+            # These files have the same pixels and so the same score, but another content.
             comment = PngInfo()
             comment.add_text("number", f"{i}")
             Image.open(shared).save(tmp_path / kind / f"tied{i}.png", pnginfo=comment)
@@ -289,7 +291,8 @@ def test_a_calibration_is_not_replaced_unasked(folder, tmp_path, capsys):
         main(command)
     assert stop.value.code == 2 and "--replace" in capsys.readouterr().err
     assert (run / "best" / "calibration.json").read_bytes() == before
-    (run / "best" / "calibration.json").write_text("{")  # a damaged one too, and --replace mends it
+    # A damaged calibration is refused too, and --replace mends it.
+    (run / "best" / "calibration.json").write_text("{")
     with pytest.raises(SystemExit):
         main(command)
     main([*command, "--replace", "--workers", "0"])
@@ -311,7 +314,8 @@ def test_images_of_the_training_are_told(folder, tmp_path, capsys):
         "0",
     ]
     main(command)
-    assert "warning" not in capsys.readouterr().err  # the model does not say what it was trained on
+    # The model does not say what it was trained on.
+    assert "warning" not in capsys.readouterr().err
     np.save(run / "best" / "training_images.npy", np.unique([file_hash(p.read_bytes()) for p in files[3:5]]))
     main([*command, "--replace"])
     said = capsys.readouterr().err

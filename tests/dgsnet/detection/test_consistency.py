@@ -90,8 +90,10 @@ def test_what_differs_is_unsure(detector, probabilities):
     ("row", "name"),
     [
         ([0.9, 0.95, 0.81], "generated"),
-        ([0.9, 0.95, 0.8], "unsure"),  # a copy is in the band
-        ([0.7, 0.9, 0.9], "unsure"),  # the image is
+        # One copy is in the band.
+        ([0.9, 0.95, 0.8], "unsure"),
+        # The image itself is in the band.
+        ([0.7, 0.9, 0.9], "unsure"),
         ([0.3, 0.1, 0.2], "real"),
         ([0.3, 0.9, 0.2], "unsure"),
         ([0.7, 0.5, 0.6], "unsure"),

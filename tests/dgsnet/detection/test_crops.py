@@ -222,7 +222,8 @@ def test_a_dot_and_a_long_panorama_are_scored_in_company_too(run, small):
     assert logits_of(detector, images) == alone and len(set(alone)) == 5
     tiles = [len(detector.preprocess.crops(image)) for image in images]
     assert tiles[:3] == [1, 64, 4] and tiles[4] == (30 if small == "upscale" else 3)
-    if small != "upscale":  # others than those of enlarging, where a side is shorter than the crop
+    if small != "upscale":
+        # Enlarging gives other tiles where a side is shorter than the crop.
         enlarging = logits_of(Detector(model, config, crops="tiles", batch=8), images)
         assert [a == b for a, b in zip(alone, enlarging)][1:] == [True, True, False, False]
 

@@ -24,7 +24,8 @@ def test_the_asked_rate_is_exceeded_as_rarely_as_promised(n, fpr, confidence):
     assert all(c.fpr_upper <= fpr and c.fpr_observed <= fpr for c in drawn)
     exceeded = sum(1 - c.threshold > fpr for c in drawn)
     above = round(drawn[0].fpr_observed * n)
-    expected = stats.beta.sf(fpr, above + 1, n - above)  # exact for an order statistic
+    # This is exact for an order statistic.
+    expected = stats.beta.sf(fpr, above + 1, n - above)
     assert expected <= 1 - confidence
     assert plausible(exceeded, REPEATS, expected)
     # One real image more above it, and the promise would not hold.
@@ -75,13 +76,15 @@ def test_sources_are_reported_each():
         assert source.fpr_observed == (scores[source.name] > c.threshold).mean()
         assert source.fpr_observed < source.fpr_upper <= 0.05
     assert c.threshold == c.sources[1].threshold > c.sources[0].threshold
-    assert c.sources[0].fpr_upper == pytest.approx(stats.beta.ppf(0.95, 1, 400))  # nothing above
+    # No score is above the threshold.
+    assert c.sources[0].fpr_upper == pytest.approx(stats.beta.ppf(0.95, 1, 400))
     assert c.fpr_upper == c.sources[1].fpr_upper
     # Pooled, the loud source would have had more than was asked for.
     assert (scores["loud"] > pooled.threshold).mean() > 0.08
     assert Calibration.from_json(c.to_json()) == c
     older = json.loads(pooled.to_json())
-    del older["sources"]  # as calibrations were before sources
+    # Older calibrations have no sources.
+    del older["sources"]
     assert Calibration.from_json(json.dumps(older)) == pooled
     said = summary(c)
     assert said.index("loud: at most") < said.index("quiet: at most 0.75% (0.00% of 400)")

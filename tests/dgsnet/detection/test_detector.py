@@ -98,7 +98,8 @@ def test_views_are_a_function_of_the_image(run, images):
     for path, logit in zip(paths, logits):
         views = prepare_views(detector.preprocess, read_image(path), 4)
         assert views.shape == (4, 3, 32, 32)
-        assert torch.equal(views[0], detector.preprocess(read_image(path)))  # the plain one comes first
+        # The plain view comes first.
+        assert torch.equal(views[0], detector.preprocess(read_image(path)))
         assert len({view.numpy().tobytes() for view in views}) == 4
         torch.testing.assert_close(logit, detector.logits(views).mean().item())
         # More views begin with the fewer ones.
@@ -177,7 +178,8 @@ def test_what_else_an_image_may_be(run, images):
 )
 def test_what_is_no_image_is_refused_at_once(run, images, image, error, message):
     detector = Detector.load(run, device="cpu")
-    detector.logits = None  # nothing is scored before
+    # Nothing is scored before the refusal.
+    detector.logits = None
     good = sorted(images.glob("*.png"))[0]
     for given in (image, [good, image]):
         with pytest.raises(error, match=message):

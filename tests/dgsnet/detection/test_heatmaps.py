@@ -50,9 +50,12 @@ def planted(height, width, box, seed=0):
 @pytest.mark.parametrize(
     "size, box",
     [
-        ((40, 48), (16, 24, 24, 32)),  # 30 patches, of which 16 are chosen
-        ((45, 63), (48, 8, 56, 16)),  # no multiples of the patch
-        ((16, 16), (4, 8, 8, 12)),  # enlarged twice
+        # The image has 30 patches, of which 16 are chosen.
+        ((40, 48), (16, 24, 24, 32)),
+        # The sides are no multiples of the patch.
+        ((45, 63), (48, 8, 56, 16)),
+        # The image is enlarged to twice its sides.
+        ((16, 16), (4, 8, 8, 12)),
     ],
 )
 def test_the_map_points_at_the_planted_patch(size, box, views):
@@ -154,7 +157,8 @@ def test_predict_saves_heatmaps_of_upright_images(tiny_run, tmp_path):
     folder = tmp_path / "photos"
     folder.mkdir()
     exif = Image.Exif()
-    exif[0x0112] = 6  # lying on its side
+    # The photograph lies on its side.
+    exif[0x0112] = 6
     Image.fromarray(image).save(folder / "lying $1$.png", exif=exif)
     (folder / "broken.png").write_bytes(b"no image")
     options = {"model": tiny_run, "device": "cpu", "out": tmp_path / "s.jsonl", "heatmaps": tmp_path / "maps"}

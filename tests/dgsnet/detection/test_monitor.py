@@ -96,7 +96,8 @@ def test_an_alarm_is_raised_kept_and_lifted_by_a_new_calibration(model, tmp_path
         **{"alarm": True, "images": 43, "false_positives": 13, "promised": FPR}
     }
     assert found["e_value"] >= 1 / LEVEL and alarmed(model)
-    with path.open("a") as file:  # right ones do not undo it
+    with path.open("a") as file:
+        # Right answers do not undo the alarm.
         file.write("ated,real\n" + "\n".join(rows(real=900)) + "\n")
     with pytest.raises(SystemExit):
         main(words)
@@ -144,7 +145,8 @@ def test_predict_and_the_page_obey(model, images, tmp_path):
     from dgsnet.detection.scoring import predict_command
 
     interrupted(predict_command, [str(images)], str(model), str(tmp_path / "half.csv"), rows=1)
-    assert monitor(model, table(tmp_path / "r.csv", rows(wrong=60))).alarm  # an e-value beyond 64 bits
+    # The e-value is beyond 64 bits.
+    assert monitor(model, table(tmp_path / "r.csv", rows(wrong=60))).alarm
     after = decisions("after.csv")
     assert {path: (p, "unsure" if d == "generated" else d) for path, (p, d) in before.items()} == after
     with pytest.raises(UserError, match=r"other settings \(alarm\)"):

@@ -80,7 +80,8 @@ def test_what_two_share_is_found_wherever_it_lies(tmp_path, container):
     content = (tmp_path / "03.png").read_bytes()
     copy.write_bytes(content)
     longer.write_bytes(content + b" ")
-    other.write_bytes(content[:-1] + b" ")  # of the same size
+    # This file has the same size.
+    other.write_bytes(content[:-1] + b" ")
     mine = [Item(str(path)) for path in (longer, tmp_path / "gone.png", copy, other, copy)]
     assert shared(items, mine) == [mine[2], mine[4]] and shared(mine, items) == [items[3]]
     assert shared(mine[:2], items) == [] == shared(items, mine[:2])

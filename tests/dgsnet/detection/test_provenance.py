@@ -79,7 +79,8 @@ def test_a_source_type_is_the_signers_own_word(read, photograph):
     assert read(signed(picture(), KNOWN.signer(), source_type=capture)).source_type == "digitalCapture"
     # Nobody vouches for what an edited image says of itself, not even for its being unchanged.
     at = photograph.index(b"trainedAlgorithmicMedia")
-    for parent in (photograph, flipped(photograph, at)) * 8:  # the library tells the two in any order
+    # The library may report the two in either order.
+    for parent in (photograph, flipped(photograph, at)) * 8:
         edited = signed(parent, KNOWN.signer("Editor"), edited=True)
         assert b"AlgorithmicMedia" in edited
         assert read(edited) == Provenance("verified", "Editor")
@@ -270,7 +271,8 @@ def test_an_image_that_stops_the_library_costs_one_answer(monkeypatch):
 def test_a_certificate_that_has_run_out_is_invalid(read):
     data = signed(picture(), KNOWN.signer(lasts=datetime.timedelta(seconds=1)))
     assert read(data).provenance == "verified"
-    time.sleep(2.2)  # whole seconds are compared
+    # Whole seconds are compared.
+    time.sleep(2.2)
     state, issuer, _, note = read(data)
     assert (state, issuer) == ("invalid", "") and "signingCredential.expired" in note
 

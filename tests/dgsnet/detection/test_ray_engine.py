@@ -41,7 +41,8 @@ def test_ray_writes_the_same(run, files, monkeypatch, capfd):
     """One Ray is started for predict, stays quiet and would be stopped; the others find and keep it."""
     ray = pytest.importorskip("ray")
     monkeypatch.setenv("RAY_DEFAULT_OBJECT_STORE_MEMORY_PROPORTION", "0.01")
-    monkeypatch.setenv("RAY_worker_niceness", "0")  # or other tests would leave its processes next to nothing
+    # Otherwise other tests would leave Ray's processes next to no time.
+    monkeypatch.setenv("RAY_worker_niceness", "0")
     stopped = []
     monkeypatch.setattr(ray, "shutdown", lambda: stopped.append(True))
     try:

@@ -54,6 +54,7 @@ def test_images_without_a_row_come_in_their_order(tmp_path, done, left):
         for name in done:
             table.add(Row(f"{tmp_path}/{name}", 0.5, "real", "")._asdict())
     with Table(tmp_path / "t", {"s": 1}, Row._fields) as table:
-        table.add(Row(f"{tmp_path}/d", 0.5, "real", "")._asdict())  # later than what was there
+        # This row is later than what was there.
+        table.add(Row(f"{tmp_path}/d", 0.5, "real", "")._asdict())
         todo = Todo([str(tmp_path / "l.txt")], table.path, table.end)
         assert [item.path.rpartition("/")[2] for item in todo] == list(left)

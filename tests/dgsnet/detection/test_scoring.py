@@ -51,7 +51,8 @@ def test_the_table(run, images, table, tmp_path, capsys):
 
 
 def test_jsonl_and_parquet_hold_the_same_table(run, images, table, tmp_path):
-    odd = os.fsdecode(os.fsencode(tmp_path) + b"/\xff\n.png")  # no UTF-8, two lines
+    # This name is no UTF-8 and has two lines.
+    odd = os.fsdecode(os.fsencode(tmp_path) + b"/\xff\n.png")
     Image.new("RGB", (40, 40)).save(odd)
     for suffix in (".csv", ".jsonl", ".parquet"):
         predict_command([str(images), odd, "nowhere.png"], run, str(tmp_path / f"t{suffix}"), workers=0)
@@ -132,7 +133,8 @@ def test_tar_shards(run, images, table, tmp_path):
 @pytest.mark.parametrize("kind", ["binary", "large", "struct"])
 def test_parquet(run, images, table, tmp_path, kind):
     data = [(images / name).read_bytes() for name in sorted(table)]
-    if kind == "struct":  # as Hugging Face's datasets writes images
+    if kind == "struct":
+        # Hugging Face's datasets writes images like this.
         column = pa.array([{"bytes": d, "path": None} for d in data])
     else:
         column = pa.array(data, pa.binary() if kind == "binary" else pa.large_binary())
@@ -217,7 +219,8 @@ def test_an_image_that_kills_its_reader_costs_one_row(run, images, table):
         noted = score(detector, iter(items), workers=2, on_score=lambda item, row: seen.append(item.path))
         found = list(noted)
         os.kill(os.getpid(), signal.SIGCHLD)
-        assert died  # the signal is its owner's again
+        # The signal is its owner's again.
+        assert died
     finally:
         signal.signal(signal.SIGCHLD, before)
     assert [row.path for row in found] == [item.path for item in items]

@@ -41,7 +41,8 @@ def test_a_killed_run_goes_on_without_losing_or_repeating_a_row(run, images, tab
         assert not out.exists()
         kept.append(part.read_bytes().count(b"\n") - 1)
         with open(part, "ab") as file:
-            file.write(b'{"path": "half a li')  # what a kill in the middle of a write leaves
+            # A kill in the middle of a write leaves half a line.
+            file.write(b'{"path": "half a li')
     assert 0 < kept[1] < kept[2] < len(table)
 
     with pytest.raises(UserError, match=f"holds {kept[2]} rows already: go on with --resume"):
@@ -55,7 +56,8 @@ def test_a_killed_run_goes_on_without_losing_or_repeating_a_row(run, images, tab
 
 def test_where_a_run_was_interrupted_is_not_seen_in_scores_of_batches(run, images, tmp_path):
     """Nor by how many processes it was read, nor by which entry: predict, evaluate, Python."""
-    how = {"device": "cpu", "batch": 4, "precision": "bf16"}  # in which company would be seen in six decimals
+    # In bf16 six decimals show in which company an image was scored.
+    how = {"device": "cpu", "batch": 4, "precision": "bf16"}
     paths = [str(path) for path in sorted(images.iterdir())[:11]]
     scores = Detector.load(run, **how).predict(paths[::-1])[::-1].astype(float)
     expected = [f"{score:.6f}" for score in scores]
@@ -113,7 +115,8 @@ def test_whatever_part_of_a_calibration_changes_the_rows_are_refused(calibrated,
         "categories": category_rates(["night"], [0], [True]),
     }
     for part in fields(Calibration):
-        if part.name == "raw":  # which no network's is
+        # A network's calibration is never raw.
+        if part.name == "raw":
             continue
         value = getattr(calibration, part.name)
         if part.name in others:
@@ -143,7 +146,8 @@ def parts_of(model):
         other, _ = load_model(model)
         load_trained_state(other, state)
         yield "model", other, config
-    other = build_model(replace(config, seed=1), with_text=False)  # whose backbone alone is another
+    # Only the backbone of this model is another.
+    other = build_model(replace(config, seed=1), with_text=False)
     load_trained_state(other, trained_state(loaded))
     yield "model", other, replace(config, seed=1)
     for change in (

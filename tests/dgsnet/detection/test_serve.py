@@ -110,7 +110,8 @@ def test_a_calibrated_model_decides_by_its_calibration(run, images, tmp_path):
     shown = ("threshold", "low", "fpr", "fpr_upper", "confidence", "n_reals", "n_generated")
     values = {name: getattr(calibration, name) for name in shown}
     assert facts["calibrated"] and {name: facts[name] for name in shown} == values
-    assert len({*values.values()}) == len(shown)  # none could stand for another
+    # None of the values could stand for another.
+    assert len({*values.values()}) == len(shown)
     page = client.get("/").text
     assert "not calibrated" not in page and "500 it was" in page
     assert f"at most {100 * calibration.fpr_upper:.2g}% are called so" in page
@@ -246,7 +247,8 @@ def test_the_page_in_a_browser(url, images, detector, tmp_path):
 
     axe = Axe()
     paths = [images / "0.png", images / "broken.jpg", images / "2.png"]
-    scan = tmp_path / "scan.tiff"  # which browsers do not show
+    # Browsers do not show TIFF.
+    scan = tmp_path / "scan.tiff"
     Image.open(images / "1.png").save(scan)
     quiet = ("background-networking", "component-update", "sync")
     arguments = ["--no-sandbox", "--disable-gpu", "--no-first-run", *(f"--disable-{x}" for x in quiet)]

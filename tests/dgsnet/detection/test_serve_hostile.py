@@ -67,7 +67,8 @@ def test_without_room_for_a_body_the_answer_says_so(client, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", "/nowhere")
     answer = client.post("/api/score", content=large)
     assert answer.status_code == 503 and "no room for the image: No such file" in answer.json()["detail"]
-    assert client.post("/api/score", content=IMAGE).status_code == 200  # is small, and not written
+    # A small image is not written.
+    assert client.post("/api/score", content=IMAGE).status_code == 200
 
 
 @pytest.mark.parametrize("kind", ["HEIF", "TIFF"])
@@ -118,11 +119,13 @@ def test_a_body_that_comes_in_drops_is_given_up(detector, monkeypatch):
         assert b"408" in answer and time.monotonic() - begin < 3
         with socket.create_connection(("127.0.0.1", port)) as steady:
             steady.sendall(head(len(IMAGE) + 2000))
-            for _ in range(20):  # as many bytes in each part of the time, for longer than it
+            for _ in range(20):
+                # The client sends as many bytes in each interval, for longer than one.
                 steady.sendall(bytes(100))
                 time.sleep(0.05)
             steady.sendall(IMAGE)
-            assert b"422" in steady.recv(100)  # which is no image
+            # These bytes are no image.
+            assert b"422" in steady.recv(100)
 
 
 def test_the_latest_of_too_many_connections_are_served(detector):
@@ -131,7 +134,8 @@ def test_the_latest_of_too_many_connections_are_served(detector):
             stack.enter_context(socket.create_connection(("127.0.0.1", port), timeout=5)) for _ in range(420)
         ]
         assert httpx.get(f"http://127.0.0.1:{port}/api/health").status_code == 200
-        for connection in idle[:36]:  # were waited for longest
+        # These connections were waited for longest.
+        for connection in idle[:36]:
             with contextlib.suppress(ConnectionResetError):
                 assert connection.recv(1) == b""
         idle[-1].setblocking(False)

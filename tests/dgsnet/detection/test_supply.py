@@ -78,7 +78,8 @@ def test_the_next_batch_is_made_while_the_model_works(tmp_path, workers):
         while not all(map(os.path.exists, wanted)):
             assert time.monotonic() < end, "nothing is read while the model works"
             time.sleep(0.005)
-        assert taken <= (batches + 1) * batch + 8 * (workers + 1)  # and not much more
+        # Little more is taken than the next batch.
+        assert taken <= (batches + 1) * batch + 8 * (workers + 1)
 
     found = list(detector(work, batch).stream(images(), workers=workers))
     assert len(found) == count and batches == 3 and not any(error for _, error in found)
@@ -123,7 +124,8 @@ def test_the_last_line_of_predict_tells_it(run, images, slow, tmp_path, capsys):
 
 @pytest.mark.parametrize("command", ["evaluate", "calibrate"])
 def test_the_progress_line_tells_it(run, images, slow, tmp_path, monkeypatch, capsys, command):
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)  # progress is shown on a terminal alone
+    # Progress is shown only on a terminal.
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     files = sorted(map(str, images.glob("[12]?.png")))
     rows = [f"{file},{i % 2}" for i, file in enumerate(files)]
     (tmp_path / "list.csv").write_text("\n".join(["path,label", *rows]))

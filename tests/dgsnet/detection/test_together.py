@@ -100,7 +100,8 @@ def test_what_comes_while_the_model_works_is_scored_together(detector, images, e
     with serving(create_app(detector)) as port, ThreadPoolExecutor(16) as clients:
         answers = {names[0]: clients.submit(ask, port, (images / names[0]).read_bytes())}
         held.wait(1)
-        for count, name in enumerate(names[1:], 2):  # in this order
+        # The clients come in this order.
+        for count, name in enumerate(names[1:], 2):
             if name == names[3]:
                 data = (images / name).read_bytes()
                 with socket.create_connection(("127.0.0.1", port)) as gone:

@@ -22,15 +22,24 @@ def scores(rows, column):
 
 
 ROWS = [
-    ("a", 0, 0.1, 0.2),  # kept
-    ("a", 0, 0.1, 0.9),  # a real one lost
-    ("a", 1, 0.2, 0.9),  # a generated one gained
-    ("a", 1, 0.3, 0.9),  # another
-    ("a", 1, 0.9, 0.6),  # lost: at the threshold is real
-    ("a", 1, 0.1, 0.2),  # wrong both times
-    ("b", 0, 0.7, 0.6),  # a real one gained
-    ("b", 1, 0.9, None),  # counts nowhere
-    ("b", 1, 0.8, 0.7),  # kept
+    # Both are right.
+    ("a", 0, 0.1, 0.2),
+    # A real image is lost.
+    ("a", 0, 0.1, 0.9),
+    # A generated image is gained.
+    ("a", 1, 0.2, 0.9),
+    # Another one is gained.
+    ("a", 1, 0.3, 0.9),
+    # A generated image is lost, since a score at the threshold means real.
+    ("a", 1, 0.9, 0.6),
+    # Both are wrong.
+    ("a", 1, 0.1, 0.2),
+    # A real image is gained.
+    ("b", 0, 0.7, 0.6),
+    # An image that the second cannot read counts nowhere.
+    ("b", 1, 0.9, None),
+    # Both are right.
+    ("b", 1, 0.8, 0.7),
 ]
 
 
@@ -111,7 +120,8 @@ def test_mcnemar_is_the_exact_binomial_test(gained, lost):
 )
 def test_the_interval_is_the_published_one(cells, expected):
     """Newcombe 1998, table III, method 10."""
-    assert Change(*cells).interval() == pytest.approx(expected, abs=1e-4)  # rounded, z as well
+    # The publication rounds its figures, and z as well.
+    assert Change(*cells).interval() == pytest.approx(expected, abs=1e-4)
 
 
 def test_the_interval_covers():

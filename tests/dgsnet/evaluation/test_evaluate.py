@@ -108,7 +108,8 @@ def test_robustness_is_reported_per_distortion(model, data, tmp_path, capsys):
     assert list(document["robustness"]) == ["jpeg:20", "jpeg:80"]
     assert set(document["robustness"]["jpeg:20"]["generators"]) == {"alpha", "beta"}
     assert document["robustness"]["jpeg:20"]["mean"]["n_damaged"] == 1
-    assert len(document["damaged"]) == 1  # not once more for every distortion
+    # The image does not count once more for every distortion.
+    assert len(document["damaged"]) == 1
     printed = capsys.readouterr().out
     lines = printed.split("distortion ")[1].splitlines()[2:5]
     assert [line.split()[0] for line in lines] == ["none", "jpeg:20", "jpeg:80"]
@@ -123,7 +124,8 @@ def test_robustness_is_reported_per_distortion(model, data, tmp_path, capsys):
 
 def test_a_file_is_opened_once_for_all_that_is_asked_of_it(model, data, tmp_path):
     """For its hash, its nuisances, and what it looks like as it is and distorted."""
-    shutil.rmtree(data / "alpha/0_real"), shutil.rmtree(data / "beta/0_real")  # then no mistake is shown
+    # Without photographs no mistake is shown.
+    shutil.rmtree(data / "alpha/0_real"), shutil.rmtree(data / "beta/0_real")
     known = shutil.copytree(model, tmp_path / "known")
     np.save(known / "best" / "training_images.npy", np.array([1, 2], np.int64))
     opened = Counter()
@@ -212,7 +214,8 @@ def test_reencoding_treats_both_classes_alike(model, tmp_path, capsys):
         path = tmp_path / "data/g" / folder / f"{i}.{kind}"
         path.parent.mkdir(parents=True, exist_ok=True)
         noise = rng.integers(0, 256, (40, 40, 3), dtype=np.uint8)
-        pixels = distortions.reencode(noise, 90, codec="jpeg") if i % 2 else noise  # compressed once, both
+        # Both classes are compressed once.
+        pixels = distortions.reencode(noise, 90, codec="jpeg") if i % 2 else noise
         Image.fromarray(pixels).save(path, quality=90)
     found = {}
     for name, options in {"as they are": {}, "alike": {"reencode": "jpeg:96"}}.items():

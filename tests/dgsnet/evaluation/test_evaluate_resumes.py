@@ -102,7 +102,8 @@ def test_what_is_already_scored_is_used(model, data, tmp_path, monkeypatch):
     moved = measure(model, data, tmp_path / "o", threshold=0.45)
     assert sum(seen) == 0 and moved["mean"]["auc"] == plain["mean"]["auc"]
     measure(model, data, tmp_path / "o", robustness=["jpeg:50"])
-    assert sum(seen) == 22  # one cannot be read
+    # One image cannot be read.
+    assert sum(seen) == 22
 
 
 def test_what_was_interrupted_goes_on_in_the_same_process(model, data, tmp_path):

@@ -17,7 +17,8 @@ def brute_force_auc(labels, scores):
 
 def test_metrics_by_hand():
     result = metrics([0, 0, 1, 1, 1], [0.1, 0.7, 0.9, 0.6, 0.5])
-    assert result["accuracy"] == 3 / 5  # 0.5 is not above 0.5
+    # A score of 0.5 is not above 0.5.
+    assert result["accuracy"] == 3 / 5
     assert result["real_accuracy"] == 1 / 2
     assert result["generated_accuracy"] == 2 / 3
     assert result["ap"] == pytest.approx((1 / 1 + 2 / 3 + 3 / 4) / 3)

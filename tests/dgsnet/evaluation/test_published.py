@@ -70,7 +70,8 @@ def test_three_layouts_at_once(model, tmp_path, capsys):
     assert percent[1] == ["DGS-Net, published", "the same 1", "41.5", "40.8"]
     assert ["SAFE, published", "all 25", "78.1", "83.6"] in percent
     assert "Midjourney" in document["published"]["AIGIBench"]["missing"]
-    assert document["published"]["GenImage"]["percent"][1][2] == "91.0"  # ADM 97.5 and BigGAN 84.6
+    # This is the mean of 97.5 for ADM and 84.6 for BigGAN.
+    assert document["published"]["GenImage"]["percent"][1][2] == "91.0"
     printed = capsys.readouterr().out
     assert "mean of GenImage" in printed and "the same 1" in printed
     assert "## AIGIBench: published results" in (tmp_path / "o/metrics.md").read_text()

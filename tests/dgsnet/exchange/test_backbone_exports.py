@@ -40,7 +40,8 @@ def runs(tmp_path_factory):
 @pytest.mark.parametrize(
     "name, format",
     [
-        *((name, "onnx") for name in ("nano-map", "nano-pe", towers.DINOV3)),  # seconds each
+        # Each of these takes seconds.
+        *((name, "onnx") for name in ("nano-map", "nano-pe", towers.DINOV3)),
         ("nano-pe", "torchscript"),
         *((name, format) for name in towers.NAMES for format in ("safetensors", "hf")),
     ],

@@ -142,7 +142,8 @@ def test_a_detector_scores_as_the_published_forward(tmp_path, capsys, name, merg
     pixels = pixels_of(name)
     expected = plain_logits(state, pixels, name=name, student=True, merged=merged)
     teacher = plain_logits(state, pixels, name=name, student=False)
-    assert (expected - teacher).abs().min() > 0.05  # adapters and heads matter
+    # Adapters and heads matter here.
+    assert (expected - teacher).abs().min() > 0.05
     detector = Detector.load(tmp_path / "run", device="cpu")
     close(detector.logits(pixels), expected)
     with torch.no_grad():
@@ -202,7 +203,8 @@ def test_one_clip_is_kept_and_in_half_precision_where_that_loses_nothing(tmp_pat
 
 def test_stage_1_is_the_linear_head_on_the_frozen_encoder(tmp_path, capsys):
     state = official(NAME, stage=1)
-    torch.save(state, tmp_path / "model_epoch_stage1.pth")  # the other name that they have used
+    # The authors have used this name too.
+    torch.save(state, tmp_path / "model_epoch_stage1.pth")
     main(
         ["convert", str(tmp_path / "model_epoch_stage1.pth"), "--out", str(tmp_path / "run"), "--name", NAME]
     )

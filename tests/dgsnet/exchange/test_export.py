@@ -141,7 +141,8 @@ def test_transformers_and_peft_load_it_to_the_same_scores(tmp_path):
         torch.testing.assert_close(frozen, detector.model.teacher_features(pixels), atol=1e-5, rtol=1e-5)
         adapted = PeftModel.from_pretrained(base, out / "adapter").eval()
         features = adapted(pixel_values=pixels).image_embeds
-        assert (features - frozen).abs().max() > 0.05  # the adapter is in it
+        # The adapter changes the features.
+        assert (features - frozen).abs().max() > 0.05
         torch.testing.assert_close(features, detector.model.student_features(pixels), atol=1e-5, rtol=1e-5)
         scores = features @ head["weight"].T + head["bias"]
     torch.testing.assert_close(scores.squeeze(1), detector.logits(pixels), atol=1e-5, rtol=1e-5)
@@ -236,7 +237,8 @@ def test_what_a_strangers_model_says_is_no_markup_in_its_card(tmp_path):
         save_model(tmp_path / f"{number}", detector.model, detector.config, **extra)
         text = export(tmp_path / f"{number}", tmp_path / f"{number}.pt", "torchscript").read_text()
         assert "Proof" in text and "\n# Proof" not in text
-        outside = re.sub(r"`[^`\n]*`", "", text.partition("## Use")[0])  # of code, which shows what it holds
+        # Code may show what a name holds.
+        outside = re.sub(r"`[^`\n]*`", "", text.partition("## Use")[0])
         assert "<img" not in outside and not re.search(r"(?<!\\)\[z", outside)
 
 

@@ -81,7 +81,8 @@ def test_features_are_the_librarys_own(name):
     pixels = pixels_for(model)
     expected = own.visual(pixels)
     assert expected.shape == (3, model.dim) and (expected[0] - expected[1]).abs().max() > 0.01
-    for mode in (True, False):  # nothing in a tower is random in training
+    # Nothing in a tower is random in training.
+    for mode in (True, False):
         model.train(mode)
         with torch.no_grad():
             assert difference(model.student_features(pixels), expected) < 1e-5
@@ -131,7 +132,8 @@ def test_adapters_move_the_student_and_not_the_teacher(name):
     student = model.student_features(pixels).detach()
     assert difference(model.teacher_features(pixels), expected) < 1e-5
     assert difference(student, expected) > 0.05
-    assert difference(model.visual(pixels).detach(), student) < 1e-5  # the tower's own forward has them too
+    # The tower's own forward has the adapters too.
+    assert difference(model.visual(pixels).detach(), student) < 1e-5
 
 
 @pytest.mark.parametrize("name", towers.NAMES)
@@ -224,11 +226,13 @@ def test_half_precision_and_checkpointing(name):
         step(model, pixels, None, labels).loss.backward()
         gradients.append([p.grad for p in model.visual.parameters() if p.requires_grad])
     assert gradients[0] and all(torch.equal(a, b) for a, b in zip(*gradients))
-    assert len(calls) == 2 + 3  # teacher and student; the student's once more in backward
+    # Teacher and student run once each; with checkpoints the student runs once more in backward.
+    assert len(calls) == 2 + 3
     expected = model.student_features(pixels).detach()
     model.set_base_dtype(torch.bfloat16)
     assert {p.dtype for n, p in model.visual.named_parameters() if "lora_" not in n} == {torch.bfloat16}
-    assert {buffer.dtype for buffer in model.visual.buffers()} <= {torch.float32}  # angles of the rotation
+    # The buffers hold the angles of the rotation.
+    assert {buffer.dtype for buffer in model.visual.buffers()} <= {torch.float32}
     assert difference(model.student_features(pixels).detach().float(), expected) < 0.05
 
 
@@ -283,7 +287,8 @@ def test_every_accepted_model_of_open_clip_is_of_a_family():
         tags = [open_clip.get_pretrained_cfg(name, t) for t in open_clip.list_pretrained_tags_by_model(name)]
         assert all((tuple(t["mean"]), tuple(t["std"])) == statistics for t in tags if "mean" in t), name
         kind = re.sub(r"(_(tiny|small|medium|base|large|gi\w+|enormous|so\d+m))|(_|patch)\d+", "", trunk)
-        if kind not in built:  # of each kind one, which takes tenths of a second
+        if kind not in built:
+            # One of each kind is built, which takes tenths of a second.
             backbone = backbone_of(pretrained.untouched_tower(name), name)
             assert backbone.image_size == (settings["preprocess.image_size"],) * 2, name
             built.add(kind)

@@ -47,7 +47,8 @@ def test_a_loaded_model_scores_as_the_saved_one(trained, folder):
         assert torch.equal(loaded.logits(pixels), trained.logits(pixels))
         assert torch.equal(loaded.teacher_logits(pixels), trained.teacher_logits(pixels))
     assert checkpoint.read_extra(folder) == {"step": 7}
-    assert same(checkpoint.load_model(folder.parent)[0], trained)  # by its run folder
+    # The run folder names the same model.
+    assert same(checkpoint.load_model(folder.parent)[0], trained)
 
 
 def test_nothing_of_the_backbone_is_saved(folder):
@@ -72,7 +73,8 @@ def test_building_a_model_leaves_the_generator_alone():
 def test_the_fingerprint_is_of_every_frozen_tensor_and_of_nothing_else(trained):
     model = checkpoint.build_model(CONFIG, with_text=False)
     before = checkpoint.fingerprint(model)
-    assert checkpoint.fingerprint(trained) == before  # other adapters
+    # The fingerprint does not depend on the adapters.
+    assert checkpoint.fingerprint(trained) == before
     assert checkpoint.fingerprint(model.set_base_dtype(torch.bfloat16)) == before
     for name, parameter in model.visual.named_parameters():
         if "lora_" not in name:
@@ -126,7 +128,8 @@ def test_a_model_folder_is_the_old_or_the_new_one_wherever_the_writer_dies(k, di
     if finished:
         assert step == 2
         assert os.listdir(tmp_path) == ["best"]
-    assert finished == (k > 9)  # every earlier k stopped the writer somewhere
+    # Every earlier k stopped the writer somewhere.
+    assert finished == (k > 9)
 
 
 @pytest.mark.parametrize("k", range(1, 6))
@@ -228,7 +231,8 @@ def test_an_empty_configuration_downloads_nothing(folder, monkeypatch):
 
 
 def test_what_a_model_was_trained_on(folder, trained):
-    assert checkpoint.trained_on(folder).tolist() == []  # it does not say
+    # This model does not say what it was trained on.
+    assert checkpoint.trained_on(folder).tolist() == []
     hashes = np.array([-5, 3, 2**62])
     state, backbone = checkpoint.trained_state(trained), checkpoint.fingerprint(trained)
     checkpoint.write_model(folder, state, backbone, CONFIG, trained_on=hashes)

@@ -118,7 +118,8 @@ def test_training_moves_the_student_and_leaves_the_teacher():
         step(model, pixels, CAPTIONS, labels).loss.backward()
         optimizer.step()
 
-    assert torch.equal(model.teacher_features(pixels), teacher)  # also: no dropout, though in training mode
+    # The teacher has no dropout either, though the model is in training mode.
+    assert torch.equal(model.teacher_features(pixels), teacher)
     assert difference(teacher, expected) < 1e-5
     assert not model.teacher_features(pixels).requires_grad
     for name, parameter in model.named_parameters():
@@ -129,7 +130,8 @@ def test_training_moves_the_student_and_leaves_the_teacher():
 
 
 def test_there_is_one_copy_of_the_weights():
-    others = [o for o in gc.get_objects() if type(o) is torch.nn.Parameter]  # of earlier tests
+    # These belong to earlier tests.
+    others = [o for o in gc.get_objects() if type(o) is torch.nn.Parameter]
     before = {id(o) for o in others}
     model, clip = build(), original_clip()
     trained = sum(p.numel() for p in model.trainable_parameters())
@@ -188,7 +190,8 @@ def test_initialisation_follows_the_seed():
     name = "transformer.resblocks.0.attn.q_proj.lora_A.weight"
     assert all(torch.equal(first[key], same[key]) for key in first)
     assert not torch.equal(first[name], other[name])
-    bound = 1 / math.sqrt(first[name].shape[1])  # Kaiming-uniform with a = sqrt(5)
+    # The draw is Kaiming-uniform with a = sqrt(5).
+    bound = 1 / math.sqrt(first[name].shape[1])
     assert 0.8 * bound < first[name].abs().max() <= bound
     assert not any(tensor.any() for key, tensor in first.items() if "lora_B" in key)
 

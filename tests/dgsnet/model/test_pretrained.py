@@ -46,16 +46,16 @@ def test_weights_load_from_every_kind_of_file(tmp_path):
     for suffix in ("pt", "bin", "safetensors"):
         path = tmp_path / f"weights.{suffix}"
         model = DGSNet(ModelConfig(name=TINY.name, pretrained=str(path))).eval()
-        with path.open("r+b") as file:  # in place: a model that still looked into its file would notice
+        with path.open("r+b") as file:
+            # The file changes in place: a model that still looked into it would notice.
             file.write(bytes(path.stat().st_size))
         assert difference(model.teacher_features(pixels), expected) < 1e-5
         assert difference(model.text_features(CAPTIONS), clip.encode_text(tokens)) < 1e-5
         assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
 
 
-@pytest.mark.filterwarnings(
-    "ignore"
-)  # torch deprecates TorchScript; OpenAI's files are made of it all the same
+# torch deprecates TorchScript, but OpenAI's files are made of it.
+@pytest.mark.filterwarnings("ignore")
 def test_openais_torchscript_archives_load(tmp_path):
     config = open_clip.get_model_config("ViT-B-32-quickgelu")
     config["vision_cfg"] |= {"layers": 2, "width": 64}
@@ -121,7 +121,8 @@ def test_every_plain_vision_transformer_of_open_clip_converts(tmp_path):
             check_tower(name, config)
         except UserError:
             continue
-        if "timm_model_name" in config["vision_cfg"]:  # see test_backbones.py
+        # test_backbones.py covers timm's towers.
+        if "timm_model_name" in config["vision_cfg"]:
             continue
         accepted += 1
         config["embed_dim"] = 16

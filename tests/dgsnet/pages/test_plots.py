@@ -26,7 +26,8 @@ def test_generators_from_the_best_to_the_worst_and_the_mean_last():
     (axes,) = figure.axes
     names = ["best", "middle", "worst", "none", "mean"]
     assert words(axes.get_yticklabels()) == names
-    assert axes.get_ylim()[0] > axes.get_ylim()[1]  # the first is on top
+    # The first generator is on top.
+    assert axes.get_ylim()[0] > axes.get_ylim()[1]
     rows = [*(VALUES[name] for name in names[:-1]), MEAN]
     for bars, key in zip(axes.containers, ("real_accuracy", "generated_accuracy")):
         np.testing.assert_allclose([bar.get_width() for bar in bars], [100 * row[key] for row in rows])

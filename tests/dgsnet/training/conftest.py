@@ -28,7 +28,8 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def finished(dataset: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An uninterrupted run to compare with."""
-    torch.set_num_threads(1)  # as in the tests themselves, which is decided later than this
+    # The tests themselves run in one thread, but that is set later than this.
+    torch.set_num_threads(1)
     return train(settings(dataset), tmp_path_factory.mktemp("runs") / "finished")
 
 

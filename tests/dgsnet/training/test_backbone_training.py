@@ -97,13 +97,16 @@ def test_the_frozen_backbone_stands_beside_it(dinov3, data, tmp_path, capsys, mo
     above = expected[generated][:, None] > expected[~generated]
     assert found["frozen"]["mean"]["auc"] == pytest.approx(above.mean())
     assert found["frozen"]["mean"]["ece"] != found["mean"]["ece"]
-    assert found["robustness"] == {}  # what is frozen is no distortion
+    # The frozen backbone is no distortion.
+    assert found["robustness"] == {}
     page = (out / "report.html").read_text()
     assert "<h2>Beside the frozen backbone</h2>" in page and "AUC, frozen" in page
     assert "## Beside the frozen backbone" in (out / "metrics.md").read_text()
 
-    monkeypatch.setattr(Detector, "logits", None)  # nothing is scored twice
-    rng = np.random.default_rng(0)  # a calibration is the model's own, and not that of the frozen backbone
+    # Nothing is scored twice.
+    monkeypatch.setattr(Detector, "logits", None)
+    # A calibration belongs to the model, not to the frozen backbone.
+    rng = np.random.default_rng(0)
     detector.calibration = calibrate(rng.normal(-3, 5, 300), rng.normal(3, 5, 300), fpr=0.05)
     assert detector.calibration.temperature > 1.2
     again = evaluate(detector, find_suites([str(data)]), frozen=True, journal=out / JOURNAL, workers=0)

@@ -40,7 +40,8 @@ def test_no_word_where_an_expert_takes_it(data, capsys):
 
 
 def test_no_word_of_balanced_or_too_few_files(data, capsys):
-    for path in (data / "1_fake").glob("*.png"):  # which changes their contents, not their names
+    # This changes the files' contents, not their names.
+    for path in (data / "1_fake").glob("*.png"):
         path.write_bytes((data / "0_real" / "0.jpg").read_bytes())
     samples = find_samples(data)
     warn_of_shortcuts(Config(), samples)
@@ -93,7 +94,8 @@ def test_a_resumed_run_may_change_what_does_not_decide_its_weights_and_nothing_e
         kind = typing.get_type_hints(hints[section])[key] if section else hints[key]
         values = config.to_dict()
         (values[section] if section else values)[key] = another(value, kind)
-        if name in ("preprocess.resize", "preprocess.side"):  # neither goes without the other
+        if name in ("preprocess.resize", "preprocess.side"):
+            # Neither goes without the other.
             values["preprocess"] |= {"resize": "shorter", "side": 7}
         try:
             check_folder(Config.from_dict(values), tmp_path, resume=True)

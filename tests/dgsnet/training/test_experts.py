@@ -97,7 +97,8 @@ def test_the_expert_learns_from_files_and_stays_out_of_the_detector(one, dataset
 def test_tensorboard_tells_how_far_the_features_have_moved(one):
     values = tracked(one[0])
     assert set(values) == set(TRACKED)
-    assert all(set(steps) == {6, 9} for steps in values.values())  # of stage 2 alone
+    # Only stage 2 has these values.
+    assert all(set(steps) == {6, 9} for steps in values.values())
     assert 0 < values["prior/drift"][6] < values["prior/drift"][9]
     assert 0 < values["prior/cka"][9] < values["prior/cka"][6] <= 1
     assert all(-1 <= value <= 1 for value in values["expert/residual_correlation"].values())
@@ -113,7 +114,8 @@ def test_accumulation_trains_as_one_batch(one, dataset, tmp_path):
 
 def test_bf16_trains_nearly_as_fp32(one, dataset, tmp_path):
     out = train(config_of(dataset, optim_precision="bf16"), tmp_path / "run")
-    torch.testing.assert_close(expert_of(out), expert_of(one[0]))  # which sees no backbone
+    # The expert sees no backbone.
+    torch.testing.assert_close(expert_of(out), expert_of(one[0]))
     for low, full in zip(rows(out), rows(one[0]), strict=True):
         assert float(low["loss"]) == pytest.approx(float(full["loss"]), rel=0.05)
     assert 0 < tracked(out)["prior/drift"][9] < 2 * tracked(one[0])["prior/drift"][9]
@@ -138,7 +140,8 @@ def assert_as_one(out, one):
     assert_same_training(out, *one)
     torch.testing.assert_close(expert_of(out), expert_of(one[0]), rtol=1e-3, atol=1e-4)
     for name, steps in tracked(one[0]).items():
-        if name != "prior/cka":  # unbiased whatever the micro-batch, but another estimate
+        if name != "prior/cka":
+            # Every micro-batch has an unbiased estimate, but another one.
             assert tracked(out)[name] == pytest.approx(steps, rel=5e-3, abs=1e-5), name
 
 

@@ -47,7 +47,8 @@ def test_no_text_encoder_runs_in_a_step(dataset, tmp_path, monkeypatch):
     cache = str(tmp_path / "cache")
     for run in ("a", "b"):
         train(settings(dataset, data_val=[], data_cache=cache), tmp_path / run)
-    assert calls == [3]  # the data has three different captions
+    # The data has three different captions.
+    assert calls == [3]
     assert equal(weights(tmp_path / "a"), weights(tmp_path / "b"))
 
 

@@ -37,7 +37,8 @@ VIEWS, IMAGES = 2, 10
 def root(tmp_path_factory):
     """Noise, under a chequerboard where it is generated; one image is damaged."""
     root = write_images(tmp_path_factory.mktemp("data"), (6, 4))
-    (root / "1_fake/2.png").write_bytes(b"no image")  # the ninth
+    # The ninth image is damaged.
+    (root / "1_fake/2.png").write_bytes(b"no image")
     return root
 
 
@@ -299,7 +300,8 @@ def test_a_changed_image_is_computed_again_or_refused(root, model, encoded, tmp_
     shutil.copy(root / "0_real/3.png", path)
     assert path.stat().st_size == before.st_size
     with pytest.raises(UserError, match=r"0_real/3.png has changed since .*: remove .*images"):
-        features.dataset = dataset(images)  # which has not read the file before
+        # This dataset has not read the file before.
+        features.dataset = dataset(images)
         look_up(features, 0, [3])
 
 
@@ -312,7 +314,8 @@ def test_a_folder_that_cannot_be_written_is_named(root, model, tmp_path):
 @pytest.mark.parametrize("changes", [{}, {"surgery_mode": "layer"}, {"model_lora_rank": 0}])
 def test_training_is_as_with_the_tower_in_every_step(root, tmp_path, monkeypatch, encoded, changes):
     """With a view for every epoch of both stages, an epoch sees what it sees without views."""
-    epochs, probe = 5, "model_lora_rank" in changes  # a probe has no stage 1, and counts from there
+    # A probe has no stage 1, so its epochs count from stage 2.
+    epochs, probe = 5, "model_lora_rank" in changes
     configured = settings(root, data_views=epochs, data_cache=str(tmp_path / "cache"), **changes)
     read, original = [], ImageDataset.item
     monkeypatch.setattr(ImageDataset, "item", lambda *a: (read.append(a[1]), original(*a))[1])
@@ -336,7 +339,8 @@ def test_plain_lora_needs_no_frozen_features(root, tmp_path, encoded):
 
 
 def test_a_resumed_run_has_the_same_weights(root, tmp_path, finished):
-    with pytest.warns(UserWarning), interrupted_after(4):  # after an epoch of stage 2
+    # This is after an epoch of stage 2.
+    with pytest.warns(UserWarning), interrupted_after(4):
         train(settings(root), tmp_path / "run")
     with pytest.warns(UserWarning):
         assert equal(weights(train(settings(root), tmp_path / "run", resume=True)), weights(finished))

@@ -40,7 +40,8 @@ def test_a_terminal_has_a_bar_and_other_processes_say_nothing(monkeypatch, capsy
         progress.show(0.25)
     err = capsys.readouterr().err
     assert "3/10" in err and "loss 0.2500" in err and "images/s" in err and "\r" in err
-    assert re.search(r"<\d\d:\d\d", err)  # the time that is left
+    # This is the time that is left.
+    assert re.search(r"<\d\d:\d\d", err)
     for terminal in (True, False):
         monkeypatch.setattr(sys.stderr, "isatty", lambda terminal=terminal: terminal)
         with Progress("stage 2 epoch 1/1", 0, 1, silent=True) as progress:

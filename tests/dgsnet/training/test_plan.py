@@ -29,7 +29,8 @@ def test_a_step_is_the_mean_over_its_images(images, batch_size, accumulation, wo
     for number in range(steps):
         size = plans[0].steps[number][0]
         micro = [plan.steps[number][1] for plan in plans]
-        assert len({len(batches) for batches in micro}) == 1  # processes run in step
+        # All processes run in step.
+        assert len({len(batches) for batches in micro}) == 1
         weight = {i: m.weight / len(m.indices) / world for ms in micro for m in ms for i in m.indices}
         assert sorted(weight) == sorted(order[seen : seen + size])
         assert list(weight.values()) == pytest.approx([1 / size] * size)
@@ -90,5 +91,6 @@ def test_the_learning_rate_rises_and_falls():
     cosine = [lr_factor(OptimConfig(warmup=0.2, schedule="cosine"), step, 10) for step in range(12)]
     assert cosine[:3] == pytest.approx([0.5, 1, 1]) and cosine[6] == pytest.approx(0.5)
     assert cosine[2:10] == sorted(cosine[2:10], reverse=True) and cosine[9] == pytest.approx(0.0381, abs=1e-3)
-    assert cosine[10:] == pytest.approx([0, 0], abs=1e-12)  # steps more than were counted on
+    # These are more steps than were counted on.
+    assert cosine[10:] == pytest.approx([0, 0], abs=1e-12)
     assert lr_factor(OptimConfig(warmup=0.9, schedule="cosine"), 0, 1) == 1

@@ -78,7 +78,8 @@ def test_a_step_has_the_rules_gradient(rule, paired, margin, options, tmp_path):
     network = checkpoint.load_model(options["model"])[0].double()
     how = {"train": True, "seed": config.seed, "drawn_as": drawn_as}
     images = ImageDataset([*new, *old], Preprocessor(config.preprocess), **how)
-    epoch = config.optim.head_epochs  # stage 2 counts from there
+    # The epochs of stage 2 count from there.
+    epoch = config.optim.head_epochs
     sampler = EpochSampler(images, shuffle=True, seed=config.seed, count=len(new), pairs=pairs[0])
     sampler.set_epoch(epoch)
     for name, parameter in network.named_parameters():
@@ -101,9 +102,11 @@ def test_a_step_has_the_rules_gradient(rule, paired, margin, options, tmp_path):
     g, loss = gradient(first[first >= 0])
     others = [gradient(len(new) + places[places >= 0])[0] for places in drawn.values()]
     logged = state["sums"]
-    assert (logged[0].item(), logged[-1].item()) == (pytest.approx(loss, rel=1e-5), 1)  # of new images alone
+    # The log has the loss of the new images alone.
+    assert (logged[0].item(), logged[-1].item()) == (pytest.approx(loss, rel=1e-5), 1)
     assert len(others) == (2 if rule == "gem" else 1)
-    assert min(g @ o for o in others) < 0  # else nothing is tested
+    # Without a conflict nothing would be tested.
+    assert min(g @ o for o in others) < 0
     if rule == "none":
         others = []
     expected = naive(rule, g, others, margin)
@@ -139,7 +142,8 @@ def test_draws_are_balanced_functions_of_seed_and_step():
     draws = {
         tuple(places(dataclasses.replace(one, seed=seed), step)) for seed in range(4) for step in range(4)
     }
-    assert len(draws) == 16  # (seed, step) of neighbours do not meet
+    # Neighbouring seeds and steps draw different images.
+    assert len(draws) == 16
 
 
 def test_gem_has_a_constraint_for_each_old_generator_as_far_as_there_may_be():

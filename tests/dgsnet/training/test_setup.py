@@ -12,7 +12,8 @@ from tests.support.runs import settings
 
 
 def test_processes_that_are_in_no_group_are_refused(dataset, tmp_path, monkeypatch):
-    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)  # one without groups
+    # The machine has an accelerator, but no group of processes.
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
     for name, value in {"WORLD_SIZE": "2", "RANK": "0"}.items():
         monkeypatch.setenv(name, value)
     refused = pytest.raises(UserError, match="2 processes were started, but this one is in a group of 1")

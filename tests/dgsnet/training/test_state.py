@@ -69,7 +69,8 @@ def test_killed_at_any_moment_and_resumed_it_ends_with_the_same_weights(command,
         assert launch(command, seconds=moment) in (0, -signal.SIGKILL)
     assert launch(command) == 0
     assert_as_uninterrupted(tmp_path / "run", finished)
-    assert launch(command) == 0  # nothing left to do
+    # Nothing is left to do.
+    assert launch(command) == 0
     assert_as_uninterrupted(tmp_path / "run", finished)
 
 
@@ -132,7 +133,8 @@ def test_runs_of_before_there_were_experts_are_read_and_go_on(dataset, tmp_path)
     """Their configuration and state lack what came with the experts."""
     config = settings(dataset, checkpoint_every=2, data_val=[])
     out = tmp_path / "run"
-    with interrupted_after(4):  # within stage 2
+    # This stops within stage 2.
+    with interrupted_after(4):
         train(config, out)
     saved = json.loads((out / "config.json").read_text())
     for section, name in (("surgery", "text"), ("surgery", "distillation"), ("data", "nuisances")):
@@ -162,7 +164,8 @@ def test_a_damaged_state_is_refused_in_one_line(tmp_path):
     data, run = write_images(tmp_path / "data", (4, 3)), tmp_path / "run"
     few = {"optim_batch_size": 4, "optim_epochs": 1, "data_captions": "none", "checkpoint_every": 1}
     config = settings(data, data_val=[], **few)
-    with interrupted_after(1):  # with an optimiser in it
+    # The state has an optimiser in it.
+    with interrupted_after(1):
         train(config, run)
     whole = (run / STATE_FILE).read_bytes()
     for what, damage in WRONG.items():

@@ -13,7 +13,8 @@ from dgsnet.training.plan import BRANCHES
 from dgsnet.training.step import TRAIN_COLUMNS, Step, layer_surgery, parameter_groups
 
 IMAGES = 9
-PARTS = (5, 4)  # micro-batches of them; the reference batch size is neither's, nor divides any
+# The micro-batches have these sizes, neither of which is the reference batch size or a multiple of it.
+PARTS = (5, 4)
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +22,8 @@ def model():
     torch.manual_seed(0)
     model = DGSNet(ModelConfig(name="dgsnet-tiny", pretrained="", lora_dropout=0.0)).double()
     for name, tensor in model.adapter_state().items():
-        if "lora_B" in name:  # at zero A has no gradient
+        if "lora_B" in name:
+            # With B at zero A has no gradient.
             tensor.normal_(std=0.05)
     return model
 
@@ -140,7 +142,8 @@ def test_a_step_equals_the_naive_computation(model, mode, text, distillation, ca
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10) if scaled else None
     optimizer = torch.optim.SGD(parameter_groups(model, expert), lr=1e-3)
     for group in optimizer.param_groups:
-        group["lr"] = 0.0  # the model is shared
+        # The tests share the model, so no step may change it.
+        group["lr"] = 0.0
     operator = layer_surgery(optimizer, surgery, scaler=scaler) if mode == "layer" else None
     losses, gradients = naive_step(model, expert, surgery, pixels, labels, captions, nuisances)
     optimizer.zero_grad()
@@ -171,7 +174,8 @@ def test_a_step_equals_the_naive_computation(model, mode, text, distillation, ca
     if operator and captioned:
         metrics = operator.metrics()
         assert len(metrics.layers) == 3 * 4 and all(name.endswith("_proj") for name in metrics.layers)
-        assert metrics.removed.max() > 1e-3  # there was something to remove
+        # There was something to remove.
+        assert metrics.removed.max() > 1e-3
 
 
 @pytest.mark.parametrize("surgery", [None, SurgeryConfig(reference_batch_size=6)])
@@ -182,7 +186,8 @@ def test_losses_see_smoothed_labels(model, surgery):
     by_hand = Step(model, BRANCHES, surgery)(pixels, 0.8 * labels + 0.1, text)
     assert torch.equal(smoothed.values, by_hand.values)
     hard = Step(model, BRANCHES, surgery)(pixels, labels, text)
-    assert smoothed.loss != hard.loss and smoothed.values[-1] == hard.values[-1]  # the accuracy
+    # The last value is the accuracy.
+    assert smoothed.loss != hard.loss and smoothed.values[-1] == hard.values[-1]
 
 
 @pytest.mark.parametrize("surgery", [SurgeryConfig(text="both", distillation=0.3), SurgeryConfig("layer")])

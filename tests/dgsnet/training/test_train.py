@@ -76,7 +76,8 @@ def test_wrong_input_ends_in_one_line(extra, message, finished, dataset, tmp_pat
     line = fails([*arguments, *(word.format(**names) for word in extra)], capsys)
     assert message in line
     if message != "training diverged":
-        assert not (tmp_path / "new").exists()  # so that the corrected command runs
+        # Nothing keeps the corrected command from running.
+        assert not (tmp_path / "new").exists()
 
 
 @pytest.mark.parametrize("arguments", [[], ["trian"], ["train"], ["train", "--out"]])

@@ -65,7 +65,8 @@ def test_the_mosaic_in_numpy_holds_the_patches_that_ours_does(settings):
     config = PreprocessConfig(image_size=32, num_patches=1, flip=False)
     ours = Preprocessor(config)(image).numpy()
     draws = [train_step.numpy_mosaic(image, 32, np.random.default_rng(i)) for i in range(8)]
-    assert any(abs(mosaic - ours).max() < 1e-5 for mosaic in draws)  # half of them are mirrored
+    # Half of the draws are mirrored.
+    assert any(abs(mosaic - ours).max() < 1e-5 for mosaic in draws)
 
 
 def test_it_counts_the_work_of_a_step(settings):

@@ -48,7 +48,8 @@ def test_it_learns_and_writes_what_the_documentation_says(finished, dataset):
     ]
     assert Config.load(finished / "config.json") == settings(dataset)
     steps = [int(row["step"]) for row in rows(finished)]
-    assert steps == [3, 4, 4, 6, 8, 8, 9, 12, 12]  # 4 per epoch, each third, epochs' ends, then validation
+    # An epoch has 4 steps. Each third step has a row, and so have the epochs' ends, and then the validation.
+    assert steps == [3, 4, 4, 6, 8, 8, 9, 12, 12]
     assert [row["stage"] for row in rows(finished)] == ["1"] * 3 + ["2"] * 6
     losses = [float(row["image_loss"]) for row in rows(finished) if row["image_loss"]]
     assert losses[-1] < 0.7 * losses[0]
@@ -68,7 +69,8 @@ def test_the_saved_model_gives_the_validation_metrics(finished, dataset):
     paths = {label: sorted((dataset / "val" / name).iterdir()) for label, name in enumerate(CLASSES)}
     labels = np.repeat([0, 1], [len(paths[0]), len(paths[1])])
     pixels = torch.stack([preprocess(read_image(path)) for path in paths[0] + paths[1]])
-    by_stage = {row["stage"]: row for row in validations(finished)}  # the last of each
+    # The last validation of each stage counts.
+    by_stage = {row["stage"]: row for row in validations(finished)}
     for stage, score in (("1", model.teacher_logits), ("2", model.logits)):
         with torch.no_grad():
             logits = score(pixels).double()
@@ -110,7 +112,8 @@ def faint(tmp_path_factory):
         root,
         data_captions="none",
         surgery_mode="none",
-        optim_batch_size=31,  # an epoch is a step
+        # An epoch is one step.
+        optim_batch_size=31,
         optim_epochs=9,
         optim_lr=3e-2,
         seed=1,
@@ -239,7 +242,8 @@ def test_the_stages_train_their_own_parts(dataset, tmp_path):
     for epochs in (1, 2):
         run = train(settings(dataset, data_val=[], optim_epochs=epochs), tmp_path / f"{epochs}")
         state = heads[epochs] = weights(run)
-        assert equal(state, weights(run, "best"))  # without validation the last is the best
+        # Without validation the last model is the best.
+        assert equal(state, weights(run, "best"))
         assert all(not torch.equal(state[name], start[name]) for name in state)
     for name in ("weight", "bias"):
         assert torch.equal(heads[1][f"head.teacher_head.{name}"], heads[2][f"head.teacher_head.{name}"])
@@ -259,7 +263,8 @@ def test_without_adapters_it_is_a_linear_probe(dataset, tmp_path):
 
 def test_max_steps_ends_the_second_stage(dataset, tmp_path):
     run = train(settings(dataset, optim_max_steps=5, optim_epochs=9), tmp_path / "run")
-    assert [int(row["step"]) for row in validations(run)] == [4, 8, 9]  # stage 1 has 4 steps
+    # Stage 1 has 4 steps.
+    assert [int(row["step"]) for row in validations(run)] == [4, 8, 9]
 
 
 @pytest.mark.parametrize("mode", ["feature", "layer"])

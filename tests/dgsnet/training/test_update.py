@@ -183,7 +183,8 @@ def test_what_it_writes_is_a_run(finished, options, tmp_path):
     extra = checkpoint.read_extra(finished)
     assert extra["step"] == 3 and extra["update"]["rule"] == "gem"
     assert extra["update"]["model"] == str(options["model"])
-    assert "an update, rule gem, of the detector `detector`" in _training(config, extra)  # of a model card
+    # A model card has these words.
+    assert "an update, rule gem, of the detector `detector`" in _training(config, extra)
     again = update(out=tmp_path / "again", rule="replay", test=[], **options | {"model": finished})
     assert not equal(weights(again), weights(finished))
     assert not (again / "changes.json").exists()

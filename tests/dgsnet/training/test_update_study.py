@@ -44,7 +44,8 @@ def test_a_stopped_study_goes_on(small, tmp_path, monkeypatch, capsys):
     whole = list(study.results(arguments))
     choices, rows = whole[:3], whole[3:]
     assert [(row["setting"], row["value"]) for row in choices] == [("lr", 1e-3), ("lr", 2e-3), ("steps", 1)]
-    assert choices[1]["auc"] == choices[2]["auc"]  # the same settings, measured once
+    # The settings are the same, and were measured once.
+    assert choices[1]["auc"] == choices[2]["auc"]
     assert rows[0]["settings"] == study.best(choices)
     assert [(row["rule"], row["arrived"]) for row in rows] == [
         ("gem", ""),

@@ -115,8 +115,7 @@ def test_without_a_step_it_is_found(step, pairs):
     read = [(sample.label, sample.read_bytes()) for sample in samples]
     chosen = [(of, content) for of, content in read if opened(content).format == kind]
     rows = np.stack([file_nuisances(change(content) if of == label else content) for of, content in chosen])
-    alone = np.where(
-        np.array(NUISANCES) == nuisance, rows, 0
-    )  # the others are not asked, which takes seconds
+    # The other nuisances are left out, since they would take seconds.
+    alone = np.where(np.array(NUISANCES) == nuisance, rows, 0)
     found = find_shortcuts(alone, np.array([of for of, _ in chosen]))
     assert found.strongest == [nuisance]

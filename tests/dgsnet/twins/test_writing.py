@@ -106,7 +106,8 @@ def test_jpegs_have_the_tables_and_the_sampling_of_their_original(name):
         found = opened(write(content, style))
         assert found.format == "JPEG" and found.mode == ("L" if name == "grey" else "RGB")
         assert found.quantization == original.quantization
-        of_four = name == "of four colours"  # all at full size
+        # Such a file has all four colours at full size.
+        of_four = name == "of four colours"
         assert JpegImagePlugin.get_sampling(found) == (
             0 if of_four else JpegImagePlugin.get_sampling(original)
         )
@@ -132,7 +133,8 @@ def test_nothing_beside_the_pixels_is_written():
     extras = {"exif": exif, "dpi": (300, 300), "comment": b"words", "icc_profile": b"profile" * 20}
     data = encoded(PICTURE, "JPEG", quality=83, **extras)
     pixels = read_image(data)
-    assert pixels.shape[:2] == PICTURE.size  # turned upright
+    # The picture is turned upright.
+    assert pixels.shape[:2] == PICTURE.size
     found = opened(write(pixels, style_of(data, pixels)))
     assert found.size == PICTURE.size[::-1] and not found.getexif()
     assert not {"exif", "comment", "icc_profile", "xmp"} & found.info.keys()
