@@ -7,7 +7,7 @@ from dgsnet.data.captions import attach_captions
 from dgsnet.data.items import find_samples
 from dgsnet.errors import UserError
 
-from tests.dgsnet.data.test_datasets import ROWS
+from tests.dgsnet.data.test_lists import ROWS
 from tests.support.datasets import tree
 
 
