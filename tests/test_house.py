@@ -16,6 +16,7 @@ import dgs_kernels
 ROOT = Path(__file__).parents[1]
 PACKAGES = {"dgs_kernels": ROOT / "dgs_kernels", "dgsnet": ROOT / "python" / "dgsnet"}
 MOST_LINES = 500
+MOST_LINES_OF_TESTS = 400
 MOST_FILES_AT_THE_TOP = 8
 
 
@@ -130,6 +131,11 @@ def test_files_are_short(package):
         if (lines := len(path.read_text().splitlines())) > MOST_LINES
     }
     assert not long
+
+
+def test_files_of_tests_are_shorter():
+    lines = {path.name: len(path.read_text().splitlines()) for path in (ROOT / "tests").rglob("*.py")}
+    assert not {name: count for name, count in lines.items() if count > MOST_LINES_OF_TESTS}
 
 
 def csv_writers(path: Path) -> list[str]:
