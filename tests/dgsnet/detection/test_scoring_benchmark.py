@@ -87,9 +87,9 @@ def test_the_page_under_clients(small, monkeypatch):
 
 def test_processor_time_of_what_is_gone_counts():
     burn = "import time\nwhile time.process_time() < 0.5: pass"
-    with ProcessorTime(interval=0.02) as used:
+    with ProcessorTime() as used:
         subprocess.run([sys.executable, "-c", burn], check=True)
-    assert 0.35 < used.seconds < 1.5
+    assert 0.5 < used.seconds < 1.5
 
 
 def test_numbers_are_shortened():
