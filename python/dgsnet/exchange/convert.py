@@ -12,8 +12,8 @@ from dgsnet.errors import UserError
 from dgsnet.exchange.hub import PREFIX, Download, download
 from dgsnet.exchange.layouts import LAYOUTS, OTHERS, Layout, layout_of, shapes_of
 from dgsnet.exchange.official import PUBLISHED, STUDENT, TEACHER, Official, read, write
-from dgsnet.exchange.weights import State, file_sha256, holds, load, save
-from dgsnet.files import check_new
+from dgsnet.exchange.weights import State, holds, load, save
+from dgsnet.files import check_new, file_sha256
 from dgsnet.model.checkpoint import build_model, load_trained_state, save_model, trained_state
 from dgsnet.model.description import Description, Origin
 from dgsnet.model.folders import BACKBONE_FILES

@@ -15,7 +15,8 @@ import torch
 
 from dgsnet.config import Config, ModelConfig, PreprocessConfig, SurgeryConfig
 from dgsnet.errors import UserError
-from dgsnet.exchange.weights import State, file_sha256, holds, load, part, save
+from dgsnet.exchange.weights import State, holds, load, part, save
+from dgsnet.files import file_sha256
 from dgsnet.model.catalogue import has_text
 from dgsnet.model.checkpoint import build_model, load_trained_state, save_model
 from dgsnet.model.dgsnet import DGSNet

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import warnings
 import zipfile
 from pathlib import Path
 
-import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -120,8 +118,3 @@ def save(state: State, path: Path) -> None:
 def _small(tensor: Tensor) -> Tensor:
     half = tensor.half()
     return (half if torch.equal(half.to(tensor.dtype), tensor) else tensor).contiguous()
-
-
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file that is not empty, as hexadecimal digits."""
-    return hashlib.sha256(np.memmap(path, mode="r").data).hexdigest()

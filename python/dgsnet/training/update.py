@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
@@ -22,7 +21,7 @@ from dgsnet.detection.overlap import warn_of_training_images
 from dgsnet.errors import UserError
 from dgsnet.evaluation.changes import compare, per_image, table
 from dgsnet.evaluation.evaluate import evaluate, find_suites
-from dgsnet.files import locked, one_line, write_file
+from dgsnet.files import file_sha256, locked, one_line, write_file
 from dgsnet.model.catalogue import check_model
 from dgsnet.model.folders import WEIGHTS_FILE, model_folder, read_model_config
 from dgsnet.processes import announced_size
@@ -125,7 +124,7 @@ def update(
             config = changed(config, optim=changed(optim, epochs=epochs, max_steps=steps))
         record = {
             "model": str(model),
-            "weights": hashlib.sha256((folder / WEIGHTS_FILE).read_bytes()).hexdigest()[:16],
+            "weights": file_sha256(folder / WEIGHTS_FILE)[:16],
             "rule": rule,
             "replay_share": f"{replay_share:g}",
             "margin": f"{margin:g}",

@@ -202,6 +202,12 @@ def test_ordinary_texts_declare_nothing(kind):
     assert read_declared(with_text(**ORDINARY[kind])) == ("none", "")
 
 
+@pytest.mark.parametrize("words", ['p:Credit="A photographer"', 'p:Headline="Made with Google AI"'])
+def test_ordinary_texts_of_xmp_declare_nothing(words):
+    photoshop = 'xmlns:p="http://ns.adobe.com/photoshop/1.0/"'
+    assert read_declared(with_xmp(packet(f"{photoshop} {words}"), "JPEG")) == ("none", "")
+
+
 def test_bytes_in_pixels_and_behind_the_end_are_no_label():
     """As a search through the file would find them."""
     for content in (source_type(TRAINED), b"parameters\0" + RECIPE.encode(), b"Software\0NovelAI"):

@@ -122,7 +122,13 @@ def test_models_are_measured_once_and_set_side_by_side(model, data, tmp_path, ca
     page = (out / "report.html").read_text()
     assert not re.search(r'(?:src|href)="(?!data:|#)', page) and "{{" not in page
     assert page.count("<img ") == min(len(unlike), 12)
-    assert "files alone" in (out / "comparison.md").read_text()
+    heads = [
+        line for line in (out / "comparison.md").read_text().splitlines() if line.startswith("| generator |")
+    ]
+    # What files alone tell is an AUC, and stands beside those.
+    assert len(heads) > 1 and [line for line in heads if "files alone" in line] == [
+        "| generator | mine | second | files alone |"
+    ]
     # Nothing is scored anew.
     before = (out / "mine" / "scores.jsonl").read_bytes()
     (data / "alpha/0_real/0.png").write_bytes(b"no picture any more")
