@@ -26,8 +26,8 @@ ENOUGH = 0.9
 # A size of which one batch takes longer, in seconds, is the last that is tried.
 PATIENCE = 4.0
 # On a processor two batches are under way: one has the cores while the other waits for a thread whose core
-# went to a process that reads images. With two threads that is a tenth to a fifth more images; with many,
-# whose every operation wakes them all, nobody has measured it.
+# went to a process that reads images. With two threads that is up to a fifth more images, and nothing where
+# the machine is otherwise quiet; with many, whose every operation wakes them all, nobody has measured it.
 MOST_THREADS = 4
 
 
