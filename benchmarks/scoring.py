@@ -207,6 +207,7 @@ def rates(name: str, device: str, threads: int, seconds: float) -> dict:
         **{"operation": "scoring", "part": "rates", "model": name, "device": device, "threads": threads},
         **{"side": SIDE, "batch": ours.batch, "precision": ours.precision, "images": count},
         **{"rounds": len(found[OURS]), "images_per_second": rate, "core_ms_per_image": core},
+        "seconds_per_image": {way: list(walls[way]) for way in ways},
         "cores_allow": of_cores if math.isfinite(of_cores) else None,
         "of_before": share(walls[BEFORE]),
         "of_plain": share(walls[PLAIN]),
