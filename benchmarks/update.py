@@ -140,8 +140,8 @@ def choose(folder: Path, kept: list[dict]) -> Iterator[dict]:
             chosen = START | {name: value}
             row = done.get(str(chosen)) or {"auc": ends(folder, chosen)}
             done[str(chosen)] = row
-            told = {"benchmark": CHOICE, "device": "cpu", "setting": name, "value": value, "settings": chosen}
-            yield told | row
+            case = {"benchmark": CHOICE, "device": "cpu", "setting": name, "value": value, "settings": chosen}
+            yield case | row
 
 
 def ends(folder: Path, chosen: dict) -> list[float]:
@@ -156,14 +156,14 @@ def ends(folder: Path, chosen: dict) -> list[float]:
 
 def study(folder: Path, kept: list[dict], chosen: dict) -> Iterator[dict]:
     """The rows of every chain, with the settings chosen."""
-    told = {"benchmark": NAME, "device": "cpu", "settings": chosen}
+    case = {"benchmark": NAME, "device": "cpu", "settings": chosen}
     for seed in SEEDS:
         for rule in RULES:
-            wanted = told | {"seed": seed, "rule": rule}
+            wanted = case | {"seed": seed, "rule": rule}
             rows = [row for row in kept if wanted.items() <= row.items()]
             whole = len(rows) == 1 + len(ARRIVALS)
             for row in rows if whole else chain(folder, seed, rule, chosen, "test", ARRIVALS):
-                yield told | row
+                yield case | row
 
 
 def results(arguments: argparse.Namespace) -> Iterator[dict]:
@@ -175,13 +175,13 @@ def results(arguments: argparse.Namespace) -> Iterator[dict]:
         for row in quietly(choose(Path(name), kept)):
             yield row
             found.append(row)
-            print(told(row), flush=True)
+            print(line(row), flush=True)
         chosen = best(found)
         print(f"chosen: {chosen}", flush=True)
         for row in quietly(study(Path(name), kept, chosen)):
             yield row
             found.append(row)
-            print(told(row), flush=True)
+            print(line(row), flush=True)
     print(f"\n{table(found)}")
 
 
@@ -191,7 +191,7 @@ def best(rows: list[dict]) -> dict[str, float]:
     return {row["setting"]: row["value"] for row in sorted(rows, key=lambda row: mean(row["auc"]))}
 
 
-def told(row: dict) -> str:
+def line(row: dict) -> str:
     if row["benchmark"] == CHOICE:
         return f"{row['setting']} {row['value']:g}: AUC {mean(row['auc']):.4f}"
     place = f"seed {row['seed']}, {row['rule']}, {row['arrived'] or 'start'}"

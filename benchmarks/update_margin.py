@@ -125,8 +125,8 @@ def of_decoders() -> Iterator[dict]:
 
 
 def row(benchmark: str, data: str, method: str, rate: float, margin: float) -> dict:
-    told = {"benchmark": benchmark, "device": "cpu", "data": data, "method": method}
-    return told | {"lr": rate, "margin": margin}
+    case = {"benchmark": benchmark, "device": "cpu", "data": data, "method": method}
+    return case | {"lr": rate, "margin": margin}
 
 
 def results(arguments: argparse.Namespace) -> Iterator[dict]:
@@ -153,6 +153,6 @@ def table(rows: list[dict]) -> str:
         base = {r["seed"]: r["value"] for r in reported if (r["data"], r["method"]) == (data, "GEM")}
         values = np.array([[r["value"], r["value"] - base[r["seed"]]] for r in mine])
         cells = update.cells(values[:, :1], "") + update.cells(values[:, 1:], "+")
-        told = f"{mine[0]['lr']:g}", f"{mine[0]['margin']:g}" if "GEM" in method else "-"
-        lines.append([data, method, *told, cells[0], "-" if method == "GEM" else cells[1]])
+        chosen = f"{mine[0]['lr']:g}", f"{mine[0]['margin']:g}" if "GEM" in method else "-"
+        lines.append([data, method, *chosen, cells[0], "-" if method == "GEM" else cells[1]])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -184,8 +184,8 @@ def results(arguments: argparse.Namespace) -> Iterator[dict]:
         for optimizer in OPTIMIZERS:
             for surgery in SURGERIES:
                 for seed in SEEDS:
-                    told = {"benchmark": NAME, "device": "cpu", "model": model, "optimizer": optimizer}
-                    row = told | {"surgery": surgery, "seed": seed} | run(model, optimizer, surgery, seed)
+                    case = {"benchmark": NAME, "device": "cpu", "model": model, "optimizer": optimizer}
+                    row = case | {"surgery": surgery, "seed": seed} | run(model, optimizer, surgery, seed)
                     found.append(row)
                     yield row
     print(table(found), flush=True)

@@ -42,11 +42,11 @@ def play(tmp_path):
 
     def run(**how: str) -> tuple[int, str, list[str]]:
         calls = tmp_path / "calls"
-        told = {"PYTHON": f"{tmp_path}/bin/python", "OUT": f"{tmp_path}/out", "CALLS": str(calls)}
-        told |= {"PATH": f"{tmp_path}/bin:{os.environ['PATH']}", "CAPABILITY": "9.0", "FAILING": ""}
-        told |= {"REFUSED": "", "HAZARD": "none"}
+        variables = {"PYTHON": f"{tmp_path}/bin/python", "OUT": f"{tmp_path}/out", "CALLS": str(calls)}
+        variables |= {"PATH": f"{tmp_path}/bin:{os.environ['PATH']}", "CAPABILITY": "9.0", "FAILING": ""}
+        variables |= {"REFUSED": "", "HAZARD": "none"}
         done = subprocess.run(
-            ["bash", tmp_path / "benchmarks/gpu.sh"], env=told | how, capture_output=True, text=True
+            ["bash", tmp_path / "benchmarks/gpu.sh"], env=variables | how, capture_output=True, text=True
         )
         assert not done.stderr, done.stderr
         return done.returncode, (tmp_path / "out/summary.txt").read_text(), calls.read_text().splitlines()

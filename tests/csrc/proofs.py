@@ -221,7 +221,7 @@ def problem(kernel: Kernel, launch: dict) -> Problem:
         params.declare_tables()
         size = len(launch["params"]) // 2
         head = head.replace(f"{params.name}[{size}]", f"{params.name}[{len(params.data)}]")
-    told = [dict(parameter=params.name, offset=at) | field for at, field in params.fields.items()]
+    known = [dict(parameter=params.name, offset=at) | field for at, field in params.fields.items()]
     config = {
         "schema": "spverify.kernel-input/v1",
         "entry": kernel.name,
@@ -231,8 +231,8 @@ def problem(kernel: Kernel, launch: dict) -> Problem:
             "cluster_dim": [launch["cluster"], 1, 1],
             "dynamic_shared_bytes": launch["shared"],
         },
-        "declarations": [field for field in told if field["type"] == "pointer"],
-        "arguments": [field for field in told if field["type"] != "pointer"],
+        "declarations": [field for field in known if field["type"] == "pointer"],
+        "arguments": [field for field in known if field["type"] != "pointer"],
     }
     return Problem(kernel.name, head, tuple(body), config, launch["grid"])
 

@@ -158,8 +158,8 @@ def reference(w, a, b, c):
 
 def why(found):
     """In words, without the places of files that are gone by then."""
-    told = (re.sub(r"\S*/\S*", "", told["message"]) for told in found.get("diagnostics") or ())
-    words = (" ".join(re.findall(r"\w+", message)) for message in told)
+    said = (re.sub(r"\S*/\S*", "", said["message"]) for said in found.get("diagnostics") or ())
+    words = (" ".join(re.findall(r"\w+", message)) for message in said)
     return "; ".join(dict.fromkeys(filter(None, words))) or f"the verifier says {found['result']} and no more"
 
 

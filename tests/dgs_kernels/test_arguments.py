@@ -150,14 +150,14 @@ def take(way, monkeypatch):
 
 @pytest.mark.parametrize("operation, change", CASES)
 def test_both_ways_refuse_alike(operation, change, monkeypatch):
-    told = []
+    refused = []
     for which in ("fast", "slow"):
         take(which, monkeypatch)
         with pytest.raises((ValueError, TypeError)) as raised:
             call(operation, valid(operation) | change)
-        told.append((raised.type, str(raised.value)))
-    assert told[0] == told[1]
-    assert told[0][1].startswith(f"{operation}: ")
+        refused.append((raised.type, str(raised.value)))
+    assert refused[0] == refused[1]
+    assert refused[0][1].startswith(f"{operation}: ")
 
 
 @pytest.mark.parametrize("operation", backends.OPERATIONS)

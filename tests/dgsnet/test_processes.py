@@ -119,10 +119,10 @@ def test_cores_are_those_that_may_be_used():
 
 def test_one_worker_warns(monkeypatch):
     monkeypatch.setattr(processes, "follow_parent", lambda: None)
-    for number, told, heard in ((0, False, 1), (1, False, 0), (0, True, 0)):
+    for number, silent, heard in ((0, False, 1), (1, False, 0), (0, True, 0)):
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            processes.start_worker(number, told)
+            processes.start_worker(number, silent)
             warnings.warn("the same in every worker", stacklevel=1)
         assert len(caught) == heard
 

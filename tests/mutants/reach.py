@@ -37,7 +37,7 @@ LEFT_OUT = (
 )
 
 
-class Told:
+class Watch:
     """In one process of the run: switches coverage's context, notes tests' seconds, outcomes and fixtures."""
 
     def __init__(self, coverage) -> None:
@@ -129,7 +129,7 @@ def pytest_configure(config: pytest.Config) -> None:
     import coverage
 
     if "PYTEST_XDIST_WORKER" in os.environ and (running := coverage.Coverage.current()):
-        config.pluginmanager.register(Told(running))
+        config.pluginmanager.register(Watch(running))
         prepared = spawn.get_preparation_data
         spawn.get_preparation_data = lambda name: prepared(name) | {"context": Context()}
         from dgsnet import apart

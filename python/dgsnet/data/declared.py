@@ -136,8 +136,8 @@ def declared(found: Iterable[Text]) -> Declared:
     extents = [statement.value for statement in statements if statement.extent]
     values = [value for value in extents if value != NONE] or [statement.value for statement in statements]
     value = next((one for one in (GENERATED, PARTLY, CAPTURED) if one in values), NONE)
-    told = dict.fromkeys(f"{one.what} ({_place(one.text)})" for one in statements)
-    return Declared(value, "; ".join(list(told)[:MOST_FOUND]))
+    reasons = dict.fromkeys(f"{one.what} ({_place(one.text)})" for one in statements)
+    return Declared(value, "; ".join(list(reasons)[:MOST_FOUND]))
 
 
 def _place(text: Text) -> str:

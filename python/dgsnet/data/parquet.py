@@ -81,8 +81,8 @@ def places(source: str) -> Iterator[tuple[int, int, int, dict[str, Any]]]:
                 raise ImageError(_too_large(group, columns[what], most))
         if rows > MAX_ROWS:
             raise ImageError(f"row group {group} has more than {MAX_ROWS:,} rows; write the file anew")
-        told = _rows("texts", source, group) if len(columns) > 1 else ({} for _ in range(rows))
-        for row, found in enumerate(told):
+        others = _rows("texts", source, group) if len(columns) > 1 else ({} for _ in range(rows))
+        for row, found in enumerate(others):
             yield group, row, sizes["image"][0], found
 
 
@@ -388,16 +388,17 @@ def _sizes(file: Any, group: int, columns: dict[str, str]) -> dict[str, tuple[in
 def _texts_of(path: str, named: dict[str, str], group: int) -> Iterator[dict[str, Any]]:
     with _opened(path, named) as (file, columns):
         names = _class_names(file.schema_arrow)
-        told = {what: column for what, column in columns.items() if what != "image"}
-        chosen = list(told.values())
+        others = {what: column for what, column in columns.items() if what != "image"}
+        chosen = list(others.values())
         for batch in file.iter_batches(TEXT_ROWS, row_groups=[group], columns=chosen, use_threads=False):
             for values in batch.to_pylist():
                 yield {
-                    what: _told(what, values[column], names.get(column, [])) for what, column in told.items()
+                    what: _checked(what, values[column], names.get(column, []))
+                    for what, column in others.items()
                 }
 
 
-def _told(what: str, value: Any, words: list[str]) -> Any:
+def _checked(what: str, value: Any, words: list[str]) -> Any:
     if isinstance(value, bool):
         return int(value)
     if isinstance(value, int) and value in range(len(words)):

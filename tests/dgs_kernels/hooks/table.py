@@ -82,7 +82,7 @@ def check(file: str) -> None:
     head, rest = DOCUMENT.read_text(encoding="utf-8").split(BEGIN)
     documented, tail = rest.split(END)
     names, rule, *rows = documented.splitlines()
-    told = dict(zip((loop for part in LOOPS.values() for loop in part), rows, strict=True))
+    written = dict(zip((loop for part in LOOPS.values() for loop in part), rows, strict=True))
     found = {
         loop: f"| {' | '.join([name, *(cells.get((loop, kind), '-') for kind in HOOKS)])} |"
         for loop, name in loops.items()
@@ -90,11 +90,11 @@ def check(file: str) -> None:
     whole = loops.keys() <= {loop for loop, _ in cells}
     if os.environ.get(WRITE):
         assert whole, f"{WRITE}=1 needs all tests of the file"
-        table = "\n".join([names, rule, *(told | found).values()])
+        table = "\n".join([names, rule, *(written | found).values()])
         DOCUMENT.write_text(head + BEGIN + table + END + tail, encoding="utf-8")
         return
     for loop in loops:
-        row = told[loop].strip("| ").split(" | ")
+        row = written[loop].strip("| ").split(" | ")
         for kind, cell in zip(HOOKS, row[1:], strict=True):
             assert cells.get((loop, kind), cell) == cell, f"run this file with {WRITE}=1"
-        assert not whole or found[loop] == told[loop], f"run this file with {WRITE}=1"
+        assert not whole or found[loop] == written[loop], f"run this file with {WRITE}=1"

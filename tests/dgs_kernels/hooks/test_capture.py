@@ -96,10 +96,10 @@ def test_a_scale_that_grows_between_steps_loses_nothing(kind):
 
 
 @on_parameters
-@pytest.mark.parametrize("told", [False, True])
-def test_a_scaler_that_is_switched_off_changes_nothing(kind, told):
+@pytest.mark.parametrize("given", [False, True])
+def test_a_scaler_that_is_switched_off_changes_nothing(kind, given):
     model, scaler = Net(), torch.amp.GradScaler("cpu", enabled=False)
-    hook = Hook(kind, model, **({"scaler": scaler} if told else {}))
+    hook = Hook(kind, model, **({"scaler": scaler} if given else {}))
     train(hook, model, step=lambda: scaler.step(hook.optimizer))
     assert_same(weights(model), plain(kind))
 

@@ -57,10 +57,10 @@ def trained(kind: str, group: dist.ProcessGroup) -> tuple[list[torch.Tensor], st
                 hook.backward(model, batch(step))
                 hook.optimizer.step()
                 hook.optimizer.zero_grad()
-        except RuntimeError as told:
-            error = str(told)
-    told = "\n".join(str(warning.message) for warning in said if warning.category is UserWarning)
-    return weights(model), told, error, time.monotonic() - begin
+        except RuntimeError as failure:
+            error = str(failure)
+    words = "\n".join(str(warning.message) for warning in said if warning.category is UserWarning)
+    return weights(model), words, error, time.monotonic() - begin
 
 
 @pytest.fixture(scope="module")

@@ -107,9 +107,10 @@ def test_ranks_that_do_not_train_together(two_ranks, scenario, kind):
 
 
 def test_stages_are_told_from_gradients_that_differ(two_ranks):
-    told = two_ranks["captured_stages", "objectives"]
+    message = two_ranks["captured_stages", "objectives"]
     assert (
-        "different parameters" in told and "pass process_group=, the ranks that hold the same stage" in told
+        "different parameters" in message
+        and "pass process_group=, the ranks that hold the same stage" in message
     )
 
 

@@ -57,8 +57,8 @@ def test_planted_shortcuts_are_found(kind, name, tmp_path, capsys):
     found = run(root, tmp_path / "o", "--captions", str(root / "words.json"))
     assert found["verdict"] == "shortcut"
     assert set(found["nuisances"]) == set(NUISANCES)
-    told = [key for key, leak in found["nuisances"].items() if leak["low"] > 0.5]
-    assert (name in told) if name else not told
+    leaking = [key for key, leak in found["nuisances"].items() if leak["low"] > 0.5]
+    assert (name in leaking) if name else not leaking
     assert (found["captions"]["low"] > 0.5) == (kind == "word")
     printed = capsys.readouterr().out
     assert "--surgery.text expert --data.nuisances files" in printed and "balance" in printed

@@ -133,15 +133,15 @@ def test_twins(kind, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("told", "why"),
+    ("field", "why"),
     [
         ({"twin": ["y.png"]}, "twin is not text"),
         ({"category": ["night"]}, "category is no text of at most 200 letters"),
         ({"category": "n" * 201}, "category is no text of at most 200 letters"),
     ],
 )
-def test_what_is_no_text_is_refused(told, why, tmp_path):
-    (tmp_path / "a.json").write_text(json.dumps([{"path": "x.png", "label": 1} | told]))
+def test_what_is_no_text_is_refused(field, why, tmp_path):
+    (tmp_path / "a.json").write_text(json.dumps([{"path": "x.png", "label": 1} | field]))
     with pytest.raises(UserError, match=f"entry 1: {why}"):
         find_samples(tmp_path / "a.json")
 

@@ -310,7 +310,7 @@ def slowly(seconds):
 
 def watched(watch, wait, work, steps=30):
     """So many steps of 4 images, each after so many seconds of waiting and before so many of work."""
-    with warnings.catch_warnings(record=True) as told:
+    with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
         batches = slowly(wait)
         watch.start()
@@ -318,7 +318,7 @@ def watched(watch, wait, work, steps=30):
             watch.next(batches)
             time.sleep(work)
             watch.step(4)
-    return [str(warning.message) for warning in told]
+    return [str(warning.message) for warning in warned]
 
 
 def test_waiting_for_images_is_told_once_with_figures():
@@ -341,7 +341,7 @@ def test_images_that_come_in_time_are_not_told_of():
 
 def test_the_start_of_an_epoch_does_not_count():
     watch = QuickWatch(workers=2, device=torch.device("cpu"))
-    assert not [told for _ in range(8) for told in watched(watch, wait=0.02, work=0.001, steps=2)]
+    assert not [warned for _ in range(8) for warned in watched(watch, wait=0.02, work=0.001, steps=2)]
 
 
 def test_remedies_fit_the_machine():

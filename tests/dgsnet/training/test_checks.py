@@ -101,8 +101,8 @@ def test_a_resumed_run_may_change_what_does_not_decide_its_weights_and_nothing_e
             check_folder(Config.from_dict(values), tmp_path, resume=True)
             free.add(name)
         except UserError as error:
-            told = "preprocess.resize" if name == "preprocess.side" else name
-            assert re.search(rf"cannot resume .* with {told}=", str(error))
+            named = "preprocess.resize" if name == "preprocess.side" else name
+            assert re.search(rf"cannot resume .* with {named}=", str(error))
     assert free == {
         *("data.workers", "data.prefetch", "data.cache", "optim.parallel"),
         *("checkpoint_every", "log_every"),

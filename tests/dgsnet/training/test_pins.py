@@ -72,8 +72,8 @@ def test_the_exit_code_is_3_unless_losses_are_allowed(forgetful, detector, gener
     words = [*map(str, words), "--out", str(out), "--pinned", pinned, "--resume"]
     with pytest.raises(SystemExit) as stop:
         cli.main(words)
-    told = capsys.readouterr()
-    assert stop.value.code == 3 and told.err.count("\n") == 1 and "pinned images" in told.err
+    printed = capsys.readouterr()
+    assert stop.value.code == 3 and printed.err.count("\n") == 1 and "pinned images" in printed.err
     assert (out / "changes.json").is_file()
     cli.main([*words, "--allow-lost"])
     assert "pinned images" in capsys.readouterr().out
