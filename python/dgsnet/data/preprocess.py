@@ -104,7 +104,7 @@ class Preprocessor:
 
     def normalise(self, pixels: Tensor) -> Tensor:
         """float32 [..., 3, S, S] of uint8 ones, on their device."""
-        # Of two types at once it would take four times as long, for the same bits.
+        # Of two types at once it takes a processor four times as long, for the same bits.
         return torch.addcmul(self._shift.to(pixels.device), pixels.float(), self._scale.to(pixels.device))
 
     def boxes(self, image: np.ndarray, *, rng: np.random.Generator | None = None) -> tuple[Tensor, Tensor]:

@@ -233,6 +233,13 @@ def test_wrong_input_ends_in_one_line(more, expected, options, generators, tmp_p
     assert not (tmp_path / "run").exists()
 
 
+def test_an_empty_file_of_weights_is_one_line(options, tmp_path, capsys):
+    model = shutil.copytree(options["model"], tmp_path / "model")
+    (path,) = model.glob(f"best/{checkpoint.WEIGHTS_FILE}")
+    path.write_bytes(b"")
+    assert str(path) in fails(command(options, tmp_path / "run", model=model), capsys)
+
+
 @pytest.mark.parametrize("rule, option", [("gem", "replay"), ("none", "data")])
 def test_one_class_is_refused_where_nothing_holds_the_other(
     rule, option, options, generators, tmp_path, capsys
