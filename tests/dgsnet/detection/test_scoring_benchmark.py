@@ -91,7 +91,8 @@ def test_processor_time_of_what_is_gone_counts():
     burn = "import time\nwhile time.process_time() < 0.5: pass"
     with ProcessorTime() as used:
         subprocess.run([sys.executable, "-c", burn], check=True)
-    assert 0.5 < used.seconds < 1.5
+    # The system counts in hundredths of a second, the program's and its own apart.
+    assert 0.45 < used.seconds < 1.5
 
 
 def test_numbers_are_shortened():
